@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3.11
+PYTHON := $(shell command -v $(PYTHON) 2>/dev/null || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test matrix soak check format clean
+
+# TORCH_INDEX_URL, where set, is the index that PyTorch's install page names for this machine.
+$(VENV)/.installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX_URL),$(BIN)/pip install -q --index-url $(TORCH_INDEX_URL) torch,)
+	$(BIN)/pip install -q -r requirements.txt -e .[dev]
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/headrace demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not matrix and not soak" $(ARGS)
+
+matrix: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/invariance -m "matrix or not matrix" $(ARGS)
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check src tests bench
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix src tests bench
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,0 +1,161 @@
+"""Flat, frozen, self-validating configuration. A value that cannot work is refused here, by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from headrace.errors import ConfigError
+
+__all__ = ["CacheConfig", "ModelConfig", "RopeScaling", "SchedulerConfig"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+BATCHING = ("sarathi", "orca", "static")
+POLICIES = ("fcfs", "lpm", "priority")
+RESERVE = ("none", "max", "pow2", "oracle")
+PREEMPTION = ("recompute", "swap")
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `allowed`."""
+    require(value in allowed, f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Rotary position scaling with tables that depend on the position alone.
+
+    `kind` is "linear", "llama3" or "yarn". Kinds whose tables change with the sequence length (dynamic NTK,
+    longrope) break the first law, a token being a function of its prefix, and are refused at load.
+    """
+
+    kind: str
+    factor: float
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("rope scaling", self.kind, ("linear", "llama3", "yarn"))
+        require(self.factor >= 1.0, f"rope scaling factor={self.factor} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape and family flags of one dense decoder (Llama, Mistral, Qwen2, Qwen3 and their likes).
+
+    `virtual_shards` is V of the first law: row-parallel products and the vocabulary are summed in V parts and a
+    balanced tree at every tensor-parallel degree, so V belongs to the fingerprint. `sliding_layers[i]` says
+    whether layer i sees only the last `sliding_window` positions; empty means every layer, if a window is set.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 0
+    sliding_layers: tuple[bool, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+    virtual_shards: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                     "num_kv_heads", "head_dim", "max_position_embeddings"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive integer")
+        require(self.num_heads % self.num_kv_heads == 0,
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
+        one_of("dtype", self.dtype, DTYPES)
+        require(self.virtual_shards in (1, 2, 4, 8, 16), f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16")
+        require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative")
+        require(len(self.sliding_layers) in (0, self.num_layers),
+                f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers")
+
+    @property
+    def shards(self) -> int:
+        """V: the virtual shards really used, the greatest that divides the head count."""
+        return math.gcd(self.virtual_shards, self.num_heads)
+
+    def window(self, layer: int) -> int:
+        """Positions that `layer` may look back on, itself included; 0 for all of them."""
+        if self.sliding_layers and not self.sliding_layers[layer]:
+            return 0
+        return self.sliding_window
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache. `memory_bytes` 0 lets the engine choose; `num_blocks` overrides it (tests)."""
+
+    block_size: int = 16
+    memory_bytes: int = 0
+    num_blocks: int = 0
+    swap_bytes: int = 0
+    dtype: str = "float32"
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256),
+                f"block_size={self.block_size} must be a power of two from 1 to 256 (splits are 256 tokens)")
+        one_of("kv_cache_dtype", self.dtype, DTYPES)
+        for name in ("memory_bytes", "num_blocks", "swap_bytes"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Who runs next (`policy`), how a step is filled (`batching`), what admission reserves (`reserve`).
+
+    `reserve` other than "none" imitates the contiguous allocators that the PagedAttention paper compares with.
+    `queue_depth` is how many plans may be in flight; `lpm_patience` how many steps a waiting request may be
+    overtaken before longest-prefix-match must take it; `prefix_patience` how many steps a request waits for a
+    prefix that another is computing.
+    """
+
+    policy: str = "fcfs"
+    batching: str = "sarathi"
+    reserve: str = "none"
+    preemption: str = "recompute"
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 64
+    queue_depth: int = 1
+    lpm_patience: int = 64
+    prefix_patience: int = 256
+
+    def __post_init__(self) -> None:
+        one_of("scheduling_policy", self.policy, POLICIES)
+        one_of("batching", self.batching, BATCHING)
+        one_of("reserve", self.reserve, RESERVE)
+        one_of("preemption", self.preemption, PREEMPTION)
+        for name in ("max_num_batched_tokens", "max_num_seqs", "queue_depth"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lpm_patience", "prefix_patience"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")

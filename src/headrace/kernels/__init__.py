@@ -1,0 +1,1 @@
+"""The op set and its implementations: torch (reference), Numba (CPU), Triton (NVIDIA GPUs)."""

@@ -1,0 +1,188 @@
+"""The op set: everything the model computes, as one protocol with three implementations.
+
+Tokens are packed: the first axis is T, the tokens of all sequences of a step in a row. Shape suffixes:
+
+    T tokens   R rows with logits   D hidden   N outputs   K inputs   V vocabulary   H query heads   G kv heads
+    d head_dim   S sequences   M blocks of a block table   I intermediate   P positions of a rotary table
+
+Activations are fp32 on the CPU. A row's result never depends on which rows stand beside it: every reduction has
+one fixed shape, written in the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ConfigError
+
+__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams", "load_ops", "shard_bounds", "vocab_bounds"]
+
+SPLIT = 256
+"""Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
+
+
+def shard_bounds(width: int, shards: int, unit: int = 32) -> tuple[int, ...]:
+    """Offsets of `shards` virtual shards over `width` inputs: shard i starts at unit·⌊i·⌈width/unit⌉/shards⌋.
+
+    An empty shard is an exact zero. 172 over 4 gives (0, 32, 96, 128, 172).
+    """
+    units = -(-width // unit)
+    return (*(min(width, unit * (i * units // shards)) for i in range(shards)), width)
+
+
+def vocab_bounds(vocab_size: int, shards: int) -> tuple[int, ...]:
+    """Shard offsets over the vocabulary padded to a multiple of 128·shards, clipped to what exists."""
+    padded = -(-vocab_size // (128 * shards)) * 128
+    return tuple(min(vocab_size, i * padded) for i in range(shards + 1))
+
+
+@dataclass(slots=True)
+class AttentionMeta:
+    """Where each sequence's rows and blocks are. All int32, on the ops' device.
+
+    Rows `query_start[s] : query_start[s + 1]` belong to sequence s and are the *last* positions of its
+    `context_len[s]` tokens (which count the rows themselves). `block_table[s, i]` holds positions
+    `i·block_size …`; unused entries are 0, the null block. `slots[t]` is block·block_size + offset, where row t's
+    key and value are stored.
+    """
+
+    block_table_SM: Tensor
+    query_start_S1: Tensor
+    context_len_S: Tensor
+    slots_T: Tensor
+    max_query: int
+    max_context: int
+
+
+@dataclass(slots=True)
+class SampleParams:
+    """Per-row sampling parameters, on the CPU. temperature 0 is argmax; top_k 0, top_p 1, min_p 0 are off.
+
+    The Gumbel noise of a token is a function of (seed, choice, position, token id) and nothing else; `position` is
+    the absolute position of the token being sampled.
+    """
+
+    temperature_R: Tensor
+    top_k_R: Tensor
+    top_p_R: Tensor
+    min_p_R: Tensor
+    seed_R: Tensor
+    choice_R: Tensor
+    position_R: Tensor
+
+
+class Ops(Protocol):
+    """What an implementation provides. Every method returns new tensors unless its name ends in an underscore."""
+
+    name: str
+    device: torch.device
+
+    def fingerprint(self) -> str:
+        """What the bits depend on: implementation, its version, instruction set or GPU, compiler versions."""
+        ...
+
+    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+        """Rows of `table_VD` (fp32, bf16 or fp16) as fp32. Also picks the rows that need logits."""
+        ...
+
+    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
+               bounds: Sequence[int] | None = None) -> Tensor:
+        """x @ weight.T + bias, fp32 sums over K in one order whatever T and N are.
+
+        `bounds` (None means (0, K)) cuts K into virtual shards: each is summed alone, then a balanced binary tree
+        adds the sums, then the bias. Weights are fp32, bf16 or fp16 and are read as they are.
+        """
+        ...
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """x · rsqrt(mean(x²) + eps) · weight, over the last axis."""
+        ...
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(r), r) with r = x + residual."""
+        ...
+
+    def rotary(self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
+               weight_d: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """Half-split rotary embedding; with `weight_d`, each head is rms-normed first (qk-norm).
+
+        `table_Pd` holds cos in its first d/2 columns and sin in the last d/2, fp32. x may be a strided view whose
+        last axis is contiguous; the result is contiguous.
+        """
+        ...
+
+    def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
+        """silu(gate) · up, where gate and up are the two halves of the last axis."""
+        ...
+
+    def store_kv_(self, k_TGd: Tensor, v_TGd: Tensor, blocks: Tensor, layer: int, slots_T: Tensor) -> None:
+        """Write keys and values into `blocks` [block, layer, 2, kv_head, token, dim], rounded to its dtype.
+
+        k and v may be strided views whose last axis is contiguous. Slot -1 writes nothing.
+        """
+        ...
+
+    def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
+                  window: int = 0) -> Tensor:
+        """Causal attention straight from the paged cache (PagedAttention §4.3), no gather.
+
+        Sums over each sequence's keys in splits of `SPLIT` tokens aligned to position 0, each an
+        (MA, m, e) partial, merged in a binary tree of power-of-two aligned nodes, then the maximal nodes left to
+        right (Infinite-LLM's merge). With `window` > 0 a row sees only the last `window` positions, itself
+        included. Returns [T, H, d], contiguous fp32.
+        """
+        ...
+
+    def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        """log Σ exp per row, fp32: each vocabulary shard's (m, e) alone, then a balanced tree over the shards."""
+        ...
+
+    def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probability fp32, rank int32 from 1) of one token per row, under the logits as they are.
+
+        rank = 1 + number of tokens that stand before it by (logit descending, id ascending).
+        """
+        ...
+
+    def top_logprobs(self, logits_RV: Tensor, lse_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best tokens per row by (logit descending, id ascending): (log-probabilities, ids int32)."""
+        ...
+
+    def edit_logits_(self, logits_RV: Tensor, rows_E: Tensor, ids_E: Tensor, divide_E: Tensor, add_E: Tensor) -> None:
+        """Sparse edits in order: z ← (z/divide if z > 0 else z·divide) + add. add = -inf bans a token."""
+        ...
+
+    def mask_logits_(self, logits_RV: Tensor, rows_E: Tensor, mask_EW: Tensor) -> None:
+        """Ban every token whose bit is 0: bit (id & 31) of int32 word id >> 5 of `mask_EW`, for row rows_E[e]."""
+        ...
+
+    def sample(self, logits_RV: Tensor, params: SampleParams) -> Tensor:
+        """One token id (int64) per row: argmax of z/temperature + Gumbel over the kept tokens, ties to the lowest id.
+
+        Kept tokens: order by (z descending, id ascending); top-k keeps the first k; top-p then keeps the shortest
+        prefix whose probability, renormalised after top-k, reaches p; min-p then drops those below min_p × the best.
+        At least one is always kept.
+        """
+        ...
+
+    def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks source[i] → target[j] in order (copy-on-write, swap)."""
+        ...
+
+
+def load_ops(name: str, **options: Any) -> Ops:
+    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda"."""
+    if name == "cpu":
+        from headrace.kernels.cpu import CpuOps
+
+        return CpuOps(**options)
+    if name in ("reference", "cuda"):
+        from headrace.kernels.reference import ReferenceOps
+
+        return ReferenceOps(torch.device("cuda" if name == "cuda" else "cpu"), **options)
+    raise ConfigError(f"kernels={name!r} is not one of cpu, reference, cuda")
