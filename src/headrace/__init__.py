@@ -1,0 +1,31 @@
+"""headrace trains, shrinks, serves and routes language models with one model definition.
+
+`from headrace import LLM, AsyncLLM, SamplingParams` is the in-process engine; `headrace --help` the commands.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from headrace.errors import CheckpointError, ConfigError, HeadraceError, RequestError
+
+if TYPE_CHECKING:
+    from headrace.engine.async_llm import AsyncLLM
+    from headrace.engine.llm import LLM
+    from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from headrace.engine.sampling import SamplingParams
+
+__all__ = ["LLM", "AsyncLLM", "CheckpointError", "CompletionOutput", "ConfigError", "HeadraceError", "Logprob",
+           "RequestError", "RequestOutput", "SamplingParams", "__version__"]
+
+__version__ = "0.1.0"
+
+_HOMES = {"LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "SamplingParams": "engine.sampling",
+          "CompletionOutput": "engine.outputs", "Logprob": "engine.outputs", "RequestOutput": "engine.outputs"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `headrace --help` and a bad flag should not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"headrace.{_HOMES[name]}"), name)

@@ -1,0 +1,1 @@
+"""Measuring: machine rates, interleaved pairs, random checkpoints, workloads."""

@@ -1,0 +1,98 @@
+"""Interleaved pairs, and what the machine itself could do before and after them.
+
+A machine's own speed drifts by tens of percents within the hour, so a ratio is only taken between runs that stood
+beside each other: A B B A A B …, one ratio a pair, the median with its range. A range that holds 1 is a tie.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Pairs", "interleave", "machine", "rates", "seconds", "write_results"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Figures of two sides measured in turn, and the ratio ours / theirs of each pair."""
+
+    ours: list[float]
+    theirs: list[float]
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """"1.42× (1.38–1.47)", with "tie" where the range holds 1."""
+        tie = ", tie" if self.low <= 1.0 <= self.high else ""
+        return f"{self.ratio:.2f}× ({self.low:.2f}–{self.high:.2f}{tie})"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def interleave(ours: Callable[[], float], theirs: Callable[[], float], pairs: int = 5, warm: int = 1) -> Pairs:
+    """Measure the two sides in turn, `pairs` times each, swapping who goes first. Each call returns its figure."""
+    for _ in range(warm):
+        ours(), theirs()
+    a, b = [], []
+    for i in range(pairs):
+        for side in ((0, 1) if i % 2 == 0 else (1, 0)):
+            (a.append(ours()) if side == 0 else b.append(theirs()))
+    ratios = [x / y for x, y in zip(a, b)]
+    return Pairs(a, b, statistics.median(ratios), min(ratios), max(ratios))
+
+
+def rates(threads: int, megabytes: int = 768, size: int = 2048, repeats: int = 5) -> dict[str, float]:
+    """What this machine reads (GB/s, a streaming sum of `megabytes`) and multiplies (GFLOP/s, torch fp32)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        data = torch.ones(megabytes * 2**20 // 4)
+        data.sum()
+        read = [data.nbytes / seconds(data.sum) / 1e9 for _ in range(repeats)]
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        torch.mm(a, b)
+        matrix = [2 * size**3 / seconds(lambda: torch.mm(a, b)) / 1e9 for _ in range(repeats)]
+    finally:
+        torch.set_num_threads(before)
+    return {"read_gb_s": statistics.median(read), "matrix_gflop_s": statistics.median(matrix)}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions, for a results file."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+                    if line.startswith("model name")), cpu)
+    import os
+
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numba", "llvmlite", "numpy")}}
+
+
+def write_results(name: str, results: dict[str, Any], folder: Path = Path("docs/results")) -> Path:
+    """Write `folder/name.json`, with the machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **results}, indent=1, default=_plain) + "\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else list(value) if isinstance(value, Sequence) else str(value)

@@ -1,0 +1,58 @@
+"""Checkpoints of random weights: speed and memory do not depend on what weights say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from headrace.config import ModelConfig
+from headrace.kernels.ops import load_ops
+from headrace.model.huggingface import save_model
+from headrace.model.transformer import Transformer
+
+__all__ = ["SHAPES", "random_checkpoint"]
+
+SHAPES = {
+    "tiny": ModelConfig("LlamaForCausalLM", 512, 64, 160, 2, 8, 4, 8, 2048, dtype="float32", tie_word_embeddings=True),
+    "small": ModelConfig("LlamaForCausalLM", 32000, 768, 2048, 12, 12, 4, 64, 4096, dtype="bfloat16",
+                         tie_word_embeddings=True),
+    "mid": ModelConfig("Qwen3ForCausalLM", 151936, 1024, 3072, 28, 16, 8, 128, 4096, dtype="bfloat16", qk_norm=True,
+                       tie_word_embeddings=True),
+}
+"""tiny: for trying things. small: 100M parameters. mid: the shape of Qwen3-0.6B."""
+
+
+def random_checkpoint(shape: str | ModelConfig, folder: Path, seed: int = 0, dtype: str | None = None) -> Path:
+    """Write a Hugging Face folder of `shape` (a name in `SHAPES` or a configuration), unless it is there already."""
+    config = SHAPES[shape] if isinstance(shape, str) else shape
+    config = replace(config, dtype=dtype or config.dtype, bos_token_id=0, eos_token_ids=(1,))
+    if (folder / "complete").exists():
+        return folder
+    model = Transformer(config, load_ops("reference"))
+    model.init_weights(seed)
+    save_model(model, folder)
+    _byte_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "complete").touch()
+    return folder
+
+
+def _byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with exactly `vocab_size` tokens: the bytes, then pairs and triples in a fixed order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", *alphabet]
+    pairs = list(itertools.product(alphabet, repeat=2))
+    triples = ((a + b, c) for (a, b), c in itertools.product(pairs, alphabet))
+    merges = list(itertools.islice(itertools.chain(pairs, triples), max(0, vocab_size - len(tokens))))
+    vocab = {token: i for i, token in enumerate([*tokens, *(a + b for a, b in merges)][:vocab_size])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer

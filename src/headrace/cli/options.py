@@ -1,0 +1,43 @@
+"""Flags made from `EngineOptions`, so that a keyword and its flag cannot drift apart."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from headrace.engine.options import EngineOptions
+from headrace.errors import HeadraceError
+
+__all__ = ["add_engine_options", "engine_options"]
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except HeadraceError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    convert.__name__ = parse.__name__
+    return convert
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """One flag a field: block_size becomes --block-size, a true boolean also --no-…"""
+    group = parser.add_argument_group("engine")
+    for item in fields(EngineOptions):
+        flag = "--" + item.name.replace("_", "-")
+        text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+        if isinstance(item.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=text)
+            continue
+        parse = item.metadata.get("parse", type(item.default))
+        group.add_argument(flag, type=_typed(parse), default=item.default, choices=item.metadata["choices"] or None,
+                           help=text, metavar=None if item.metadata["choices"] else "N")
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine's keywords from parsed arguments."""
+    return {item.name: getattr(arguments, item.name) for item in fields(EngineOptions)}

@@ -1,0 +1,112 @@
+"""Putting an engine together: how much KV cache, how many tokens a step, and the pieces in order."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from headrace.attention.store import LAYOUT_VERSION, KVStore
+from headrace.config import CacheConfig, ModelConfig
+from headrace.engine.engine import Engine
+from headrace.engine.options import EngineOptions, free_memory
+from headrace.engine.plan import Plan, Slice
+from headrace.engine.runner import Runner
+from headrace.engine.sampling import SamplingParams
+from headrace.engine.scheduler import Scheduler
+from headrace.errors import ConfigError
+from headrace.kernels.ops import Ops
+from headrace.model.transformer import Transformer
+
+__all__ = ["assemble", "count_blocks", "fingerprint", "profile_budget"]
+
+MEMORY_SHARE = 0.4
+"""Of free memory, what the KV cache may take when the user does not say."""
+TILE = 16
+
+
+def fingerprint(ops: Ops, config: ModelConfig, cache: CacheConfig) -> str:
+    """Two engines of equal fingerprint and weights give equal tokens; the bits depend on nothing else."""
+    parts = (ops.fingerprint(), f"V={config.shards}", f"kv={cache.dtype}", f"layout={LAYOUT_VERSION}")
+    return "hr_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def max_length(config: ModelConfig, options: EngineOptions) -> int:
+    """The longest sequence served: what was asked for, at most what the model knows positions for."""
+    if options.max_model_len > config.max_position_embeddings:
+        raise ConfigError(f"max_model_len={options.max_model_len} is more than the model's "
+                          f"{config.max_position_embeddings} positions")
+    return options.max_model_len or config.max_position_embeddings
+
+
+def count_blocks(config: ModelConfig, cache: CacheConfig, max_len: int, max_seqs: int) -> int:
+    """Blocks of the pool, the null block included; raises `ConfigError` where memory holds not even one."""
+    if cache.num_blocks:
+        return cache.num_blocks
+    block_bytes = KVStore.bytes_per_block(config, cache.block_size, getattr(torch, cache.dtype))
+    free = free_memory()
+    if cache.memory_bytes > free:
+        raise ConfigError(f"kv_cache_memory={cache.memory_bytes / 2**30:.2f} GiB is more than the "
+                          f"{free / 2**30:.2f} GiB that are free")
+    wanted = max_seqs * -(-max_len // cache.block_size) + 1
+    count = cache.memory_bytes // block_bytes or min(int(free * MEMORY_SHARE) // block_bytes, wanted)
+    if count < 2:
+        have = cache.memory_bytes or int(free * MEMORY_SHARE)
+        raise ConfigError(f"{have} bytes of KV cache do not hold two blocks (one of them null) of {block_bytes} bytes: "
+                          "give more with kv_cache_memory, or a smaller block_size")
+    return count
+
+
+def host_slots(cache: CacheConfig, options: EngineOptions, store: KVStore) -> int:
+    """Blocks that fit in host memory under swapping."""
+    if options.preemption != "swap":
+        return 0
+    return cache.swap_bytes // store.block_bytes if cache.swap_bytes else store.num_blocks - 1
+
+
+def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine:
+    """An engine around a loaded model."""
+    config, cache = model.config, options.cache_config()
+    length = max_length(config, options)
+    blocks = count_blocks(config, cache, length, options.max_num_seqs)
+    store = KVStore(blocks, config.num_layers, config.num_kv_heads, cache.block_size, config.head_dim,
+                    getattr(torch, cache.dtype), ops.device)
+    slots = host_slots(cache, options, store)
+    runner = Runner(model, ops, store, slots)
+    budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
+    scheduler = Scheduler(options.scheduler_config(budget), replace(cache, num_blocks=blocks), length,
+                          config.eos_token_ids, slots)
+    return Engine(scheduler, runner, options.queue_depth)
+
+
+def profile_budget(runner: Runner, max_len: int, slo_ms: float, repeats: int = 3) -> int:
+    """The most tokens a step may compute within `slo_ms` (Sarathi-Serve §4.3), a multiple of 16.
+
+    Measures a prompt chunk at the end of the longest context that the pool and the model allow, the worst case.
+    """
+    size = runner.store.block_size
+    longest = min(max_len, (runner.store.num_blocks - 1) * size)
+
+    def milliseconds(tokens: int) -> float:
+        start = max(0, longest - tokens)
+        table = [1 + i for i in range(-(-(start + tokens) // size))]
+        plan = Plan(0, [Slice(0, start, [0] * tokens, table, [], SamplingParams(), 0, 0)])
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            runner.result(runner.submit(plan))
+            times.append((time.perf_counter() - began) * 1e3)
+        return statistics.median(times)
+
+    low, high = 0, max(1, min(longest, 4096) // TILE)
+    milliseconds(TILE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if milliseconds(middle * TILE) <= slo_ms else (low, middle - 1)
+    if low == 0:
+        raise ConfigError(f"slo_tbt={slo_ms} ms cannot be met: {TILE} tokens behind {longest} others take "
+                          f"{milliseconds(TILE):.1f} ms on this machine")
+    return low * TILE

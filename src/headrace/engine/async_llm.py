@@ -1,0 +1,165 @@
+"""`AsyncLLM`: an engine on a thread of its own, for many callers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from headrace.engine.frontend import Prompt
+from headrace.engine.llm import LLM
+from headrace.engine.outputs import RequestOutput
+from headrace.engine.sampling import SamplingParams
+from headrace.errors import HeadraceError
+
+__all__ = ["AsyncLLM", "EngineStoppedError"]
+
+Deliver = Callable[[RequestOutput | BaseException], None]
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine was shut down, or its thread failed: this request will bring nothing more."""
+
+
+class AsyncLLM:
+    """The same engine as `LLM`; its thread alone touches the model, so kernels have one owner.
+
+    >>> async with AsyncLLM("path") as llm:                                              # doctest: +SKIP
+    ...     async for output in llm.stream("Once", SamplingParams(max_tokens=9)):
+    ...         print(output.outputs[0].text)
+
+    A caller that leaves a stream aborts its request, and its blocks are free before the next step.
+    """
+
+    def __init__(self, model: str | Path | Callable[[], LLM], **options: Any) -> None:
+        """`model` is a folder or hub id, or a function that makes an `LLM` (called on the engine's thread)."""
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._receivers: dict[str, Deliver] = {}
+        self._stopped: BaseException | None = None
+        ready: Future[LLM] = Future()
+        make = model if callable(model) else lambda: LLM(model, **options)
+        self._thread = threading.Thread(target=self._work, args=(make, ready), name="headrace-engine", daemon=True)
+        self._thread.start()
+        self._llm = ready.result()
+        self.tokenizer = self._llm.tokenizer
+        self.fingerprint = self._llm.fingerprint
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
+                     priority: int = 0) -> AsyncIterator[RequestOutput]:
+        """Outputs of one prompt as they grow; the last one is `finished`."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        name: Future[str] = Future()
+
+        def deliver(item: RequestOutput | BaseException) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        chosen = params or SamplingParams(**self._llm.default_sampling_params())
+        self._do(lambda: self._add(name, deliver, prompt, chosen, request_id, priority))
+        own = None
+        try:
+            own = await asyncio.wrap_future(name)
+            while True:
+                item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise EngineStoppedError("the engine stopped before this request was done") from item
+                yield item
+                if item.finished:
+                    return
+        finally:
+            self._leave(name if own is None else own)
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+        """The finished output of one prompt."""
+        async for output in self.stream(prompt, params, **options):
+            last = output
+        return last
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its stream gets one last output with finish_reason "abort"."""
+        self._do(lambda: self._abort(request_id))
+
+    def shutdown(self) -> None:
+        """Stop the engine; requests that still run raise `EngineStoppedError`."""
+        self._commands.put(None)
+        self._thread.join()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+    def _do(self, command: Callable[[], None]) -> None:
+        if not self._thread.is_alive():
+            raise EngineStoppedError("the engine has been shut down") from self._stopped
+        self._commands.put(command)
+
+    def _leave(self, name: str | Future[str]) -> None:
+        """The caller is gone. It may have left before its request had even been added."""
+        if isinstance(name, str):
+            self._commands.put(lambda: self._abort(name))
+        else:
+            name.add_done_callback(
+                lambda f: None if f.cancelled() or f.exception() else self._commands.put(lambda: self._abort(f.result())))
+
+    # What follows runs on the engine's thread.
+
+    def _work(self, make: Callable[[], LLM], ready: Future[LLM]) -> None:
+        try:
+            llm = make()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        self._llm = llm
+        ready.set_result(llm)
+        try:
+            while self._obey(wait=not llm.frontend.has_work):
+                for group in llm.frontend.step():
+                    if group.name in self._receivers:
+                        self._receivers[group.name](group.snapshot())
+                        if group.output.finished:
+                            del self._receivers[group.name]
+            self._stopped = EngineStoppedError("the engine was shut down")
+        except BaseException as error:
+            self._stopped = error
+        finally:
+            for deliver in self._receivers.values():
+                deliver(self._stopped or EngineStoppedError())
+            self._obey(wait=False)
+
+    def _obey(self, wait: bool) -> bool:
+        """Run the waiting commands; returns False at shutdown."""
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            wait = False
+
+    def _add(self, name: Future[str], deliver: Deliver, prompt: Prompt, params: SamplingParams,
+             request_id: str | None, priority: int) -> None:
+        if not name.set_running_or_notify_cancel():
+            return
+        try:
+            if self._stopped is not None:
+                raise EngineStoppedError("the engine has stopped") from self._stopped
+            added = self._llm.frontend.add(prompt, params, request_id, priority)
+        except (HeadraceError, EngineStoppedError) as error:
+            name.set_exception(error)
+            return
+        self._receivers[added] = deliver
+        name.set_result(added)
+
+    def _abort(self, name: str) -> None:
+        deliver = self._receivers.pop(name, None)
+        output = self._llm.frontend.abort(name)
+        if output is not None and deliver is not None:
+            deliver(output)

@@ -1,0 +1,123 @@
+"""`Batch`: a plan as packed tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.engine.plan import PREVIOUS, SAMPLE, Plan, Slice
+from headrace.kernels.ops import AttentionMeta, SampleParams
+
+__all__ = ["Batch", "BatchBuilder"]
+
+WORD = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step, packed. T tokens, R rows with logits, E edits, all on the ops' device except `params`."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    meta: AttentionMeta
+    rows_R: Tensor
+    targets: list[int]
+    """Per row with logits: `SAMPLE` or the known token to score."""
+    sample_rows: list[int]
+    """Which of the R rows are sampled, in the order of the slices."""
+    sampled_requests: list[int]
+    previous: list[tuple[int, int]]
+    """(row of ids_T, request id): the token is the one sampled for this request by the step before."""
+    params: SampleParams
+    edits: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """(row among the sampled ones, token id, divide, add), as `Ops.edit_logits_` takes them."""
+    masks: tuple[Tensor, Tensor] | None
+    """(row among the sampled ones, packed words), as `Ops.mask_logits_` takes them."""
+
+
+class BatchBuilder:
+    """Packs plans. Unused entries of the block table are 0, the null block."""
+
+    def __init__(self, block_size: int, vocab_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.device = device
+
+    def build(self, plan: Plan) -> Batch:
+        """The packed form of `plan`."""
+        slices = plan.slices
+        lengths = [len(s.token_ids) for s in slices]
+        contexts = [s.start + n for s, n in zip(slices, lengths)]
+        ends = list(itertools.accumulate(lengths))
+        ids = np.fromiter(itertools.chain.from_iterable(s.token_ids for s in slices), np.int64, ends[-1])
+        starts_S = np.asarray(ends, np.int64) - lengths
+        positions = np.arange(ends[-1]) + np.repeat(np.asarray([s.start for s in slices]) - starts_S, lengths)
+        table = self._block_table(slices, contexts)
+        sequence = np.repeat(np.arange(len(slices)), lengths)
+        size = self.block_size
+        slots = table[sequence, positions // size] * size + positions % size
+        meta = AttentionMeta(self._tensor(table), self._tensor(np.asarray([0, *ends], np.int32)),
+                             self._tensor(np.asarray(contexts, np.int32)), self._tensor(slots.astype(np.int32)),
+                             max(lengths), max(contexts))
+        previous = [(int(row), slices[sequence[row]].request_id) for row in np.flatnonzero(ids == PREVIOUS)]
+        targets = [t for s in slices for t in s.targets]
+        rows = [end - len(s.targets) + i for s, end in zip(slices, ends) for i in range(len(s.targets))]
+        sampled = [s for s in slices if s.targets and s.targets[-1] == SAMPLE]
+        return Batch(
+            ids_T=self._tensor(ids), positions_T=self._tensor(positions.astype(np.int64)), meta=meta,
+            rows_R=self._tensor(np.asarray(rows, np.int64)), targets=targets,
+            sample_rows=[i for i, t in enumerate(targets) if t == SAMPLE],
+            sampled_requests=[s.request_id for s in sampled], previous=previous,
+            params=_sample_params(sampled), edits=self._edits(sampled), masks=self._masks(sampled))
+
+    def _block_table(self, slices: Sequence[Slice], contexts: Sequence[int]) -> np.ndarray:
+        table = np.zeros((len(slices), -(-max(contexts) // self.block_size)), np.int32)
+        for row, s, context in zip(table, slices, contexts):
+            used = -(-context // self.block_size)
+            row[:used] = s.block_table[:used]
+        return table
+
+    def _edits(self, sampled: Sequence[Slice]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        edited = [(row, s.edits) for row, s in enumerate(sampled) if s.edits is not None]
+        if not edited:
+            return None
+        rows = np.repeat([row for row, _ in edited], [len(e.token_ids) for _, e in edited])
+        ids = np.concatenate([np.asarray(e.token_ids, np.int64) for _, e in edited])
+        divide = np.concatenate([np.asarray(e.divide, np.float32) for _, e in edited])
+        add = np.concatenate([np.asarray(e.add, np.float32) for _, e in edited])
+        return (self._tensor(rows.astype(np.int64)), self._tensor(ids), self._tensor(divide), self._tensor(add))
+
+    def _masks(self, sampled: Sequence[Slice]) -> tuple[Tensor, Tensor] | None:
+        masked = [(row, s.params.allowed_token_ids) for row, s in enumerate(sampled)
+                  if s.params.allowed_token_ids is not None]
+        if not masked:
+            return None
+        words = np.zeros((len(masked), -(-self.vocab_size // 32)), np.uint32)
+        for word_W, (_, allowed) in zip(words, masked):
+            ids = np.asarray(allowed, np.uint32)
+            np.bitwise_or.at(word_W, ids >> 5, np.uint32(1) << (ids & 31))
+        return self._tensor(np.asarray([row for row, _ in masked], np.int64)), self._tensor(words.view(np.int32))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _sample_params(sampled: Sequence[Slice]) -> SampleParams:
+    params = [s.params for s in sampled]
+
+    def column(values: list[float] | list[int], dtype: type) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype))
+
+    return SampleParams(
+        temperature_R=column([p.temperature for p in params], np.float32),
+        top_k_R=column([p.top_k for p in params], np.int64),
+        top_p_R=column([p.top_p for p in params], np.float32),
+        min_p_R=column([p.min_p for p in params], np.float32),
+        seed_R=torch.from_numpy(np.asarray([s.seed & WORD for s in sampled], np.uint64).view(np.int64)),
+        choice_R=column([s.choice for s in sampled], np.int64),
+        position_R=column([s.start + len(s.token_ids) for s in sampled], np.int64))

@@ -1,0 +1,33 @@
+"""`Batching`: what the scheduler asks of a batching policy, in plain ints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+__all__ = ["Batching"]
+
+
+class Batching(Protocol):
+    """Shares the tokens of a step. `remaining` is what each running request could compute, in order."""
+
+    seats: int
+    """Requests that may run at once."""
+    joins_empty: bool
+    """Whether a request may join in a step that has no tokens left for it."""
+
+    def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
+        """Tokens granted to each running request; starts the step. `drafts[i]` of its tokens are drafts."""
+        ...
+
+    def admits(self, group_id: int, running_groups: Collection[int]) -> bool:
+        """Whether a request of this group may join the running ones now."""
+        ...
+
+    def first(self, remaining: int) -> int:
+        """Tokens for a request that joins in this step; 0 when it must wait for the next. Takes nothing."""
+        ...
+
+    def take(self, tokens: int) -> None:
+        """A joining request was granted `tokens`."""
+        ...

@@ -1,0 +1,49 @@
+"""`Engine`: the loop. Scheduler and runner meet here and nowhere else."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+from headrace.engine.plan import Plan, StepResult
+from headrace.engine.request import RequestUpdate
+from headrace.engine.scheduler import Scheduler
+
+__all__ = ["Engine", "Executor"]
+
+
+class Executor(Protocol):
+    """What runs plans, in the order they are submitted: the `Runner`, or a stopwatch in its place."""
+
+    def submit(self, plan: Plan) -> Any:
+        """Start a step and return a handle without waiting for its tokens."""
+        ...
+
+    def result(self, handle: Any) -> StepResult:
+        """Wait for a step's tokens."""
+        ...
+
+
+class Engine:
+    """Keeps `depth` plans in flight; a stop may thus come `depth - 1` steps late, and the overrun is discarded."""
+
+    def __init__(self, scheduler: Scheduler, runner: Executor, depth: int = 1) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.depth = depth
+        self._in_flight: deque[tuple[Plan, Any]] = deque()
+
+    def step(self) -> list[RequestUpdate]:
+        """Plan until `depth` steps are in flight, then wait for the oldest one and hand its tokens out."""
+        while len(self._in_flight) < self.depth:
+            plan = self.scheduler.schedule()
+            self._in_flight.append((plan, self.runner.submit(plan)))
+            if not plan.slices:
+                break
+        plan, handle = self._in_flight.popleft()
+        return self.scheduler.update(plan, self.runner.result(handle))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another `step` may bring something."""
+        return bool(self._in_flight) or self.scheduler.has_unfinished

@@ -1,0 +1,124 @@
+"""`LLM`: an engine in this process, for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.engine.frontend import Frontend, Prompt
+from headrace.engine.options import EngineOptions
+from headrace.engine.outputs import RequestOutput
+from headrace.engine.sampling import SamplingParams
+from headrace.errors import RequestError
+from headrace.kernels.ops import Ops
+from headrace.model.huggingface import resolve
+from headrace.model.transformer import Transformer
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["LLM"]
+
+GENERATION_CONFIG = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class LLM:
+    """A model, ready to generate.
+
+    >>> llm = LLM("path/or/hub-id", threads=2, kv_cache_memory="1GiB")   # doctest: +SKIP
+    >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=50))[0].outputs[0].text   # doctest: +SKIP
+
+    `options` are the fields of `EngineOptions`. Raises a `HeadraceError` that says what to do when the checkpoint or
+    an option is at fault. One thread at a time may use it; `AsyncLLM` is for many callers.
+    """
+
+    def __init__(self, model: str | Path, *, progress: Callable[[int, int, str], None] | None = None,
+                 **options: Any) -> None:
+        folder = resolve(model)
+        self._start(Frontend.from_folder(folder, EngineOptions(**options), progress), _sampling_defaults(folder))
+
+    @classmethod
+    def from_model(cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, **options: Any) -> LLM:
+        """Around a model that is in memory already; its weights are used as they are, not copied."""
+        llm = cls.__new__(cls)
+        llm._start(Frontend(model, tokenizer, ops, EngineOptions(**options)), {})
+        return llm
+
+    def _start(self, frontend: Frontend, defaults: dict[str, Any]) -> None:
+        self.frontend = frontend
+        self.tokenizer = frontend.tokenizer
+        self.fingerprint = frontend.fingerprint
+        self._defaults = defaults
+
+    def default_sampling_params(self) -> dict[str, Any]:
+        """What the model's own generation_config.json says of sampling."""
+        return dict(self._defaults)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt],
+                 params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 priority: Sequence[int] | int = 0) -> list[RequestOutput]:
+        """Continue one prompt or many, all at once; outputs stand in the order of the prompts.
+
+        A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. `params` is one for all, or one
+        each; None is the model's own defaults. If any prompt is refused, none runs.
+        """
+        many = _as_list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams(**self._defaults)] * len(many)
+        ranks = list(priority) if isinstance(priority, Sequence) else [priority] * len(many)
+        for what, values in (("params", each), ("priority", ranks)):
+            if len(values) != len(many):
+                raise RequestError(f"{len(values)} {what} for {len(many)} prompts: give one for all, or one each")
+        return self._run(lambda i: self.frontend.add(many[i], each[i], priority=ranks[i]), len(many))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Continue one prompt, giving the output after every step that brought something to it."""
+        name = self.frontend.add(prompt, params or SamplingParams(**self._defaults))
+        try:
+            while self.frontend.has_work:
+                for group in self.frontend.step():
+                    if group.name == name:
+                        yield group.snapshot()
+        finally:
+            self.frontend.abort(name)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer one conversation through the model's chat template."""
+        return self.generate([self.chat_prompt(messages)], params)[0]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The prompt of a conversation; the template brings its own special tokens."""
+        text = self.tokenizer.apply_chat_template(messages)
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def resume(self, records: Sequence[Mapping[str, Any]]) -> list[RequestOutput]:
+        """Go on from `resume_record`s of this or another engine of the same fingerprint, with equal tokens."""
+        return self._run(lambda i: self.frontend.resume(records[i]), len(records))
+
+    def _run(self, add: Callable[[int], str], count: int) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        names: list[str] = []
+        try:
+            names += (add(i) for i in range(count))
+            while len(outputs) < count and self.frontend.has_work:
+                outputs |= {g.name: g.output for g in self.frontend.step() if g.output.finished}
+        finally:
+            for name in names:
+                self.frontend.abort(name)
+        return [outputs[name] for name in names]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and isinstance(many[0], int) else many
+
+
+def _sampling_defaults(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    given = json.loads(file.read_text())
+    if given.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {name: given[name] for name in GENERATION_CONFIG if given.get(name) is not None}

@@ -1,0 +1,116 @@
+"""`EngineOptions`: everything a user can set on an engine, flat. The command line's flags are made from it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from headrace.config import BATCHING, POLICIES, PREEMPTION, RESERVE, CacheConfig, SchedulerConfig, one_of, require
+from headrace.errors import ConfigError
+
+__all__ = ["EngineOptions", "parse_bytes"]
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = (), **extra: Any) -> Any:
+    """A dataclass field with what the command line says of it."""
+    return field(default=default, metadata={"help": text, "choices": choices, **extra})
+
+
+def parse_bytes(value: str | int) -> int:
+    """Bytes from 1073741824, "512MiB", "2G" …; 0 lets the engine choose."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(value), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{value!r} is not an amount of memory: write it as 512MiB, 2GiB or a number of bytes")
+    return int(float(match[1]) * UNITS[(match[2] or "").lower()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of one engine; the same names are keywords of `LLM` and, with dashes, flags of the commands."""
+
+    device: str = option("cpu", "where the model runs", ("cpu", "cuda"))
+    kernels: str = option("auto", "kernel set: Numba on the CPU, torch's reference on a GPU", ("auto", "cpu", "reference", "cuda"))
+    dtype: str = option("auto", "weights as the checkpoint has them (auto), or converted", ("auto", "float32", "bfloat16", "float16"))
+    threads: int = option(0, "CPU threads; 0 is all of them")
+    max_model_len: int = option(0, "longest sequence in tokens; 0 is the model's own")
+    block_size: int = option(16, "tokens in a KV cache block")
+    kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB; 0 chooses from free memory", parse=parse_bytes)
+    kv_cache_dtype: str = option("auto", "keys and values are rounded to this before any read", ("auto", "fp32", "bf16", "fp16"))
+    num_kv_blocks: int = option(0, "blocks of KV cache, instead of bytes")
+    swap_memory: int = option(0, "bytes of host memory for swapped blocks; 0 is as much as the cache under --preemption swap",
+                              parse=parse_bytes)
+    prefix_caching: bool = option(True, "share the KV cache of common prefixes")
+    scheduling_policy: str = option("fcfs", "who runs next", POLICIES)
+    batching: str = option("sarathi", "how a step is filled", BATCHING)
+    reserve: str = option("none", "KV reserved on admission, as earlier systems did", RESERVE)
+    preemption: str = option("recompute", "what happens to a request that loses its blocks", PREEMPTION)
+    max_num_batched_tokens: int | str = option(512, "tokens computed in a step, or auto with --slo-tbt", parse=str)
+    slo_tbt: float = option(0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step")
+    max_num_seqs: int = option(64, "requests that run at once")
+    queue_depth: int = option(1, "steps planned ahead of results")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            self._check_field(item.name, item.default, item.metadata)
+        cores = os.cpu_count() or 1
+        require(0 <= self.threads <= cores, f"threads={self.threads} must be from 0 to this machine's {cores}")
+        require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must not be negative")
+        require(0.0 <= self.slo_tbt < math.inf, f"slo_tbt={self.slo_tbt} must be a time in ms")
+        if self.max_num_batched_tokens == "auto":
+            require(self.slo_tbt > 0.0, "max_num_batched_tokens=auto needs slo_tbt, the worst time between tokens in ms")
+        else:
+            require(str(self.max_num_batched_tokens).isdecimal(),
+                    f"max_num_batched_tokens={self.max_num_batched_tokens!r} is neither a positive number nor auto")
+        self.cache_config()
+        self.scheduler_config()
+
+    def _check_field(self, name: str, default: Any, metadata: Mapping[str, Any]) -> None:
+        """Read an amount of memory, then check the value's kind and whether it is one of the allowed."""
+        value = getattr(self, name)
+        if metadata.get("parse") is parse_bytes:
+            value = parse_bytes(value)
+            object.__setattr__(self, name, value)
+        if metadata["choices"]:
+            value = {long: short for short, long in DTYPES.items()}.get(value, value) if name == "kv_cache_dtype" else value
+            one_of(name, value, metadata["choices"])
+        elif name != "max_num_batched_tokens":
+            kinds = (int, float) if isinstance(default, float) else type(default)
+            require(isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool),
+                    f"{name}={value!r} must be a {'number' if isinstance(default, float) else type(default).__name__}")
+
+    @property
+    def kernel_set(self) -> str:
+        """The implementation of the op set that `kernels` and `device` name."""
+        return self.kernels if self.kernels != "auto" else self.device
+
+    def cache_config(self) -> CacheConfig:
+        """The paged cache's part."""
+        dtype = "fp32" if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        return CacheConfig(self.block_size, self.kv_cache_memory, self.num_kv_blocks, self.swap_memory,
+                           DTYPES.get(dtype, dtype), self.prefix_caching)
+
+    def scheduler_config(self, budget: int = 512) -> SchedulerConfig:
+        """The scheduler's part; `budget` is what auto found."""
+        tokens = budget if self.max_num_batched_tokens == "auto" else int(self.max_num_batched_tokens)
+        return SchedulerConfig(self.scheduling_policy, self.batching, self.reserve, self.preemption, tokens,
+                               self.max_num_seqs, self.queue_depth)
+
+
+def free_memory() -> int:
+    """Bytes that a new allocation may take without swapping: what the kernel and a control group allow."""
+    free = 2**63
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free if free < 2**63 else 4 * 2**30

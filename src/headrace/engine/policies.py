@@ -1,0 +1,88 @@
+"""Who is served first: one small class per scheduling policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from headrace.engine.request import Request, Status
+
+__all__ = ["FirstCome", "LongestPrefix", "Policy", "Priority", "make_policy"]
+
+WINDOW = 128
+"""Waiting requests looked at in one step, beyond the free seats."""
+
+
+class Policy(Protocol):
+    """An order over requests. Running ones are served, and in reverse preempted, by `key`."""
+
+    preempts: bool
+    """Whether a waiting request may push out a running one that it precedes."""
+
+    def key(self, request: Request) -> tuple[int, ...]:
+        """Fixed rank of a request; lower is served first."""
+        ...
+
+    def order(self, waiting: Sequence[Request], seats: int, cached: Callable[[Request], int]) -> list[Request]:
+        """Waiting requests (given sorted by `key`) in the order to admit them; `cached` counts hit tokens."""
+        ...
+
+    def admitted(self, waiting: Sequence[Request], newest: int) -> None:
+        """Told after a step what still waits, and the latest arrival that was admitted."""
+        ...
+
+
+class FirstCome:
+    """First come, first served."""
+
+    preempts = False
+
+    def key(self, request: Request) -> tuple[int, ...]:
+        return (request.arrival,)
+
+    def order(self, waiting: Sequence[Request], seats: int, cached: Callable[[Request], int]) -> list[Request]:
+        return list(waiting[: WINDOW + seats])
+
+    def admitted(self, waiting: Sequence[Request], newest: int) -> None:
+        return
+
+
+class LongestPrefix(FirstCome):
+    """Longest cached prefix first (SGLang §3), among the first `WINDOW` that wait.
+
+    A request overtaken in more than `patience` steps goes before all others, and nothing passes it any more;
+    so does a preempted one, which already had its turn.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def order(self, waiting: Sequence[Request], seats: int, cached: Callable[[Request], int]) -> list[Request]:
+        def rank(request: Request) -> tuple[int, int]:
+            if request.status is Status.PREEMPTED or request.overtaken >= self.patience:
+                return (0, request.arrival)
+            return (1, -cached(request))  # the sort is stable: ties in order of arrival
+
+        return sorted(waiting[: WINDOW + seats], key=rank)
+
+    def admitted(self, waiting: Sequence[Request], newest: int) -> None:
+        for request in waiting:
+            if request.arrival >= newest:
+                break
+            request.overtaken += 1
+
+
+class Priority(FirstCome):
+    """Lower `priority` first, then arrival; a running request of a higher number gives way."""
+
+    preempts = True
+
+    def key(self, request: Request) -> tuple[int, ...]:
+        return (request.priority, request.arrival)
+
+
+def make_policy(name: str, lpm_patience: int) -> Policy:
+    """The policy called `name`, one of `config.POLICIES`."""
+    if name == "lpm":
+        return LongestPrefix(lpm_patience)
+    return Priority() if name == "priority" else FirstCome()

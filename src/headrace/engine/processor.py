@@ -1,0 +1,105 @@
+"""From tokens to what users read: text, stop strings, log-probabilities, one output a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.engine.plan import TokenLogprobs
+from headrace.engine.request import RequestUpdate
+from headrace.engine.sampling import SamplingParams
+from headrace.text.detokenizer import TextStream
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["Choice", "Group"]
+
+
+class Choice:
+    """One of a prompt's choices: its tokens so far, as text."""
+
+    def __init__(self, index: int, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.output = CompletionOutput(index)
+        self._params = params
+        self._tokenizer = tokenizer
+        self._stream = TextStream(tokenizer.detokenizer(params.skip_special_tokens, prompt_ids), params.stop,
+                                  params.include_stop_str_in_output, params.min_tokens)
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+
+    def take(self, update: RequestUpdate) -> int | None:
+        """Add a step's tokens. Where a stop string ends the text, returns how many output tokens to keep."""
+        out, before = self.output, len(self.output.token_ids)
+        out.token_ids += update.token_ids
+        hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        self._stream.push(update.token_ids[:-1] if hidden else update.token_ids)
+        if update.finish_reason is not None and self._stream.stop is None:
+            self._stream.finish()
+        for record in update.logprobs if out.logprobs is not None else ():
+            out.logprobs.append(self.table(record, self._params.logprobs))
+            out.cumulative_logprob = (out.cumulative_logprob or 0.0) + record.logprob
+        out.text = self._stream.text
+        out.finish_reason, out.stop_reason = update.finish_reason, update.stop_reason
+        if self._stream.stop is None:
+            return None
+        keep = max(self._stream.num_tokens, before)
+        self._cut(keep)
+        out.finish_reason, out.stop_reason = "stop", self._stream.stop
+        return keep
+
+    def end(self, finish_reason: str) -> None:
+        """It is over for a reason that came from outside, such as an abort."""
+        if self.output.finish_reason is None:
+            self._stream.finish()
+            self.output.text, self.output.finish_reason = self._stream.text, finish_reason
+
+    def _cut(self, keep: int) -> None:
+        out = self.output
+        del out.token_ids[keep:]
+        if out.logprobs is not None:
+            del out.logprobs[keep:]
+            out.cumulative_logprob = sum(table[token].logprob for table, token in zip(out.logprobs, out.token_ids))
+
+    def table(self, record: TokenLogprobs, k: int | None) -> dict[int, Logprob]:
+        """The chosen or scored token first, then the k best."""
+        text = self._tokenizer.token_text
+        entries = {record.token_id: Logprob(record.logprob, record.rank, text(record.token_id))}
+        for rank, (token, logprob) in enumerate(zip(record.top_ids[:k], record.top_logprobs[:k]), 1):
+            entries.setdefault(token, Logprob(logprob, rank, text(token)))
+        return entries
+
+
+class Group:
+    """A prompt and its choices: what one call of a user comes down to."""
+
+    def __init__(self, name: str, prompt: str | None, prompt_ids: list[int], params: SamplingParams,
+                 tokenizer: Tokenizer, first_id: int) -> None:
+        self.name = name
+        self.params = params
+        self.output = RequestOutput(name, prompt, prompt_ids, [])
+        count = 1 if params.beam_width else params.n
+        self.choices = {first_id + i: Choice(i, prompt_ids, params, tokenizer) for i in range(count)}
+        self.output.outputs = [choice.output for choice in self.choices.values()]
+        if params.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None]
+
+    def take(self, update: RequestUpdate) -> int | None:
+        """Add one choice's step; see `Choice.take`."""
+        choice = self.choices[update.request_id]
+        if self.output.prompt_logprobs is not None:
+            self.output.prompt_logprobs += [choice.table(r, self.params.prompt_logprobs) for r in update.scores]
+        keep = choice.take(update)
+        self.output.finished = all(c.output.finish_reason is not None for c in self.choices.values())
+        return keep
+
+    def end(self, finish_reason: str) -> None:
+        """End every choice that still runs."""
+        for choice in self.choices.values():
+            choice.end(finish_reason)
+        self.output.finished = True
+
+    def snapshot(self) -> RequestOutput:
+        """The output as it is now, which later steps leave alone."""
+        outputs = [replace(c, token_ids=list(c.token_ids), logprobs=None if c.logprobs is None else list(c.logprobs))
+                   for c in self.output.outputs]
+        return replace(self.output, outputs=outputs)

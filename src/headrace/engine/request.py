@@ -1,0 +1,208 @@
+"""`Request`: one sequence being generated. The scheduler alone changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from headrace.cache.manager import CachedSequence, Segment
+from headrace.engine.edits import EditState
+from headrace.engine.plan import TokenLogprobs
+from headrace.engine.sampling import SamplingParams
+from headrace.errors import RequestError
+
+__all__ = ["Request", "RequestUpdate", "Status"]
+
+
+class Status(Enum):
+    """Where a request is. A preempted one lost its blocks (or moved them to the host) and waits again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class RequestUpdate:
+    """What one step brought to one request: new output tokens, and `finish_reason` when it was the last.
+
+    `logprobs` belong to `token_ids`; `scores` to prompt tokens, in order from prompt token 1. A beam brings
+    only `logprobs`: its search chooses the tokens.
+    """
+
+    request_id: int
+    group_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    """Prompt tokens that were computed before, by another request."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Request:
+    """A prompt, what was generated so far, and how far both are computed.
+
+    The n choices of one prompt are n requests with one `group_id`; `parent_id` names the one that computes
+    the prompt, from which the others fork. `namespace` is whatever else the KV depends on (adapter, cache
+    salt). Positions: `token_ids` are known; `num_computed_tokens` of them have KV; `num_scheduled` will have
+    it once the plans in flight are done; `num_pending` sampled tokens are in flight.
+    """
+
+    __slots__ = (
+        "arrival", "choice", "cumulative_logprob", "edits", "epoch", "finish_reason", "group_id", "kv",
+        "max_output", "namespace", "num_cached_tokens", "num_computed_tokens", "num_pending", "num_prompt_tokens",
+        "num_scored", "overtaken", "params", "parent_id", "parked", "prefix_waits", "priority", "request_id", "reserve",
+        "seed", "serial", "spec_token_ids", "status", "stop_ids", "stop_reason", "token_ids", "top",
+    )
+
+    def __init__(
+        self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int = 0,
+        choice: int = 0, priority: int = 0, parent_id: int | None = None, group_id: int | None = None,
+        namespace: tuple[object, ...] = (), output_token_ids: Sequence[int] = (),
+    ) -> None:
+        if not prompt_token_ids:
+            raise RequestError("the prompt has no tokens: there is nothing to continue")
+        self.request_id = request_id
+        self.params = params
+        self.seed = seed
+        self.choice = choice
+        self.priority = priority
+        self.parent_id = parent_id
+        self.group_id = request_id if group_id is None else group_id
+        self.namespace = namespace
+        self.token_ids = [*prompt_token_ids, *output_token_ids]
+        """Prompt, then output. Grows; never edited in place."""
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.spec_token_ids: list[int] = []
+        """Drafts after the known tokens: computed with them, kept only as far as they are accepted."""
+        self.num_computed_tokens = 0
+        self.num_pending = 0
+        self.num_cached_tokens = 0
+        """Prompt tokens that the first admission found computed."""
+        self.num_scored = 0
+        """Prompt positions whose next token has been scored, where `prompt_logprobs` asks for it."""
+        if params.prompt_logprobs is None or choice or output_token_ids:
+            self.num_scored = self.num_prompt_tokens - 1
+        self.kv = CachedSequence(namespace)
+        self.status = Status.WAITING
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0
+        self.arrival = -1
+        self.epoch = 0
+        """Preemptions so far: a result planned in an earlier epoch brings tokens, but its KV is gone."""
+        self.parked = False
+        """A beam whose search has its log-probabilities and has not chosen its next token."""
+        self.overtaken = 0
+        self.prefix_waits = 0
+        self.max_output = 0
+        self.reserve = 0
+        self.serial = params.follows_output
+        self.stop_ids: dict[int, int | None] = {}
+        """Token ids that end the request, with the `stop_reason` they give."""
+        self.edits: EditState | None = None
+        self.top = params.logprobs
+        if params.prompt_logprobs is not None and choice == 0:
+            self.top = max(params.prompt_logprobs, params.logprobs or 0)
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt (a copy)."""
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """What was generated so far (a copy)."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_scheduled(self) -> int:
+        """Tokens with KV once every plan made so far has run."""
+        return self.kv.num_tokens
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Where the KV is: today one local segment."""
+        return self.kv.segments
+
+    @property
+    def is_beam(self) -> bool:
+        """Whether a beam search, not the sampler, chooses the next token."""
+        return self.params.beam_width > 0
+
+    def remaining(self) -> int:
+        """Known, pending and draft tokens that no plan computes yet: what the next step may be granted.
+
+        0 while the next token must wait for a result: its distribution depends on it, or it may be the last.
+        """
+        known = len(self.token_ids) - self.kv.num_tokens
+        if self.num_pending == 0:
+            return known + len(self.spec_token_ids)
+        if self.serial or known + self.num_pending > 1:
+            return max(known, 0)
+        if len(self.token_ids) + self.num_pending - self.num_prompt_tokens >= self.max_output:
+            return 0
+        return known + self.num_pending
+
+    def sibling(self, request_id: int, choice: int) -> Request:
+        """Another choice of the same prompt, which forks from this request once the prompt is computed."""
+        return Request(request_id, self.prompt_token_ids, self.params, seed=self.seed, choice=choice,
+                       priority=self.priority, parent_id=self.request_id, group_id=self.group_id,
+                       namespace=self.namespace)
+
+    def resume_record(self) -> dict[str, Any]:
+        """Plain JSON-able data from which any instance of the same fingerprint continues with equal tokens.
+
+        A beam search is resumed from its first request: it is deterministic, so starting again gives the
+        same.
+        """
+        params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
+        params["logit_bias"] = [[token, bias] for token, bias in self.params.logit_bias.items()]
+        params = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
+        return {
+            "token_ids": list(self.token_ids),
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_scored": self.num_scored,
+            "num_cached_tokens": self.num_cached_tokens,
+            "seed": self.seed,
+            "choice": self.choice,
+            "priority": self.priority,
+            "cumulative_logprob": self.cumulative_logprob,
+            "namespace": list(self.namespace),
+            "params": params,
+        }
+
+    @classmethod
+    def from_record(cls, request_id: int, record: Mapping[str, Any]) -> Request:
+        """The request of a `resume_record`, to be added anywhere; `RequestError` if the record is broken."""
+        try:
+            given = dict(record["params"])
+            given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"]}
+            if given["allowed_token_ids"] is not None:
+                given["allowed_token_ids"] = tuple(given["allowed_token_ids"])
+            split = record["num_prompt_tokens"]
+            tokens = record["token_ids"]
+            request = cls(request_id, tokens[:split], SamplingParams(**given), seed=record["seed"],
+                          choice=record["choice"], priority=record["priority"],
+                          namespace=tuple(record["namespace"]), output_token_ids=tokens[split:])
+            request.num_scored = max(request.num_scored, record["num_scored"])
+            request.num_cached_tokens = record["num_cached_tokens"]
+            request.cumulative_logprob = record["cumulative_logprob"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"the resume record is broken: {error!r}") from error
+        return request

@@ -1,0 +1,152 @@
+"""`Runner`: turns a plan into tokens. It owns the model, the KV store and the host slots of swapped blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.attention.paged import PagedContext
+from headrace.attention.store import KVStore
+from headrace.engine.batch import Batch, BatchBuilder
+from headrace.engine.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
+from headrace.kernels.ops import Ops
+from headrace.model.transformer import Transformer
+
+__all__ = ["Handle", "Runner"]
+
+
+@dataclass(slots=True)
+class Handle:
+    """A submitted step. Its tensors may still be on their way when the device is not the CPU."""
+
+    plan: Plan
+    batch: Batch | None
+    sampled: Tensor | None
+    logprobs: _Logprobs | None
+
+
+@dataclass(slots=True)
+class _Logprobs:
+    """Raw log-probabilities of all R rows with logits: of the sampled or scored token, and the K best."""
+
+    logprob_R: Tensor
+    rank_R: Tensor
+    top_logprob_RK: Tensor | None
+    top_id_RK: Tensor | None
+
+
+class Runner:
+    """Executes plans in the order they are submitted. One thread owns it: kernels are not re-entrant."""
+
+    def __init__(self, model: Transformer, ops: Ops, store: KVStore, host_slots: int = 0) -> None:
+        self.model = model
+        self.ops = ops
+        self.store = store
+        self._host = torch.empty((host_slots, *store.blocks.shape[1:]), dtype=store.blocks.dtype)
+        self._builder = BatchBuilder(store.block_size, model.config.vocab_size, ops.device)
+        self._sampled: dict[int, int] = {}
+        self._last: Tensor | None = None
+
+    def submit(self, plan: Plan) -> Handle:
+        """Start one step. Blocks move first: out to the host, in from it, then copy-on-write."""
+        ops, blocks = self.ops, self.store.blocks
+        if plan.swap_out:
+            ops.copy_blocks_(blocks, self._host, plan.swap_out)
+        if plan.swap_in:
+            ops.copy_blocks_(self._host, blocks, plan.swap_in)
+        if plan.copies:
+            ops.copy_blocks_(blocks, blocks, plan.copies)
+        if not plan.slices:
+            return Handle(plan, None, None, None)
+        batch = self._builder.build(plan)
+        self._resolve_previous(batch)
+        logits_RV = self.logits(batch)
+        sampled, logprobs = self._finish(batch, logits_RV, plan.slices)
+        self._sampled = {request: row for row, request in enumerate(batch.sampled_requests)}
+        self._last = sampled
+        return Handle(plan, batch, sampled, logprobs)
+
+    def result(self, handle: Handle) -> StepResult:
+        """Wait for a submitted step and give its tokens by request."""
+        result = StepResult(handle.plan.step)
+        if handle.batch is None:
+            return result
+        tokens = iter(handle.sampled.tolist() if handle.sampled is not None else ())
+        rows = _RowReader(handle.logprobs)
+        row = 0
+        for s in handle.plan.slices:
+            out = SliceResult([])
+            for target in s.targets:
+                token = next(tokens) if target == SAMPLE else target
+                records = out.logprobs if target == SAMPLE else out.scores
+                if target == SAMPLE:
+                    out.token_ids.append(token)
+                if s.top is not None:
+                    records.append(rows.read(row, token, s.top))
+                row += 1
+            result.slices[s.request_id] = out
+        return result
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's raw logits [R, V] for the rows that want them; KV of every row is stored on the way."""
+        context = PagedContext(self.ops, self.store, batch.meta, self.model.config)
+        return self.model.forward(batch.ids_T, batch.positions_T, context, batch.rows_R)
+
+    def _resolve_previous(self, batch: Batch) -> None:
+        if not batch.previous:
+            return
+        if self._last is None:
+            raise RuntimeError("a plan refers to the previous step's tokens, and there was none")
+        rows = [row for row, _ in batch.previous]
+        batch.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
+
+    def _finish(self, batch: Batch, logits_RV: Tensor, slices: Sequence[Slice]) -> tuple[Tensor | None, _Logprobs | None]:
+        """Sample the rows that ask for it, and score rows against the distribution before edits."""
+        tops = [s.top for s in slices if s.targets and s.top is not None]
+        if not batch.targets:
+            return None, None
+        every_row = len(batch.sample_rows) == len(batch.targets)
+        edited = batch.edits is not None or batch.masks is not None
+        picked_RV = logits_RV
+        if not every_row or (tops and edited):
+            picked_RV = self.ops.embedding(self._index(batch.sample_rows), logits_RV)
+        sampled = None
+        if batch.sample_rows:
+            if batch.edits is not None:
+                self.ops.edit_logits_(picked_RV, *batch.edits)
+            if batch.masks is not None:
+                self.ops.mask_logits_(picked_RV, *batch.masks)
+            sampled = self.ops.sample(picked_RV, batch.params)
+        return sampled, self._score(batch, logits_RV, sampled, max(tops)) if tops else None
+
+    def _score(self, batch: Batch, logits_RV: Tensor, sampled: Tensor | None, k: int) -> _Logprobs:
+        targets_R = torch.tensor(batch.targets, dtype=torch.int64)
+        if sampled is not None:
+            targets_R[batch.sample_rows] = sampled.cpu()
+        lse_R = self.ops.logsumexp(logits_RV, self.model.vocab_bounds)
+        logprob_R, rank_R = self.ops.score(logits_RV, lse_R, targets_R.to(self.ops.device))
+        best, ids = self.ops.top_logprobs(logits_RV, lse_R, k) if k else (None, None)
+        return _Logprobs(logprob_R, rank_R, best, ids)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(self.ops.device)
+
+
+class _RowReader:
+    """Reads rows of log-probabilities as plain numbers, moved to the host once."""
+
+    def __init__(self, logprobs: _Logprobs | None) -> None:
+        if logprobs is None:
+            return
+        self._logprob: list[float] = logprobs.logprob_R.tolist()
+        self._rank: list[int] = logprobs.rank_R.tolist()
+        self._top: list[list[float]] = [] if logprobs.top_logprob_RK is None else logprobs.top_logprob_RK.tolist()
+        self._ids: list[list[int]] = [] if logprobs.top_id_RK is None else logprobs.top_id_RK.tolist()
+
+    def read(self, row: int, token: int, k: int) -> TokenLogprobs:
+        ids = self._ids[row][:k] if k else []
+        best = self._top[row][:k] if k else []
+        return TokenLogprobs(token, self._logprob[row], self._rank[row], ids, best)

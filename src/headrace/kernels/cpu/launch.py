@@ -1,0 +1,136 @@
+"""How the CPU kernels are compiled, cached on disk and spread over threads.
+
+`kernel` is the one decorator: IEEE arithmetic (no fast-math), no GIL, and machine code kept on disk. Numba's own
+cache looks at the file of a kernel but not at the files it calls into, so the cache lives in a folder named after
+*everything* the machine code depends on: `build_key`.
+
+Threads: OpenMP where libgomp is found, else Numba's workqueue, which must be driven by one thread at a time. Kernels
+split outputs over threads, never a sum, so neither the layer nor the count changes a bit. Start further processes
+with "spawn" only: a child forked after the first parallel kernel dies in its OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+from numba.core import config as numba_config
+
+__all__ = ["build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "set_threads", "source_key",
+           "thread_count", "vector_features"]
+
+SPINS = "1000"
+VECTOR_FEATURES = ("avx512f", "avx2", "avx", "f16c", "fma", "sse4.2", "neon", "sve")
+
+
+def cpu_name() -> str:
+    """LLVM's name of this CPU (or what NUMBA_CPU_NAME says)."""
+    return numba_config.CPU_NAME or llvm.get_host_cpu_name()
+
+
+@functools.cache
+def cpu_features() -> str:
+    """LLVM's feature string of this CPU, sorted: "+avx2,+fma,…" (or what NUMBA_CPU_FEATURES says)."""
+    if numba_config.CPU_FEATURES is not None:
+        return ",".join(sorted(numba_config.CPU_FEATURES.split(",")))
+    features = llvm.get_host_cpu_features()
+    return ",".join(sorted(f"+{name}" for name, present in features.items() if present))
+
+
+def source_key(folder: Path | None = None) -> str:
+    """Hash of the kernels' source, this folder's *.py. It is the kernel version of the fingerprint."""
+    digest = hashlib.sha256()
+    for path in sorted((folder or Path(__file__).parent).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def build_key(folder: Path | None = None) -> str:
+    """Hash of all that the machine code depends on: source, Numba, llvmlite, the CPU and its features."""
+    parts = (source_key(folder), numba.__version__, llvmlite.__version__, cpu_name(), cpu_features())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: HEADRACE_CACHE_DIR or ~/.cache/headrace/kernels, then `build_key`.
+
+    None where that cannot be written: the kernels are then compiled anew in every process.
+    """
+    root = os.environ.get("HEADRACE_CACHE_DIR")
+    try:
+        folder = (Path(root) if root else Path.home() / ".cache" / "headrace" / "kernels") / build_key()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):
+        return None
+    return folder
+
+
+def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
+    """Compile `function` on first use, or take it from the cache. `parallel` allows `prange`."""
+    if function is None:
+        return functools.partial(kernel, parallel=parallel)
+    folder = cache_folder()
+    jit = numba.njit(nogil=True, fastmath=False, error_model="numpy", boundscheck=False, parallel=parallel,
+                     cache=folder is not None)
+    # Numba reads its cache folder when it decorates. It is put back, so other users of Numba keep theirs.
+    before = numba_config.CACHE_DIR
+    numba_config.CACHE_DIR = str(folder or before)
+    try:
+        return jit(function)
+    finally:
+        numba_config.CACHE_DIR = before
+
+
+def vector_features() -> str:
+    """The features that decide which vector instructions a kernel is made of, e.g. "avx2+f16c+fma"."""
+    has = set(cpu_features().split(","))
+    return "+".join(name for name in VECTOR_FEATURES if f"+{name}" in has) or cpu_name()
+
+
+def thread_count(threads: int | None) -> int:
+    """`threads` clipped to what Numba can start; None or 0 is all of them."""
+    return min(threads or numba_config.NUMBA_NUM_THREADS, numba_config.NUMBA_NUM_THREADS)
+
+
+def set_threads(threads: int) -> None:
+    """Let the parallel kernels that the *calling* thread launches use `threads` threads."""
+    if getattr(_calling, "threads", 0) != threads:
+        numba.set_num_threads(threads)
+        _calling.threads = threads
+
+
+_calling = threading.local()
+
+
+def _choose_threading_layer() -> None:
+    """OpenMP if it loads, else workqueue; NUMBA_THREADING_LAYER, where set, has been read by Numba already."""
+    if numba_config.THREADING_LAYER not in ("default", "omp"):
+        return
+    # libgomp reads its environment when it loads. By default a waiting thread spins for milliseconds, which on a
+    # busy machine is what every kernel then takes: SPINS covers the gap between two kernels, then the thread sleeps.
+    quiet = "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ
+    if quiet:
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+    try:
+        from numba.np.ufunc import omppool  # noqa: F401
+    except ImportError:
+        numba_config.THREADING_LAYER = "workqueue"
+    else:
+        numba_config.THREADING_LAYER = "omp"
+    finally:
+        if quiet:
+            del os.environ["GOMP_SPINCOUNT"]
+
+
+_choose_threading_layer()

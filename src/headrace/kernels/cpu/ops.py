@@ -1,0 +1,233 @@
+"""`CpuOps`: the op set on the CPU. It checks shapes, makes outputs and hands numpy views to the kernels."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.kernels.cpu import attention as paged
+from headrace.kernels.cpu import elementwise, launch
+from headrace.kernels.cpu.linear import SHARDS, linear
+from headrace.kernels.ops import AttentionMeta, SampleParams
+
+try:  # TEMPORARY until sample.py exists
+    from headrace.kernels.cpu import sample as sampling
+except ImportError:
+    sampling = None
+
+__all__ = ["CpuOps"]
+
+# numpy knows neither bf16 nor (in Numba) fp16: kernels tell them apart by the integer type their bits are viewed as.
+VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+NOTHING = np.empty(0, np.float32)
+ALONE = 1 << 15
+"""Elements below which an element-wise operation stays on the calling thread."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _bounds(bounds: tuple[int, ...], width: int) -> np.ndarray:
+    shards = len(bounds) - 1
+    rising = bounds[0] == 0 and bounds[-1] == width and all(a <= b for a, b in zip(bounds, bounds[1:]))
+    if not rising or shards not in (1, 2, 4, 8, SHARDS):
+        raise ValueError(f"bounds={bounds} must rise from 0 to {width} in 1, 2, 4, 8 or {SHARDS} shards")
+    return np.asarray(bounds, np.int64)
+
+
+def _integers(values: Tensor, dtype: torch.dtype = torch.int64) -> np.ndarray:
+    return (values if values.dtype == dtype else values.to(dtype)).contiguous().numpy()
+
+
+def _dense(x: Tensor) -> np.ndarray:
+    """numpy's view of a contiguous fp32 activation."""
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(f"an activation must be contiguous float32, not {x.dtype} with strides {x.stride()}")
+    return x.detach().numpy()
+
+
+def _strided(x: Tensor) -> np.ndarray:
+    """One element at the start of a fp32 view: kernels reach the others by offset, so its strides do not matter."""
+    if x.dtype != torch.float32 or x.stride(-1) != 1:
+        raise ValueError(f"a head view must be float32, contiguous in its last axis, not {x.dtype} {x.stride()}")
+    return x.detach().as_strided((1,), (1,)).numpy()
+
+
+class CpuOps:
+    """`headrace.kernels.ops.Ops` in Numba. fp32 activations; fp32, bf16 or fp16 weights and cache.
+
+    One thread at a time may call it (Numba's workqueue is not thread-safe), and processes that use it are started
+    with "spawn". `threads` None or 0 means every CPU that Numba sees; it changes no bits.
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.device = torch.device("cpu")
+        self.threads = launch.thread_count(threads)
+        self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}
+
+    def fingerprint(self) -> str:
+        """Implementation, hash of the kernels' source, the CPU's vector features, Numba's and LLVM's versions."""
+        return (f"cpu/{launch.source_key()}/{launch.vector_features()}/numba-{numba.__version__}"
+                f"/llvmlite-{llvmlite.__version__}")
+
+    # ---- views and work ----------------------------------------------------------------------------------------
+
+    def _stored(self, tensor: Tensor) -> np.ndarray:
+        """numpy's view of a weight or cache, kept while the tensor lives: making one costs more than a small op."""
+        key = id(tensor)
+        known = self._views.get(key)
+        if known is not None and known[0]() is tensor and known[1] == tensor.data_ptr():
+            return known[2]
+        if tensor.dtype not in VIEWS or not tensor.is_contiguous():
+            raise ValueError(f"weights and cache must be contiguous float32, bfloat16 or float16, not {tensor.dtype} "
+                             f"with strides {tensor.stride()}")
+        view = tensor.detach().view(VIEWS[tensor.dtype]).numpy()
+        self._views[key] = (weakref.ref(tensor, lambda _: self._views.pop(key, None)), tensor.data_ptr(), view)
+        return view
+
+    def _tasks(self, rows: int, elements: int) -> int:
+        """Into how many ranges of rows the threads cut an element-wise operation."""
+        if elements < ALONE or rows < 2 or self.threads == 1:
+            return 1
+        launch.set_threads(self.threads)
+        return min(rows, self.threads)
+
+    # ---- the model's operations --------------------------------------------------------------------------------
+
+    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+        ids = _integers(ids_T)
+        vocab, width = table_VD.shape
+        out_TD = torch.empty((ids.size, width))
+        bad = elementwise.embedding(ids, self._stored(table_VD), vocab, width, out_TD.numpy(),
+                                    self._tasks(ids.size, out_TD.numel()))
+        if bad >= 0:
+            raise IndexError(f"id {ids[bad]} is not one of the table's {vocab} rows")
+        return out_TD
+
+    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
+               bounds: Sequence[int] | None = None) -> Tensor:
+        rows, inputs = x_TK.shape
+        width, depth = weight_NK.shape
+        if depth != inputs:
+            raise ValueError(f"x has {inputs} inputs and the weight {depth}")
+        cuts = _bounds((0, inputs) if bounds is None else tuple(bounds), inputs)
+        bias = NOTHING if bias_N is None else self._stored(bias_N)
+        y_TN = torch.empty((rows, width))
+        launch.set_threads(self.threads)
+        linear(_dense(x_TK), rows, inputs, self._stored(weight_NK), width, bias, cuts, y_TN.numpy())
+        return y_TN
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = _dense(x_TD)
+        out_TD = torch.empty_like(x_TD)
+        width = x.shape[-1]
+        rows = x.size // width
+        elementwise.rms_norm(x, rows, width, self._stored(weight_D), np.float32(eps), out_TD.numpy(),
+                             self._tasks(rows, x.size))
+        return out_TD
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor,
+                     eps: float) -> tuple[Tensor, Tensor]:
+        x = _dense(x_TD)
+        if residual_TD.shape != x_TD.shape:
+            raise ValueError(f"x is {tuple(x_TD.shape)} and the residual {tuple(residual_TD.shape)}")
+        out_TD, sum_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        rows, width = x.shape
+        elementwise.add_rms_norm(x, _dense(residual_TD), rows, width, self._stored(weight_D), np.float32(eps),
+                                 out_TD.numpy(), sum_TD.numpy(), self._tasks(rows, x.size))
+        return out_TD, sum_TD
+
+    def rotary(self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
+               weight_d: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        rows, heads, dim = x_THd.shape
+        out_THd = torch.empty((rows, heads, dim))
+        positions = _integers(positions_T)
+        weight = NOTHING if weight_d is None else self._stored(weight_d)
+        bad = elementwise.rotary(_strided(x_THd), x_THd.stride(0), x_THd.stride(1), heads, dim, positions,
+                                 self._stored(table_Pd), table_Pd.shape[0], weight, np.float32(eps), out_THd.numpy(),
+                                 self._tasks(rows, out_THd.numel()))
+        if bad >= 0:
+            raise IndexError(f"position {positions[bad]} is not one of the rotary table's {table_Pd.shape[0]}")
+        return out_THd
+
+    def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
+        rows, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
+        out_TI = torch.empty((rows, width))
+        elementwise.silu_mul(_dense(gate_up_TI), rows, width, out_TI.numpy(), self._tasks(rows, 4 * out_TI.numel()))
+        return out_TI
+
+    # ---- the cache ---------------------------------------------------------------------------------------------
+
+    def store_kv_(self, k_TGd: Tensor, v_TGd: Tensor, blocks: Tensor, layer: int, slots_T: Tensor) -> None:
+        slots = _integers(slots_T, torch.int32)
+        bad = elementwise.store_kv(
+            _strided(k_TGd), k_TGd.stride(0), k_TGd.stride(1), _strided(v_TGd), v_TGd.stride(0), v_TGd.stride(1),
+            self._stored(blocks), layer, slots, self._tasks(slots.size, 2 * k_TGd.numel()))
+        if bad >= 0:
+            raise IndexError(f"slot {slots[bad]} is not in a cache of {blocks.shape[0]} blocks")
+
+    def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
+                  window: int = 0) -> Tensor:
+        out_THd = torch.empty(q_THd.shape)
+        launch.set_threads(self.threads)
+        paged.attention(_dense(q_THd), self._stored(blocks), layer, meta.block_table_SM.numpy(),
+                        meta.query_start_S1.numpy(), meta.context_len_S.numpy(), out_THd.numpy(), scale, window)
+        return out_THd
+
+    def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        if source.dtype != target.dtype or source.shape[1:] != target.shape[1:]:
+            raise ValueError(f"blocks {source.dtype} {tuple(source.shape)} do not fit "
+                             f"{target.dtype} {tuple(target.shape)}")
+        ours, theirs = self._stored(source), self._stored(target)
+        for i, j in pairs:
+            theirs[j] = ours[i]
+
+    # ---- logits ------------------------------------------------------------------------------------------------
+
+    def edit_logits_(self, logits_RV: Tensor, rows_E: Tensor, ids_E: Tensor, divide_E: Tensor,
+                     add_E: Tensor) -> None:
+        bad = elementwise.edit_logits(_dense(logits_RV), _integers(rows_E), _integers(ids_E), _dense(divide_E),
+                                      _dense(add_E))
+        if bad >= 0:
+            raise IndexError(f"edit {bad} names row {rows_E[bad]}, token {ids_E[bad]} of {tuple(logits_RV.shape)}")
+
+    def mask_logits_(self, logits_RV: Tensor, rows_E: Tensor, mask_EW: Tensor) -> None:
+        bad = elementwise.mask_logits(_dense(logits_RV), _integers(rows_E), _integers(mask_EW, torch.int32))
+        if bad >= 0:
+            raise IndexError(f"mask {bad} names row {rows_E[bad]} of {tuple(logits_RV.shape)}")
+
+    def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        out_R = torch.empty(logits_RV.shape[0])
+        launch.set_threads(self.threads)
+        sampling.logsumexp(_dense(logits_RV), _bounds(tuple(bounds), logits_RV.shape[1]), out_R.numpy())
+        return out_R
+
+    def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+        rows = logits_RV.shape[0]
+        out_R, rank_R = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+        launch.set_threads(self.threads)
+        sampling.score(_dense(logits_RV), _dense(lse_R), _integers(targets_R), out_R.numpy(), rank_R.numpy())
+        return out_R, rank_R
+
+    def top_logprobs(self, logits_RV: Tensor, lse_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        shape = (logits_RV.shape[0], min(k, logits_RV.shape[1]))
+        out_Rk, ids_Rk = torch.empty(shape), torch.empty(shape, dtype=torch.int32)
+        launch.set_threads(self.threads)
+        sampling.top_logprobs(_dense(logits_RV), _dense(lse_R), shape[1], out_Rk.numpy(), ids_Rk.numpy())
+        return out_Rk, ids_Rk
+
+    def sample(self, logits_RV: Tensor, params: SampleParams) -> Tensor:
+        out_R = torch.empty(logits_RV.shape[0], dtype=torch.int64)
+        launch.set_threads(self.threads)
+        sampling.sample(_dense(logits_RV), params.temperature_R.numpy(), params.top_k_R.numpy(), params.top_p_R.numpy(),
+                        params.min_p_R.numpy(), params.seed_R.numpy(), params.choice_R.numpy(),
+                        params.position_R.numpy(), out_R.numpy())
+        return out_R

@@ -1,0 +1,182 @@
+"""`ReferenceOps`: every operation in plain torch, as its definition reads. Honest and simple, not fast.
+
+It is what the Numba kernels are compared with, and the first backend on a GPU. Rows are *not* bit-identical
+across batches here: torch's matrix products choose their reduction by shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.reference import sample as sampling
+
+__all__ = ["ReferenceOps"]
+
+
+def _tree(parts: list[Tensor]) -> Tensor:
+    """Balanced binary tree of sums: neighbours first."""
+    while len(parts) > 1:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2])]
+        parts = pairs + parts[2 * len(pairs):]
+    return parts[0]
+
+
+class ReferenceOps:
+    """`headrace.kernels.ops.Ops` in torch, on `device`."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def fingerprint(self) -> str:
+        """Implementation, torch's version and the device; torch fixes no reduction order beyond that."""
+        cuda = self.device.type == "cuda"
+        place = torch.cuda.get_device_name(self.device) if cuda else torch.backends.cpu.get_cpu_capability()
+        return f"reference/torch-{torch.__version__}/{place}"
+
+    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+        return table_VD[ids_T.to(table_VD.device, torch.int64)].float()
+
+    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
+               bounds: Sequence[int] | None = None) -> Tensor:
+        cuts = (0, x_TK.shape[-1]) if bounds is None else tuple(bounds)
+        y_TN = _tree([F.linear(x_TK[..., a:b], weight_NK[:, a:b].float()) for a, b in pairwise(cuts)])
+        return y_TN if bias_N is None else y_TN + bias_N.float()
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x_TD = x_TD.float()
+        return x_TD * torch.rsqrt(x_TD.square().mean(dim=-1, keepdim=True) + eps) * weight_D.float()
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor,
+                     eps: float) -> tuple[Tensor, Tensor]:
+        sum_TD = x_TD + residual_TD
+        return self.rms_norm(sum_TD, weight_D, eps), sum_TD
+
+    def rotary(self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
+               weight_d: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        if weight_d is not None:
+            x_THd = self.rms_norm(x_THd, weight_d, eps)
+        angles_T1d = table_Pd[positions_T.to(table_Pd.device, torch.int64)].unsqueeze(1)
+        cos, sin = angles_T1d.chunk(2, dim=-1)
+        low, high = x_THd.float().chunk(2, dim=-1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
+        gate, up = gate_up_TI.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def store_kv_(self, k_TGd: Tensor, v_TGd: Tensor, blocks: Tensor, layer: int, slots_T: Tensor) -> None:
+        slots_T = slots_T.to(blocks.device, torch.int64)
+        rows_T = (slots_T >= 0).nonzero().squeeze(1)
+        slots_T = slots_T[rows_T]
+        size = blocks.shape[4]
+        for part, x_TGd in enumerate((k_TGd, v_TGd)):
+            blocks[slots_T // size, layer, part, :, slots_T % size] = x_TGd[rows_T].to(blocks.dtype)
+
+    def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
+                  window: int = 0) -> Tensor:
+        out_THd = torch.empty(q_THd.shape, dtype=torch.float32, device=q_THd.device)
+        starts, contexts = meta.query_start_S1.tolist(), meta.context_len_S.tolist()
+        for s, context in enumerate(contexts):
+            rows = slice(starts[s], starts[s + 1])
+            count = rows.stop - rows.start
+            if count == 0:
+                continue
+            first = max(0, context - count - window + 1) if window else 0  # the oldest position any row sees
+            keys_GJd, values_GJd = self._gather(blocks, layer, meta.block_table_SM[s], first, context)
+            seen_IJ = self._visible(context - count, first, context, window)
+            out_THd[rows] = self._softmax_rows(q_THd[rows].float(), keys_GJd, values_GJd, seen_IJ, scale)
+        return out_THd
+
+    def _gather(self, blocks: Tensor, layer: int, table_M: Tensor, first: int,
+                last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [G, last − first, d] of positions first … last − 1, fp32."""
+        size = blocks.shape[4]
+        positions_J = torch.arange(first, last, device=blocks.device)
+        block_J = table_M.to(blocks.device, torch.int64)[positions_J // size]
+        both_J2Gd = blocks[block_J, layer, :, :, positions_J % size].float()
+        keys_JGd, values_JGd = both_J2Gd.unbind(dim=1)
+        return keys_JGd.transpose(0, 1), values_JGd.transpose(0, 1)
+
+    def _visible(self, query: int, first: int, last: int, window: int) -> Tensor:
+        """[last − query, last − first]: whether the row at position query + i sees position first + j."""
+        at_I1 = torch.arange(query, last, device=self.device)[:, None]
+        at_J = torch.arange(first, last, device=self.device)
+        seen_IJ = at_J <= at_I1
+        return seen_IJ & (at_J > at_I1 - window) if window else seen_IJ
+
+    @staticmethod
+    def _softmax_rows(q_IHd: Tensor, keys_GJd: Tensor, values_GJd: Tensor, seen_IJ: Tensor,
+                      scale: float) -> Tensor:
+        groups = keys_GJd.shape[0]
+        q_GNId = q_IHd.transpose(0, 1).unflatten(0, (groups, -1))
+        scores = (q_GNId @ keys_GJd.unsqueeze(1).mT) * scale
+        weights = torch.softmax(scores.masked_fill(~seen_IJ, -torch.inf), dim=-1)
+        return (weights @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
+
+    def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        shards = [logits_RV[:, a:b] for a, b in pairwise(bounds) if b > a]
+        best_R = torch.stack([x.amax(dim=1) for x in shards]).amax(dim=0)
+        shift_R1 = torch.where(best_R == -torch.inf, 0.0, best_R)[:, None]
+        total_R = _tree([torch.exp(x.float() - shift_R1).sum(dim=1) for x in shards])
+        return shift_R1[:, 0] + torch.log(total_R)
+
+    def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+        target_R1 = targets_R.to(logits_RV.device, torch.int64)[:, None]
+        z_RV = sampling.ordered(logits_RV)
+        own_R1 = z_RV.gather(1, target_R1)
+        ids_V = torch.arange(z_RV.shape[1], device=z_RV.device)
+        before_RV = (z_RV > own_R1) | ((z_RV == own_R1) & (ids_V < target_R1))
+        return _logprob(own_R1, lse_R)[:, 0], (before_RV.sum(dim=1) + 1).to(torch.int32)
+
+    def top_logprobs(self, logits_RV: Tensor, lse_R: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best = sampling.ordered(logits_RV).sort(dim=1, descending=True, stable=True)
+        return _logprob(best.values[:, :k], lse_R), best.indices[:, :k].to(torch.int32)
+
+    def edit_logits_(self, logits_RV: Tensor, rows_E: Tensor, ids_E: Tensor, divide_E: Tensor,
+                     add_E: Tensor) -> None:
+        device = logits_RV.device
+        rows_E, ids_E = rows_E.to(device, torch.int64), ids_E.to(device, torch.int64)
+        divide_E, add_E = divide_E.to(device, torch.float32), add_E.to(device, torch.float32)
+        for round_ in _rounds(rows_E * logits_RV.shape[1] + ids_E):
+            at = (rows_E[round_], ids_E[round_])
+            z, divide = logits_RV[at], divide_E[round_]
+            logits_RV[at] = torch.where(z > 0, z / divide, z * divide) + add_E[round_]
+
+    def mask_logits_(self, logits_RV: Tensor, rows_E: Tensor, mask_EW: Tensor) -> None:
+        device, vocab_size = logits_RV.device, logits_RV.shape[1]
+        bits_EV = ((mask_EW.to(device)[:, :, None] >> torch.arange(32, device=device)) & 1).flatten(1)
+        banned_EV = F.pad(1 - bits_EV, (0, max(0, vocab_size - bits_EV.shape[1])), value=1)[:, :vocab_size]
+        bans_RV = torch.zeros(logits_RV.shape, dtype=banned_EV.dtype, device=device)
+        bans_RV.index_add_(0, rows_E.to(device, torch.int64), banned_EV)
+        logits_RV.masked_fill_(bans_RV > 0, -torch.inf)
+
+    def sample(self, logits_RV: Tensor, params: SampleParams) -> Tensor:
+        return sampling.sample(logits_RV, params)
+
+    def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        for i, j in pairs:
+            target[j].copy_(source[i])
+
+
+def _logprob(z_RN: Tensor, lse_R: Tensor) -> Tensor:
+    """z − lse, where a banned token is -inf even in a row of nothing else."""
+    return torch.where(z_RN == -torch.inf, -torch.inf, z_RN - lse_R[:, None])
+
+
+def _rounds(keys_E: Tensor) -> list[Tensor]:
+    """Indices in rounds: the i-th has every key's i-th occurrence, so edits of one token stay in order."""
+    if keys_E.numel() == 0:
+        return []
+    ranked = keys_E.sort(stable=True)
+    _, counts = torch.unique_consecutive(ranked.values, return_counts=True)
+    start_E = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    occurrence_E = torch.arange(keys_E.numel(), device=keys_E.device) - start_E
+    return [ranked.indices[occurrence_E == i] for i in range(int(counts.max()))]

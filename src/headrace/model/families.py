@@ -1,0 +1,244 @@
+"""The families of checkpoints: how each one's `config.json` becomes a `ModelConfig`, and back.
+
+Read in the forms of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
+`dtype`); written in the first, which both read. An absent field has the value that transformers gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.config import DTYPES, ModelConfig, RopeScaling
+from headrace.errors import CheckpointError
+
+__all__ = ["FAMILIES", "Family", "config_from_json", "config_to_json"]
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a family fixes, where the others have a field in config.json or nothing.
+
+    `attention_bias` "config" follows config.json for q, k, v and o; "qkv" is a bias on q, k and v, always.
+    `window` says which layers slide: "never", "all" (if `sliding_window` is set) or "listed" (`layer_types`,
+    or from `max_window_layers` up, if `use_sliding_window`). `defaults` are for fields that are absent.
+    """
+
+    model_type: str
+    attention_bias: str = "none"
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: str = "never"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family("llama", attention_bias="config", mlp_bias=True),
+    "MistralForCausalLM": Family("mistral", window="all",
+                                 defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "Qwen2ForCausalLM": Family("qwen2", attention_bias="qkv", window="listed", defaults=QWEN),
+    "Qwen3ForCausalLM": Family("qwen3", attention_bias="config", qk_norm=True, window="listed",
+                               defaults={**QWEN, "head_dim": 128}),
+}
+
+FIXED_TABLES = ("linear", "llama3", "yarn")
+LENGTH_DEPENDENT = ("dynamic", "longrope", "su", "ntk")
+
+
+def config_from_json(json: Json, generation: Json) -> ModelConfig:
+    """The model that a config.json describes, with the stop ids of generation_config.json where it names any.
+
+    Raises `CheckpointError` naming the field that is missing, malformed or not supported.
+    """
+    names = json.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else None
+    if name not in FAMILIES:
+        raise CheckpointError(f"architecture {name!r} is not supported, only {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    json = {**family.defaults, **json}
+    _refuse_unsupported(json)
+    heads = _integer(json, "num_attention_heads")
+    hidden = _integer(json, "hidden_size")
+    layers = _integer(json, "num_hidden_layers")
+    head_dim = _integer(json, "head_dim", hidden // max(heads, 1))
+    positions = _integer(json, "max_position_embeddings")
+    bias = family.attention_bias == "config" and _flag(json, "attention_bias")
+    theta, scaling = _rope(json, positions)
+    window, sliding = _window(json, family, layers)
+    eos = generation.get("eos_token_id")
+    return ModelConfig(
+        architecture=name, vocab_size=_integer(json, "vocab_size"), hidden_size=hidden,
+        intermediate_size=_integer(json, "intermediate_size"), num_layers=layers, num_heads=heads,
+        num_kv_heads=_integer(json, "num_key_value_heads", heads), head_dim=head_dim,
+        max_position_embeddings=positions, rms_norm_eps=_number(json, "rms_norm_eps", 1e-6), rope_theta=theta,
+        rope_scaling=scaling, tie_word_embeddings=_flag(json, "tie_word_embeddings"),
+        qkv_bias=bias or family.attention_bias == "qkv", o_bias=bias,
+        mlp_bias=family.mlp_bias and _flag(json, "mlp_bias"), qk_norm=family.qk_norm,
+        sliding_window=window, sliding_layers=sliding, bos_token_id=_bos(json),
+        eos_token_ids=_eos(json.get("eos_token_id") if eos is None else eos), dtype=_dtype(json))
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of `config`, for transformers 4 and 5 and for `config_from_json`."""
+    family = FAMILIES.get(config.architecture)
+    if family is None:
+        raise CheckpointError(f"architecture {config.architecture!r} is not one of {', '.join(FAMILIES)}")
+    eos = list(config.eos_token_ids)
+    json: dict[str, Any] = {
+        "architectures": [config.architecture], "model_type": family.model_type, "hidden_act": "silu",
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else _scaling_to_json(config.rope_scaling),
+        "tie_word_embeddings": config.tie_word_embeddings, "bos_token_id": config.bos_token_id,
+        "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None, "torch_dtype": config.dtype,
+    }
+    if family.attention_bias == "config":
+        json["attention_bias"] = config.qkv_bias
+    if family.mlp_bias:
+        json["mlp_bias"] = config.mlp_bias
+    if family.window == "all":
+        json["sliding_window"] = config.sliding_window or None
+    elif family.window == "listed":
+        sliding = [config.window(layer) > 0 for layer in range(config.num_layers)]
+        json["use_sliding_window"] = any(sliding)
+        json["sliding_window"] = config.sliding_window or None
+        json["max_window_layers"] = config.num_layers - sum(sliding)
+        json["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    return json
+
+
+def _scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
+    json: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return json
+    json["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    if scaling.kind == "llama3":
+        return json | {"low_freq_factor": scaling.low_freq_factor,
+                       "high_freq_factor": scaling.high_freq_factor}
+    json |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+    optional = {"attention_factor": scaling.attention_factor, "mscale": scaling.mscale,
+                "mscale_all_dim": scaling.mscale_all_dim}
+    return json | {key: value for key, value in optional.items() if value}
+
+
+def _refuse_unsupported(json: Json) -> None:
+    if json.get("quantization_config"):
+        method = json["quantization_config"]
+        method = method.get("quant_method", "?") if isinstance(method, dict) else method
+        raise CheckpointError(f"quantization_config ({method}) is not supported: give the plain checkpoint")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if json.get(key):
+            raise CheckpointError(f"{key}={json[key]}: experts are not supported, only dense models")
+    act = json.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise CheckpointError(f"hidden_act={act!r} is not supported: it must be 'silu'")
+
+
+def _rope(json: Json, positions: int) -> tuple[float, RopeScaling | None]:
+    rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"rope_parameters={rope!r} must be an object")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError("rope_parameters that differ by layer type are not supported")
+    theta = _number(rope, "rope_theta", _number(json, "rope_theta", 10000.0))
+    if theta <= 1:
+        raise CheckpointError(f"rope_theta={theta} must be more than 1")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for source in (json, rope):
+        if source.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise CheckpointError(f"partial_rotary_factor={source['partial_rotary_factor']} is not supported")
+    if kind == "default":
+        return theta, None
+    if kind not in FIXED_TABLES:
+        why = " (its table changes with the sequence's length)" if kind in LENGTH_DEPENDENT else ""
+        raise CheckpointError(f"rope scaling {kind!r} is not supported{why}, only {', '.join(FIXED_TABLES)}")
+    return theta, _scaling(json, rope, kind, positions)
+
+
+def _scaling(json: Json, rope: Json, kind: str, positions: int) -> RopeScaling:
+    if kind == "linear":
+        return RopeScaling(kind, _number(rope, "factor"))
+    trained = _integer(rope, "original_max_position_embeddings",
+                       _integer(json, "original_max_position_embeddings", positions))
+    if trained < 1:
+        raise CheckpointError(f"original_max_position_embeddings={trained} must be positive")
+    if kind == "llama3":
+        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+        if not 0 < low < high:
+            raise CheckpointError(f"low_freq_factor={low} must be positive and below high_freq_factor={high}")
+        return RopeScaling(kind, _number(rope, "factor"), trained, low_freq_factor=low, high_freq_factor=high)
+    return RopeScaling(
+        kind, _number(rope, "factor", positions / trained), trained,
+        beta_fast=_number(rope, "beta_fast", 32.0), beta_slow=_number(rope, "beta_slow", 1.0),
+        attention_factor=None if rope.get("attention_factor") is None else _number(rope, "attention_factor"),
+        mscale=_number(rope, "mscale", 0.0), mscale_all_dim=_number(rope, "mscale_all_dim", 0.0),
+        truncate=_flag(rope, "truncate", True))
+
+
+def _window(json: Json, family: Family, layers: int) -> tuple[int, tuple[bool, ...]]:
+    if family.window == "never" or (family.window == "listed" and not _flag(json, "use_sliding_window")):
+        return 0, ()
+    window = _integer(json, "sliding_window", 0)
+    if not window or family.window == "all":
+        return window, ()
+    kinds = json.get("layer_types")
+    if kinds is None:
+        return window, tuple(layer >= _integer(json, "max_window_layers") for layer in range(layers))
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise CheckpointError(f"layer_types entry {kind!r} is not sliding_attention or full_attention")
+    return window, tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _eos(value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise CheckpointError(f"eos_token_id={value!r} must be a token id, a list of them or null")
+    return tuple(ids)
+
+
+def _bos(json: Json) -> int | None:
+    return None if json.get("bos_token_id") is None else _integer(json, "bos_token_id")
+
+
+def _dtype(json: Json) -> str:
+    dtype = json.get("dtype") or json.get("torch_dtype") or "float32"
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype={dtype!r} is not supported: it must be one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _integer(json: Json, key: str, default: int | None = None) -> int:
+    value = default if json.get(key) is None else json[key]
+    if value is None:
+        raise CheckpointError(f"{key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise CheckpointError(f"{key}={value!r} must be an integer")
+    return value
+
+
+def _number(json: Json, key: str, default: float | None = None) -> float:
+    value = default if json.get(key) is None else json[key]
+    if value is None:
+        raise CheckpointError(f"{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{key}={value!r} must be a finite number")
+    return float(value)
+
+
+def _flag(json: Json, key: str, default: bool = False) -> bool:
+    value = default if json.get(key) is None else json[key]
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{key}={value!r} must be true or false")
+    return value

@@ -1,0 +1,141 @@
+"""Checkpoint folders in Hugging Face layout: found, read into a `Transformer`, and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.config import DTYPES, ModelConfig, one_of
+from headrace.errors import CheckpointError, ConfigError
+from headrace.kernels.ops import Ops
+from headrace.model.families import config_from_json, config_to_json
+from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
+from headrace.model.transformer import Transformer
+
+__all__ = ["load_model", "read_config", "resolve", "save_model"]
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WANTED = ["*.json", "*.safetensors", "*.jinja"]
+UNWANTED = ["*/*", "consolidated*"]
+
+
+def resolve(path_or_id: str | os.PathLike[str]) -> Path:
+    """A local checkpoint folder as it is, a hub id ("org/name") as the folder it is downloaded to.
+
+    Raises `CheckpointError` where there is no such folder and the hub does not give it.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    name = os.fspath(path_or_id)
+    if path.exists():
+        raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG}")
+    if name.startswith((".", "/", "~", os.sep)) or name.count("/") != 1 or not all(name.split("/")):
+        raise CheckpointError(f"{name} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-0.6B")
+    import huggingface_hub  # here, because only a download needs it and it takes a while to import
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except Exception as error:  # the hub raises its own errors and those of its transport
+        raise CheckpointError(f"{name} is no local folder, and the Hugging Face hub did not give it "
+                              f"({type(error).__name__}): give the path of a checkpoint folder") from error
+
+
+def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The model that a folder's config.json (and generation_config.json, for stop ids) describes.
+
+    Raises `CheckpointError` naming the file and the field.
+    """
+    path, generation_path = Path(folder) / CONFIG, Path(folder) / GENERATION
+    config = read_json(path)
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    try:
+        return config_from_json(config, generation)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto") -> Transformer:
+    """The model in a folder, on the ops' device, without gradients.
+
+    Matrices keep the dtype they are stored in ("auto"; float32 where they differ) or take `dtype`; norms and
+    biases are fp32. Files are mapped and each tensor is copied once, to its place. Raises `CheckpointError`
+    naming the file or tensor that is missing, left over, misshapen or broken.
+    """
+    one_of("dtype", dtype, ("auto", *DTYPES))
+    config = read_config(folder)
+    files = TensorFiles(Path(folder))
+    if dtype == "auto":
+        dtype = _stored_dtype(files)
+    config = dataclasses.replace(config, dtype=dtype)
+    try:
+        model = Transformer(config, ops)
+    except RuntimeError as error:
+        raise CheckpointError(f"no memory on {ops.device} for the model that {folder} describes") from error
+    places = dict(model.tensors())
+    sources = _match(places, files, config.tie_word_embeddings)
+    for name, place in places.items():
+        place.copy_(files.tensor(sources[name]))
+    return model.requires_grad_(False)
+
+
+def save_model(model: Transformer, folder: str | os.PathLike[str],
+               extra_config: Mapping[str, Any] | None = None) -> None:
+    """Write config.json, generation_config.json and model.safetensors, for `transformers` and `load_model`.
+
+    Tensors are stored in the model's dtype, except norms and biases that it could not hold exactly.
+    `extra_config` is added to config.json.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = getattr(torch, model.config.dtype)
+    config = {**config_to_json(model.config), **(extra_config or {})}
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+    write_tensors(folder / SINGLE, ((name, _narrow(tensor, dtype)) for name, tensor in model.tensors()),
+                  {"format": "pt"})
+    for name, content in ((CONFIG, config), (GENERATION, generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored_dtype(files: TensorFiles) -> str:
+    found = {files.dtype(name) for name in files.names() if len(files.shape(name)) == 2}
+    return str(found.pop() if len(found) == 1 else torch.float32).removeprefix("torch.")
+
+
+def _match(places: Mapping[str, Tensor], files: TensorFiles, tied: bool) -> dict[str, str]:
+    """Checkpoint tensor to read for every tensor of the model, after every check that needs no data."""
+    found = files.names()
+    sources = {name: name for name in places}
+    if tied and HEAD in found:
+        if EMBEDDING not in found:
+            sources[EMBEDDING] = HEAD
+        elif not torch.equal(files.tensor(EMBEDDING), files.tensor(HEAD)):
+            raise CheckpointError(f"{HEAD} differs from {EMBEDDING}, though {CONFIG} ties them")
+        found |= {EMBEDDING}
+        found -= {HEAD}
+    for wrong, names in (("is missing from", places.keys() - found), ("is in", found - places.keys())):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            reason = "" if wrong == "is missing from" else f", but {CONFIG} describes a model without it"
+            raise CheckpointError(f"{min(names)}{more} {wrong} the checkpoint{reason}")
+    for name, place in places.items():
+        shape = files.shape(sources[name])
+        if shape != tuple(place.shape):
+            raise CheckpointError(
+                f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(place.shape)}")
+        files.dtype(sources[name])
+    return sources
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor

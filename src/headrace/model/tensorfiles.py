@@ -1,0 +1,116 @@
+"""The tensors of a checkpoint folder, memory-mapped from one safetensors file or the shards of an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from headrace.errors import CheckpointError
+
+__all__ = ["TensorFiles", "read_json", "write_tensors"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Tables that old checkpoints carry and every reader computes for itself.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.self_attn\.masked_bias$")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: give a folder in Hugging Face layout") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+class TensorFiles:
+    """Name → tensor over a checkpoint's files, which stay mapped while this object lives.
+
+    Opening reads the headers only. A missing, truncated or corrupt file raises `CheckpointError` naming it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        if (folder / SINGLE).exists():
+            path = folder / SINGLE
+            self._where = dict.fromkeys(self._open(path).keys(), path)
+        elif (folder / INDEX).exists():
+            self._read_index(folder)
+        else:
+            hint = " (pickled weights are not read)" if list(folder.glob("pytorch_model*.bin")) else ""
+            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
+
+    def _read_index(self, folder: Path) -> None:
+        index = folder / INDEX
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{index} places {name} in {file!r}, which is not a file name")
+            path = folder / file
+            if path not in self._files and not path.exists():
+                raise CheckpointError(f"{path} is missing: {INDEX} places {name} in it")
+            if name not in set(self._open(path).keys()):
+                raise CheckpointError(f"{path} lacks the tensor {name} that {INDEX} places in it")
+            self._where[name] = path
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                self._files[path] = safetensors.safe_open(path, framework="pt", device="cpu")
+            except (safetensors.SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is truncated or corrupt: {_one_line(error)}") from error
+        return self._files[path]
+
+    def names(self) -> set[str]:
+        """Every tensor's name, without those that no model reads."""
+        return {name for name in self._where if not IGNORED.search(name)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, from the header. Raises `CheckpointError` where weights may not have it."""
+        code = self._slice(name).get_dtype()
+        if code not in DTYPES:
+            raise CheckpointError(f"{name} in {self._where[name]} is {code}, not one of {', '.join(DTYPES)}")
+        return DTYPES[code]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor over the mapped file: pages are read when they are touched."""
+        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._where[name]].get_slice(name)
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, whole or not at all: it takes its name when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    # Views of one fused parameter share its storage, which the format's writer must not see as aliases.
+    arrays = {name: tensor.contiguous() for name, tensor in tensors}
+    safetensors.torch.save_file(arrays, partial, dict(metadata))
+    os.replace(partial, path)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

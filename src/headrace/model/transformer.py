@@ -1,0 +1,130 @@
+"""The model: one decoder-only transformer, which trains and serves.
+
+It is `embed`, `blocks[i:j]` and `head`, so a pipeline stage is a slice. It knows attention as `ctx.attend`
+only, and nothing of caches, batches, ranks or quantization. Between blocks the residual stream travels as
+(x, residual), the last output and the sum before it, so that the addition is fused into the next norm.
+
+    T tokens, those of all sequences in a row   R rows with logits   D hidden   V vocabulary
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from headrace.attention.context import AttentionContext
+from headrace.config import ModelConfig
+from headrace.kernels.ops import Ops
+from headrace.model.layers import Attention, GatedMLP, RMSNorm, weight_dtype
+from headrace.model.rotary import rotary_table
+from headrace.parallel.tensor import LMHead, VocabParallelEmbedding
+
+__all__ = ["Block", "Transformer"]
+
+MLPFactory = Callable[[ModelConfig, Ops, int], GatedMLP]
+"""(config, ops, layer) → that layer's feed-forward part."""
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward part, each behind a norm."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, mlp: MLPFactory) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, ops, layer, rope_Pd)
+        self.mlp_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp(config, ops, layer)
+
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor,
+                ctx: AttentionContext) -> tuple[Tensor, Tensor]:
+        """(x, residual) → (x, residual); `residual` is None before the first block."""
+        x_TD, residual_TD = self.input_norm(x_TD, residual_TD)
+        x_TD = self.attention(x_TD, positions_T, ctx)
+        x_TD, residual_TD = self.mlp_norm(x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD
+
+    def init_(self, generator: torch.Generator, std: float, out_std: float) -> None:
+        """Normal weights; `out_std` is that of the two projections back into the residual stream."""
+        self.attention.init_(generator, std, out_std)
+        self.mlp.init_(generator, std, out_std)
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, view) of every tensor, to be read or filled."""
+        yield from self.input_norm.tensors(f"{prefix}input_layernorm")
+        yield from self.attention.tensors(f"{prefix}self_attn.")
+        yield from self.mlp_norm.tensors(f"{prefix}post_attention_layernorm")
+        yield from self.mlp.tensors(f"{prefix}mlp.")
+
+
+class Transformer(nn.Module):
+    """A dense decoder of the shape and family that `config` says, computed by `ops`.
+
+    Matrices are stored in `config.dtype`, norms and biases in fp32, on the ops' device. They start
+    uninitialised: `init_weights` or `headrace.model.huggingface.load_model` fills them.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.rope_Pd = rotary_table(config, ops.device)
+        dtype = weight_dtype(config)
+        self.embed = VocabParallelEmbedding(ops, config.vocab_size, config.hidden_size, dtype)
+        self.blocks = nn.ModuleList(
+            Block(config, ops, layer, self.rope_Pd, mlp) for layer in range(config.num_layers))
+        self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
+        self.lm_head = LMHead(ops, config.vocab_size, config.hidden_size, config.shards, dtype,
+                              tied=self.embed if config.tie_word_embeddings else None)
+
+    @property
+    def vocab_bounds(self) -> tuple[int, ...]:
+        """Offsets of the vocabulary's shards, for `Ops.logsumexp` of the logits."""
+        return self.lm_head.bounds
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext,
+                rows_R: Tensor | None = None) -> Tensor:
+        """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; none at all is allowed)."""
+        x_TD, residual_TD = self.embed(ids_T), None
+        for block in self.blocks:
+            x_TD, residual_TD = block(x_TD, residual_TD, positions_T, ctx)
+        return self.head(x_TD, residual_TD, rows_R)
+
+    def head(self, x_TD: Tensor, residual_TD: Tensor | None, rows_R: Tensor | None = None) -> Tensor:
+        """The last blocks' (x, residual) → logits [R, V] fp32 of the rows `rows_R` (None: of all)."""
+        if rows_R is not None:
+            if rows_R.shape[0] == 0:
+                return x_TD.new_empty((0, self.config.vocab_size))
+            x_TD = self.ops.embedding(rows_R, x_TD)
+            residual_TD = None if residual_TD is None else self.ops.embedding(rows_R, residual_TD)
+        x_RD, _ = self.norm(x_TD, residual_TD)
+        return self.lm_head(x_RD)
+
+    def init_weights(self, seed: int, std: float = 0.02) -> None:
+        """Normal random weights; projections into the residual stream are scaled by 1/√(2·layers)."""
+        generator = torch.Generator().manual_seed(seed)
+        out_std = std * (2 * self.config.num_layers) ** -0.5
+        self.embed.init_(generator, std)
+        for block in self.blocks:
+            block.init_(generator, std, out_std)
+        self.lm_head.init_(generator, std)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face checkpoint name, view) of every tensor, to be read or filled."""
+        yield from self.embed.tensors("model.embed_tokens")
+        for layer, block in enumerate(self.blocks):
+            yield from block.tensors(f"model.layers.{layer}.")
+        yield from self.norm.tensors("model.norm")
+        yield from self.lm_head.tensors("lm_head")
+
+    def with_ops(self, ops: Ops) -> Transformer:
+        """The same weights, in the same memory, computed by other ops on the same device, without gradients.
+
+        So an engine may sample from a model while it trains.
+        """
+        memo: dict[int, object] = {id(self.ops): ops, id(self.rope_Pd): self.rope_Pd}
+        for weight in self.parameters():
+            memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
+        return copy.deepcopy(self, memo)

@@ -1,0 +1,1 @@
+"""Linears that own their sharding, their loading and their collectives."""

@@ -1,0 +1,1 @@
+"""Text: tokenizer, incremental detokenizer with stop strings, chat templates."""

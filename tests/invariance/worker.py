@@ -1,0 +1,21 @@
+"""The other process: reads records, a JSON object a line, and answers with what it sampled."""
+
+import json
+import sys
+from pathlib import Path
+
+from invariance.harness import Cell, resume_here
+
+
+def main() -> None:
+    out = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        job = json.loads(line)
+        traces = resume_here(Cell(**job["cell"]), Path(job["folder"]), {int(n): r for n, r in job["records"].items()})
+        out.write(json.dumps({n: trace.to_json() for n, trace in traces.items()}) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()

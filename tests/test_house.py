@@ -1,0 +1,91 @@
+"""The house rules that a machine can hold: imports go one way, names are sorted, files and functions stay small."""
+
+import ast
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "headrace"
+FILES = sorted(SOURCE.rglob("*.py"))
+# Lower rooms first; rooms on one line may not import each other unless the order inside the line says so.
+ROOMS = ["errors", "config", "text", "kernels", "parallel", "quantization", "attention", "model", "zero", "train",
+         "cache", "engine", "speculate", "grammar", "instance", "lang", "sim", "cluster", "route", "serve", "bench",
+         "reproduce", "cli"]
+APART = {"train": {"cache", "engine"}, "cache": {"train", "zero"}, "engine": {"train", "zero"}}
+FACADE = {"__init__", "__main__"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "headrace":
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("headrace.")}
+    return names - {room(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_one_way(path):
+    here = room(path)
+    if here in FACADE:
+        return
+    assert here in ROOMS, f"{here} is not a room: give it a place in the order"
+    for other in imported_rooms(path):
+        if other in FACADE or other.startswith("_"):
+            continue
+        assert ROOMS.index(other) < ROOMS.index(here), f"{here} imports {other}, which stands above it"
+        assert other not in APART.get(here, ()), f"{here} must know nothing of {other}"
+
+
+def test_the_order_is_violated_by_a_wrong_import(tmp_path, monkeypatch):
+    wrong = SOURCE / "train" / "wrong.py"
+    monkeypatch.setattr(Path, "read_text", lambda self: "from headrace.engine.llm import LLM\n")
+    with pytest.raises(AssertionError):
+        test_imports_go_one_way(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_names_are_sorted_and_exist(path):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            names = ast.literal_eval(node.value)
+            assert names == sorted(names)
+            if "cuda" not in path.parts:
+                module = ".".join(["headrace", *path.relative_to(SOURCE).with_suffix("").parts])
+                loaded = importlib.import_module(module.removesuffix(".__init__"))
+                assert [n for n in names if not hasattr(loaded, n)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450, "a room is missing"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 65, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_product_imports_no_peer(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        module = getattr(node, "module", None) or ""
+        names = [module, *(a.name for a in getattr(node, "names", ()) if isinstance(node, ast.Import))]
+        assert not {n.split(".")[0] for n in names} & {"transformers", "openai", "vllm", "pickle"}
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    headrace = importlib.import_module("headrace")
+    assert headrace.__version__ == project["version"]
+    assert re.search(rf"^## {re.escape(project['version'])}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
