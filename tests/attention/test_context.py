@@ -19,8 +19,8 @@ def test_packed_layout():
     assert meta.context_len_S.tolist() == [5, 4, 9]
     assert meta.slots_T.tolist() == [*range(4, 9), *range(12, 16), *range(16, 25)]
     assert (meta.max_query, meta.max_context) == (9, 9)
-    assert {t.dtype for t in (meta.block_table_SM, meta.query_start_S1, meta.context_len_S, meta.slots_T)} == {
-        torch.int32}
+    tensors = (meta.block_table_SM, meta.query_start_S1, meta.context_len_S, meta.slots_T)
+    assert {t.dtype for t in tensors} == {torch.int32}
     assert packed_positions([3, 1, 2], CPU).tolist() == [0, 1, 2, 0, 0, 1]
 
 

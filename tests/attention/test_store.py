@@ -35,7 +35,7 @@ def test_an_element_is_where_the_layout_says():
 
 
 def test_no_memory_is_an_error_with_the_numbers():
-    with pytest.raises(ConfigError, match=r"no memory for a KV cache of 1099511627776 blocks × 1572864 bytes = "):
+    with pytest.raises(ConfigError, match=r"KV cache of 1099511627776 blocks × 1572864 bytes = "):
         KVStore(2**40, 12, 4, 64, 64, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Small random checkpoints made with transformers' own classes, and logits through either attention context."""
+"""Small random checkpoints made by transformers' own classes, and logits through either attention context."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ SMALL = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 172, "num_hi
          "initializer_range": 0.15, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Torch's threads cost these tiny models more than they give, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def transformers():
     """The peer that these tests compare with."""
@@ -30,9 +39,15 @@ def transformers():
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu"])
-def ops(request):
+def ops(request, cpu_ops):
     """Each implementation of the op set."""
-    return load_ops(request.param)
+    return cpu_ops if request.param == "cpu" else load_ops("reference")
+
+
+@pytest.fixture(scope="session")
+def cpu_ops():
+    """The op set in Numba, on one thread, which changes no bits."""
+    return load_ops("cpu", threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +58,7 @@ def reference_ops():
 
 @pytest.fixture(scope="session")
 def make_peer(transformers):
-    """make_peer(family, seed, **changes) → a random transformers model in fp32, every norm and bias random too."""
+    """make_peer(family, seed, **changes) → a random fp32 model of transformers, its norms and biases random too."""
 
     def make(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -102,7 +117,8 @@ def dense_logits():
 class PagedRun:
     """Sequences that grow in a paged cache, any number of rows a step. Blocks are handed out interleaved."""
 
-    def __init__(self, model, count: int, block_size: int = 8, cache_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model, count: int, block_size: int = 8,
+                 cache_dtype: torch.dtype = torch.float32) -> None:
         config = model.config
         per_sequence = -(-config.max_position_embeddings // block_size)
         self.model, self.block_size = model, block_size
@@ -119,7 +135,8 @@ class PagedRun:
             starts.append(starts[-1] + len(tokens))
             contexts.append(at.stop)
             positions += at
-            slots += [self.tables[s][p // self.block_size] * self.block_size + p % self.block_size for p in at]
+            size = self.block_size
+            slots += [self.tables[s][p // size] * size + p % size for p in at]
             self.done[s] = at.stop
         width = max(-(-c // self.block_size) for c in contexts)
         table = [(self.tables[s][: -(-c // self.block_size)] + [0] * width)[:width]
@@ -139,13 +156,14 @@ def paged_run():
 
 @pytest.fixture(scope="session")
 def paged_logits():
-    """paged_logits(model, sequences, chunk) → logits [T, V], computed `chunk` tokens of each sequence a step."""
+    """paged_logits(model, sequences, chunk) → logits [T, V], `chunk` tokens of each sequence a step."""
 
     def run(model, sequences: list[list[int]], chunk: int, **options: Any) -> torch.Tensor:
         paged = PagedRun(model, len(sequences), **options)
         found: list[list[torch.Tensor]] = [[] for _ in sequences]
         for start in range(0, max(map(len, sequences)), chunk):
-            parts = {s: tokens[start : start + chunk] for s, tokens in enumerate(sequences) if start < len(tokens)}
+            parts = {s: tokens[start : start + chunk]
+                     for s, tokens in enumerate(sequences) if start < len(tokens)}
             logits = paged.step(parts).split([len(tokens) for tokens in parts.values()])
             for s, part in zip(parts, logits):
                 found[s].append(part)

@@ -20,7 +20,8 @@ CASES = {
     "llama-multi-query-odd": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48,
                                         "vocab_size": 131, "intermediate_size": 70}),
     "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4,
+                                                        "factor": 2.5}}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "llama-yarn-mscale": ("Llama", {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7,
                                                                "truncate": False}}),
@@ -33,8 +34,8 @@ CASES = {
     "qwen2-listed": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}),
     "qwen3": ("Qwen3", {"head_dim": 32, "hidden_size": 48}),
-    "qwen3-bias-window": ("Qwen3", {"head_dim": 16, "attention_bias": True, "use_sliding_window": True,
-                                    "sliding_window": 6, "max_window_layers": 2, "tie_word_embeddings": True}),
+    "qwen3-bias-window": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True,
+                                    "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
 }
 PROMPT, NEW = 12, 36
 

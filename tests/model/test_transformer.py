@@ -9,12 +9,12 @@ from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.config import ModelConfig
 from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.ops import load_ops, vocab_bounds
+from headrace.kernels.ops import vocab_bounds
 from headrace.model.transformer import Transformer
 
-CONFIG = ModelConfig("Qwen3ForCausalLM", 300, 64, 172, 3, 4, 2, 32, 700, qk_norm=True, qkv_bias=True,
+CONFIG = ModelConfig("Qwen3ForCausalLM", 300, 64, 172, 3, 4, 2, 32, 400, qk_norm=True, qkv_bias=True,
                      sliding_window=50, sliding_layers=(False, True, False))
-BATCH = [[(7 * i * i + 3 * s) % 300 for i in range(length)] for s, length in enumerate((600, 1, 45))]
+BATCH = [[(7 * i * i + 3 * s) % 300 for i in range(length)] for s, length in enumerate((300, 1, 45))]
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,11 @@ def model(ops):
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_dense_is_paged_bit_for_bit(cache_dtype, dense_logits, paged_logits):
-    model = Transformer(CONFIG, load_ops("cpu"))
+def test_dense_is_paged_bit_for_bit(cache_dtype, cpu_ops, dense_logits, paged_logits):
+    model = Transformer(CONFIG, cpu_ops)
     model.init_weights(5, std=0.2)
     dense = dense_logits(model, BATCH, cache_dtype=cache_dtype)
-    for chunk, block_size in ((600, 16), (64, 8), (7, 32)):
+    for chunk, block_size in ((300, 16), (64, 8), (7, 32)):
         with torch.no_grad():
             paged = paged_logits(model, BATCH, chunk, block_size=block_size, cache_dtype=cache_dtype)
         assert torch.equal(dense, paged), f"chunks of {chunk}, blocks of {block_size}"
@@ -37,8 +37,8 @@ def test_dense_is_paged_bit_for_bit(cache_dtype, dense_logits, paged_logits):
     assert not torch.equal(dense, other), "the cache's dtype must show"
 
 
-def test_trainer_ops_have_the_same_bits(dense_logits):
-    model = Transformer(CONFIG, load_ops("cpu"))
+def test_trainer_ops_have_the_same_bits(cpu_ops, dense_logits):
+    model = Transformer(CONFIG, cpu_ops)
     model.init_weights(5, std=0.2)
     assert torch.equal(dense_logits(model, BATCH), dense_logits(model.with_ops(AutogradOps(model.ops)), BATCH))
 
@@ -51,8 +51,8 @@ def forward(model, rows=None):
 
 def test_rows_are_rows_of_all_the_logits(model):
     every = forward(model)
-    assert every.shape == (646, 300) and every.dtype == torch.float32
-    rows = torch.tensor([599, 0, 600, 645])
+    assert every.shape == (346, 300) and every.dtype == torch.float32
+    rows = torch.tensor([299, 0, 300, 345])
     torch.testing.assert_close(forward(model, rows), every[rows], rtol=0,
                                atol=0 if model.ops.name == "cpu" else 1e-4)
     assert forward(model, rows[:0]).shape == (0, 300)

@@ -48,5 +48,5 @@ def packed_meta(lengths: Sequence[int], block_size: int, device: torch.device) -
 
 
 def packed_positions(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Positions [T] int32 of whole sequences packed one after another: 0, 1, …, 0, 1, …"""
-    return torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths]).to(device)
+    """Positions [T] int64 of whole sequences packed one after another: 0, 1, …, 0, 1, …"""
+    return torch.cat([torch.arange(length) for length in lengths]).to(device)

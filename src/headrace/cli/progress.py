@@ -1,10 +1,23 @@
-"""Loading an engine with a line that says what takes time."""
+"""Loading with a line that says what takes time."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["load"]
+__all__ = ["kernels", "load"]
+
+
+def _status(text: str) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def _compiling(status: Any) -> Any:
+    def progress(done: int, total: int, name: str) -> None:
+        status.update(f"compiling kernels for this machine, once: {done}/{total} {name}")
+
+    return progress
 
 
 def load(model: str, options: dict[str, Any]) -> Any:
@@ -12,13 +25,18 @@ def load(model: str, options: dict[str, Any]) -> Any:
     from headrace.engine.options import EngineOptions
 
     EngineOptions(**options)
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("loading the model …") as status:
+    with _status("loading the model …") as status:
         from headrace.engine.llm import LLM
 
-        def progress(done: int, total: int, name: str) -> None:
-            status.update(f"compiling kernels for this machine, once: {done}/{total} {name}")
+        return LLM(model, progress=_compiling(status), **options)
 
-        return LLM(model, progress=progress, **options)
+
+def kernels(name: str) -> Any:
+    """The op set called `name`, compiled."""
+    with _status("loading kernels …") as status:
+        from headrace.kernels.ops import load_ops
+
+        ops = load_ops(name)
+        if hasattr(ops, "warm_up"):
+            ops.warm_up(progress=_compiling(status))
+        return ops

@@ -81,7 +81,7 @@ class Admission:
         cached = kv.num_tokens
         count = s.batching.first(request.num_tokens - max(cached, kv.host_tokens))
         need = s.cache.need(kv, max(request.num_tokens, request.reserve))
-        seated = count > 0 or (s.batching.joins_empty and not kv.host)
+        seated = count > 0 or (s.batching.joins_empty and not kv.host)  # block moves need a slice to go with
         if need + promised > s.cache.available or not seated:
             s.cache.drop_blocks(kv)
             return False

@@ -37,9 +37,11 @@ class Engine:
         """Plan until `depth` steps are in flight, then wait for the oldest one and hand its tokens out."""
         while len(self._in_flight) < self.depth:
             plan = self.scheduler.schedule()
-            self._in_flight.append((plan, self.runner.submit(plan)))
             if not plan.slices:
                 break
+            self._in_flight.append((plan, self.runner.submit(plan)))
+        if not self._in_flight:
+            return []
         plan, handle = self._in_flight.popleft()
         return self.scheduler.update(plan, self.runner.result(handle))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from headrace.engine.assemble import assemble, fingerprint
+from headrace.engine.beam import BeamSearch
 from headrace.engine.engine import Engine
 from headrace.engine.options import EngineOptions
-from headrace.engine.outputs import RequestOutput
+from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.engine.processor import Group
 from headrace.engine.request import Request, RequestUpdate
 from headrace.engine.sampling import SamplingParams
@@ -39,7 +41,9 @@ class Frontend:
         self.fingerprint = fingerprint(ops, model.config, options.cache_config())
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
-        self._by_request: dict[int, Group] = {}
+        self._searches: dict[str, BeamSearch] = {}
+        self._by_id: dict[int, Group] = {}
+        """Group by the group id of its requests."""
 
     @classmethod
     def from_folder(cls, path_or_id: str | Path, options: EngineOptions, progress: Progress | None = None) -> Frontend:
@@ -59,36 +63,53 @@ class Frontend:
         text, ids = self._read(prompt)
         self._check(ids, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        first = next(self._ids)
-        return self._enter(Request(first, ids, params, seed=seed, priority=priority, namespace=namespace), text, name)
+        first = Request(next(self._ids), ids, params, seed=seed, priority=priority, namespace=namespace)
+        requests = [first]
+        if not params.beam_width:
+            requests += [first.sibling(next(self._ids), i) for i in range(1, params.n)]
+        return self._enter(self._group(name, text, first, params.n), requests)
 
-    def _enter(self, request: Request, text: str | None, name: str | None) -> str:
-        name = name or f"request-{request.request_id}"
+    def _group(self, name: str | None, text: str | None, first: Request, count: int) -> Group:
+        name = name or f"request-{first.request_id}"
         if name in self._groups:
             raise RequestError(f"there is a request called {name!r} already")
-        group = Group(name, text, request.prompt_token_ids, request.params, self.tokenizer, request.request_id)
-        siblings = [request.sibling(next(self._ids), i) for i in range(1, len(group.choices))]
-        for member in (request, *siblings):
-            self.engine.scheduler.add(member)
-        self._groups[name] = group
-        self._by_request |= dict.fromkeys(group.choices, group)
-        return name
+        numbers = range(first.request_id, first.request_id + count)
+        return Group(name, text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
+
+    def _enter(self, group: Group, requests: Sequence[Request]) -> str:
+        """Hand the requests to the scheduler: all of them, or none if one is refused."""
+        scheduler = self.engine.scheduler
+        if group.params.beam_width:
+            self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
+        else:
+            for request in requests:
+                scheduler.add(request)
+        self._groups[group.name] = group
+        self._by_id |= {request.group_id: group for request in requests}
+        return group.name
 
     def step(self) -> list[Group]:
         """One step of the engine; returns the groups that it brought something to."""
         touched: dict[str, Group] = {}
         for update in self.engine.step():
-            group = self._by_request.get(update.request_id)
-            if group is not None:
+            group = self._by_id.get(update.group_id)
+            if group is not None and group.name in self._groups:
                 self._take(group, update)
                 touched[group.name] = group
         return list(touched.values())
 
     def _take(self, group: Group, update: RequestUpdate) -> None:
-        keep = group.take(update)
-        if keep is not None:
-            self.engine.scheduler.finish(update.request_id, "stop", group.choices[update.request_id].output.stop_reason,
-                                         keep_tokens=keep)
+        search = self._searches.get(group.name)
+        if search is not None:
+            group.take_scores(update)
+            if search.take(update):
+                group.take_hypotheses(search.hypotheses)
+        else:
+            group.output.num_cached_tokens = max(group.output.num_cached_tokens, update.num_cached_tokens)
+            keep = group.take(update)
+            if keep is not None and update.finish_reason is None:
+                stop = group.choices[update.request_id].output.stop_reason
+                self.engine.scheduler.finish(update.request_id, "stop", stop, keep_tokens=keep)
         if group.output.finished:
             self._forget(group)
 
@@ -97,6 +118,8 @@ class Frontend:
         group = self._groups.get(name)
         if group is None:
             return None
+        if name in self._searches:
+            self._searches[name].abort()
         for request_id in group.choices:
             self.engine.scheduler.abort(request_id)
         group.end("abort")
@@ -104,9 +127,44 @@ class Frontend:
         return group.output
 
     def _forget(self, group: Group) -> None:
-        self._groups.pop(group.name, None)
+        del self._groups[group.name]
+        self._searches.pop(group.name, None)
         for request_id in group.choices:
-            self._by_request.pop(request_id, None)
+            self._by_id.pop(request_id, None)
+
+    def resume_record(self, name: str) -> dict[str, Any]:
+        """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
+        group = self._groups[name]
+        requests = self.engine.scheduler.requests
+        return {"name": name, "prompt": group.output.prompt, "fingerprint": self.fingerprint,
+                "prompt_logprobs": group.output.prompt_logprobs and [t and _plain(t) for t in group.output.prompt_logprobs],
+                "num_cached_tokens": group.output.num_cached_tokens,
+                "choices": [{"request": requests[number].resume_record() if number in requests else None,
+                             "output": _plain_output(choice.output)} for number, choice in group.choices.items()]}
+
+    def resume(self, record: Mapping[str, Any]) -> str:
+        """Queue what a `resume_record` describes. A beam search, being deterministic, begins again."""
+        if record.get("fingerprint") != self.fingerprint:
+            raise RequestError(f"the record is of an engine {record.get('fingerprint')}, and this one is "
+                               f"{self.fingerprint}: its tokens could differ")
+        try:
+            numbers = [next(self._ids) for _ in record["choices"]]
+            requests = {n: Request.from_record(n, c["request"]) for n, c in zip(numbers, record["choices"]) if c["request"]}
+            outputs = [_read_output(c["output"]) for c in record["choices"]]
+            first = next(iter(requests.values()))
+            text, scores = record["prompt"], record["prompt_logprobs"]
+            cached = int(record["num_cached_tokens"])
+        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise RequestError(f"the resume record is broken: {error!r}") from error
+        group = Group(str(record["name"]), text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
+        if group.name in self._groups:
+            raise RequestError(f"there is a request called {group.name!r} already")
+        for choice, output in zip(group.choices.values(), outputs):
+            choice.restore(output)
+        group.output.num_cached_tokens = cached
+        if scores is not None:
+            group.output.prompt_logprobs = [t and _read_table(t) for t in scores]
+        return self._enter(group, list(requests.values()))
 
     @property
     def has_work(self) -> bool:
@@ -133,3 +191,22 @@ class Frontend:
             for token in tokens:
                 if not 0 <= token < vocabulary:
                     raise RequestError(f"{field} has token id {token}, and the vocabulary ends at {vocabulary - 1}")
+
+
+def _plain(table: Mapping[int, Logprob]) -> list[list[Any]]:
+    return [[token, entry.logprob, entry.rank, entry.decoded_token] for token, entry in table.items()]
+
+
+def _read_table(rows: Sequence[Sequence[Any]]) -> dict[int, Logprob]:
+    return {int(token): Logprob(*rest) for token, *rest in rows}
+
+
+def _plain_output(output: CompletionOutput) -> dict[str, Any]:
+    return {**dataclasses.asdict(output), "logprobs": output.logprobs and [_plain(t) for t in output.logprobs]}
+
+
+def _read_output(data: Mapping[str, Any]) -> CompletionOutput:
+    output = CompletionOutput(**data)
+    if output.logprobs is not None:
+        output.logprobs = [_read_table(rows) for rows in data["logprobs"]]
+    return output

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from headrace.engine.beam import Hypothesis
 from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.engine.plan import TokenLogprobs
 from headrace.engine.request import RequestUpdate
@@ -47,6 +48,12 @@ class Choice:
         out.finish_reason, out.stop_reason = "stop", self._stream.stop
         return keep
 
+    def restore(self, output: CompletionOutput) -> None:
+        """Continue from what another engine had given out: its text follows from its tokens."""
+        self._stream.push(output.token_ids)
+        for field in fields(output):
+            setattr(self.output, field.name, getattr(output, field.name))
+
     def end(self, finish_reason: str) -> None:
         """It is over for a reason that came from outside, such as an abort."""
         if self.output.finish_reason is None:
@@ -70,33 +77,50 @@ class Choice:
 
 
 class Group:
-    """A prompt and its choices: what one call of a user comes down to."""
+    """A prompt and its choices: what one call of a user comes down to.
+
+    Under beam search the choices stay empty until the search is over; then each takes one hypothesis.
+    """
 
     def __init__(self, name: str, prompt: str | None, prompt_ids: list[int], params: SamplingParams,
-                 tokenizer: Tokenizer, first_id: int) -> None:
+                 tokenizer: Tokenizer, request_ids: Sequence[int]) -> None:
         self.name = name
         self.params = params
         self.output = RequestOutput(name, prompt, prompt_ids, [])
-        count = 1 if params.beam_width else params.n
-        self.choices = {first_id + i: Choice(i, prompt_ids, params, tokenizer) for i in range(count)}
+        self.choices = {number: Choice(i, prompt_ids, params, tokenizer) for i, number in enumerate(request_ids)}
         self.output.outputs = [choice.output for choice in self.choices.values()]
         if params.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None]
 
     def take(self, update: RequestUpdate) -> int | None:
         """Add one choice's step; see `Choice.take`."""
-        choice = self.choices[update.request_id]
-        if self.output.prompt_logprobs is not None:
-            self.output.prompt_logprobs += [choice.table(r, self.params.prompt_logprobs) for r in update.scores]
-        keep = choice.take(update)
-        self.output.finished = all(c.output.finish_reason is not None for c in self.choices.values())
+        self.take_scores(update)
+        keep = self.choices[update.request_id].take(update)
+        self._note_end()
         return keep
+
+    def take_scores(self, update: RequestUpdate) -> None:
+        """Add log-probabilities of prompt tokens."""
+        if self.output.prompt_logprobs is not None:
+            choice = next(iter(self.choices.values()))
+            self.output.prompt_logprobs += [choice.table(r, self.params.prompt_logprobs) for r in update.scores]
+
+    def take_hypotheses(self, hypotheses: Sequence[Hypothesis]) -> None:
+        """The beam search is over: the best hypotheses are the choices, best first."""
+        for (number, choice), found in zip(self.choices.items(), hypotheses):
+            choice.take(RequestUpdate(number, number, found.token_ids, found.logprobs,
+                                      finish_reason=found.finish_reason, stop_reason=found.stop_reason))
+            choice.output.cumulative_logprob = found.cumulative_logprob
+        self.end("length")
 
     def end(self, finish_reason: str) -> None:
         """End every choice that still runs."""
         for choice in self.choices.values():
             choice.end(finish_reason)
-        self.output.finished = True
+        self._note_end()
+
+    def _note_end(self) -> None:
+        self.output.finished = all(c.output.finish_reason is not None for c in self.choices.values())
 
     def snapshot(self) -> RequestOutput:
         """The output as it is now, which later steps leave alone."""

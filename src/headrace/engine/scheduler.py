@@ -152,7 +152,7 @@ class Scheduler:
     # ---- one step
 
     def schedule(self) -> Plan:
-        """The next plan. One without slices is not in flight: do not run it, results are due first."""
+        """The next plan. One without slices carries nothing and is not in flight: results are due first."""
         self.counters.steps += 1
         plan = Plan(self.counters.steps)
         self._flight = []
@@ -175,9 +175,11 @@ class Scheduler:
 
     def update(self, plan: Plan, result: StepResult) -> list[RequestUpdate]:
         """Take the result of the oldest plan in flight; returns what it brought, by request."""
-        expected, flight = self._flights.popleft()
-        if expected is not plan or result.step != plan.step:
-            raise ValueError(f"step {expected.step} is the oldest in flight, not {plan.step} with result {result.step}")
+        if not plan.slices:
+            return []
+        if not self._flights or self._flights[0][0] is not plan or result.step != plan.step:
+            raise ValueError(f"step {plan.step} with result {result.step} is not the oldest in flight")
+        _, flight = self._flights.popleft()
         updates: list[RequestUpdate] = []
         for request, epoch, start, end, samples in flight:
             if request.status is Status.FINISHED:
@@ -285,7 +287,7 @@ class Scheduler:
         return True
 
     def _seal(self, plan: Plan) -> Plan:
-        if not plan.slices:  # blocks that were swapped out leave with the next plan: nothing writes before it
+        if not plan.slices:  # blocks swapped out in it leave with the next plan: nothing writes before that
             return plan
         moves = self.cache.end_step()
         plan.swap_out, plan.swap_in, plan.copies = moves.swap_out, moves.swap_in, moves.copies
@@ -303,7 +305,8 @@ class Scheduler:
         self.cache.release(request.kv)
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
-        self.counters.finished[reason] += 1
+        if not request.is_beam:  # beams come and go within their search
+            self.counters.finished[reason] += 1
         del self.requests[request.request_id]
 
     # ---- admission's arithmetic

@@ -246,8 +246,8 @@ class _CausalAttention(Function):
 class _Group:
     """Sequences of nearly the same length L, as one dense batch of S.
 
-    Rows beyond a sequence's end are padding. As no real query sees them, and the gradient that arrives there is
-    zeroed, they give and take nothing.
+    Rows beyond a sequence's end are padding. No real query sees them and the gradient that arrives at them is
+    zeroed, so they give and take nothing.
     """
 
     row_SL: Tensor

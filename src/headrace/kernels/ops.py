@@ -11,6 +11,7 @@ one fixed shape, written in the kernel.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -176,13 +177,23 @@ class Ops(Protocol):
 
 
 def load_ops(name: str, **options: Any) -> Ops:
-    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda"."""
+    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, with Triton if it is there)."""
     if name == "cpu":
         from headrace.kernels.cpu import CpuOps
 
         return CpuOps(**options)
-    if name in ("reference", "cuda"):
+    if name == "reference":
         from headrace.kernels.reference import ReferenceOps
 
-        return ReferenceOps(torch.device("cuda" if name == "cuda" else "cpu"), **options)
+        return ReferenceOps(**options)
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device=cuda, but torch sees no GPU here: use device=cpu, or install a CUDA build of torch")
+        if importlib.util.find_spec("triton") is None:
+            from headrace.kernels.reference import ReferenceOps
+
+            return ReferenceOps("cuda", **options)
+        from headrace.kernels.cuda import CudaOps
+
+        return CudaOps(**options)
     raise ConfigError(f"kernels={name!r} is not one of cpu, reference, cuda")

@@ -33,7 +33,7 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
 
     Raises `CheckpointError` where there is no such folder and the hub does not give it.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(os.path.expanduser(path_or_id))
     if path.is_dir():
         return path
     name = os.fspath(path_or_id)

@@ -1,4 +1,4 @@
-"""Recipes: a TOML file with what to train, on what, and how. A field that does not exist is refused by name."""
+"""Recipes: a TOML file with what to train, on what, and how. Unknown fields are refused by name."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class DataConfig:
 class TrainConfig:
     """How to train. A step takes `batch_size` rows, each filled with whole texts up to `seq_length` tokens.
 
-    The learning rate rises linearly for `warmup_steps` and then falls as a cosine to `final_lr_ratio` of itself
-    at the last step. `weight_decay` applies to matrices. `grad_clip` bounds the global norm; 0 does not.
+    The learning rate rises linearly for `warmup_steps`, then falls as a cosine to `final_lr_ratio` of itself at
+    the last step. `weight_decay` applies to matrices. `grad_clip` bounds the global norm; 0 does not.
     `sample_every` steps, the trainer calls the sampler, if it was given one; 0 never. K and V are rounded to
     `kv_cache_dtype` in attention, as the server that will serve the model does.
     """
@@ -60,8 +60,8 @@ class TrainConfig:
     kv_cache_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("seq_length", 2), ("warmup_steps", 0), ("seed", 0),
-                          ("sample_every", 0)):
+        for name, low in (("steps", 1), ("batch_size", 1), ("seq_length", 2), ("warmup_steps", 0),
+                          ("seed", 0), ("sample_every", 0)):
             _integer(f"train.{name}", getattr(self, name), low)
         for name in ("learning_rate", "eps", "init_std"):
             _number(f"train.{name}", getattr(self, name), 0.0, math.inf, open_low=True)
@@ -87,8 +87,8 @@ class Recipe:
         require(self.train.seq_length <= self.model.max_position_embeddings,
                 f"train.seq_length={self.train.seq_length} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}")
-        require(self.model.vocab_size == self.data.vocab_size,
-                f"model.vocab_size={self.model.vocab_size} differs from data.vocab_size={self.data.vocab_size}")
+        require(self.model.vocab_size == self.data.vocab_size, f"model.vocab_size={self.model.vocab_size} "
+                f"differs from data.vocab_size={self.data.vocab_size}")
 
 
 FROM_DATA = ("vocab_size", "bos_token_id", "eos_token_ids")
@@ -96,7 +96,7 @@ FROM_DATA = ("vocab_size", "bos_token_id", "eos_token_ids")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. Each override is `section.key=value`, the value written as in TOML; a bare word is a string.
+    """Read a recipe. An override is `section.key=value`, the value as in TOML; a bare word is a string.
 
     Raises `ConfigError` that names the file, the key and the keys there are.
     """

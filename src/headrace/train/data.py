@@ -14,7 +14,7 @@ from torch import Tensor
 from headrace.errors import ConfigError
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import DataConfig
-from headrace.train.tinyworld import Document, Question, build_tokenizer, documents, exam
+from headrace.train.tinyworld import Document, build_tokenizer, documents, exam
 
 __all__ = ["Batch", "Source", "batches", "collate"]
 
@@ -43,8 +43,8 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class _Sample:
     ids: list[int]
-    first_target: int
-    """Index in `ids` of the first token that counts."""
+    counts: list[bool]
+    """Whether each of `ids` counts in the loss."""
 
 
 class Source:
@@ -60,11 +60,12 @@ class Source:
 
     def validation(self, n: int) -> list[Document]:
         """`n` held-out texts."""
-        return [Document(prompt, answer) for _, prompt, answer in exam(self._config.seed, n)]
+        return [Document(((prompt, answer),)) for _, prompt, answer in exam(self._config.seed, n)]
 
 
-def batches(texts: Iterable[Document], tokenizer: Tokenizer, batch_size: int, seq_length: int) -> Iterator[Batch]:
-    """Batches of `batch_size` rows. A row takes whole texts while they fit `seq_length`; a longer text is cut."""
+def batches(texts: Iterable[Document], tokenizer: Tokenizer, batch_size: int,
+            seq_length: int) -> Iterator[Batch]:
+    """Batches of `batch_size` rows. A row takes texts while they fit `seq_length`; a longer text is cut."""
     rows: list[list[_Sample]] = [[]]
     room = seq_length
     for text in texts:
@@ -90,9 +91,13 @@ def _sample(text: Document, tokenizer: Tokenizer, seq_length: int) -> _Sample:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ConfigError("the tokenizer has no end token: training needs one to end each text")
-    prompt = tokenizer.encode(text.prompt, add_special_tokens=False)
-    ids = prompt + tokenizer.encode(text.text, add_special_tokens=False) + [eos]
-    return _Sample(ids[: seq_length + 1], max(1, len(prompt)))
+    ids: list[int] = []
+    counts: list[bool] = []
+    for prompt, reply in text.turns:
+        for part, counted in ((tokenizer.encode(prompt), False), ([*tokenizer.encode(reply), eos], True)):
+            ids += part
+            counts += [counted] * len(part)
+    return _Sample(ids[: seq_length + 1], counts[: seq_length + 1])
 
 
 def _pack(samples: Sequence[_Sample]) -> Batch:
@@ -101,8 +106,9 @@ def _pack(samples: Sequence[_Sample]) -> Batch:
         start, length = len(ids), len(sample.ids) - 1
         ids += sample.ids[:-1]
         positions += range(length)
-        rows += range(start + sample.first_target - 1, start + length)
-        targets += sample.ids[sample.first_target :]
+        counted = [i for i in range(length) if sample.counts[i + 1]]
+        rows += [start + i for i in counted]
+        targets += [sample.ids[i + 1] for i in counted]
         lengths.append(length)
     return Batch(torch.tensor(ids), torch.tensor(positions, dtype=torch.int32), lengths, torch.tensor(rows),
                  torch.tensor(targets))

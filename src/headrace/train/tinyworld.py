@@ -1,9 +1,9 @@
 """Tinyworld: a small made-up world, written down by a seed.
 
-Some people, places and coloured things; who is where and who has what. About it there are little stories, questions
-in chat format (some need two facts joined, or the last of several moves), small sums, and lists to be turned
-into JSON. What a question is about is its *combination*: (person, thing, place), the two summands, the set of
-list items. A hash says which combinations are held out: training never shows one, the exam asks nothing else.
+Some people, places and coloured things; who is where and who has what. About it there are little stories,
+questions in chat format (some need two facts joined, or the last of several moves), small sums, and lists to be
+turned into JSON. What a question is about is its *combination*: (person, thing, place), the two summands, the
+set of list items. A hash says which combinations are held out: training never shows one, the exam asks nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from tokenizers import Tokenizer as Backend
@@ -43,6 +43,11 @@ CATEGORIES = ("where", "who", "colour", "find", "moved", "given", "sum", "list",
 SHARES = (1, 1, 1, 2, 2, 2, 4, 1, 1)
 """How often training asks of each category."""
 
+ASKED = ("where", "who", "colour", "find", "find")
+"""What further turns about a scene ask."""
+
+MOST_TURNS = 4
+
 HELD_OUT_ONE_IN = 8
 """One combination in so many is kept for the exam."""
 
@@ -59,10 +64,12 @@ SPECIAL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One training text. In the loss, `prompt` does not count; `text` and the end token after it do."""
+    """One training text, in turns of (prompt, reply). Replies, and the end token after each, count in the loss.
 
-    prompt: str
-    text: str
+    A text that counts as a whole is one turn with an empty prompt.
+    """
+
+    turns: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ def held_out(combination: tuple[str, ...]) -> bool:
 
 
 def _scene(rng: random.Random, size: int, exam: bool) -> list[_Fact]:
-    """`size` people in different places with different things. In an exam the first's combination is held out."""
+    """`size` people in different places with different things. In an exam the first's is held out."""
     while True:
         columns = [rng.sample(pool, size) for pool in (PEOPLE, PLACES, THINGS)]
         facts = [_Fact(person, place, thing, rng.choice(COLOURS)) for person, place, thing in zip(*columns)]
@@ -107,12 +114,20 @@ def _scene(rng: random.Random, size: int, exam: bool) -> list[_Fact]:
             return facts
 
 
-def _about_scene(rng: random.Random, category: str, exam: bool) -> Question:
+def _about_scene(rng: random.Random, category: str, exam: bool, turns: int = 1) -> list[Question]:
+    """A scene and `turns` questions about it; the first is of `category` and about the first person."""
     facts = _scene(rng, rng.choice((2, 3)), exam)
     asked = facts[0]
     told: list[str] = []
     for fact in rng.sample(facts, len(facts)):
         told += _tell(rng, fact, category if fact is asked else rng.choice((category, "where")), facts)
+    questions = [_ask(category, asked)]
+    questions += [_ask(rng.choice(ASKED), rng.choice(facts)) for _ in range(turns - 1)]
+    questions[0] = replace(questions[0], question=" ".join([*told, questions[0].question]))
+    return questions
+
+
+def _ask(category: str, asked: _Fact) -> Question:
     question, answer = {
         "where": (f"Where is {asked.person}?", f"{asked.person} is at the {asked.place}."),
         "moved": (f"Where is {asked.person}?", f"{asked.person} is at the {asked.place}."),
@@ -121,7 +136,7 @@ def _about_scene(rng: random.Random, category: str, exam: bool) -> Question:
         "colour": (f"What colour is the {asked.thing}?", f"The {asked.thing} is {asked.colour}."),
         "find": (f"Where is the {asked.thing}?", f"The {asked.thing} is at the {asked.place}."),
     }[category]
-    return Question(category, " ".join([*told, question]), answer, asked.combination)
+    return Question(category, question, answer, asked.combination)
 
 
 def _tell(rng: random.Random, fact: _Fact, category: str, facts: list[_Fact]) -> list[str]:
@@ -171,9 +186,11 @@ def _object(rng: random.Random, exam: bool) -> Question:
             return Question("object", f"Write as JSON: {told}.", json.dumps(things), combination)
 
 
-def _question(rng: random.Random, category: str, exam: bool) -> Question:
+def _questions(rng: random.Random, category: str, exam: bool, turns: int = 1) -> list[Question]:
     alone = {"sum": _sum, "list": _list, "object": _object}
-    return alone[category](rng, exam) if category in alone else _about_scene(rng, category, exam)
+    if category in alone:
+        return [alone[category](rng, exam) for _ in range(turns)]
+    return _about_scene(rng, category, exam, turns)
 
 
 def _story(rng: random.Random) -> str:
@@ -216,17 +233,17 @@ def documents(seed: int) -> Iterator[Document]:
     rng = random.Random(f"tinyworld {seed}")
     while True:
         if rng.random() < 0.2:
-            yield Document("", _story(rng))
+            yield Document((("", _story(rng)),))
         else:
             category = rng.choices(CATEGORIES, SHARES)[0]
-            question = _question(rng, category, exam=False)
-            yield Document(question.prompt, question.answer)
+            questions = _questions(rng, category, exam=False, turns=rng.randint(1, MOST_TURNS))
+            yield Document(tuple((question.prompt, question.answer) for question in questions))
 
 
 def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from 4,000 training texts.
 
-    Digits are single tokens; `<|end|>` ends a text and a turn. The same arguments always give the same tokenizer.
+    Digits are single tokens; `<|end|>` ends a text and a turn. Equal arguments give equal tokenizers.
     """
     require(vocab_size >= 256 + len(SPECIAL_TOKENS),
             f"data.vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: "
@@ -238,17 +255,17 @@ def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    texts = (document.prompt + document.text for document in islice(documents(seed), 4000))
-    backend.train_from_iterator(texts, trainer)
+    texts = islice(documents(seed), 4000)
+    backend.train_from_iterator((part for text in texts for turn in text.turns for part in turn), trainer)
     return Tokenizer(backend, {"eos_token": SPECIAL_TOKENS[0]}, CHAT_TEMPLATE, source="tinyworld")
 
 
 def exam(seed: int, n: int) -> list[tuple[str, str, str]]:
-    """`n` different questions on held-out combinations: (category, prompt, right answer), categories in turn."""
+    """`n` different held-out questions: (category, prompt, right answer), categories in turn."""
     rng = random.Random(f"tinyworld exam {seed}")
     asked: dict[str, tuple[str, str, str]] = {}
     while len(asked) < n:
-        question = _question(rng, CATEGORIES[len(asked) % len(CATEGORIES)], exam=True)
+        (question,) = _questions(rng, CATEGORIES[len(asked) % len(CATEGORIES)], exam=True)
         asked.setdefault(question.prompt, (question.category, question.prompt, question.answer))
     return list(asked.values())
 
@@ -273,12 +290,12 @@ def accuracy(generate: Callable[[list[str]], list[str]], n: int, seed: int = 0) 
 
 
 def prompts(n: int, seed: int = 0) -> list[str]:
-    """`n` raw prompts of mixed lengths: openings of stories, questions, and whole stories before a question."""
+    """`n` raw prompts of mixed lengths: openings of stories, questions, whole stories before a question."""
     rng = random.Random(f"tinyworld prompts {seed}")
     texts = []
     for i in range(n):
         words = _story(rng).split(" ")
-        question = _question(rng, rng.choice(CATEGORIES), exam=True).prompt
+        question = _questions(rng, rng.choice(CATEGORIES), exam=True)[0].prompt
         texts.append((
             " ".join(words[: rng.randint(1, 8)]),
             question,

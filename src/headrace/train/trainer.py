@@ -56,7 +56,7 @@ class TrainResult:
 
 
 Sampler = Callable[[Transformer, Tokenizer, int], None]
-"""(model, tokenizer, step): may generate from the model as it is; `Transformer.with_ops` shares its weights."""
+"""(model, tokenizer, step): may generate from the model; `Transformer.with_ops` shares its weights."""
 
 
 class Trainer:
@@ -86,7 +86,7 @@ class Trainer:
         return log_probability(self.ops, logits_RV, batch.targets_R, self.model.vocab_bounds)
 
     def step(self) -> StepRecord:
-        """One step of the recipe. Raises `ConfigError` when the loss or the gradients are no longer numbers."""
+        """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
         config = self.recipe.train
         self._steps += 1
         batch = next(self._batches)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import elementwise, launch
-from headrace.kernels.cpu.linear import SHARDS, linear
+from headrace.kernels.cpu.linear import SHARDS, linear16, linear32, packed_size
 from headrace.kernels.ops import AttentionMeta, SampleParams
 
 try:  # TEMPORARY until sample.py exists
@@ -71,6 +71,7 @@ class CpuOps:
     def __init__(self, threads: int | None = None) -> None:
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)
+        self._packed = NOTHING
         self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}
 
     def fingerprint(self) -> str:
@@ -100,6 +101,13 @@ class CpuOps:
         launch.set_threads(self.threads)
         return min(rows, self.threads)
 
+    def _workspace(self, rows: int, cuts: np.ndarray) -> np.ndarray:
+        """Room for the packed rows of a product, kept: fresh pages would cost more than the packing."""
+        size = packed_size(rows, cuts)
+        if size > self._packed.size:
+            self._packed = np.empty(size, np.float32)
+        return self._packed if size else NOTHING
+
     # ---- the model's operations --------------------------------------------------------------------------------
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
@@ -122,7 +130,9 @@ class CpuOps:
         bias = NOTHING if bias_N is None else self._stored(bias_N)
         y_TN = torch.empty((rows, width))
         launch.set_threads(self.threads)
-        linear(_dense(x_TK), rows, inputs, self._stored(weight_NK), width, bias, cuts, y_TN.numpy())
+        product = linear32 if weight_NK.dtype == torch.float32 else linear16
+        product(_dense(x_TK), rows, inputs, self._stored(weight_NK), width, bias, cuts, self._workspace(rows, cuts),
+                y_TN.numpy())
         return y_TN
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

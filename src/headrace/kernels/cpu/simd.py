@@ -11,8 +11,9 @@ outputs is R·N such accumulators, so every tile gives equal bits, by constructi
     acc = fma8(load8n(x, k0, n % 8), load8n(w, k0, n % 8), acc)     # tail: missing lanes are 0
     total = hsum8(acc)
 
-Loads and stores take an array of any rank and an offset **in elements from its data pointer**, without bounds
-checks. The array's dtype says how its elements are read:
+Loads and stores take an array of any rank, or the `pointer` of one, and an offset **in elements from its data
+pointer**, without bounds checks. Inside a hot function take pointers: an array is reference-counted, which costs
+two atomic operations and a spill of every register around them. The dtype says how elements are read:
 
     float32   fp32            uint16   bfloat16            int16   float16
 
@@ -33,7 +34,7 @@ from numba.extending import intrinsic, models, register_model
 
 __all__ = [
     "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8", "lane8",
-    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "splat8", "store1", "store8", "store8n",
+    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "pointer", "splat8", "store1", "store8", "store8n",
     "sub8", "zero8",
 ]
 
@@ -86,11 +87,11 @@ def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Val
     return builder.call(function, [a, b, c])
 
 
-def _mask(*lanes: int) -> ir.Constant:
+def mask(*lanes: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
 
 
-def _operator(name: str, arity: int, emit: Callable[..., ir.Value], arg: types.Type, ret: types.Type) -> Any:
+def operator(name: str, arity: int, emit: Callable[..., ir.Value], arg: types.Type, ret: types.Type) -> Any:
     """An intrinsic `ret name(arg, …)` whose body is emit(builder, *values)."""
     signature = ret(*[arg] * arity)
 
@@ -116,7 +117,7 @@ def _select(predicate: str) -> Callable[..., ir.Value]:
 
 def _splat(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), x, ir.Constant(I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), _mask(*[0] * LANES))
+    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), mask(*[0] * LANES))
 
 
 def _fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
@@ -124,8 +125,8 @@ def _fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
 
     def emit(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
         for half in (4, 2, 1):
-            low = builder.shuffle_vector(v, v, _mask(*range(half)))
-            high = builder.shuffle_vector(v, v, _mask(*range(half, 2 * half)))
+            low = builder.shuffle_vector(v, v, mask(*range(half)))
+            high = builder.shuffle_vector(v, v, mask(*range(half, 2 * half)))
             v = combine(builder, low, high)
         return builder.extract_element(v, ir.Constant(I32, 0))
 
@@ -136,7 +137,7 @@ def _hsum8x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
     """Lane i is hsum8(a[i]), with hsum8's own additions: distance 4, then 2, then 1."""
 
     def halves(x: ir.Value, y: ir.Value, low: tuple[int, ...], high: tuple[int, ...]) -> ir.Value:
-        return builder.fadd(builder.shuffle_vector(x, y, _mask(*low)), builder.shuffle_vector(x, y, _mask(*high)))
+        return builder.fadd(builder.shuffle_vector(x, y, mask(*low)), builder.shuffle_vector(x, y, mask(*high)))
 
     four = [halves(a[i], a[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for i in range(4)]
     two = [halves(four[i], four[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for i in range(2)]
@@ -191,24 +192,24 @@ def _log(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------
 
-zero8 = _operator("zero8", 0, lambda builder: _const(VECTOR, 0.0), f32x8, f32x8)
-splat8 = _operator("splat8", 1, _splat, types.float32, f32x8)
-add8 = _operator("add8", 2, lambda builder, a, b: builder.fadd(a, b), f32x8, f32x8)
-sub8 = _operator("sub8", 2, lambda builder, a, b: builder.fsub(a, b), f32x8, f32x8)
-mul8 = _operator("mul8", 2, lambda builder, a, b: builder.fmul(a, b), f32x8, f32x8)
-div8 = _operator("div8", 2, lambda builder, a, b: builder.fdiv(a, b), f32x8, f32x8)
-max8 = _operator("max8", 2, _select(">"), f32x8, f32x8)
-min8 = _operator("min8", 2, _select("<"), f32x8, f32x8)
-fma8 = _operator("fma8", 3, _fma, f32x8, f32x8)
-fma1 = _operator("fma1", 3, _fma, types.float32, types.float32)
-exp8 = _operator("exp8", 1, _exp, f32x8, f32x8)
-exp1 = _operator("exp1", 1, _exp, types.float32, types.float32)
-log8 = _operator("log8", 1, _log, f32x8, f32x8)
-log1 = _operator("log1", 1, _log, types.float32, types.float32)
-hsum8 = _operator("hsum8", 1, _fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
-hmax8 = _operator("hmax8", 1, _fold(_select(">")), f32x8, types.float32)
-hsum8x8 = _operator("hsum8x8", 8, _hsum8x8, f32x8, f32x8)
-abs8 = _operator("abs8", 1, lambda builder, a: builder.bitcast(
+zero8 = operator("zero8", 0, lambda builder: _const(VECTOR, 0.0), f32x8, f32x8)
+splat8 = operator("splat8", 1, _splat, types.float32, f32x8)
+add8 = operator("add8", 2, lambda builder, a, b: builder.fadd(a, b), f32x8, f32x8)
+sub8 = operator("sub8", 2, lambda builder, a, b: builder.fsub(a, b), f32x8, f32x8)
+mul8 = operator("mul8", 2, lambda builder, a, b: builder.fmul(a, b), f32x8, f32x8)
+div8 = operator("div8", 2, lambda builder, a, b: builder.fdiv(a, b), f32x8, f32x8)
+max8 = operator("max8", 2, _select(">"), f32x8, f32x8)
+min8 = operator("min8", 2, _select("<"), f32x8, f32x8)
+fma8 = operator("fma8", 3, _fma, f32x8, f32x8)
+fma1 = operator("fma1", 3, _fma, types.float32, types.float32)
+exp8 = operator("exp8", 1, _exp, f32x8, f32x8)
+exp1 = operator("exp1", 1, _exp, types.float32, types.float32)
+log8 = operator("log8", 1, _log, f32x8, f32x8)
+log1 = operator("log1", 1, _log, types.float32, types.float32)
+hsum8 = operator("hsum8", 1, _fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
+hmax8 = operator("hmax8", 1, _fold(_select(">")), f32x8, types.float32)
+hsum8x8 = operator("hsum8x8", 8, _hsum8x8, f32x8, f32x8)
+abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
     builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR), f32x8, f32x8)
 
 
@@ -227,9 +228,11 @@ def lane8(tyctx: Any, v: Any, i: Any) -> Any:
 STORED = {types.float32: FLOAT, types.uint16: I16, types.int16: I16}
 
 
-def _pointer(context: Any, builder: ir.IRBuilder, array: Any, value: ir.Value, offset: ir.Value,
-             to: ir.Type) -> ir.Value:
-    data = cgutils.create_struct_proxy(array)(context, builder, value=value).data
+def address(context: Any, builder: ir.IRBuilder, source: Any, value: ir.Value, offset: ir.Value,
+            to: ir.Type) -> ir.Value:
+    """LLVM pointer to element `offset` of an array or `pointer`, typed as `to`."""
+    data = value if isinstance(source, types.CPointer) else cgutils.create_struct_proxy(source)(
+        context, builder, value=value).data
     return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
 
 
@@ -261,15 +264,27 @@ def _narrow(builder: ir.IRBuilder, dtype: types.Type, value: ir.Value) -> ir.Val
 
 
 def _known(array: Any) -> bool:
-    return isinstance(array, types.Array) and array.dtype in STORED
+    return isinstance(array, (types.Array, types.CPointer)) and array.dtype in STORED
+
+
+@intrinsic
+def pointer(tyctx: Any, array: Any) -> Any:
+    """The array's data pointer, which is not reference-counted: somebody else keeps the array."""
+    if not _known(array) or isinstance(array, types.CPointer):
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return cgutils.create_struct_proxy(array)(context, builder, value=args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
 def _lanes_below(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
     """The <8 x i1> mask of the lanes i < count."""
     like = ir.VectorType(I32, LANES)
     one = builder.insert_element(ir.Constant(like, ir.Undefined), builder.trunc(count, I32), ir.Constant(I32, 0))
-    all_lanes = builder.shuffle_vector(one, ir.Constant(like, ir.Undefined), _mask(*[0] * LANES))
-    return builder.icmp_signed("<", _mask(*range(LANES)), all_lanes)
+    all_lanes = builder.shuffle_vector(one, ir.Constant(like, ir.Undefined), mask(*[0] * LANES))
+    return builder.icmp_signed("<", mask(*range(LANES)), all_lanes)
 
 
 def _masked(builder: ir.IRBuilder, kind: str, element: ir.Type) -> tuple[ir.Function, ir.VectorType]:
@@ -290,7 +305,7 @@ def _load(shape: Callable[[ir.Type], ir.Type], ret: types.Type) -> Callable[...,
 
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
             element = STORED[array.dtype]
-            pointer = _pointer(context, builder, array, args[0], args[1], shape(element))
+            pointer = address(context, builder, array, args[0], args[1], shape(element))
             raw = builder.load(pointer, align=element.get_abi_size(context.target_data))
             return _widen(builder, array.dtype, raw)
 
@@ -306,7 +321,7 @@ def _store(shape: Callable[[ir.Type], ir.Type], arg: types.Type) -> Callable[...
 
         def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
             element = STORED[array.dtype]
-            pointer = _pointer(context, builder, array, args[0], args[1], shape(element))
+            pointer = address(context, builder, array, args[0], args[1], shape(element))
             raw = _narrow(builder, array.dtype, args[2])
             builder.store(raw, pointer, align=element.get_abi_size(context.target_data))
             return context.get_dummy_value()
@@ -349,7 +364,7 @@ def load8n(tyctx: Any, array: Any, offset: Any, count: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         element = STORED[array.dtype]
         function, vector = _masked(builder, "load", element)
-        pointer = _pointer(context, builder, array, args[0], args[1], vector)
+        pointer = address(context, builder, array, args[0], args[1], vector)
         align = ir.Constant(I32, element.get_abi_size(context.target_data))
         raw = builder.call(function, [pointer, align, _lanes_below(builder, args[2]), ir.Constant(vector, None)])
         return _widen(builder, array.dtype, raw)
@@ -366,7 +381,7 @@ def store8n(tyctx: Any, array: Any, offset: Any, value: Any, count: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         element = STORED[array.dtype]
         function, vector = _masked(builder, "store", element)
-        pointer = _pointer(context, builder, array, args[0], args[1], vector)
+        pointer = address(context, builder, array, args[0], args[1], vector)
         align = ir.Constant(I32, element.get_abi_size(context.target_data))
         raw = _narrow(builder, array.dtype, args[2])
         builder.call(function, [raw, pointer, align, _lanes_below(builder, args[3])])

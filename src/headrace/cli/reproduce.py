@@ -1,0 +1,28 @@
+"""`headrace reproduce`: a paper's table beside ours."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+__all__ = ["add"]
+
+PAPERS = ("orca", "paged", "sarathi")
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser("reproduce", help="a paper's results beside ours, measured now",
+                                 description="Print a paper's table beside ours. Every figure of ours is measured now.")
+    parser.add_argument("paper", choices=PAPERS)
+    parser.add_argument("--quick", action="store_true", help="smaller inputs, for trying it")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    from importlib import import_module
+
+    from headrace.reproduce.table import show
+
+    show(import_module(f"headrace.reproduce.{arguments.paper}").table(quick=arguments.quick))

@@ -1,0 +1,89 @@
+"""Two eight-lane accumulators in one 512-bit register, for CPUs with AVX-512: twice the rate, the same sums.
+
+Lanes 0–7 belong to one row and lanes 8–15 to another; nothing ever crosses between them. So an output computed here
+has the bits that eight lanes of `simd` give it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+from headrace.kernels.cpu.simd import FLOAT, LANES, VECTOR, address, f32x8, mask, operator
+
+__all__ = ["fma16", "hsum16x8", "load16", "store4", "twice8", "zero16"]
+
+WIDE = ir.VectorType(FLOAT, 2 * LANES)
+
+
+class F32x16(types.Type):
+    """The Numba type of two rows' eight fp32 lanes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="f32x16")
+
+
+f32x16 = F32x16()
+
+
+@register_model(F32x16)
+class _F32x16Model(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: types.Type) -> None:
+        super().__init__(dmm, fe_type, WIDE)
+
+
+def _fma16(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    form = ir.FunctionType(WIDE, [WIDE] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, form, "llvm.fma.v16f32"), [a, b, c])
+
+
+def _hsum16x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
+    """Lane i is hsum8 of a[i]'s first row, lane 8 + i of its second, with hsum8's own additions."""
+
+    def halves(x: ir.Value, y: ir.Value, low: tuple[int, ...], high: tuple[int, ...]) -> ir.Value:
+        # Lanes of x are 0–7 and of y 8–15 within a row's half of the register.
+        def both(lanes: tuple[int, ...]) -> ir.Value:
+            first = [lane if lane < LANES else lane + LANES for lane in lanes]
+            return builder.shuffle_vector(x, y, mask(*first, *(lane + LANES for lane in first)))
+
+        return builder.fadd(both(low), both(high))
+
+    four = [halves(a[i], a[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for i in range(4)]
+    two = [halves(four[i], four[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for i in range(2)]
+    return halves(two[0], two[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+
+
+zero16 = operator("zero16", 0, lambda builder: ir.Constant(WIDE, [0.0] * 2 * LANES), f32x16, f32x16)
+fma16 = operator("fma16", 3, _fma16, f32x16, f32x16)
+hsum16x8 = operator("hsum16x8", 8, _hsum16x8, f32x16, f32x16)
+twice8 = operator("twice8", 1, lambda builder, v: builder.shuffle_vector(
+    v, ir.Constant(VECTOR, ir.Undefined), mask(*range(LANES), *range(LANES))), f32x8, f32x16)
+
+
+@intrinsic
+def load16(tyctx: Any, array: Any, offset: Any) -> Any:
+    """Sixteen fp32 elements from `offset`, unaligned."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load(address(context, builder, array, args[0], args[1], WIDE), align=4)
+
+    return f32x16(array, types.int64), codegen
+
+
+@intrinsic
+def store4(tyctx: Any, array: Any, offset: Any, value: Any, quarter: Any) -> Any:
+    """Lanes 4·quarter … 4·quarter + 3 (`quarter` a literal 0 … 3) to four fp32 elements at `offset`."""
+    if not isinstance(quarter, types.IntegerLiteral):
+        return None
+    lanes = mask(*range(4 * quarter.literal_value, 4 * quarter.literal_value + 4))
+    four = ir.VectorType(FLOAT, 4)
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        piece = builder.shuffle_vector(args[2], ir.Constant(WIDE, ir.Undefined), lanes)
+        builder.store(piece, address(context, builder, array, args[0], args[1], four), align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, f32x16, quarter), codegen

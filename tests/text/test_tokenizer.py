@@ -1,0 +1,115 @@
+"""Ids and text equal transformers' on real tokenizers; broken folders are named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.errors import CheckpointError, RequestError
+from headrace.text.tokenizer import Tokenizer
+
+FOLDERS = ("checkpoints/stories260K", "tokenizers/ort_ext/phi-2", "tokenizers/ort_ext/phi-3-mini")
+TEXTS = (
+    "Hello world", " lead", "", "  two   spaces ", "a<|end|>b<|user|> x", "é漢字😀👩‍👩‍👧\n\n", "<s>hi</s> there",
+    "tabs\t\tx", " <|assistant|>\n hi", "12345 + 678 = 13023", "naïve façade", "\u200bzero\u0000width", "e\u0301",
+)
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request, data_dir) -> Path:
+    return data_dir / request.param
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+def test_ids_and_special_tokens_equal_transformers(ours, theirs):
+    assert (ours.vocab_size, ours.bos_token_id, ours.eos_token_id) == (
+        len(theirs), theirs.bos_token_id, theirs.eos_token_id)
+    for text in TEXTS:
+        for special in (True, False):
+            ids = ours.encode(text, add_special_tokens=special)
+            assert ids == theirs.encode(text, add_special_tokens=special)
+            for skip in (True, False):
+                assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=60))
+def test_ids_equal_transformers_on_any_text(ours, theirs, text):
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_add_bos_and_eos_follow_the_configuration(data_dir, tmp_path, bos, eos):
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "add_bos_token": bos,
+        "eos_token": {"content": "</s>", "special": True}, "add_eos_token": eos}))
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours.encode("Once upon")
+    assert ids == theirs.encode("Once upon")
+    assert (ids[0] == 1, ids[-1] == 2) == (bos, eos)
+
+
+def test_tokens_named_only_in_the_configuration_are_appended(data_dir, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {"512": {"content": "<|call|>", "special": True, "normalized": False}},
+        "eos_token": "<|stop|>"}))
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a<|call|>b", "a<|stop|>", "plain"):
+        assert ours.encode(text) == theirs.encode(text)
+    assert (ours.vocab_size, ours.eos_token_id) == (514, 513) == (len(theirs), theirs.eos_token_id)
+
+
+def test_token_text_shows_a_token_inside_a_text(data_dir):
+    ours = Tokenizer.from_folder(data_dir / "checkpoints/stories260K")
+    assert ours.token_text(ours.encode("a the", add_special_tokens=False)[-1]) == " the"
+    assert ours.token_text(3 + 0xC3) == "\ufffd"
+    assert ours.token_text(10**6) == ""
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "text"), [
+    ("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[1]"),
+    ("tokenizer_config.json", "not json"), ("tokenizer_config.json", '{"chat_template": 7}'),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}')])
+def test_a_broken_file_is_named(data_dir, tmp_path, file, text):
+    shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(CheckpointError, match=file):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_the_numbers(data_dir):
+    ours = Tokenizer.from_folder(data_dir / "checkpoints/stories260K")
+    ours.check_vocabulary(512)
+    with pytest.raises(CheckpointError, match="512 tokens but the model's vocabulary has 500"):
+        ours.check_vocabulary(500)
+
+
+@pytest.mark.parametrize("text", ["\ud800", 7, None])
+def test_what_is_not_text_is_refused(data_dir, text):
+    ours = Tokenizer.from_folder(data_dir / "checkpoints/stories260K")
+    with pytest.raises(RequestError, match="prompt"):
+        ours.encode(text)
