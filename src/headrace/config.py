@@ -94,7 +94,8 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
         one_of("dtype", self.dtype, DTYPES)
-        require(self.virtual_shards in (1, 2, 4, 8, 16), f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16")
+        require(self.virtual_shards in (1, 2, 4, 8, 16),
+                f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16")
         require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative")
         require(len(self.sliding_layers) in (0, self.num_layers),
                 f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers")

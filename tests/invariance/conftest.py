@@ -4,20 +4,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from invariance.harness import Cell, Trace, Worker, engine_for, loaded, prompts, request
 
 from headrace.bench.models import SHAPES, random_checkpoint
+from invariance.harness import Cell, Trace, Worker, engine_for, loaded, prompts, request
 
-GQA = replace(SHAPES["tiny"], architecture="Qwen3ForCausalLM", hidden_size=72, num_heads=8, num_kv_heads=2, head_dim=12,
-              intermediate_size=172, qk_norm=True, vocab_size=300)
+GQA = replace(
+    SHAPES["tiny"],
+    architecture="Qwen3ForCausalLM",
+    hidden_size=72,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=12,
+    intermediate_size=172,
+    qk_norm=True,
+    vocab_size=300,
+)
 BF16 = replace(SHAPES["tiny"], dtype="bfloat16", vocab_size=401, intermediate_size=100, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, tinyworld_checkpoint) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("models")
-    return {"tinyworld": tinyworld_checkpoint, "gqa-qknorm": random_checkpoint(GQA, base / "gqa"),
-            "bf16": random_checkpoint(BF16, base / "bf16")}
+    return {
+        "tinyworld": tinyworld_checkpoint,
+        "gqa-qknorm": random_checkpoint(GQA, base / "gqa"),
+        "bf16": random_checkpoint(BF16, base / "bf16"),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,14 @@ TOKENS = 12
 PROMPTS = 64
 GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1.1, top_p=0.95, max_tokens=TOKENS, ignore_eos=True)
-PENALISED = SamplingParams(temperature=0.9, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2,
-                           max_tokens=TOKENS, ignore_eos=True)
+PENALISED = SamplingParams(
+    temperature=0.9,
+    repetition_penalty=1.2,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    max_tokens=TOKENS,
+    ignore_eos=True,
+)
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,20 @@ def engine_for(cell: Cell, folder: Path, longest: int) -> Engine:
     blocks = 1 + (PROMPTS + 8) * -(-(longest + TOKENS) // cell.block_size)
     if cell.preemption != "never":
         blocks = 1 + -(-(longest + TOKENS) // cell.block_size) + 64 // cell.block_size
-    engine = assemble(model, ops, EngineOptions(
-        threads=cell.threads, block_size=cell.block_size, num_kv_blocks=blocks, max_num_batched_tokens=cell.chunk,
-        preemption="swap" if cell.preemption == "swap" else "recompute", queue_depth=cell.depth,
-        prefix_caching=cell.prefix != "cold", max_num_seqs=PROMPTS))
+    engine = assemble(
+        model,
+        ops,
+        EngineOptions(
+            threads=cell.threads,
+            block_size=cell.block_size,
+            num_kv_blocks=blocks,
+            max_num_batched_tokens=cell.chunk,
+            preemption="swap" if cell.preemption == "swap" else "recompute",
+            queue_depth=cell.depth,
+            prefix_caching=cell.prefix != "cold",
+            max_num_seqs=PROMPTS,
+        ),
+    )
     return engine
 
 
@@ -170,7 +186,7 @@ def drive(engine: Engine, arrivals: Iterator[list[Request]], steps: int | None =
 
 
 def chosen(cell: Cell, vocab_size: int) -> list[int]:
-    """Which prompts a cell runs; the long one and one with the common prefix are always among them, if there is room."""
+    """Which prompts a cell runs: the long one always, then one with the common prefix, then all in order."""
     return {1: [2], 2: [0, 2]}.get(cell.load, list(range(cell.load)))
 
 
@@ -204,8 +220,9 @@ def run_cell(cell: Cell, folder: Path, worker: Worker | None = None) -> dict[int
         before = recorder.traces.get(i + 1, Trace()).logits
         after = rest[i + 1]
         known = begun[i + 1]["token_ids"]
-        traces[i] = Trace(known[split:] + after.tokens,
-                          {**{p: row for p, row in before.items() if p < len(known)}, **after.logits})
+        traces[i] = Trace(
+            known[split:] + after.tokens, {**{p: row for p, row in before.items() if p < len(known)}, **after.logits}
+        )
     return traces
 
 
@@ -217,8 +234,11 @@ def resume_here(cell: Cell, folder: Path, records: dict[int, dict[str, Any]]) ->
     """Finish requests from their records in a fresh engine of this process."""
     engine = engine_for(replace(cell, prefix="cold"), folder, max(len(r["token_ids"]) for r in records.values()))
     recorder = Recorder(engine)
-    open_ones = [Request.from_record(number, record) for number, record in records.items()
-                 if len(record["token_ids"]) - record["num_prompt_tokens"] < TOKENS]
+    open_ones = [
+        Request.from_record(number, record)
+        for number, record in records.items()
+        if len(record["token_ids"]) - record["num_prompt_tokens"] < TOKENS
+    ]
     tokens = drive(engine, iter([open_ones]))
     return {n: Trace(tokens.get(n, []), recorder.traces.get(n, Trace()).logits) for n in records}
 
@@ -227,8 +247,13 @@ class Worker:
     """Another process that finishes requests from records: one JSON line in, one out."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "invariance.worker"], text=True, stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "invariance.worker"],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
 
     def resume(self, cell: Cell, folder: Path, records: dict[int, dict[str, Any]]) -> dict[int, Trace]:
         assert self._process.stdin is not None and self._process.stdout is not None

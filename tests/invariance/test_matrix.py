@@ -1,6 +1,7 @@
 """The first law: the same bits in every cell. `make matrix` runs the full product."""
 
 import pytest
+
 from invariance.harness import AXES, Cell, first_difference, full_product, pairwise, run_cell
 
 CELLS = pairwise(AXES)

@@ -214,7 +214,7 @@ def test_mixed_dtypes_load_in_fp32(tmp_path, reference_ops, good):
 
 def test_no_room_for_the_model_is_said(tmp_path, reference_ops, good):
     folder = shutil.copytree(good, tmp_path / "huge")
-    edit_config(hidden_size=2**40, head_dim=16)(folder)
+    edit_config(hidden_size=2**30, vocab_size=2**30, head_dim=16)(folder)
     with pytest.raises(CheckpointError, match="no memory on cpu for the model"):
         load_model(folder, reference_ops)
 

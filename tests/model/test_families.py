@@ -92,7 +92,9 @@ def test_written_config_reads_back(name, scaling):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"architectures": ["MixtralForCausalLM"]}, "architecture 'MixtralForCausalLM' is not supported, only L"),
-    ({"architectures": []}, "architecture None is not supported"),
+    ({"architectures": []}, "architecture '' is not supported"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "is not supported, only Llama"),
+    ({"architectures": None}, "architecture '' is not supported"),
     ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\) is not supported"),
     ({"num_experts": 8}, "num_experts=8: experts are not supported"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
@@ -114,6 +116,7 @@ def test_written_config_reads_back(name, scaling):
     ({"rope_theta": 0.0}, "rope_theta=0.0 must be more than 1"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"vocab_size": "96"}, "vocab_size='96' must be an integer"),
+    ({"intermediate_size": 10**30}, "intermediate_size=1(0{30}) must be an integer below"),
     ({"num_hidden_layers": 0}, "num_layers=0 must be a positive integer"),
     ({"num_attention_heads": 0}, "num_heads=0 must be a positive integer"),
     ({"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),

@@ -10,8 +10,9 @@ from headrace.text.chat import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
 
 TEMPLATES = (
-    "alpaca amberchat chatml chatqa falcon-instruct gemma-it granite-3.0-instruct llama-2-chat llama-3-instruct "
-    "mistral-instruct openchat-3.5 phi-3-small phi-3 qwen2.5-instruct saiga solar-instruct vicuna zephyr").split()
+    "alpaca", "amberchat", "chatml", "chatqa", "falcon-instruct", "gemma-it", "granite-3.0-instruct", "llama-2-chat",
+    "llama-3-instruct", "mistral-instruct", "openchat-3.5", "phi-3-small", "phi-3", "qwen2.5-instruct", "saiga",
+    "solar-instruct", "vicuna", "zephyr")
 SYSTEM = {"role": "system", "content": "  Be brief. "}
 TURNS = [{"role": "user", "content": " Hi <there> & 'you'\n"}, {"role": "assistant", "content": "Hello é漢😀 "},
          {"role": "user", "content": "And \"now\"?", "name": None}]
@@ -72,7 +73,7 @@ def test_no_template_is_a_clear_error(data_dir, tmp_path):
 @pytest.mark.parametrize("template", [
     "{{ messages.__class__ }}", "{{ ''.__class__.__mro__ }}", "{{ messages[0].get.__globals__ }}",
     "{{ raise_exception.__globals__ }}", "{{ strftime_now.__code__ }}", "{{ messages.append(1) }}",
-    "{{ 'x' * 10**12 }}", "{{ 9**9**9 }}", "{{ [0] * 99999999 }}", "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ 'x' * 10**12 }}", "{{ 9**9**9**9**9 }}", "{{ [0] * 99999999 }}", "{% for i in range(10**9) %}x{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
     "{{ cycler.__init__.__globals__ }}", "{{ ''|attr('__class__') }}", "{{ '%s'.__mod__.__self__ }}",
     "{{ self._TemplateReference__context }}", "{{ namespace.__init__.__globals__ }}", "{{ '{0.__class__}'.format(1) }}",
@@ -94,7 +95,7 @@ def test_the_dialect():
     render = ChatTemplate(
         "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
         "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}{{ strftime_now('%%') }}").render
-    assert render([{"role": "user", "content": "a"}] * 3) == "a\na\n%"
+    assert render([{"role": "user", "content": "a"}] * 3) == "aa%"
 
 
 def test_a_template_that_refuses_the_messages_says_why():

@@ -33,7 +33,7 @@ class Pairs:
 
     @property
     def verdict(self) -> str:
-        """"1.42× (1.38–1.47)", with "tie" where the range holds 1."""
+        """ "1.42× (1.38–1.47)", with "tie" where the range holds 1."""
         tie = ", tie" if self.low <= 1.0 <= self.high else ""
         return f"{self.ratio:.2f}× ({self.low:.2f}–{self.high:.2f}{tie})"
 
@@ -51,7 +51,7 @@ def interleave(ours: Callable[[], float], theirs: Callable[[], float], pairs: in
         ours(), theirs()
     a, b = [], []
     for i in range(pairs):
-        for side in ((0, 1) if i % 2 == 0 else (1, 0)):
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
             (a.append(ours()) if side == 0 else b.append(theirs()))
     ratios = [x / y for x, y in zip(a, b)]
     return Pairs(a, b, statistics.median(ratios), min(ratios), max(ratios))
@@ -78,12 +78,18 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-                    if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            cpu,
+        )
     import os
 
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numba", "llvmlite", "numpy")}}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numba", "llvmlite", "numpy")},
+    }
 
 
 def write_results(name: str, results: dict[str, Any], folder: Path = Path("docs/results")) -> Path:
@@ -95,4 +101,10 @@ def write_results(name: str, results: dict[str, Any], folder: Path = Path("docs/
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else list(value) if isinstance(value, Sequence) else str(value)
+    return (
+        asdict(value)
+        if hasattr(value, "__dataclass_fields__")
+        else list(value)
+        if isinstance(value, Sequence)
+        else str(value)
+    )

@@ -11,20 +11,40 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from headrace.config import ModelConfig
-from headrace.kernels.ops import load_ops
+from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import save_model
 from headrace.model.transformer import Transformer
 
-__all__ = ["SHAPES", "random_checkpoint"]
+__all__ = ["SHAPES", "random_checkpoint", "random_model"]
 
 SHAPES = {
     "tiny": ModelConfig("LlamaForCausalLM", 512, 64, 160, 2, 8, 4, 8, 2048, dtype="float32", tie_word_embeddings=True),
-    "small": ModelConfig("LlamaForCausalLM", 32000, 768, 2048, 12, 12, 4, 64, 4096, dtype="bfloat16",
-                         tie_word_embeddings=True),
-    "mid": ModelConfig("Qwen3ForCausalLM", 151936, 1024, 3072, 28, 16, 8, 128, 4096, dtype="bfloat16", qk_norm=True,
-                       tie_word_embeddings=True),
+    "small": ModelConfig(
+        "LlamaForCausalLM", 32000, 768, 2048, 12, 12, 4, 64, 4096, dtype="bfloat16", tie_word_embeddings=True
+    ),
+    "mid": ModelConfig(
+        "Qwen3ForCausalLM",
+        151936,
+        1024,
+        3072,
+        28,
+        16,
+        8,
+        128,
+        4096,
+        dtype="bfloat16",
+        qk_norm=True,
+        tie_word_embeddings=True,
+    ),
 }
 """tiny: for trying things. small: 100M parameters. mid: the shape of Qwen3-0.6B."""
+
+
+def random_model(config: ModelConfig, ops: Ops, seed: int = 0) -> Transformer:
+    """A model of random weights in memory, ready to generate."""
+    model = Transformer(config, ops)
+    model.init_weights(seed)
+    return model.requires_grad_(False)
 
 
 def random_checkpoint(shape: str | ModelConfig, folder: Path, seed: int = 0, dtype: str | None = None) -> Path:
@@ -33,12 +53,11 @@ def random_checkpoint(shape: str | ModelConfig, folder: Path, seed: int = 0, dty
     config = replace(config, dtype=dtype or config.dtype, bos_token_id=0, eos_token_ids=(1,))
     if (folder / "complete").exists():
         return folder
-    model = Transformer(config, load_ops("reference"))
-    model.init_weights(seed)
-    save_model(model, folder)
+    save_model(random_model(config, load_ops("reference"), seed), folder)
     _byte_tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"})
+    )
     (folder / "complete").touch()
     return folder
 

@@ -159,7 +159,10 @@ class CacheManager:
         seq.node, seq.depth = node, full
 
     def fork(self, parent: CachedSequence, child: CachedSequence, num_tokens: int) -> None:
-        """Let an empty `child` share the parent's first `num_tokens` tokens, the partial block included."""
+        """Let an empty `child` share the parent's first `num_tokens` tokens, the partial block included.
+
+        The child grows, or goes, before the parent commits that block.
+        """
         count = self.blocks_for(num_tokens)
         assert not child.blocks and child.node is None, "only an empty sequence is forked into"
         assert num_tokens <= parent.num_tokens, f"fork at {num_tokens} of {parent.num_tokens} tokens"

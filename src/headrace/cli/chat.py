@@ -16,8 +16,9 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("chat", help="talk to a model",
-                                 description="Talk to a checkpoint. Ctrl-D or /quit ends, /new begins again.")
+    parser = commands.add_parser(
+        "chat", help="talk to a model", description="Talk to a checkpoint. Ctrl-D or /quit ends, /new begins again."
+    )
     parser.add_argument("model", help="a checkpoint folder in Hugging Face layout, or a hub id")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     add_sampling_options(parser)
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _answer(llm: Any, messages: list[dict[str, str]], params: Any) -> str:
     text = ""
     for output in llm.stream(llm.chat_prompt(messages), params):
-        sys.stdout.write(output.outputs[0].text[len(text):])
+        sys.stdout.write(output.outputs[0].text[len(text) :])
         sys.stdout.flush()
         text = output.outputs[0].text
     sys.stdout.write("\n")

@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,20 @@ LONGEST_PROMPT = 96
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("demo", help="train a small model here and generate with it, in a few minutes",
-                                 description="Train a 1M-parameter model on a made-up small world and serve it.")
+    parser = commands.add_parser(
+        "demo",
+        help="train a small model here and generate with it, in a few minutes",
+        description="Train a 1M-parameter model on a made-up small world and serve it.",
+    )
     parser.add_argument("--once", action="store_true", help="ask nothing, train anew, and replace runs/demo")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="change a field of recipes/demo.toml, as train.steps=100")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a field of recipes/demo.toml, as train.steps=100",
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,11 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
     summary |= _cache(checkpoint)
     summary |= {**_reply(LLM(checkpoint)), "checkpoint": str(checkpoint.resolve())}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("\nNow try:\n"
-          f'  headrace generate {checkpoint} --prompt "Mia went to the" --max-tokens 60 --temperature 0\n'
-          f"  headrace chat {checkpoint}\n"
-          f"  headrace train recipes/demo.toml --out runs/mine --set train.steps=900\n"
-          f"  headrace reproduce paged")
+    print(
+        "\nNow try:\n"
+        f'  headrace generate {checkpoint} --prompt "Mia went to the" --max-tokens 60 --temperature 0\n'
+        f"  headrace chat {checkpoint}\n"
+        f"  headrace train recipes/demo.toml --out runs/mine --set train.steps=900\n"
+        f"  headrace reproduce paged"
+    )
 
 
 def _keep(arguments: argparse.Namespace) -> bool:
@@ -89,10 +99,16 @@ def _train(overrides: list[str]) -> dict[str, Any]:
     with TrainingView(recipe.train.steps, ops, tinyworld.prompts(1)[0], SAMPLE_SECONDS) as view:
         result = train(recipe, OUT, view.step, view.sample, ops=ops)
     seconds = time.perf_counter() - began
-    print(f"trained in {seconds:.0f} s: loss {result.first_loss:.3f} → {result.final_loss:.3f}, "
-          f"on held-out texts {result.validation_loss:.3f}. Wrote {result.checkpoint}")
-    return {"train_seconds": seconds, "first_loss": result.first_loss, "final_loss": result.final_loss,
-            "validation_loss": result.validation_loss}
+    print(
+        f"trained in {seconds:.0f} s: loss {result.first_loss:.3f} → {result.final_loss:.3f}, "
+        f"on held-out texts {result.validation_loss:.3f}. Wrote {result.checkpoint}"
+    )
+    return {
+        "train_seconds": seconds,
+        "first_loss": result.first_loss,
+        "final_loss": result.final_loss,
+        "validation_loss": result.validation_loss,
+    }
 
 
 def _exam(llm: Any) -> float:
@@ -100,10 +116,14 @@ def _exam(llm: Any) -> float:
     from headrace.train import tinyworld
 
     def generate(prompts: list[str]) -> list[str]:
-        return [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS))]
+        return [
+            o.outputs[0].text for o in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS))
+        ]
 
     shares = tinyworld.accuracy(generate, EXAM_QUESTIONS)
-    print(f"\nExam: {EXAM_QUESTIONS} questions on combinations that training never showed: {shares['overall']:.1%} right")
+    print(
+        f"\nExam: {EXAM_QUESTIONS} questions on combinations that training never showed: {shares['overall']:.1%} right"
+    )
     print("  " + " · ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "overall"))
     return shares["overall"]
 
@@ -126,11 +146,15 @@ def _same_bits(checkpoint: Path) -> dict[str, Any]:
     outputs = [o.outputs[0] for o in crowded.generate(prompts, params)]
     same = sum(a == b for a, b in zip(alone, outputs))
     stats = crowded.frontend.engine.scheduler.stats
-    print(f"\n32 prompts at once, in 7-token chunks, with a cache too small for them ({stats.preemptions} preemptions):")
+    print(
+        f"\n32 prompts at once, in 7-token chunks, with a cache too small for them ({stats.preemptions} preemptions):"
+    )
     print(f"  {same}/32 replies bit-identical to solo (tokens and log-probabilities)")
     print(f"  undisturbed: {speed:,.0f} tokens/s")
     if same != 32 or not stats.preemptions:
-        raise RuntimeError(f"{same} of 32 replies are the same bits after {stats.preemptions} preemptions: a bug in headrace")
+        raise RuntimeError(
+            f"{same} of 32 replies are the same bits after {stats.preemptions} preemptions: a bug in headrace"
+        )
     return {"tokens_per_second": speed}
 
 
@@ -155,8 +179,10 @@ def _cache(checkpoint: Path) -> dict[str, Any]:
     first_token(tinyworld.prompts(33)[32])
     cold, _ = first_token(prompt)
     warm, output = first_token(prompt)
-    print(f"The same prompt again: cached {output.num_cached_tokens}/{len(output.prompt_token_ids)} tokens, "
-          f"TTFT {cold:.1f} → {warm:.1f} ms")
+    print(
+        f"The same prompt again: cached {output.num_cached_tokens}/{len(output.prompt_token_ids)} tokens, "
+        f"TTFT {cold:.1f} → {warm:.1f} ms"
+    )
     return {"ttft_ms": cold}
 
 
@@ -168,5 +194,3 @@ def _reply(llm: Any) -> dict[str, str]:
     params = SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS, ignore_eos=True)
     ids = llm.generate(prompt, params)[0].outputs[0].token_ids
     return {"prompt": prompt, "reply": llm.tokenizer.decode(ids, skip_special_tokens=True)}
-
-

@@ -19,8 +19,11 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("generate", help="continue one prompt or many",
-                                 description="Continue prompts with a Llama, Mistral, Qwen2 or Qwen3 checkpoint.")
+    parser = commands.add_parser(
+        "generate",
+        help="continue one prompt or many",
+        description="Continue prompts with a Llama, Mistral, Qwen2 or Qwen3 checkpoint.",
+    )
     parser.add_argument("model", help="a checkpoint folder in Hugging Face layout, or a hub id")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given again; - reads standard input")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")

@@ -34,8 +34,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=text)
             continue
         parse = item.metadata.get("parse", type(item.default))
-        group.add_argument(flag, type=_typed(parse), default=item.default, choices=item.metadata["choices"] or None,
-                           help=text, metavar=None if item.metadata["choices"] else "N")
+        group.add_argument(
+            flag,
+            type=_typed(parse),
+            default=item.default,
+            choices=item.metadata["choices"] or None,
+            help=text,
+            metavar=None if item.metadata["choices"] else "N",
+        )
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:

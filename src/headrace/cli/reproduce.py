@@ -12,8 +12,11 @@ PAPERS = ("orca", "paged", "sarathi")
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("reproduce", help="a paper's results beside ours, measured now",
-                                 description="Print a paper's table beside ours. Every figure of ours is measured now.")
+    parser = commands.add_parser(
+        "reproduce",
+        help="a paper's results beside ours, measured now",
+        description="Print a paper's table beside ours. Every figure of ours is measured now.",
+    )
     parser.add_argument("paper", choices=PAPERS)
     parser.add_argument("--quick", action="store_true", help="smaller inputs, for trying it")
     parser.set_defaults(run=run)

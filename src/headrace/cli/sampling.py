@@ -31,7 +31,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     for name, (kind, text) in FLAGS.items():
         group.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, default=None, help=text, metavar="N")
-    group.add_argument("--stop", action="append", default=None, metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument(
+        "--stop", action="append", default=None, metavar="TEXT", help="end before this text; may be given again"
+    )
     group.add_argument("--ignore-eos", action="store_true", default=None, help="do not end at the model's end token")
 
 

@@ -14,12 +14,23 @@ __all__ = ["TrainingView", "add"]
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("train", help="train a model by a recipe",
-                                 description="Train by a TOML recipe. Writes DIR/metrics.jsonl, a line a step, and DIR/hf/.")
+    parser = commands.add_parser(
+        "train",
+        help="train a model by a recipe",
+        description="Train by a TOML recipe. Writes DIR/metrics.jsonl, a line a step, and DIR/hf/.",
+    )
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/demo.toml")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; an earlier run is replaced")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="change a field of the recipe, as train.steps=100; may be given again")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where to write; an earlier run is replaced"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a field of the recipe, as train.steps=100; may be given again",
+    )
     parser.set_defaults(run=run)
 
 
@@ -33,8 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
     ops = kernels(recipe.train.kernels)
     with TrainingView(recipe.train.steps, ops, tinyworld.prompts(1)[0]) as view:
         result = train(recipe, arguments.out, view.step, view.sample, ops=ops)
-    print(f"loss {result.first_loss:.3f} → {result.final_loss:.3f}, held out {result.validation_loss:.3f}, "
-          f"{result.tokens} tokens")
+    print(
+        f"loss {result.first_loss:.3f} → {result.final_loss:.3f}, held out {result.validation_loss:.3f}, "
+        f"{result.tokens} tokens"
+    )
     print(f"headrace generate {result.checkpoint} --prompt …")
 
 
@@ -52,8 +65,14 @@ class TrainingView:
         self._tokens = 0
         self._began = time.monotonic()
         self._console = Console(highlight=False)
-        self._progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                                  TextColumn("{task.description}"), console=self._console)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+        )
         self._task = self._progress.add_task("", total=steps)
 
     def __enter__(self) -> TrainingView:

@@ -59,7 +59,7 @@ class Admission:
             if not s.batching.admits(request.group_id, groups) or self._blocked(request):
                 continue
             path = s.cache.match(request.token_ids, request.namespace, self._limit(request))
-            if self._prefix_is_coming(request, path):
+            if not s.batching.joins_empty and self._prefix_is_coming(request, path):
                 continue
             if seats == 0 or not self._admit(request, path, promised, plan):
                 break
@@ -81,7 +81,8 @@ class Admission:
         cached = kv.num_tokens
         count = s.batching.first(request.num_tokens - max(cached, kv.host_tokens))
         need = s.cache.need(kv, max(request.num_tokens, request.reserve))
-        seated = count > 0 or (s.batching.joins_empty and not kv.host)  # block moves need a slice to go with
+        # Block moves need a slice to go with, and a fork must copy its last block before the parent commits it.
+        seated = count > 0 or (s.batching.joins_empty and not kv.host and parent is None)
         if need + promised > s.cache.available or not seated:
             s.cache.drop_blocks(kv)
             return False

@@ -37,8 +37,9 @@ def fingerprint(ops: Ops, config: ModelConfig, cache: CacheConfig) -> str:
 def max_length(config: ModelConfig, options: EngineOptions) -> int:
     """The longest sequence served: what was asked for, at most what the model knows positions for."""
     if options.max_model_len > config.max_position_embeddings:
-        raise ConfigError(f"max_model_len={options.max_model_len} is more than the model's "
-                          f"{config.max_position_embeddings} positions")
+        raise ConfigError(
+            f"max_model_len={options.max_model_len} is more than the model's {config.max_position_embeddings} positions"
+        )
     return options.max_model_len or config.max_position_embeddings
 
 
@@ -49,14 +50,18 @@ def count_blocks(config: ModelConfig, cache: CacheConfig, max_len: int, max_seqs
     block_bytes = KVStore.bytes_per_block(config, cache.block_size, getattr(torch, cache.dtype))
     free = free_memory()
     if cache.memory_bytes > free:
-        raise ConfigError(f"kv_cache_memory={cache.memory_bytes / 2**30:.2f} GiB is more than the "
-                          f"{free / 2**30:.2f} GiB that are free")
+        raise ConfigError(
+            f"kv_cache_memory={cache.memory_bytes / 2**30:.2f} GiB is more than the "
+            f"{free / 2**30:.2f} GiB that are free"
+        )
     wanted = max_seqs * -(-max_len // cache.block_size) + 1
     count = cache.memory_bytes // block_bytes or min(int(free * MEMORY_SHARE) // block_bytes, wanted)
     if count < 2:
         have = cache.memory_bytes or int(free * MEMORY_SHARE)
-        raise ConfigError(f"{have} bytes of KV cache do not hold two blocks (one of them null) of {block_bytes} bytes: "
-                          "give more with kv_cache_memory, or a smaller block_size")
+        raise ConfigError(
+            f"{have} bytes of KV cache do not hold two blocks (one of them null) of {block_bytes} bytes: "
+            "give more with kv_cache_memory, or a smaller block_size"
+        )
     return count
 
 
@@ -72,13 +77,21 @@ def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine:
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
     blocks = count_blocks(config, cache, length, options.max_num_seqs)
-    store = KVStore(blocks, config.num_layers, config.num_kv_heads, cache.block_size, config.head_dim,
-                    getattr(torch, cache.dtype), ops.device)
+    store = KVStore(
+        blocks,
+        config.num_layers,
+        config.num_kv_heads,
+        cache.block_size,
+        config.head_dim,
+        getattr(torch, cache.dtype),
+        ops.device,
+    )
     slots = host_slots(cache, options, store)
     runner = Runner(model, ops, store, slots)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
-    scheduler = Scheduler(options.scheduler_config(budget), replace(cache, num_blocks=blocks), length,
-                          config.eos_token_ids, slots)
+    scheduler = Scheduler(
+        options.scheduler_config(budget), replace(cache, num_blocks=blocks), length, config.eos_token_ids, slots
+    )
     return Engine(scheduler, runner, options.queue_depth)
 
 
@@ -107,6 +120,8 @@ def profile_budget(runner: Runner, max_len: int, slo_ms: float, repeats: int = 3
         middle = (low + high + 1) // 2
         low, high = (middle, high) if milliseconds(middle * TILE) <= slo_ms else (low, middle - 1)
     if low == 0:
-        raise ConfigError(f"slo_tbt={slo_ms} ms cannot be met: {TILE} tokens behind {longest} others take "
-                          f"{milliseconds(TILE):.1f} ms on this machine")
+        raise ConfigError(
+            f"slo_tbt={slo_ms} ms cannot be met: {TILE} tokens behind {longest} others take "
+            f"{milliseconds(TILE):.1f} ms on this machine"
+        )
     return low * TILE

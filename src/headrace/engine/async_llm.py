@@ -48,8 +48,9 @@ class AsyncLLM:
         self.tokenizer = self._llm.tokenizer
         self.fingerprint = self._llm.fingerprint
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
-                     priority: int = 0) -> AsyncIterator[RequestOutput]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
         """Outputs of one prompt as they grow; the last one is `finished`."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
@@ -105,7 +106,10 @@ class AsyncLLM:
             self._commands.put(lambda: self._abort(name))
         else:
             name.add_done_callback(
-                lambda f: None if f.cancelled() or f.exception() else self._commands.put(lambda: self._abort(f.result())))
+                lambda f: None
+                if f.cancelled() or f.exception()
+                else self._commands.put(lambda: self._abort(f.result()))
+            )
 
     # What follows runs on the engine's thread.
 
@@ -144,8 +148,15 @@ class AsyncLLM:
             command()
             wait = False
 
-    def _add(self, name: Future[str], deliver: Deliver, prompt: Prompt, params: SamplingParams,
-             request_id: str | None, priority: int) -> None:
+    def _add(
+        self,
+        name: Future[str],
+        deliver: Deliver,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None,
+        priority: int,
+    ) -> None:
         if not name.set_running_or_notify_cancel():
             return
         try:

@@ -61,19 +61,31 @@ class BatchBuilder:
         sequence = np.repeat(np.arange(len(slices)), lengths)
         size = self.block_size
         slots = table[sequence, positions // size] * size + positions % size
-        meta = AttentionMeta(self._tensor(table), self._tensor(np.asarray([0, *ends], np.int32)),
-                             self._tensor(np.asarray(contexts, np.int32)), self._tensor(slots.astype(np.int32)),
-                             max(lengths), max(contexts))
+        meta = AttentionMeta(
+            self._tensor(table),
+            self._tensor(np.asarray([0, *ends], np.int32)),
+            self._tensor(np.asarray(contexts, np.int32)),
+            self._tensor(slots.astype(np.int32)),
+            max(lengths),
+            max(contexts),
+        )
         previous = [(int(row), slices[sequence[row]].request_id) for row in np.flatnonzero(ids == PREVIOUS)]
         targets = [t for s in slices for t in s.targets]
         rows = [end - len(s.targets) + i for s, end in zip(slices, ends) for i in range(len(s.targets))]
         sampled = [s for s in slices if s.targets and s.targets[-1] == SAMPLE]
         return Batch(
-            ids_T=self._tensor(ids), positions_T=self._tensor(positions.astype(np.int64)), meta=meta,
-            rows_R=self._tensor(np.asarray(rows, np.int64)), targets=targets,
+            ids_T=self._tensor(ids),
+            positions_T=self._tensor(positions.astype(np.int64)),
+            meta=meta,
+            rows_R=self._tensor(np.asarray(rows, np.int64)),
+            targets=targets,
             sample_rows=[i for i, t in enumerate(targets) if t == SAMPLE],
-            sampled_requests=[s.request_id for s in sampled], previous=previous,
-            params=_sample_params(sampled), edits=self._edits(sampled), masks=self._masks(sampled))
+            sampled_requests=[s.request_id for s in sampled],
+            previous=previous,
+            params=_sample_params(sampled),
+            edits=self._edits(sampled),
+            masks=self._masks(sampled),
+        )
 
     def _block_table(self, slices: Sequence[Slice], contexts: Sequence[int]) -> np.ndarray:
         table = np.zeros((len(slices), -(-max(contexts) // self.block_size)), np.int32)
@@ -93,8 +105,9 @@ class BatchBuilder:
         return (self._tensor(rows.astype(np.int64)), self._tensor(ids), self._tensor(divide), self._tensor(add))
 
     def _masks(self, sampled: Sequence[Slice]) -> tuple[Tensor, Tensor] | None:
-        masked = [(row, s.params.allowed_token_ids) for row, s in enumerate(sampled)
-                  if s.params.allowed_token_ids is not None]
+        masked = [
+            (row, s.params.allowed_token_ids) for row, s in enumerate(sampled) if s.params.allowed_token_ids is not None
+        ]
         if not masked:
             return None
         words = np.zeros((len(masked), -(-self.vocab_size // 32)), np.uint32)
@@ -120,4 +133,5 @@ def _sample_params(sampled: Sequence[Slice]) -> SampleParams:
         min_p_R=column([p.min_p for p in params], np.float32),
         seed_R=torch.from_numpy(np.asarray([s.seed & WORD for s in sampled], np.uint64).view(np.int64)),
         choice_R=column([s.choice for s in sampled], np.int64),
-        position_R=column([s.start + len(s.token_ids) for s in sampled], np.int64))
+        position_R=column([s.start + len(s.token_ids) for s in sampled], np.int64),
+    )

@@ -50,15 +50,23 @@ class Frontend:
         """Load a checkpoint in Hugging Face layout, by folder or hub id."""
         folder = resolve(path_or_id)
         tokenizer = Tokenizer.from_folder(folder)
-        ops = load_ops(options.kernel_set, **({"threads": options.threads or None} if options.kernel_set == "cpu" else {}))
+        ops = load_ops(
+            options.kernel_set, **({"threads": options.threads or None} if options.kernel_set == "cpu" else {})
+        )
         model = load_model(folder, ops, options.dtype)
         tokenizer.check_vocabulary(model.config.vocab_size)
         if hasattr(ops, "warm_up"):
             ops.warm_up(progress)
         return cls(model, tokenizer, ops, options)
 
-    def add(self, prompt: Prompt, params: SamplingParams, name: str | None = None, priority: int = 0,
-            namespace: tuple[object, ...] = ()) -> str:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        name: str | None = None,
+        priority: int = 0,
+        namespace: tuple[object, ...] = (),
+    ) -> str:
         """Queue a prompt; returns its name. Raises `RequestError` where it can never be served."""
         text, ids = self._read(prompt)
         self._check(ids, params)
@@ -136,20 +144,33 @@ class Frontend:
         """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
         group = self._groups[name]
         requests = self.engine.scheduler.requests
-        return {"name": name, "prompt": group.output.prompt, "fingerprint": self.fingerprint,
-                "prompt_logprobs": group.output.prompt_logprobs and [t and _plain(t) for t in group.output.prompt_logprobs],
-                "num_cached_tokens": group.output.num_cached_tokens,
-                "choices": [{"request": requests[number].resume_record() if number in requests else None,
-                             "output": _plain_output(choice.output)} for number, choice in group.choices.items()]}
+        return {
+            "name": name,
+            "prompt": group.output.prompt,
+            "fingerprint": self.fingerprint,
+            "prompt_logprobs": group.output.prompt_logprobs and [t and _plain(t) for t in group.output.prompt_logprobs],
+            "num_cached_tokens": group.output.num_cached_tokens,
+            "choices": [
+                {
+                    "request": requests[number].resume_record() if number in requests else None,
+                    "output": _plain_output(choice.output),
+                }
+                for number, choice in group.choices.items()
+            ],
+        }
 
     def resume(self, record: Mapping[str, Any]) -> str:
         """Queue what a `resume_record` describes. A beam search, being deterministic, begins again."""
         if record.get("fingerprint") != self.fingerprint:
-            raise RequestError(f"the record is of an engine {record.get('fingerprint')}, and this one is "
-                               f"{self.fingerprint}: its tokens could differ")
+            raise RequestError(
+                f"the record is of an engine {record.get('fingerprint')}, and this one is "
+                f"{self.fingerprint}: its tokens could differ"
+            )
         try:
             numbers = [next(self._ids) for _ in record["choices"]]
-            requests = {n: Request.from_record(n, c["request"]) for n, c in zip(numbers, record["choices"]) if c["request"]}
+            requests = {
+                n: Request.from_record(n, c["request"]) for n, c in zip(numbers, record["choices"]) if c["request"]
+            }
             outputs = [_read_output(c["output"]) for c in record["choices"]]
             first = next(iter(requests.values()))
             text, scores = record["prompt"], record["prompt_logprobs"]
@@ -185,8 +206,12 @@ class Frontend:
 
     def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
         vocabulary = self.model_config.vocab_size
-        named = {"prompt": ids, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias,
-                 "allowed_token_ids": params.allowed_token_ids or ()}
+        named = {
+            "prompt": ids,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": params.logit_bias,
+            "allowed_token_ids": params.allowed_token_ids or (),
+        }
         for field, tokens in named.items():
             for token in tokens:
                 if not 0 <= token < vocabulary:

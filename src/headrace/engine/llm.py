@@ -32,8 +32,9 @@ class LLM:
     an option is at fault. One thread at a time may use it; `AsyncLLM` is for many callers.
     """
 
-    def __init__(self, model: str | Path, *, progress: Callable[[int, int, str], None] | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self, model: str | Path, *, progress: Callable[[int, int, str], None] | None = None, **options: Any
+    ) -> None:
         folder = resolve(model)
         self._start(Frontend.from_folder(folder, EngineOptions(**options), progress), _sampling_defaults(folder))
 
@@ -54,16 +55,21 @@ class LLM:
         """What the model's own generation_config.json says of sampling."""
         return dict(self._defaults)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt],
-                 params: SamplingParams | Sequence[SamplingParams] | None = None,
-                 priority: Sequence[int] | int = 0) -> list[RequestOutput]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        priority: Sequence[int] | int = 0,
+    ) -> list[RequestOutput]:
         """Continue one prompt or many, all at once; outputs stand in the order of the prompts.
 
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. `params` is one for all, or one
         each; None is the model's own defaults. If any prompt is refused, none runs.
         """
         many = _as_list(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams(**self._defaults)] * len(many)
+        each = (
+            list(params) if isinstance(params, Sequence) else [params or SamplingParams(**self._defaults)] * len(many)
+        )
         ranks = list(priority) if isinstance(priority, Sequence) else [priority] * len(many)
         for what, values in (("params", each), ("priority", ranks)):
             if len(values) != len(many):

@@ -37,16 +37,25 @@ class EngineOptions:
     """Options of one engine; the same names are keywords of `LLM` and, with dashes, flags of the commands."""
 
     device: str = option("cpu", "where the model runs", ("cpu", "cuda"))
-    kernels: str = option("auto", "kernel set: Numba on the CPU, torch's reference on a GPU", ("auto", "cpu", "reference", "cuda"))
-    dtype: str = option("auto", "weights as the checkpoint has them (auto), or converted", ("auto", "float32", "bfloat16", "float16"))
+    kernels: str = option(
+        "auto", "kernel set: Numba on the CPU, torch's reference on a GPU", ("auto", "cpu", "reference", "cuda")
+    )
+    dtype: str = option(
+        "auto", "weights as the checkpoint has them (auto), or converted", ("auto", "float32", "bfloat16", "float16")
+    )
     threads: int = option(0, "CPU threads; 0 is all of them")
     max_model_len: int = option(0, "longest sequence in tokens; 0 is the model's own")
     block_size: int = option(16, "tokens in a KV cache block")
     kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB; 0 chooses from free memory", parse=parse_bytes)
-    kv_cache_dtype: str = option("auto", "keys and values are rounded to this before any read", ("auto", "fp32", "bf16", "fp16"))
+    kv_cache_dtype: str = option(
+        "auto", "keys and values are rounded to this before any read", ("auto", "fp32", "bf16", "fp16")
+    )
     num_kv_blocks: int = option(0, "blocks of KV cache, instead of bytes")
-    swap_memory: int = option(0, "bytes of host memory for swapped blocks; 0 is as much as the cache under --preemption swap",
-                              parse=parse_bytes)
+    swap_memory: int = option(
+        0,
+        "bytes of host memory for swapped blocks; 0 is as much as the cache under --preemption swap",
+        parse=parse_bytes,
+    )
     prefix_caching: bool = option(True, "share the KV cache of common prefixes")
     scheduling_policy: str = option("fcfs", "who runs next", POLICIES)
     batching: str = option("sarathi", "how a step is filled", BATCHING)
@@ -65,10 +74,14 @@ class EngineOptions:
         require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must not be negative")
         require(0.0 <= self.slo_tbt < math.inf, f"slo_tbt={self.slo_tbt} must be a time in ms")
         if self.max_num_batched_tokens == "auto":
-            require(self.slo_tbt > 0.0, "max_num_batched_tokens=auto needs slo_tbt, the worst time between tokens in ms")
+            require(
+                self.slo_tbt > 0.0, "max_num_batched_tokens=auto needs slo_tbt, the worst time between tokens in ms"
+            )
         else:
-            require(str(self.max_num_batched_tokens).isdecimal(),
-                    f"max_num_batched_tokens={self.max_num_batched_tokens!r} is neither a positive number nor auto")
+            require(
+                str(self.max_num_batched_tokens).isdecimal(),
+                f"max_num_batched_tokens={self.max_num_batched_tokens!r} is neither a positive number nor auto",
+            )
         self.cache_config()
         self.scheduler_config()
 
@@ -79,12 +92,16 @@ class EngineOptions:
             value = parse_bytes(value)
             object.__setattr__(self, name, value)
         if metadata["choices"]:
-            value = {long: short for short, long in DTYPES.items()}.get(value, value) if name == "kv_cache_dtype" else value
+            value = (
+                {long: short for short, long in DTYPES.items()}.get(value, value) if name == "kv_cache_dtype" else value
+            )
             one_of(name, value, metadata["choices"])
         elif name != "max_num_batched_tokens":
             kinds = (int, float) if isinstance(default, float) else type(default)
-            require(isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool),
-                    f"{name}={value!r} must be a {'number' if isinstance(default, float) else type(default).__name__}")
+            require(
+                isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool),
+                f"{name}={value!r} must be a {'number' if isinstance(default, float) else type(default).__name__}",
+            )
 
     @property
     def kernel_set(self) -> str:
@@ -94,14 +111,27 @@ class EngineOptions:
     def cache_config(self) -> CacheConfig:
         """The paged cache's part."""
         dtype = "fp32" if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
-        return CacheConfig(self.block_size, self.kv_cache_memory, self.num_kv_blocks, self.swap_memory,
-                           DTYPES.get(dtype, dtype), self.prefix_caching)
+        return CacheConfig(
+            self.block_size,
+            self.kv_cache_memory,
+            self.num_kv_blocks,
+            self.swap_memory,
+            DTYPES.get(dtype, dtype),
+            self.prefix_caching,
+        )
 
     def scheduler_config(self, budget: int = 512) -> SchedulerConfig:
         """The scheduler's part; `budget` is what auto found."""
         tokens = budget if self.max_num_batched_tokens == "auto" else int(self.max_num_batched_tokens)
-        return SchedulerConfig(self.scheduling_policy, self.batching, self.reserve, self.preemption, tokens,
-                               self.max_num_seqs, self.queue_depth)
+        return SchedulerConfig(
+            self.scheduling_policy,
+            self.batching,
+            self.reserve,
+            self.preemption,
+            tokens,
+            self.max_num_seqs,
+            self.queue_depth,
+        )
 
 
 def free_memory() -> int:

@@ -23,8 +23,12 @@ class Choice:
         self.output = CompletionOutput(index)
         self._params = params
         self._tokenizer = tokenizer
-        self._stream = TextStream(tokenizer.detokenizer(params.skip_special_tokens, prompt_ids), params.stop,
-                                  params.include_stop_str_in_output, params.min_tokens)
+        self._stream = TextStream(
+            tokenizer.detokenizer(params.skip_special_tokens, prompt_ids),
+            params.stop,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
 
@@ -82,8 +86,15 @@ class Group:
     Under beam search the choices stay empty until the search is over; then each takes one hypothesis.
     """
 
-    def __init__(self, name: str, prompt: str | None, prompt_ids: list[int], params: SamplingParams,
-                 tokenizer: Tokenizer, request_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        prompt: str | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        request_ids: Sequence[int],
+    ) -> None:
         self.name = name
         self.params = params
         self.output = RequestOutput(name, prompt, prompt_ids, [])
@@ -108,8 +119,16 @@ class Group:
     def take_hypotheses(self, hypotheses: Sequence[Hypothesis]) -> None:
         """The beam search is over: the best hypotheses are the choices, best first."""
         for (number, choice), found in zip(self.choices.items(), hypotheses):
-            choice.take(RequestUpdate(number, number, found.token_ids, found.logprobs,
-                                      finish_reason=found.finish_reason, stop_reason=found.stop_reason))
+            choice.take(
+                RequestUpdate(
+                    number,
+                    number,
+                    found.token_ids,
+                    found.logprobs,
+                    finish_reason=found.finish_reason,
+                    stop_reason=found.stop_reason,
+                )
+            )
             choice.output.cumulative_logprob = found.cumulative_logprob
         self.end("length")
 
@@ -124,6 +143,8 @@ class Group:
 
     def snapshot(self) -> RequestOutput:
         """The output as it is now, which later steps leave alone."""
-        outputs = [replace(c, token_ids=list(c.token_ids), logprobs=None if c.logprobs is None else list(c.logprobs))
-                   for c in self.output.outputs]
+        outputs = [
+            replace(c, token_ids=list(c.token_ids), logprobs=None if c.logprobs is None else list(c.logprobs))
+            for c in self.output.outputs
+        ]
         return replace(self.output, outputs=outputs)

@@ -103,7 +103,9 @@ class Runner:
         rows = [row for row, _ in batch.previous]
         batch.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
 
-    def _finish(self, batch: Batch, logits_RV: Tensor, slices: Sequence[Slice]) -> tuple[Tensor | None, _Logprobs | None]:
+    def _finish(
+        self, batch: Batch, logits_RV: Tensor, slices: Sequence[Slice]
+    ) -> tuple[Tensor | None, _Logprobs | None]:
         """Sample the rows that ask for it, and score rows against the distribution before edits."""
         tops = [s.top for s in slices if s.targets and s.top is not None]
         if not batch.targets:

@@ -27,7 +27,9 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 def _number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ok = ok and low <= float(value) <= high and not (open_low and value == low)  # type: ignore[arg-type]
-    bound = f"{'more than' if open_low else 'at least'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+    bound = f"{'more than' if open_low else 'at least'} {low:g}" + (
+        "" if math.isinf(high) else f" and at most {high:g}"
+    )
     _check(ok, f"{name}={value!r} must be a finite number, {bound}")
 
 
@@ -86,11 +88,15 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
-            _check(self.min_tokens <= self.max_tokens,
-                   f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+            _check(
+                self.min_tokens <= self.max_tokens,
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
+            )
         _integer("beam_width", self.beam_width, 0, 64)
-        _check(not self.beam_width or self.n <= self.beam_width,
-               f"n={self.n} is more than beam_width={self.beam_width}: a search returns at most its beams")
+        _check(
+            not self.beam_width or self.n <= self.beam_width,
+            f"n={self.n} is more than beam_width={self.beam_width}: a search returns at most its beams",
+        )
         _number("length_penalty", self.length_penalty, -10.0, 10.0)
 
     def _check_distribution(self) -> None:
@@ -127,5 +133,9 @@ class SamplingParams:
 
         Such a request is never planned ahead of its results.
         """
-        return (self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-                or self.beam_width > 0)
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.beam_width > 0
+        )

@@ -177,7 +177,7 @@ class Ops(Protocol):
 
 
 def load_ops(name: str, **options: Any) -> Ops:
-    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, with Triton if it is there)."""
+    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there)."""
     if name == "cpu":
         from headrace.kernels.cpu import CpuOps
 
@@ -188,7 +188,7 @@ def load_ops(name: str, **options: Any) -> Ops:
         return ReferenceOps(**options)
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no GPU here: use device=cpu, or install a CUDA build of torch")
+            raise ConfigError("device=cuda, but torch sees no GPU: use device=cpu, or install a CUDA build of torch")
         if importlib.util.find_spec("triton") is None:
             from headrace.kernels.reference import ReferenceOps
 

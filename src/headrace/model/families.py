@@ -57,7 +57,7 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
     Raises `CheckpointError` naming the field that is missing, malformed or not supported.
     """
     names = json.get("architectures") or []
-    name = names[0] if isinstance(names, list) and names else None
+    name = str(names[0]) if isinstance(names, list) and names else ""
     if name not in FAMILIES:
         raise CheckpointError(f"architecture {name!r} is not supported, only {', '.join(FAMILIES)}")
     family = FAMILIES[name]
@@ -223,8 +223,8 @@ def _integer(json: Json, key: str, default: int | None = None) -> int:
     value = default if json.get(key) is None else json[key]
     if value is None:
         raise CheckpointError(f"{key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"{key}={value!r} must be an integer")
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
+        raise CheckpointError(f"{key}={value!r} must be an integer below 2^31")
     return value
 
 

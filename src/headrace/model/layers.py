@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
         """[T, D] → [T, D]."""
-        q_THd, k_TGd, v_TGd = self.qkv(x_TD).view(self.heads_shape).split(self.split, dim=1)
+        q_THd, k_TGd, v_TGd = self.qkv(x_TD).view(self.heads_shape).split_with_sizes(self.split, 1)
         q_THd = self.ops.rotary(q_THd, positions_T, self.rope_Pd, self.q_norm, self.eps)
         k_TGd = self.ops.rotary(k_TGd, positions_T, self.rope_Pd, self.k_norm, self.eps)
         return self.out(ctx.attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))

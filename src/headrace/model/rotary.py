@@ -17,6 +17,9 @@ from headrace.config import ModelConfig, RopeScaling
 
 __all__ = ["rotary_table"]
 
+CHUNK = 4096
+"""Positions computed at once, so that the float64 part of a long table stays small."""
+
 
 def rotary_table(config: ModelConfig, device: torch.device) -> Tensor:
     """[P, d] fp32 with P = max_position_embeddings: cos in the first d/2 columns, sin in the last.
@@ -37,9 +40,11 @@ def rotary_table(config: ModelConfig, device: torch.device) -> Tensor:
         frequency = _yarn(wave, scaling, config)
         amplitude = _yarn_amplitude(scaling)
     table_Pd = torch.empty(config.max_position_embeddings, dim)
-    for rows in torch.arange(len(table_Pd), dtype=torch.float32).split(4096):  # the float64 part stays small
-        angle = (rows[:, None] * frequency).double()
-        table_Pd[int(rows[0]) : int(rows[-1]) + 1] = torch.cat((angle.cos(), angle.sin()), dim=1)
+    for start in range(0, len(table_Pd), CHUNK):
+        rows_Pd = table_Pd[start : start + CHUNK]
+        positions = torch.arange(start, start + len(rows_Pd), dtype=torch.float32)
+        angle = (positions[:, None] * frequency).double()
+        rows_Pd.copy_(torch.cat((angle.cos(), angle.sin()), dim=1))
     return table_Pd.mul_(amplitude).to(device)
 
 

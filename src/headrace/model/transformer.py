@@ -10,7 +10,7 @@ only, and nothing of caches, batches, ranks or quantization. Between blocks the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         self.rope_Pd = rotary_table(config, ops.device)
         dtype = weight_dtype(config)
         self.embed = VocabParallelEmbedding(ops, config.vocab_size, config.hidden_size, dtype)
-        self.blocks = nn.ModuleList(
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config, ops, layer, self.rope_Pd, mlp) for layer in range(config.num_layers))
         self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
         self.lm_head = LMHead(ops, config.vocab_size, config.hidden_size, config.shards, dtype,

@@ -24,6 +24,9 @@ __all__ = ["ChatTemplate"]
 MAX_CHARACTERS = 16 * 1024 * 1024
 """Longest rendering and longest string that a template may build by repetition."""
 
+MAX_BITS = 4096
+"""Longest integer that a template may build by powers."""
+
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -47,8 +50,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not (isinstance(right, (int, float)) and abs(right) <= 64):
-            raise jinja2.sandbox.SecurityError("an exponent above 64")
+        integers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and integers and left.bit_length() * right > MAX_BITS:
+            raise jinja2.sandbox.SecurityError("a power with more digits than any prompt needs")
         for sized, count in ((left, right), (right, left)):
             if hasattr(sized, "__len__") and isinstance(count, int) and len(sized) * count > MAX_CHARACTERS:
                 raise jinja2.sandbox.SecurityError("a repetition longer than any prompt")

@@ -1,6 +1,7 @@
 """The tokenizer of a model folder: tokenizer.json with what tokenizer_config.json says about it.
 
-Ids equal those of `transformers.AutoTokenizer`, so the rules below about which file wins are its rules.
+Ids equal those of `transformers.AutoTokenizer`, so the rules below about which file wins are its rules. What is put
+around a text is tokenizer.json's post-processor; `add_bos_token` in tokenizer_config.json does not change it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from headrace.errors import CheckpointError, RequestError
@@ -34,6 +35,7 @@ class Tokenizer:
         self._source = source
         self._chat = ChatTemplate(chat_template, self._special) if chat_template else None
         self._table = _piece_table(backend)
+        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -52,13 +54,12 @@ class Tokenizer:
         _add_missing_tokens(backend, config, special)
         if _rebuilt_as_llama(backend, config, _read_json(folder / "config.json")):
             _rebuild_as_llama(backend, config)
-        _set_affixes(backend, config, special)
         return cls(backend, special, _chat_template(folder, config), source=str(folder))
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._vocab_size
 
     @property
     def bos_token_id(self) -> int | None:
@@ -191,18 +192,6 @@ def _rebuild_as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
     if prefix_space:
         chain.append(decoders.Strip(content=" ", left=1))
     backend.decoder = decoders.Sequence(chain)
-
-
-def _set_affixes(backend: Backend, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """add_bos_token and add_eos_token, where given, replace what tokenizer.json puts around a text."""
-    if "add_bos_token" not in config and "add_eos_token" not in config and backend.post_processor is not None:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    parts = [bos, "$A", eos]
-    tokens = [(token, backend.token_to_id(token)) for token in {bos, eos} if token is not None]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[part for part in parts if part], special_tokens=tokens)
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:

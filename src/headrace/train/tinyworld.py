@@ -13,7 +13,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -41,12 +41,15 @@ COLOURS = ("black", "blue", "green", "red", "white", "yellow")
 CATEGORIES = ("where", "who", "colour", "find", "moved", "given", "sum", "list", "object")
 
 SHARES = (1, 1, 1, 2, 2, 2, 4, 1, 1)
+EASY_SHARES = (3, 2, 1, 0, 0, 0, 4, 1, 1)
 """How often training asks of each category."""
 
-ASKED = ("where", "who", "colour", "find", "find")
+ASKED = ("where", "who", "colour", "find")
 """What further turns about a scene ask."""
 
-MOST_TURNS = 4
+MOST_TURNS = 8
+EASY_TEXTS = 4000
+"""Training begins with so many texts of the easier kinds."""
 
 HELD_OUT_ONE_IN = 8
 """One combination in so many is kept for the exam."""
@@ -114,15 +117,16 @@ def _scene(rng: random.Random, size: int, exam: bool) -> list[_Fact]:
             return facts
 
 
-def _about_scene(rng: random.Random, category: str, exam: bool, turns: int = 1) -> list[Question]:
-    """A scene and `turns` questions about it; the first is of `category` and about the first person."""
-    facts = _scene(rng, rng.choice((2, 3)), exam)
+def _about_scene(rng: random.Random, category: str, exam: bool, turns: int, easy: bool) -> list[Question]:
+    """A scene and different questions about it; the first is of `category` and about the first person."""
+    facts = _scene(rng, 2 if easy else rng.choice((2, 3)), exam)
     asked = facts[0]
     told: list[str] = []
     for fact in rng.sample(facts, len(facts)):
         told += _tell(rng, fact, category if fact is asked else rng.choice((category, "where")), facts)
     questions = [_ask(category, asked)]
-    questions += [_ask(rng.choice(ASKED), rng.choice(facts)) for _ in range(turns - 1)]
+    more = [(name, fact) for name in ASKED for fact in facts if (name, fact) != (category, asked)]
+    questions += [_ask(name, fact) for name, fact in rng.sample(more, min(turns - 1, len(more)))]
     questions[0] = replace(questions[0], question=" ".join([*told, questions[0].question]))
     return questions
 
@@ -186,11 +190,12 @@ def _object(rng: random.Random, exam: bool) -> Question:
             return Question("object", f"Write as JSON: {told}.", json.dumps(things), combination)
 
 
-def _questions(rng: random.Random, category: str, exam: bool, turns: int = 1) -> list[Question]:
+def _questions(rng: random.Random, category: str, exam: bool, turns: int = 1,
+               easy: bool = False) -> list[Question]:
     alone = {"sum": _sum, "list": _list, "object": _object}
     if category in alone:
         return [alone[category](rng, exam) for _ in range(turns)]
-    return _about_scene(rng, category, exam, turns)
+    return _about_scene(rng, category, exam, turns, easy)
 
 
 def _story(rng: random.Random) -> str:
@@ -231,12 +236,13 @@ def _story(rng: random.Random) -> str:
 def documents(seed: int) -> Iterator[Document]:
     """An endless stream of training texts; no held-out combination is in it."""
     rng = random.Random(f"tinyworld {seed}")
-    while True:
-        if rng.random() < 0.2:
+    for index in count():
+        easy = index < EASY_TEXTS
+        if rng.random() < 0.1:
             yield Document((("", _story(rng)),))
         else:
-            category = rng.choices(CATEGORIES, SHARES)[0]
-            questions = _questions(rng, category, exam=False, turns=rng.randint(1, MOST_TURNS))
+            category = rng.choices(CATEGORIES, EASY_SHARES if easy else SHARES)[0]
+            questions = _questions(rng, category, exam=False, turns=rng.randint(1, MOST_TURNS), easy=easy)
             yield Document(tuple((question.prompt, question.answer) for question in questions))
 
 

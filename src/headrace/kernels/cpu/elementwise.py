@@ -14,7 +14,21 @@ from numba import prange
 
 from headrace.kernels.cpu.launch import kernel
 from headrace.kernels.cpu.simd import (
-    add8, div8, exp8, fma8, hsum8, load1, load8, load8n, mul8, splat8, store1, store8, store8n, sub8, zero8,
+    add8,
+    div8,
+    exp8,
+    fma8,
+    hsum8,
+    load1,
+    load8,
+    load8n,
+    mul8,
+    splat8,
+    store1,
+    store8,
+    store8n,
+    sub8,
+    zero8,
 )
 
 __all__ = ["add_rms_norm", "edit_logits", "embedding", "mask_logits", "rms_norm", "rotary", "silu_mul", "store_kv"]

@@ -23,7 +23,10 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+from numba.core import codegen
 from numba.core import config as numba_config
+
+from headrace.config import require
 
 __all__ = ["build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "set_threads", "source_key",
            "thread_count", "vector_features"]
@@ -39,11 +42,10 @@ def cpu_name() -> str:
 
 @functools.cache
 def cpu_features() -> str:
-    """LLVM's feature string of this CPU, sorted: "+avx2,+fma,…" (or what NUMBA_CPU_FEATURES says)."""
-    if numba_config.CPU_FEATURES is not None:
-        return ",".join(sorted(numba_config.CPU_FEATURES.split(",")))
-    features = llvm.get_host_cpu_features()
-    return ",".join(sorted(f"+{name}" for name, present in features.items() if present))
+    """What this CPU has, in LLVM's words, sorted: "+avx2,+fma,…" (or what NUMBA_CPU_FEATURES says)."""
+    said = numba_config.CPU_FEATURES
+    features = codegen.get_host_cpu_features() if said is None else said
+    return ",".join(sorted(name for name in features.split(",") if name.startswith("+")))
 
 
 def source_key(folder: Path | None = None) -> str:
@@ -99,7 +101,8 @@ def vector_features() -> str:
 
 
 def thread_count(threads: int | None) -> int:
-    """`threads` clipped to what Numba can start; None or 0 is all of them."""
+    """`threads` clipped to the CPUs that Numba sees; None or 0 is all of them."""
+    require(threads is None or threads >= 0, f"threads={threads} must be 0 (all CPUs) or more")
     return min(threads or numba_config.NUMBA_NUM_THREADS, numba_config.NUMBA_NUM_THREADS)
 
 

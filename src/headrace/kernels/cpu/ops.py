@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
 
 import llvmlite
 import numba
@@ -15,13 +15,10 @@ from torch import Tensor
 
 from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import elementwise, launch
-from headrace.kernels.cpu.linear import SHARDS, linear16, linear32, packed_size
+from headrace.kernels.cpu import sample as sampling
+from headrace.kernels.cpu.linear import SHARDS, linear, linear_part
+from headrace.kernels.cpu.warmup import Progress, warm_up
 from headrace.kernels.ops import AttentionMeta, SampleParams
-
-try:  # TEMPORARY until sample.py exists
-    from headrace.kernels.cpu import sample as sampling
-except ImportError:
-    sampling = None
 
 __all__ = ["CpuOps"]
 
@@ -30,12 +27,14 @@ VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float
 NOTHING = np.empty(0, np.float32)
 ALONE = 1 << 15
 """Elements below which an element-wise operation stays on the calling thread."""
+ALONE_PRODUCT = 1 << 17
+"""Multiplications below which a matrix product does."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _bounds(bounds: tuple[int, ...], width: int) -> np.ndarray:
     shards = len(bounds) - 1
-    rising = bounds[0] == 0 and bounds[-1] == width and all(a <= b for a, b in zip(bounds, bounds[1:]))
+    rising = bounds[0] == 0 and bounds[-1] == width and all(a <= b for a, b in pairwise(bounds))
     if not rising or shards not in (1, 2, 4, 8, SHARDS):
         raise ValueError(f"bounds={bounds} must rise from 0 to {width} in 1, 2, 4, 8 or {SHARDS} shards")
     return np.asarray(bounds, np.int64)
@@ -71,13 +70,20 @@ class CpuOps:
     def __init__(self, threads: int | None = None) -> None:
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)
-        self._packed = NOTHING
         self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}
 
     def fingerprint(self) -> str:
         """Implementation, hash of the kernels' source, the CPU's vector features, Numba's and LLVM's versions."""
         return (f"cpu/{launch.source_key()}/{launch.vector_features()}/numba-{numba.__version__}"
                 f"/llvmlite-{llvmlite.__version__}")
+
+    def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
+                progress: Progress | None = None) -> None:
+        """Compile, or load from disk, what a model with these dtypes needs; progress(done, total, name) as it goes.
+
+        Without it each kernel is compiled at its first call, once per dtype and machine.
+        """
+        warm_up(self, weights, cache, progress)
 
     # ---- views and work ----------------------------------------------------------------------------------------
 
@@ -101,13 +107,6 @@ class CpuOps:
         launch.set_threads(self.threads)
         return min(rows, self.threads)
 
-    def _workspace(self, rows: int, cuts: np.ndarray) -> np.ndarray:
-        """Room for the packed rows of a product, kept: fresh pages would cost more than the packing."""
-        size = packed_size(rows, cuts)
-        if size > self._packed.size:
-            self._packed = np.empty(size, np.float32)
-        return self._packed if size else NOTHING
-
     # ---- the model's operations --------------------------------------------------------------------------------
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
@@ -129,10 +128,12 @@ class CpuOps:
         cuts = _bounds((0, inputs) if bounds is None else tuple(bounds), inputs)
         bias = NOTHING if bias_N is None else self._stored(bias_N)
         y_TN = torch.empty((rows, width))
-        launch.set_threads(self.threads)
-        product = linear32 if weight_NK.dtype == torch.float32 else linear16
-        product(_dense(x_TK), rows, inputs, self._stored(weight_NK), width, bias, cuts, self._workspace(rows, cuts),
-                y_TN.numpy())
+        operands = (_dense(x_TK), rows, inputs, self._stored(weight_NK), width, bias, cuts, y_TN.numpy())
+        if self.threads == 1 or rows * inputs * width < ALONE_PRODUCT:
+            linear_part(*operands, 0, 1)
+        else:
+            launch.set_threads(self.threads)
+            linear(*operands, self.threads)
         return y_TN
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -178,6 +179,8 @@ class CpuOps:
 
     def store_kv_(self, k_TGd: Tensor, v_TGd: Tensor, blocks: Tensor, layer: int, slots_T: Tensor) -> None:
         slots = _integers(slots_T, torch.int32)
+        if not 0 <= layer < blocks.shape[1] or k_TGd.shape[1:] != (blocks.shape[3], blocks.shape[5]):
+            raise IndexError(f"layer {layer} of heads {tuple(k_TGd.shape[1:])} is not in a cache {tuple(blocks.shape)}")
         bad = elementwise.store_kv(
             _strided(k_TGd), k_TGd.stride(0), k_TGd.stride(1), _strided(v_TGd), v_TGd.stride(0), v_TGd.stride(1),
             self._stored(blocks), layer, slots, self._tasks(slots.size, 2 * k_TGd.numel()))
@@ -198,6 +201,8 @@ class CpuOps:
                              f"{target.dtype} {tuple(target.shape)}")
         ours, theirs = self._stored(source), self._stored(target)
         for i, j in pairs:
+            if min(i, j) < 0:
+                raise IndexError(f"blocks ({i}, {j}): a block's number is not negative")
             theirs[j] = ours[i]
 
     # ---- logits ------------------------------------------------------------------------------------------------

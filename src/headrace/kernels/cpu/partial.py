@@ -36,7 +36,7 @@ from headrace.kernels.cpu.simd import (
 )
 from headrace.kernels.ops import SPLIT
 
-__all__ = ["NODES", "ROWS", "Paged", "partial", "seen"]
+__all__ = ["NODES", "ROWS", "Paged", "partial"]
 
 ROWS = 4
 LANES = ROWS * (SPLIT + 8)  # scratch offset, after the scores: 16 lanes on their way to scalars

@@ -132,7 +132,7 @@ def _shard(logits, first, last):
 
 @kernel(parallel=True)
 def _logsumexp(logits_RV, bounds, partials, out_R):
-    """Shards in parallel, then a balanced tree over each row's."""
+    """Shards in parallel, then a balanced tree over each row's, a power of two of them."""
     rows, vocab_size = logits_RV.shape
     shards = bounds.size - 1
     for item in prange(rows * shards):
@@ -144,8 +144,8 @@ def _logsumexp(logits_RV, bounds, partials, out_R):
     for row in range(rows):
         count = shards
         while count > 1:
-            pairs = count // 2
-            for i in range(pairs):
+            count //= 2
+            for i in range(count):
                 left, right = partials[row, 2 * i], partials[row, 2 * i + 1]
                 m = max(left[0], right[0])
                 e = np.float32(0.0)
@@ -153,9 +153,6 @@ def _logsumexp(logits_RV, bounds, partials, out_R):
                     e = left[1] * exp1(left[0] - m) + right[1] * exp1(right[0] - m)
                 partials[row, i, 0] = m
                 partials[row, i, 1] = e
-            if count & 1:
-                partials[row, pairs] = partials[row, count - 1]
-            count = pairs + (count & 1)
         out_R[row] = partials[row, 0, 0] + log1(partials[row, 0, 1])
 
 

@@ -34,8 +34,8 @@ from numba.extending import intrinsic, models, register_model
 
 __all__ = [
     "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8", "lane8",
-    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "pointer", "splat8", "store1", "store8", "store8n",
-    "sub8", "zero8",
+    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "splat8",
+    "store1", "store8", "store8n", "sub8", "zero8",
 ]
 
 LANES = 8
@@ -329,6 +329,18 @@ def _store(shape: Callable[[ir.Type], ir.Type], arg: types.Type) -> Callable[...
         return types.none(array, types.int64, arg), codegen
 
     return typing
+
+
+@intrinsic
+def narrow(tyctx: Any, array: Any) -> Any:
+    """Whether elements are 16 bits: a constant, so the branch not taken is not compiled."""
+    if not _known(array):
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(1), int(array.dtype != types.float32))
+
+    return types.boolean(array), codegen
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from numba.extending import intrinsic, models, register_model
 
 from headrace.kernels.cpu.simd import FLOAT, LANES, VECTOR, address, f32x8, mask, operator
 
-__all__ = ["fma16", "hsum16x8", "load16", "store4", "twice8", "zero16"]
+__all__ = ["fma16", "hsum16x8", "load16", "store16", "store_quarter", "twice8", "zero16"]
 
 WIDE = ir.VectorType(FLOAT, 2 * LANES)
 
@@ -74,7 +74,18 @@ def load16(tyctx: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def store4(tyctx: Any, array: Any, offset: Any, value: Any, quarter: Any) -> Any:
+def store16(tyctx: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Sixteen fp32 elements to `offset`, unaligned."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(args[2], address(context, builder, array, args[0], args[1], WIDE), align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, f32x16), codegen
+
+
+@intrinsic
+def store_quarter(tyctx: Any, array: Any, offset: Any, value: Any, quarter: Any) -> Any:
     """Lanes 4·quarter … 4·quarter + 3 (`quarter` a literal 0 … 3) to four fp32 elements at `offset`."""
     if not isinstance(quarter, types.IntegerLiteral):
         return None

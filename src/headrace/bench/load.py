@@ -1,0 +1,108 @@
+"""Workloads and the driver that puts one through an engine, token by token on the clock."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from headrace.engine.engine import Engine
+from headrace.engine.request import Request
+from headrace.engine.sampling import SamplingParams
+
+__all__ = ["Job", "Outcome", "conversation_lengths", "random_jobs", "run_jobs"]
+
+TRACE = "traces/azure2023"
+PROMPT_P50, PROMPT_P99 = 1020, 4142
+OUTPUT_P50, OUTPUT_P99 = 129, 601
+Z99 = 2.3263
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt, how many tokens to generate, and after how many steps of the engine it arrives."""
+
+    prompt: Sequence[int]
+    output: int
+    arrival: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """When each job's tokens came, in seconds from the start, and the tokens themselves."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    times: dict[int, list[float]] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between successive tokens of one job, of all jobs."""
+        return [b - a for times in self.times.values() for a, b in zip(times, times[1:])]
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated."""
+        return sum(map(len, self.tokens.values()))
+
+
+def conversation_lengths(count: int, scale: float, seed: int = 0) -> tuple[str, list[tuple[int, int]]]:
+    """(where from, (prompt, output) lengths · `scale`): Azure conversations of 2023 where HEADRACE_DATA has them.
+
+    Elsewhere they are drawn from lognormals with that trace's medians and 99th percentiles.
+    """
+    draw = random.Random(seed)
+    folder = Path(os.environ.get("HEADRACE_DATA", "")) / TRACE
+    files = sorted(folder.rglob("*conv.csv")) if os.environ.get("HEADRACE_DATA") else []
+    if files:
+        with files[0].open() as lines:
+            rows = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in csv.DictReader(lines)]
+        source, picked = "Azure 2023 conversations", draw.sample(rows, count)
+    else:
+        source = "lognormal with the medians of Azure 2023 conversations"
+        picked = [
+            (_lognormal(draw, PROMPT_P50, PROMPT_P99), _lognormal(draw, OUTPUT_P50, OUTPUT_P99)) for _ in range(count)
+        ]
+    return f"{source} × {scale:g}", [(max(1, round(p * scale)), max(1, round(o * scale))) for p, o in picked]
+
+
+def _lognormal(draw: random.Random, p50: float, p99: float) -> float:
+    return draw.lognormvariate(math.log(p50), math.log(p99 / p50) / Z99)
+
+
+def random_jobs(lengths: Iterable[tuple[int, int]], vocab_size: int, seed: int = 0, prefix: int = 0) -> list[Job]:
+    """Jobs of random tokens, all behind the same `prefix` tokens."""
+    draw = random.Random(seed)
+    shared = [draw.randrange(2, vocab_size) for _ in range(prefix)]
+    return [Job(shared + [draw.randrange(2, vocab_size) for _ in range(p)], o) for p, o in lengths]
+
+
+def run_jobs(engine: Engine, jobs: Sequence[Job], params: SamplingParams | None = None) -> Outcome:
+    """Run every job to its end, greedily by default, end tokens ignored."""
+    outcome = Outcome()
+    waiting = sorted(enumerate(jobs, 1), key=lambda item: item[1].arrival)
+    start = time.perf_counter()
+    while waiting or engine.has_work:
+        while waiting and (waiting[0][1].arrival <= outcome.steps or not engine.has_work):
+            number, job = waiting.pop(0)
+            engine.scheduler.add(
+                Request(
+                    number,
+                    job.prompt,
+                    params or SamplingParams(temperature=0.0, max_tokens=job.output, ignore_eos=True),
+                    seed=number,
+                )
+            )
+        for update in engine.step():
+            now = time.perf_counter() - start
+            outcome.times.setdefault(update.request_id, []).extend([now] * len(update.token_ids))
+            outcome.tokens.setdefault(update.request_id, []).extend(update.token_ids)
+        outcome.steps += 1
+    outcome.seconds = time.perf_counter() - start
+    return outcome

@@ -1,0 +1,141 @@
+"""The tiles of a matrix product: a few sums over K side by side, each in eight lanes of its own.
+
+A tile covers `count` inputs. `first` says that the sums start here, `last` that they end here: in between, where a
+long K is cut into chunks that fit the first-level cache, accumulators wait in `carry`, unreduced, so that cutting
+changes no bits. At the end each sum is the `hsum8` of its lanes, at sums[to + 8·row + output].
+
+All arguments are `pointer`s and element offsets. A chunk that is not the last is a multiple of eight inputs.
+"""
+
+from __future__ import annotations
+
+from headrace.kernels.cpu.launch import kernel
+from headrace.kernels.cpu.simd import fma8, hsum8x8, lane8, load8, load8n, store1, store8, zero8
+from headrace.kernels.cpu.simd16 import fma16, hsum16x8, load16, store16, store_quarter, twice8, zero16
+
+__all__ = ["tile1x8", "tile4x2", "tile8x4"]
+
+
+@kernel
+def tile1x8(x, x0, w, w0, w1, w2, w3, w4, w5, w6, w7, count, sums, to):
+    """One row, eight outputs, never cut: it reads every weight once, at the memory's bandwidth."""
+    a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
+    a4, a5, a6, a7 = zero8(), zero8(), zero8(), zero8()
+    tail = count & 7
+    for k in range(0, count - tail, 8):
+        r = load8(x, x0 + k)
+        a0, a1 = fma8(r, load8(w, w0 + k), a0), fma8(r, load8(w, w1 + k), a1)
+        a2, a3 = fma8(r, load8(w, w2 + k), a2), fma8(r, load8(w, w3 + k), a3)
+        a4, a5 = fma8(r, load8(w, w4 + k), a4), fma8(r, load8(w, w5 + k), a5)
+        a6, a7 = fma8(r, load8(w, w6 + k), a6), fma8(r, load8(w, w7 + k), a7)
+    if tail:
+        k = count - tail
+        r = load8n(x, x0 + k, tail)
+        a0, a1 = fma8(r, load8n(w, w0 + k, tail), a0), fma8(r, load8n(w, w1 + k, tail), a1)
+        a2, a3 = fma8(r, load8n(w, w2 + k, tail), a2), fma8(r, load8n(w, w3 + k, tail), a3)
+        a4, a5 = fma8(r, load8n(w, w4 + k, tail), a4), fma8(r, load8n(w, w5 + k, tail), a5)
+        a6, a7 = fma8(r, load8n(w, w6 + k, tail), a6), fma8(r, load8n(w, w7 + k, tail), a7)
+    store8(sums, to, hsum8x8(a0, a1, a2, a3, a4, a5, a6, a7))
+
+
+@kernel
+def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to):
+    """Four rows, two outputs: eight accumulators keep both FMA units of a 256-bit machine busy."""
+    if first:
+        a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
+        b0, b1, b2, b3 = zero8(), zero8(), zero8(), zero8()
+    else:
+        a0, a1, a2, a3 = load8(carry, c), load8(carry, c + 8), load8(carry, c + 16), load8(carry, c + 24)
+        b0, b1, b2, b3 = load8(carry, c + 32), load8(carry, c + 40), load8(carry, c + 48), load8(carry, c + 56)
+    tail = count & 7
+    for k in range(0, count - tail, 8):
+        u, v = load8(w, w0 + k), load8(w, w1 + k)
+        r = load8(x, x0 + k)
+        a0, b0 = fma8(r, u, a0), fma8(r, v, b0)
+        r = load8(x, x1 + k)
+        a1, b1 = fma8(r, u, a1), fma8(r, v, b1)
+        r = load8(x, x2 + k)
+        a2, b2 = fma8(r, u, a2), fma8(r, v, b2)
+        r = load8(x, x3 + k)
+        a3, b3 = fma8(r, u, a3), fma8(r, v, b3)
+    if not last:
+        store8(carry, c, a0), store8(carry, c + 8, a1), store8(carry, c + 16, a2), store8(carry, c + 24, a3)
+        store8(carry, c + 32, b0), store8(carry, c + 40, b1), store8(carry, c + 48, b2), store8(carry, c + 56, b3)
+        return
+    if tail:
+        k = count - tail
+        u, v = load8n(w, w0 + k, tail), load8n(w, w1 + k, tail)
+        r = load8n(x, x0 + k, tail)
+        a0, b0 = fma8(r, u, a0), fma8(r, v, b0)
+        r = load8n(x, x1 + k, tail)
+        a1, b1 = fma8(r, u, a1), fma8(r, v, b1)
+        r = load8n(x, x2 + k, tail)
+        a2, b2 = fma8(r, u, a2), fma8(r, v, b2)
+        r = load8n(x, x3 + k, tail)
+        a3, b3 = fma8(r, u, a3), fma8(r, v, b3)
+    total = hsum8x8(a0, b0, a1, b1, a2, b2, a3, b3)
+    store1(sums, to, lane8(total, 0)), store1(sums, to + 1, lane8(total, 1))
+    store1(sums, to + 8, lane8(total, 2)), store1(sums, to + 9, lane8(total, 3))
+    store1(sums, to + 16, lane8(total, 4)), store1(sums, to + 17, lane8(total, 5))
+    store1(sums, to + 24, lane8(total, 6)), store1(sums, to + 25, lane8(total, 7))
+
+
+@kernel
+def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to):
+    """Eight rows, four outputs, for AVX-512: sixteen accumulators of two rows each.
+
+    x is packed: for every eight inputs, eight rows of eight elements, a tail filled with 0.
+    """
+    if first:
+        a0, a1, a2, a3 = zero16(), zero16(), zero16(), zero16()
+        b0, b1, b2, b3 = zero16(), zero16(), zero16(), zero16()
+        c0, c1, c2, c3 = zero16(), zero16(), zero16(), zero16()
+        d0, d1, d2, d3 = zero16(), zero16(), zero16(), zero16()
+    else:
+        a0, a1, a2, a3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
+        c += 64
+        b0, b1, b2, b3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
+        c += 64
+        c0, c1, c2, c3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
+        c += 64
+        d0, d1, d2, d3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
+        c -= 192
+    tail = count & 7
+    for k in range(0, count - tail, 8):
+        p = x0 + 8 * k
+        r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
+        u = twice8(load8(w, w0 + k))
+        a0, a1, a2, a3 = fma16(r0, u, a0), fma16(r1, u, a1), fma16(r2, u, a2), fma16(r3, u, a3)
+        u = twice8(load8(w, w1 + k))
+        b0, b1, b2, b3 = fma16(r0, u, b0), fma16(r1, u, b1), fma16(r2, u, b2), fma16(r3, u, b3)
+        u = twice8(load8(w, w2 + k))
+        c0, c1, c2, c3 = fma16(r0, u, c0), fma16(r1, u, c1), fma16(r2, u, c2), fma16(r3, u, c3)
+        u = twice8(load8(w, w3 + k))
+        d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
+    if not last:
+        store16(carry, c, a0), store16(carry, c + 16, a1), store16(carry, c + 32, a2), store16(carry, c + 48, a3)
+        c += 64
+        store16(carry, c, b0), store16(carry, c + 16, b1), store16(carry, c + 32, b2), store16(carry, c + 48, b3)
+        c += 64
+        store16(carry, c, c0), store16(carry, c + 16, c1), store16(carry, c + 32, c2), store16(carry, c + 48, c3)
+        c += 64
+        store16(carry, c, d0), store16(carry, c + 16, d1), store16(carry, c + 32, d2), store16(carry, c + 48, d3)
+        return
+    if tail:
+        k = count - tail
+        p = x0 + 8 * k
+        r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
+        u = twice8(load8n(w, w0 + k, tail))
+        a0, a1, a2, a3 = fma16(r0, u, a0), fma16(r1, u, a1), fma16(r2, u, a2), fma16(r3, u, a3)
+        u = twice8(load8n(w, w1 + k, tail))
+        b0, b1, b2, b3 = fma16(r0, u, b0), fma16(r1, u, b1), fma16(r2, u, b2), fma16(r3, u, b3)
+        u = twice8(load8n(w, w2 + k, tail))
+        c0, c1, c2, c3 = fma16(r0, u, c0), fma16(r1, u, c1), fma16(r2, u, c2), fma16(r3, u, c3)
+        u = twice8(load8n(w, w3 + k, tail))
+        d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
+    total = hsum16x8(a0, b0, c0, d0, a1, b1, c1, d1)  # rows 0, 2 | 1, 3
+    store_quarter(sums, to, total, 0), store_quarter(sums, to + 16, total, 1)
+    store_quarter(sums, to + 8, total, 2), store_quarter(sums, to + 24, total, 3)
+    total = hsum16x8(a2, b2, c2, d2, a3, b3, c3, d3)  # rows 4, 6 | 5, 7
+    store_quarter(sums, to + 32, total, 0), store_quarter(sums, to + 48, total, 1)
+    store_quarter(sums, to + 40, total, 2), store_quarter(sums, to + 56, total, 3)

@@ -1,0 +1,61 @@
+"""Compiling ahead: every kernel that serving a model will call, run once on a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from headrace.kernels.ops import AttentionMeta, SampleParams
+
+if TYPE_CHECKING:
+    from headrace.kernels.cpu.ops import CpuOps
+
+__all__ = ["Progress", "warm_up"]
+
+Progress = Callable[[int, int, str], None]
+"""progress(done, total, name): called before each kernel, and once more when all are done."""
+
+WIDTH = 1024  # of a product large enough for the threads
+
+
+def warm_up(ops: CpuOps, weights: torch.dtype, cache: torch.dtype, progress: Progress | None) -> None:
+    """Call each operation of `ops` once, with weights and cache of these dtypes. What is on disk is only loaded."""
+    steps = [*_model_steps(ops, weights, cache), *_logit_steps(ops)]
+    for done, (name, run) in enumerate(steps):
+        if progress is not None:
+            progress(done, len(steps), name)
+        run()
+    if progress is not None:
+        progress(len(steps), len(steps), "")
+
+
+def _model_steps(ops: CpuOps, weights: torch.dtype, cache: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    x, weight, one = torch.zeros(1, WIDTH), torch.zeros(WIDTH, WIDTH, dtype=weights), torch.ones(WIDTH)
+    heads, table, at = torch.zeros(1, 3, 8), torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
+    blocks = torch.zeros(1, 1, 2, 1, 1, 8, dtype=cache)
+    ends, slots = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    meta = AttentionMeta(slots[None], ends, ends[1:], slots, 1, 1)
+    yield "linear", lambda: ops.linear(x, weight)
+    yield "linear, one thread", lambda: ops.linear(x[:, :8].contiguous(), weight[:8, :8].contiguous())
+    yield "attention", lambda: ops.attention(heads[:, :1].contiguous(), blocks, 0, meta, 1.0)
+    yield "embedding", lambda: ops.embedding(at, weight)
+    yield "embedding of rows", lambda: ops.embedding(at, x)
+    yield "rms_norm", lambda: ops.rms_norm(x, one, 1.0)
+    yield "add_rms_norm", lambda: ops.add_rms_norm(x, x, one, 1.0)
+    yield "rotary", lambda: ops.rotary(heads[:, :2], at, table)
+    yield "silu_mul", lambda: ops.silu_mul(x)
+    yield "store_kv", lambda: ops.store_kv_(heads[:, :1], heads[:, 1:2], blocks, 0, slots)
+
+
+def _logit_steps(ops: CpuOps) -> Iterator[tuple[str, Callable[[], object]]]:
+    logits, at = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
+    lse, mask = torch.zeros(1), torch.full((1, 2), -1, dtype=torch.int32)
+    params = SampleParams(lse + 1, at, lse + 1, lse, at, at, at)
+    yield "edit_logits", lambda: ops.edit_logits_(logits, at, at, lse + 1, lse)
+    yield "mask_logits", lambda: ops.mask_logits_(logits, at, mask)
+    yield "logsumexp", lambda: ops.logsumexp(logits, (0, 64))
+    yield "score", lambda: ops.score(logits, lse, at)
+    yield "top_logprobs", lambda: ops.top_logprobs(logits, lse, 2)
+    yield "sample", lambda: ops.sample(logits, params)

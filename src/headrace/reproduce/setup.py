@@ -1,0 +1,40 @@
+"""What the papers' files share: engines with and without a model, on one small random model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.bench.models import SHAPES, random_model
+from headrace.config import CacheConfig, SchedulerConfig
+from headrace.engine.assemble import assemble
+from headrace.engine.engine import Engine
+from headrace.engine.null_runner import NullRunner
+from headrace.engine.options import EngineOptions
+from headrace.engine.scheduler import Scheduler
+from headrace.kernels.ops import load_ops
+
+__all__ = ["ON", "Bench", "host_engine"]
+
+ON = 'a random 0.1M-parameter Llama, CPU kernels; host logic alone (no model) where a row says "host"'
+
+
+class Bench:
+    """Makes engines around one random model."""
+
+    def __init__(self, shape: str = "tiny") -> None:
+        self.ops = load_ops("cpu")
+        self.model = random_model(SHAPES[shape], self.ops)
+        self.vocab_size = self.model.config.vocab_size
+
+    def engine(self, **options: Any) -> Engine:
+        """A fresh engine with an empty cache."""
+        return assemble(self.model, self.ops, EngineOptions(**options))
+
+
+def host_engine(
+    num_blocks: int, max_len: int = 4096, block_size: int = 16, prefix_caching: bool = True, **scheduler: Any
+) -> Engine:
+    """The real scheduler, with a null runner where the model was."""
+    cache = CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching)
+    config = SchedulerConfig(**scheduler)
+    return Engine(Scheduler(config, cache, max_len, ()), NullRunner(num_blocks, block_size), config.queue_depth)

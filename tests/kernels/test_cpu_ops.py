@@ -1,0 +1,122 @@
+"""`CpuOps` as a whole: the protocol, its views of weights, the cache of compiled kernels, the fingerprint."""
+
+import gc
+import inspect
+import os
+import subprocess
+import sys
+
+import numba
+import pytest
+import torch
+
+from headrace.errors import ConfigError
+from headrace.kernels.cpu import CpuOps, launch
+from headrace.kernels.ops import Ops, load_ops
+
+
+@pytest.fixture(scope="module")
+def ops() -> CpuOps:
+    return CpuOps()
+
+
+def test_it_is_the_whole_protocol():
+    for name, wanted in inspect.getmembers(Ops, inspect.isfunction):
+        if not name.startswith("_"):
+            ours = inspect.signature(getattr(CpuOps, name)).parameters
+            assert list(ours) == list(inspect.signature(wanted).parameters), name
+    assert isinstance(load_ops("cpu", threads=1), CpuOps)
+
+
+def test_threads_are_checked():
+    everything = CpuOps().threads
+    assert CpuOps(threads=0).threads == everything == CpuOps(threads=10_000).threads
+    assert CpuOps(threads=1).threads == 1
+    with pytest.raises(ConfigError, match="threads=-1"):
+        CpuOps(threads=-1)
+
+
+def test_warm_up_compiles_everything_and_tells(ops):
+    heard = []
+    ops.warm_up(torch.bfloat16, torch.float32, lambda done, total, name: heard.append((done, total, name)))
+    total = heard[0][1]
+    assert [done for done, _, _ in heard] == list(range(total + 1))
+    assert heard[-1] == (total, total, "") and all(name for _, _, name in heard[:-1])
+
+
+def test_a_view_follows_its_weight(ops):
+    x, weight = torch.ones(1, 8), torch.nn.Parameter(torch.ones(4, 8))
+    assert ops.linear(x, weight).tolist() == [[8.0] * 4]
+    with torch.no_grad():
+        weight.mul_(2)
+    assert ops.linear(x, weight).tolist() == [[16.0] * 4]
+    weight.data = torch.full((4, 8), 3.0)
+    assert ops.linear(x, weight).tolist() == [[24.0] * 4]
+
+
+def test_a_dead_weight_leaves_nothing_behind():
+    ops = CpuOps(threads=1)
+    for _ in range(3):
+        ops.linear(torch.ones(1, 8), torch.ones(4, 8), torch.ones(4))
+    gc.collect()
+    assert not ops._views
+
+
+def test_the_fingerprint_names_what_bits_depend_on(ops):
+    said = ops.fingerprint()
+    assert said == CpuOps(threads=1).fingerprint()
+    assert said.startswith("cpu/") and launch.source_key() in said and numba.__version__ in said
+
+
+# ---- the cache of compiled kernels -----------------------------------------------------------------------------
+
+def test_any_change_of_source_is_another_build(tmp_path):
+    """Numba alone would keep a kernel whose callee, in another file, has changed."""
+    (tmp_path / "kernel.py").write_text("def f(x): return g(x)\n")
+    (tmp_path / "callee.py").write_text("def g(x): return x\n")
+    before = launch.build_key(tmp_path)
+    assert launch.build_key(tmp_path) == before
+    (tmp_path / "callee.py").write_text("def g(x): return -x\n")
+    assert launch.build_key(tmp_path) != before
+
+
+@pytest.mark.parametrize("owner,name", [(numba, "__version__"), (launch.llvmlite, "__version__"), (launch, "cpu_name"),
+                                        (launch, "cpu_features")])
+def test_another_compiler_or_cpu_is_another_build(monkeypatch, owner, name):
+    before = launch.build_key()
+    monkeypatch.setattr(owner, name, "other" if name == "__version__" else lambda: "other")
+    assert launch.build_key() != before
+
+
+def test_the_cache_is_where_it_was_asked_to_be(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "kernels"))
+    assert launch.cache_folder.__wrapped__() == tmp_path / "kernels" / launch.build_key()
+
+
+def test_an_unwritable_cache_is_no_cache(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "file"))
+    assert launch.cache_folder.__wrapped__() is None
+
+
+def test_numbas_own_cache_folder_is_left_alone(monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "elsewhere")
+    compiled = launch.kernel(lambda x: x + 1)
+    assert numba.config.CACHE_DIR == "elsewhere"
+    assert str(launch.cache_folder()) in compiled._cache.cache_path
+    assert compiled(1) == 2
+
+
+SCRIPT = """
+import torch
+from headrace.kernels.cpu import CpuOps, elementwise
+assert CpuOps(threads=1).rms_norm(torch.ones(2, 8), torch.ones(8), 0.0).tolist() == [[1.0] * 8] * 2
+print(sum(elementwise.rms_norm.stats.cache_hits.values()), sum(elementwise.rms_norm.stats.cache_misses.values()))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    environment = os.environ | {"HEADRACE_CACHE_DIR": str(tmp_path)}
+    said = [subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)]
+    assert said == ["0 1\n", "1 0\n"]
