@@ -61,7 +61,6 @@ def headrace(checkpoint: str, threads: int, torch_slots: bool = False) -> Any:
         ops: Any = TorchSlots(threads)
     else:
         ops = load_ops("cpu", threads=threads)
-        ops.warm_up(None)
     model = load_model(Path(checkpoint), ops, "float32" if torch_slots else "auto")
 
     def run(jobs: list[Any], options: dict[str, Any]) -> dict[str, Any]:

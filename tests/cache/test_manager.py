@@ -65,6 +65,39 @@ def test_a_block_in_the_tree_is_copied_before_a_rewound_sequence_writes_it():
     manager.check_integrity([seq])
 
 
+def test_a_rewound_sequence_leaves_the_path_it_was_on():
+    manager = CacheManager(20, 4)
+    old, new = list(range(8)), [0, 1, 2, 3, 4, 9, 9, 9, 5, 5, 5, 5]
+    seq = grown(manager, old)
+    manager.rewind(seq, 5)
+    manager.grow(seq, 12)
+    manager.commit(seq, new, 12)
+    assert [n.block for n in manager.match([*new, 1], (), 12)] == seq.blocks
+    assert len(manager.match([*old, 5, 5, 5, 5], (), 12)) == 2
+    manager.check_integrity([seq])
+
+
+def test_what_is_pinned_is_not_available():
+    manager = CacheManager(5, 4)
+    parent = grown(manager, list(range(8)))
+    child = CachedSequence(())
+    manager.fork(parent, child, 6)
+    manager.release(parent)
+    manager.grow(child, 7)
+    assert manager.available == 1 and manager.reset() == 0
+    manager.end_step()
+    assert manager.available == 2 and manager.reset() == 1
+    manager.check_integrity([child])
+
+
+def test_a_released_table_keeps_what_a_plan_may_still_show():
+    manager = CacheManager(5, 4)
+    seq = grown(manager, list(range(8)))
+    shown = seq.blocks
+    manager.release(seq)
+    assert len(shown) == 2 and seq.blocks == [] and seq.segments[0].blocks is seq.blocks
+
+
 def test_duplicates_keep_their_own_block_and_the_tree_the_first():
     manager = CacheManager(20, 4)
     tokens = list(range(9))
@@ -173,8 +206,10 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=3))
     def fork(self, data, more):
         parent = data.draw(st.sampled_from(self.alive()))
-        written = self.writes[parent][0] if parent in self.writes else parent.num_tokens
-        count = data.draw(st.integers(0, written))
+        busy = {seq.blocks[at // self.size] for seq, span in self.writes.items() for at in range(*span)}
+        count = data.draw(st.integers(0, parent.num_tokens))
+        if count % self.size and parent.blocks[count // self.size] in busy:
+            count -= count % self.size  # a partial block is copied before this step writes it
         child = CachedSequence(())
         self.manager.fork(parent, child, count)
         self.tokens[child] = [*self.tokens[parent][:count], *more]

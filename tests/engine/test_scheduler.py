@@ -299,8 +299,9 @@ def test_prefixes_being_computed_are_shared_not_recomputed(patience):
         assert stats.prefix_waits == 5 * patience and stats.scheduled_tokens > 41 + 5 * 1 + 6 * 2
 
 
-def test_requests_of_one_step_share_a_prefix_and_generated_tokens_hit_later():
-    engine = make(300, 4, context=200)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_requests_of_one_step_share_a_prefix_and_generated_tokens_hit_later(depth):
+    engine = make(300, 4, context=200, queue_depth=depth)
     prompt = list(range(10, 22))
     requests = [Case(i, [*prompt, 50 + i], SamplingParams(max_tokens=8, ignore_eos=True)) for i in range(2)]
     for request in requests:
@@ -309,9 +310,10 @@ def test_requests_of_one_step_share_a_prefix_and_generated_tokens_hit_later():
     assert [(s.request_id, s.start) for s in plan.slices] == [(0, 0), (1, 12)]
     engine.scheduler.update(plan, engine.runner.result(engine.runner.submit(plan)))
     got = run(engine)
+    assert len(got) == 2
     follow = Case(7, [*prompt, 50, *alone(requests[0])[0], 1, 2], SamplingParams(max_tokens=1))
     run(engine, [follow])
-    assert follow.num_cached_tokens == 20 and len(got) == 2  # 13 + 8 tokens known, 20 of them computed
+    assert follow.num_cached_tokens == 20  # 13 + 8 tokens known, 20 of them computed
 
 
 def test_a_whole_cached_prompt_still_computes_its_last_token():
@@ -336,10 +338,11 @@ def test_penalties_bias_and_bans_follow_the_output():
 
     params = SamplingParams(max_tokens=30, min_tokens=12, repetition_penalty=1.3, presence_penalty=0.5,
                             frequency_penalty=0.25, logit_bias={5: 2.0}, stop_token_ids=tuple(range(40)))
-    for depth in (1, 2):
+    bans = SamplingParams(max_tokens=30, min_tokens=12, stop_token_ids=tuple(range(40)))  # planned ahead
+    for depth, params in itertools.product((1, 2), (params, bans)):
         case = Case(0, [1, 5, 9, 1], params)
 
-        def edits(output, prompt=case.prompt_token_ids):
+        def edits(output, prompt=case.prompt_token_ids, params=params):
             state = EditState(params, {EOS, *range(40)}, prompt)
             for token in output:
                 state.append(token)

@@ -27,8 +27,8 @@ from headrace.kernels.cpu.simd import (
     zero8,
 )
 
-SPECIAL = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.2e-38, 3e38, -3e38, 88.7, 88.8, -87.4,
-                    -103.9, -104.1, -1e9], np.float32)
+SPECIAL = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.2e-38, 3e38, -3e38, 88.7, 88.8,
+                    -87.4, -103.9, -104.1, -1e9], np.float32)
 
 
 @numba.njit

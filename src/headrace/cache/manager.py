@@ -161,7 +161,7 @@ class CacheManager:
     def fork(self, parent: CachedSequence, child: CachedSequence, num_tokens: int) -> None:
         """Let an empty `child` share the parent's first `num_tokens` tokens, the partial block included.
 
-        The child grows, or goes, before the parent commits that block.
+        An earlier plan has written that block, and the child grows, or goes, before the parent commits it.
         """
         count = self.blocks_for(num_tokens)
         assert not child.blocks and child.node is None, "only an empty sequence is forked into"

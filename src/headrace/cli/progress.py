@@ -37,6 +37,5 @@ def kernels(name: str) -> Any:
         from headrace.kernels.ops import load_ops
 
         ops = load_ops(name)
-        if hasattr(ops, "warm_up"):
-            ops.warm_up(progress=_compiling(status))
+        ops.warm_up(progress=_compiling(status))
         return ops

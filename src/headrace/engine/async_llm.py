@@ -47,6 +47,7 @@ class AsyncLLM:
         self._llm = ready.result()
         self.tokenizer = self._llm.tokenizer
         self.fingerprint = self._llm.fingerprint
+        self.frontend = self._llm.frontend
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, priority: int = 0

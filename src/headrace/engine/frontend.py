@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headrace.engine.assemble import assemble, fingerprint
 from headrace.engine.beam import BeamSearch
 from headrace.engine.engine import Engine
@@ -19,7 +21,8 @@ from headrace.engine.request import Request, RequestUpdate
 from headrace.engine.sampling import SamplingParams
 from headrace.errors import RequestError
 from headrace.kernels.ops import Ops, load_ops
-from headrace.model.huggingface import load_model, resolve
+from headrace.model.huggingface import load_model, read_config, resolve
+from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
 from headrace.text.tokenizer import Tokenizer
 
@@ -42,6 +45,8 @@ class Frontend:
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
         self._searches: dict[str, BeamSearch] = {}
+        self._origins: dict[str, dict[str, Any]] = {}
+        """What each beam search began from: it is resumed by beginning again."""
         self._by_id: dict[int, Group] = {}
         """Group by the group id of its requests."""
 
@@ -49,14 +54,14 @@ class Frontend:
     def from_folder(cls, path_or_id: str | Path, options: EngineOptions, progress: Progress | None = None) -> Frontend:
         """Load a checkpoint in Hugging Face layout, by folder or hub id."""
         folder = resolve(path_or_id)
+        config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
+        tokenizer.check_vocabulary(config.vocab_size)
         ops = load_ops(
             options.kernel_set, **({"threads": options.threads or None} if options.kernel_set == "cpu" else {})
         )
         model = load_model(folder, ops, options.dtype)
-        tokenizer.check_vocabulary(model.config.vocab_size)
-        if hasattr(ops, "warm_up"):
-            ops.warm_up(progress)
+        ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
         return cls(model, tokenizer, ops, options)
 
     def add(
@@ -88,6 +93,7 @@ class Frontend:
         """Hand the requests to the scheduler: all of them, or none if one is refused."""
         scheduler = self.engine.scheduler
         if group.params.beam_width:
+            self._origins[group.name] = requests[0].resume_record()
             self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
         else:
             for request in requests:
@@ -137,13 +143,16 @@ class Frontend:
     def _forget(self, group: Group) -> None:
         del self._groups[group.name]
         self._searches.pop(group.name, None)
+        self._origins.pop(group.name, None)
         for request_id in group.choices:
             self._by_id.pop(request_id, None)
 
     def resume_record(self, name: str) -> dict[str, Any]:
         """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
         group = self._groups[name]
-        requests = self.engine.scheduler.requests
+        live = {number: r.resume_record() for number, r in self.engine.scheduler.requests.items() if number in group.choices}
+        if name in self._origins:
+            live = dict.fromkeys(group.choices, self._origins[name])
         return {
             "name": name,
             "prompt": group.output.prompt,
@@ -151,10 +160,7 @@ class Frontend:
             "prompt_logprobs": group.output.prompt_logprobs and [t and _plain(t) for t in group.output.prompt_logprobs],
             "num_cached_tokens": group.output.num_cached_tokens,
             "choices": [
-                {
-                    "request": requests[number].resume_record() if number in requests else None,
-                    "output": _plain_output(choice.output),
-                }
+                {"request": live.get(number), "output": _plain_output(choice.output)}
                 for number, choice in group.choices.items()
             ],
         }
@@ -185,7 +191,8 @@ class Frontend:
         group.output.num_cached_tokens = cached
         if scores is not None:
             group.output.prompt_logprobs = [t and _read_table(t) for t in scores]
-        return self._enter(group, list(requests.values()))
+        entering = list(requests.values())
+        return self._enter(group, entering[:1] if first.params.beam_width else entering)
 
     @property
     def has_work(self) -> bool:

@@ -222,8 +222,6 @@ class Scheduler:
             request.spec_token_ids = []
             self.cache.rewind(request.kv, len(tokens) - 1)
             request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)
-        elif request.num_pending:  # planned ahead: a block may have become known only now
-            self.cache.commit(request.kv, tokens, len(tokens))
         return update
 
     # ---- moves of one request, shared with admission
@@ -274,13 +272,10 @@ class Scheduler:
     def _make_space(self, need: int, request: Request, plan: Plan) -> bool:
         """Preempt until `need` blocks are available; False when `request` itself had to go.
 
-        Blocks are granted in policy order, so those behind `request` have nothing in this plan yet. Before it
-        gives up itself, requests ahead of it that only wait (beams for their siblings) must give way.
+        Blocks are granted in policy order, so those behind `request` have nothing in this plan yet.
         """
         while need > self.cache.available:
             victim = self.running[-1]
-            if victim is request:
-                victim = next((r for r in reversed(self.running) if r.parked), request)
             self.preempt(victim, plan)
             if victim is request:
                 return False
@@ -302,6 +297,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: str, stop_reason: int | str | None) -> None:
         (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
+        self.cache.commit(request.kv, request.token_ids, request.num_tokens)  # planned ahead, known only now
         self.cache.release(request.kv)
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
@@ -360,6 +356,6 @@ class Scheduler:
             assert request.num_pending == sum(r is request for r in flying), "pending tokens drifted"
             limit = request.num_tokens + request.num_pending + len(request.spec_token_ids)
             assert kv.num_tokens <= limit, "more scheduled than known"
-            assert not running or request.num_computed_tokens <= kv.num_tokens, "computed past scheduled"
+            assert request.num_computed_tokens <= kv.num_tokens + kv.host_tokens, "computed past scheduled"
             held = len(kv.blocks) * self.cache.block_size
             assert not running or request.is_beam or held >= request.reserve, "a reservation shrank"

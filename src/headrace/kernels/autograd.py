@@ -32,6 +32,7 @@ class AutogradOps:
         self.name = base.name
         self.device = base.device
         self.fingerprint = base.fingerprint
+        self.warm_up = base.warm_up
         self.store_kv_ = base.store_kv_
         self.attention = base.attention
         self.logsumexp = base.logsumexp

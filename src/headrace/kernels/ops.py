@@ -12,7 +12,7 @@ one fixed shape, written in the kernel.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,6 +85,11 @@ class Ops(Protocol):
 
     def fingerprint(self) -> str:
         """What the bits depend on: implementation, its version, instruction set or GPU, compiler versions."""
+        ...
+
+    def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
+                progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Compile ahead what a model with these dtypes needs; progress(done, total, name) as it goes."""
         ...
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:

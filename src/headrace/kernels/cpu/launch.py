@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -24,7 +26,6 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba.core import codegen
-from numba.core import config as numba_config
 
 from headrace.config import require
 
@@ -32,6 +33,7 @@ __all__ = ["build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "s
            "thread_count", "vector_features"]
 
 SPINS = "1000"
+numba_config: Any = numba.config  # as Any: its fields are set at run time
 VECTOR_FEATURES = ("avx512f", "avx2", "avx", "f16c", "fma", "sse4.2", "neon", "sve")
 
 
@@ -120,20 +122,23 @@ def _choose_threading_layer() -> None:
     """OpenMP if it loads, else workqueue; NUMBA_THREADING_LAYER, where set, has been read by Numba already."""
     if numba_config.THREADING_LAYER not in ("default", "omp"):
         return
-    # libgomp reads its environment when it loads. By default a waiting thread spins for milliseconds, which on a
-    # busy machine is what every kernel then takes: SPINS covers the gap between two kernels, then the thread sleeps.
-    quiet = "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ
-    if quiet:
-        os.environ["GOMP_SPINCOUNT"] = SPINS
+    # A thread that waits in libgomp spins for milliseconds by default, which on a busy machine is what every kernel
+    # then takes. SPINS covers the gap between two kernels, then the thread sleeps. libgomp reads it when it is loaded,
+    # so we need one of our own: DEEPBIND keeps Numba's layer from binding to the one that torch brought.
+    ours = {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else {"GOMP_SPINCOUNT": SPINS}
+    flags = sys.getdlopenflags()
+    os.environ.update(ours)
+    sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))
     try:
-        from numba.np.ufunc import omppool  # noqa: F401
+        importlib.import_module("numba.np.ufunc.omppool")
     except ImportError:
         numba_config.THREADING_LAYER = "workqueue"
     else:
         numba_config.THREADING_LAYER = "omp"
     finally:
-        if quiet:
-            del os.environ["GOMP_SPINCOUNT"]
+        sys.setdlopenflags(flags)
+        for name in ours:
+            del os.environ[name]
 
 
 _choose_threading_layer()

@@ -221,8 +221,9 @@ class CpuOps:
 
     def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
         out_R = torch.empty(logits_RV.shape[0])
+        cuts = _bounds(tuple(bounds), logits_RV.shape[1]).tolist()
         launch.set_threads(self.threads)
-        sampling.logsumexp(_dense(logits_RV), _bounds(tuple(bounds), logits_RV.shape[1]), out_R.numpy())
+        sampling.logsumexp(_dense(logits_RV), cuts, out_R.numpy())
         return out_R
 
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 __all__ = [
     "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8", "lane8",
@@ -40,6 +41,7 @@ __all__ = [
 
 LANES = 8
 
+intrinsic: Any = extending.intrinsic  # as Any: by its annotation a kernel would pass the typing context too
 FLOAT = ir.FloatType()
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)

@@ -10,9 +10,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
-from headrace.kernels.cpu.simd import FLOAT, LANES, VECTOR, address, f32x8, mask, operator
+from headrace.kernels.cpu.simd import FLOAT, LANES, VECTOR, address, f32x8, intrinsic, mask, operator
 
 __all__ = ["fma16", "hsum16x8", "load16", "store16", "store_quarter", "twice8", "zero16"]
 

@@ -21,6 +21,7 @@ class CudaOps:
         base = ReferenceOps(device)
         self.device = base.device
         self._base_fingerprint = base.fingerprint
+        self.warm_up = base.warm_up
         self.embedding = base.embedding
         self.linear = base.linear
         self.rotary = base.rotary

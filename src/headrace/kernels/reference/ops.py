@@ -6,7 +6,7 @@ across batches here: torch's matrix products choose their reduction by shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -40,6 +40,10 @@ class ReferenceOps:
         cuda = self.device.type == "cuda"
         place = torch.cuda.get_device_name(self.device) if cuda else torch.backends.cpu.get_cpu_capability()
         return f"reference/torch-{torch.__version__}/{place}"
+
+    def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
+                progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Nothing is compiled here."""
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return table_VD[ids_T.to(table_VD.device, torch.int64)].float()
