@@ -158,7 +158,7 @@ class Machine(RuleBasedStateMachine):
     """Random sequences of moves, several to a step, with every physical slot simulated.
 
     A slot holds the prefix that it was computed from. Like the scheduler, the machine never takes blocks from a
-    sequence that was already granted tokens in the same step.
+    sequence that was seated or granted tokens in the same step.
     """
 
     @initialize(blocks=st.integers(6, 24), slots=st.integers(0, 12), size=st.sampled_from([1, 2, 4]),
@@ -213,7 +213,9 @@ class Machine(RuleBasedStateMachine):
         child = CachedSequence(())
         self.manager.fork(parent, child, count)
         self.tokens[child] = [*self.tokens[parent][:count], *more]
-        self.write(child, len(self.tokens[child]))
+        if not self.write(child, len(self.tokens[child])):
+            self.manager.release(child)
+            del self.tokens[child]
 
     @precondition(lambda self: self.alive(granted=False))
     @rule(data=st.data())

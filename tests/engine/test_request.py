@@ -12,7 +12,8 @@ from headrace.errors import RequestError
 
 
 def fresh():
-    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=4), CacheConfig(block_size=4, num_blocks=40), 100, (3,))
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=4), CacheConfig(block_size=4, num_blocks=40), 100,
+                          (3,))
     return Engine(scheduler, NullRunner(40, 4, check=True))
 
 

@@ -336,10 +336,10 @@ def test_namespaces_do_not_share():
 def test_penalties_bias_and_bans_follow_the_output():
     from headrace.engine.edits import EditState
 
-    params = SamplingParams(max_tokens=30, min_tokens=12, repetition_penalty=1.3, presence_penalty=0.5,
-                            frequency_penalty=0.25, logit_bias={5: 2.0}, stop_token_ids=tuple(range(40)))
+    penalties = SamplingParams(max_tokens=30, min_tokens=12, repetition_penalty=1.3, presence_penalty=0.5,
+                               frequency_penalty=0.25, logit_bias={5: 2.0}, stop_token_ids=tuple(range(40)))
     bans = SamplingParams(max_tokens=30, min_tokens=12, stop_token_ids=tuple(range(40)))  # planned ahead
-    for depth, params in itertools.product((1, 2), (params, bans)):
+    for depth, params in itertools.product((1, 2), (penalties, bans)):
         case = Case(0, [1, 5, 9, 1], params)
 
         def edits(output, prompt=case.prompt_token_ids, params=params):
@@ -408,7 +408,7 @@ def test_results_come_in_order():
 
 
 @pytest.mark.parametrize("prompt,params,message", [
-    (list(range(90)), {"max_tokens": 20}, "prompt of 90 tokens and max_tokens=20 make 110, more than the context of 100"),
+    (list(range(90)), {"max_tokens": 20}, "90 tokens and max_tokens=20 make 110, more than the context of 100"),
     (list(range(100)), {"max_tokens": None}, "prompt of 100 tokens leaves no room in the context of 100"),
     ([1], {"max_tokens": 9, "min_tokens": 4, "allowed_token_ids": (EOS,)}, "min_tokens=4 bans every"),
 ])

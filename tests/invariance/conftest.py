@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from headrace.bench.models import SHAPES, random_checkpoint
-from invariance.harness import Cell, Trace, Worker, engine_for, loaded, prompts, request
+from invariance.harness import Trace, Worker, run_alone
 
 GQA = replace(
     SHAPES["tiny"],
@@ -41,22 +41,12 @@ def worker():
 
 @pytest.fixture(scope="session")
 def alone(folders):
-    """Every prompt by itself in a fresh engine, computed once for each model and way of sampling."""
-    from invariance.harness import Recorder, drive
-
+    """Every prompt by itself, computed once for each model and way of sampling."""
     known: dict[tuple[str, str], dict[int, Trace]] = {}
 
     def compute(model: str, sampling: str) -> dict[int, Trace]:
         if (model, sampling) not in known:
-            cell = Cell(model, sampling)
-            texts = prompts(loaded(folders[model], 2)[0].config.vocab_size)
-            engine = engine_for(cell, folders[model], max(map(len, texts)))
-            recorder = Recorder(engine)
-            for i, text in enumerate(texts):
-                item = request(i + 1, text, sampling)
-                tokens = drive(engine, iter([[item]]))
-                recorder.traces[i + 1].tokens = tokens[i + 1]
-            known[model, sampling] = {i: recorder.traces[i + 1] for i in range(len(texts))}
+            known[model, sampling] = run_alone(model, sampling, folders[model])
         return known[model, sampling]
 
     return compute

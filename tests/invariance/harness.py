@@ -11,7 +11,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -185,16 +185,28 @@ def drive(engine: Engine, arrivals: Iterator[list[Request]], steps: int | None =
     raise AssertionError("unreachable")
 
 
-def chosen(cell: Cell, vocab_size: int) -> list[int]:
+def chosen(cell: Cell) -> list[int]:
     """Which prompts a cell runs: the long one always, then one with the common prefix, then all in order."""
     return {1: [2], 2: [0, 2]}.get(cell.load, list(range(cell.load)))
+
+
+def run_alone(model: str, sampling: str, folder: Path, picked: Sequence[int] = range(PROMPTS)) -> dict[int, Trace]:
+    """The baseline: every prompt by itself, one after the other, nothing shared."""
+    cell = Cell(model, sampling)
+    texts = prompts(loaded(folder, cell.threads)[0].config.vocab_size)
+    engine = engine_for(cell, folder, max(map(len, texts)))
+    recorder = Recorder(engine)
+    for i in picked:
+        tokens = drive(engine, iter([[request(i + 1, texts[i], sampling)]]))
+        recorder.traces[i + 1].tokens = tokens[i + 1]
+    return {i: recorder.traces[i + 1] for i in picked}
 
 
 def run_cell(cell: Cell, folder: Path, worker: Worker | None = None) -> dict[int, Trace]:
     """Everything that the cell sampled, by prompt."""
     model, _ = loaded(folder, cell.threads)
     texts = prompts(model.config.vocab_size)
-    picked = chosen(cell, model.config.vocab_size)
+    picked = chosen(cell)
     engine = engine_for(cell, folder, max(len(texts[i]) for i in picked))
     requests = [request(i + 1, texts[i], cell.sampling) for i in picked]
     if cell.prefix == "warm":
@@ -304,5 +316,3 @@ def full_product(axes: dict[str, tuple[Any, ...]]) -> Iterator[Cell]:
     for values in itertools.product(*axes.values()):
         yield Cell(**dict(zip(axes, values)))
 
-
-Patch = Callable[[Any], None]

@@ -224,7 +224,7 @@ class CacheManager:
         """Move the sequence to host slots; False, and nothing done, when there are too few.
 
         Every block goes, those in the tree too: they become evictable, and may be gone when the sequence
-        returns.
+        returns. Earlier plans have written them all: the runner swaps out before it computes.
         """
         count = self.blocks_for(seq.num_tokens)
         if count == 0 or count > self.host.num_free:

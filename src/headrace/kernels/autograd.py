@@ -6,7 +6,8 @@ those of `headrace.kernels.ops`; g_… is the gradient of the loss by ….
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -236,7 +237,8 @@ class _CausalAttention(Function):
         q_THd, k_TGd, v_TGd = ctx.saved_tensors
         k_TGd, v_TGd = (x.to(ctx.cache_dtype).float() for x in (k_TGd, v_TGd))
         grads = tuple(torch.empty(x.shape, device=x.device) for x in (q_THd, k_TGd, v_TGd))
-        for group in _groups(ctx.meta):
+        starts = tuple(ctx.meta.query_start_S1.tolist())
+        for group in _groups(starts, q_THd.device):
             parts = group.attention_gradients(q_THd, k_TGd, v_TGd, g_THd, ctx.scale, ctx.window)
             for grad, part in zip(grads, parts):
                 grad[group.row_R] = part.flatten(0, 1)[group.place_R]
@@ -277,16 +279,18 @@ class _Group:
             return [x.transpose(1, 2) for x in torch.autograd.grad(out_SHLd, dense, g_SHLd)]
 
 
-def _groups(meta: AttentionMeta) -> Iterator[_Group]:
-    starts = meta.query_start_S1.tolist()
+@functools.lru_cache(maxsize=4)
+def _groups(starts: tuple[int, ...], device: torch.device) -> tuple[_Group, ...]:
+    """The groups of sequences that begin at `starts`. Remembered, as every layer of a step asks for the same."""
     by_length: dict[int, list[tuple[int, int]]] = {}
     for start, stop in pairwise(starts):
         by_length.setdefault(-(-(stop - start) // PADDING_UNIT), []).append((start, stop))
-    device = meta.query_start_S1.device
+    groups = []
     for sequences in by_length.values():
         longest = max(stop - start for start, stop in sequences)
         bounds = torch.tensor(sequences, device=device)
         row_SL = bounds[:, :1] + torch.arange(longest, device=device)
         real_SL = row_SL < bounds[:, 1:]
         row_SL = row_SL.minimum(bounds[:, 1:] - 1)
-        yield _Group(row_SL, real_SL, row_SL[real_SL], real_SL.flatten().nonzero().squeeze(1))
+        groups.append(_Group(row_SL, real_SL, row_SL[real_SL], real_SL.flatten().nonzero().squeeze(1)))
+    return tuple(groups)

@@ -43,14 +43,17 @@ def global_norm(grads: Sequence[Tensor]) -> float:
 class AdamW:
     """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter).
 
-    The moments are fp32, one flat pair for each parameter; decay applies to parameters of two axes or more.
+    The moments are fp32, each in one flat tensor over all parameters in their order: a dozen passes over memory
+    a step, whatever the number of parameters. Decay applies to parameters of two axes or more.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: TrainConfig) -> None:
         self._config = config
-        self._parameters = list(parameters)
-        self._first = [torch.zeros(p.numel(), device=p.device) for p in self._parameters]
-        self._second = [torch.zeros(p.numel(), device=p.device) for p in self._parameters]
+        self._parameters = [parameter.detach() for parameter in parameters]
+        self._sizes = [parameter.numel() for parameter in parameters]
+        device = parameters[0].device
+        self._first = torch.zeros(sum(self._sizes), device=device)
+        self._second = torch.zeros(sum(self._sizes), device=device)
         self._steps = 0
 
     @torch.no_grad()
@@ -58,18 +61,15 @@ class AdamW:
         """Update every parameter from its gradient times `scale`."""
         config = self._config
         self._steps += 1
-        flat = [grad.detach().flatten().float() for grad in grads]
+        flat = torch.cat([grad.flatten().float() for grad in grads])
         if scale != 1.0:
-            flat = list(torch._foreach_mul(flat, scale))
-        torch._foreach_lerp_(self._first, flat, 1 - config.beta1)
-        torch._foreach_mul_(self._second, config.beta2)
-        torch._foreach_addcmul_(self._second, flat, flat, 1 - config.beta2)
-        denominators = torch._foreach_sqrt(self._second)
-        torch._foreach_div_(denominators, math.sqrt(1 - config.beta2**self._steps))
-        torch._foreach_add_(denominators, config.eps)
-        size = -rate / (1 - config.beta1**self._steps)
-        for parameter, first, denominator in zip(self._parameters, self._first, denominators):
+            flat.mul_(scale)
+        self._first.lerp_(flat, 1 - config.beta1)
+        self._second.mul_(config.beta2).addcmul_(flat, flat, value=1 - config.beta2)
+        correction = math.sqrt(1 - config.beta2**self._steps)
+        denominator = torch.sqrt(self._second, out=flat).div_(correction).add_(config.eps)
+        update = torch.div(self._first, denominator, out=flat).mul_(-rate / (1 - config.beta1**self._steps))
+        for parameter, part in zip(self._parameters, update.split(self._sizes)):
             if parameter.ndim >= 2:
                 parameter.mul_(1 - rate * config.weight_decay)
-            update = torch.div(first, denominator, out=denominator).mul_(size)
-            parameter.add_(update.view(parameter.shape))
+            parameter.add_(part.view(parameter.shape))

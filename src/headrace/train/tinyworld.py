@@ -48,7 +48,7 @@ ASKED = ("where", "who", "colour", "find")
 """What further turns about a scene ask."""
 
 MOST_TURNS = 8
-EASY_TEXTS = 4000
+EASY_TEXTS = 2000
 """Training begins with so many texts of the easier kinds."""
 
 HELD_OUT_ONE_IN = 8
@@ -153,7 +153,9 @@ def _tell(rng: random.Random, fact: _Fact, category: str, facts: list[_Fact]) ->
     if category == "given":
         giver = rng.choice([other.person for other in facts if other is not fact])
         has = [f"{giver} finds a {fact.colour} {fact.thing}.", f"{giver} gives it to {fact.person}."]
-    return [*where, *has] if rng.random() < 0.5 else [*has, *where]
+    if category in ("moved", "given"):
+        return [*where, *has] if rng.random() < 0.5 else [*has, *where]
+    return [f"{fact.person} is at the {fact.place} with a {fact.colour} {fact.thing}."]
 
 
 def _sum(rng: random.Random, exam: bool) -> Question:

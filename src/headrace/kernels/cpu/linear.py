@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import cpu_features, kernel
-from headrace.kernels.cpu.simd import add8, load1, load8, load8n, narrow, pointer, store1, store8, store8n
+from headrace.kernels.cpu.simd import add8, load1, load8, load8n, narrow, pointer, prefetch, store1, store8, store8n
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 
 __all__ = ["SHARDS", "linear", "linear_part"]
@@ -72,7 +72,7 @@ def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, sums, y):
                 k, count, to = bounds[s], bounds[s + 1] - bounds[s], s * 32
                 if height == 1:
                     tile1x8(x, x0 + k, w, w0 + k, w1 + k, w2 + k, w3 + k, w4 + k, w5 + k, w6 + k, w7 + k, count,
-                            sums, to)
+                            (n + 8) * inputs + 8 * k, sums, to)
                 else:
                     for j in range(0, 8, 2):
                         u, v = min(w0 + j * inputs, end), min(w0 + (j + 1) * inputs, end)
@@ -109,53 +109,71 @@ def _widen(w, n, last, inputs, k, count, wide):
 
 
 @kernel
-def _chunk8x4(packed, x0, depth, rows, w, w0, stride, outputs, count, first, last, carry, sums, to):
-    """A chunk of eight outputs for all rows of a packed panel, in 8 × 4 tiles."""
-    end = w0 + (outputs - 1) * stride
-    for row in range(0, rows, 8):
-        for j in range(0, outputs, 4):
-            v0 = w0 + j * stride
-            v1, v2, v3 = min(v0 + stride, end), min(v0 + 2 * stride, end), min(v0 + 3 * stride, end)
-            tile8x4(packed, x0 + row * depth, w, v0, v1, v2, v3, count, first, last,
-                    carry, (row + j) * 64, sums, to + row * 8 + j)
+def _ask(w, start, stride, count, tile, tiles):
+    """Before `tile` of `tiles`: ask for its part of the next eight outputs' chunk, which starts at w[start]."""
+    part = (8 + tiles - 1) // tiles
+    line = 32 if narrow(w) else 16
+    for j in range(tile * part, min(tile * part + part, 8)):
+        for k in range(0, count, line):
+            prefetch(w, start + j * stride + k)
 
 
 @kernel
-def _chunk4x2(x, x0, inputs, rows, w, w0, stride, outputs, count, first, last, carry, sums, to):
+def _chunk8x4(packed, x0, depth, rows, v, v0, stride, outputs, count, first, last, carry, sums, to, w, next_w, inputs):
+    """A chunk of eight outputs for all rows of a packed panel, in 8 × 4 tiles; v is w, or w widened."""
+    end, tile, tiles = v0 + (outputs - 1) * stride, 0, (rows + 7) // 8 * 2
+    for row in range(0, rows, 8):
+        for j in range(0, outputs, 4):
+            _ask(w, next_w, inputs, count, tile, tiles)
+            u0 = v0 + j * stride
+            u1, u2, u3 = min(u0 + stride, end), min(u0 + 2 * stride, end), min(u0 + 3 * stride, end)
+            tile8x4(packed, x0 + row * depth, v, u0, u1, u2, u3, count, first, last,
+                    carry, (row + j) * 64, sums, to + row * 8 + j)
+            tile += 1
+
+
+@kernel
+def _chunk4x2(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, sums, to, w, next_w, inputs):
     """The same in 4 × 2 tiles, straight from x."""
-    end = x0 + (rows - 1) * inputs
+    end, tile, tiles = x0 + (rows - 1) * inputs, 0, (rows + 3) // 4 * 4
     for row in range(0, rows, 4):
         r0 = x0 + row * inputs
         r1, r2, r3 = min(r0 + inputs, end), min(r0 + 2 * inputs, end), min(r0 + 3 * inputs, end)
         for j in range(0, outputs, 2):
-            v0, v1 = w0 + j * stride, w0 + min(j + 1, outputs - 1) * stride
-            tile4x2(x, r0, r1, r2, r3, w, v0, v1, count, first, last, carry, row * 64 + j * 32, sums, to + row * 8 + j)
+            _ask(w, next_w, inputs, count, tile, tiles)
+            u0, u1 = v0 + j * stride, v0 + min(j + 1, outputs - 1) * stride
+            tile4x2(x, r0, r1, r2, r3, v, u0, u1, count, first, last, carry, row * 64 + j * 32, sums, to + row * 8 + j)
+            tile += 1
 
 
 @kernel
-def _many(x, row, stop, inputs, packed, x_start, depth, w, n, last, bounds, panel, wide, carry, sums):
-    """Sums of rows row … stop − 1, which are one panel, by outputs n … n + 7."""
-    outputs, p = min(8, last - n), x_start
+def _chunk(x, row, rows, inputs, packed, p, depth, k, v, v0, stride, outputs, count, first, last, carry, sums, to,
+           w, next_w):
+    if WIDE:
+        _chunk8x4(packed, p, depth, rows, v, v0, stride, outputs, count, first, last, carry, sums, to,
+                  w, next_w, inputs)
+    else:
+        _chunk4x2(x, row * inputs + k, rows, v, v0, stride, outputs, count, first, last, carry, sums, to,
+                  w, next_w, inputs)
+
+
+@kernel
+def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, panel, wide, carry, sums):
+    """Sums of the `rows` rows of a panel from `row`, packed from packed[p], by outputs n … n + 7."""
+    outputs = min(8, last - n)
     for s in range(bounds.size - 1):
         k, end = bounds[s], bounds[s + 1]
         to, first, last_chunk = s * panel * 8, True, False
         while not last_chunk:  # an empty shard is one empty chunk, whose sums are 0
-            count = min(CHUNK, end - k)
+            count, w0 = min(CHUNK, end - k), n * inputs + k
             last_chunk = k + count == end
             if narrow(w):
                 _widen(w, n, last, inputs, k, count, wide)
-                if WIDE:
-                    _chunk8x4(packed, p, depth, stop - row, wide, 0, CHUNK, outputs, count, first, last_chunk,
-                              carry, sums, to)
-                else:
-                    _chunk4x2(x, row * inputs + k, inputs, stop - row, wide, 0, CHUNK, outputs, count, first,
-                              last_chunk, carry, sums, to)
-            elif WIDE:
-                _chunk8x4(packed, p, depth, stop - row, w, n * inputs + k, inputs, outputs, count, first, last_chunk,
-                          carry, sums, to)
+                _chunk(x, row, rows, inputs, packed, p, depth, k, wide, 0, CHUNK, outputs, count, first, last_chunk,
+                       carry, sums, to, w, w0 + 8 * inputs)
             else:
-                _chunk4x2(x, row * inputs + k, inputs, stop - row, w, n * inputs + k, inputs, outputs, count, first,
-                          last_chunk, carry, sums, to)
+                _chunk(x, row, rows, inputs, packed, p, depth, k, w, w0, inputs, outputs, count, first, last_chunk,
+                       carry, sums, to, w, w0 + 8 * inputs)
             p += (count + 7) // 8 * 64
             k += count
             first = False
@@ -190,7 +208,7 @@ def _panels(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
             _pack(pointer(x), row, stop, inputs, bounds, pointer(packed), x_start)
             held = row
         for n in range(first, last, 8):
-            _many(pointer(x), row, stop, inputs, pointer(packed), x_start, depth, pointer(w), n, last, bounds, panel,
+            _many(pointer(x), row, stop - row, inputs, pointer(packed), x_start, depth, pointer(w), n, last, bounds, panel,
                   pointer(wide), pointer(carry), pointer(sums))
             _finish(pointer(sums), shards, panel, row, stop - row, n, last, width, bias, pointer(y))
 

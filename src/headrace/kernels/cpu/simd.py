@@ -35,7 +35,7 @@ from numba.extending import models, register_model
 
 __all__ = [
     "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8", "lane8",
-    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "splat8",
+    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "prefetch", "splat8",
     "store1", "store8", "store8n", "sub8", "zero8",
 ]
 
@@ -343,6 +343,22 @@ def narrow(tyctx: Any, array: Any) -> Any:
         return ir.Constant(ir.IntType(1), int(array.dtype != types.float32))
 
     return types.boolean(array), codegen
+
+
+@intrinsic
+def prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
+    """Ask for the cache line of an element, which may lie past the end, into the second-level cache."""
+    if not _known(array):
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        form = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+        line = address(context, builder, array, args[0], args[1], ir.IntType(8))
+        builder.call(function, [line, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64), codegen
 
 
 @intrinsic

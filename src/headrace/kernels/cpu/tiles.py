@@ -10,19 +10,26 @@ All arguments are `pointer`s and element offsets. A chunk that is not the last i
 from __future__ import annotations
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.simd import fma8, hsum8x8, lane8, load8, load8n, store1, store8, zero8
+from headrace.kernels.cpu.simd import fma8, hsum8x8, lane8, load8, load8n, narrow, prefetch, store1, store8, zero8
 from headrace.kernels.cpu.simd16 import fma16, hsum16x8, load16, store16, store_quarter, twice8, zero16
 
 __all__ = ["tile1x8", "tile4x2", "tile8x4"]
 
 
 @kernel
-def tile1x8(x, x0, w, w0, w1, w2, w3, w4, w5, w6, w7, count, sums, to):
-    """One row, eight outputs, never cut: it reads every weight once, at the memory's bandwidth."""
+def tile1x8(x, x0, w, w0, w1, w2, w3, w4, w5, w6, w7, count, ahead, sums, to):
+    """One row, eight outputs, never cut: it reads every weight once, at the memory's bandwidth.
+
+    The hardware sees eight streams too short to follow, so what lies from w[ahead], eight times `count`, is asked
+    for meanwhile.
+    """
     a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
     a4, a5, a6, a7 = zero8(), zero8(), zero8(), zero8()
     tail = count & 7
     for k in range(0, count - tail, 8):
+        prefetch(w, ahead + 8 * k), prefetch(w, ahead + 8 * k + 32)
+        if not narrow(w):
+            prefetch(w, ahead + 8 * k + 16), prefetch(w, ahead + 8 * k + 48)
         r = load8(x, x0 + k)
         a0, a1 = fma8(r, load8(w, w0 + k), a0), fma8(r, load8(w, w1 + k), a1)
         a2, a3 = fma8(r, load8(w, w2 + k), a2), fma8(r, load8(w, w3 + k), a3)
