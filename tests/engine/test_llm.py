@@ -56,13 +56,16 @@ def test_logprobs_are_of_the_chosen_token_and_the_best(llm):
 
 
 def test_prompt_logprobs_are_recomputed_and_equal_generation_s(llm):
-    done = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=30, logprobs=1, ignore_eos=True))[0]
+    done = llm.generate(
+        "Once upon a time", SamplingParams(temperature=0.0, max_tokens=30, logprobs=1, ignore_eos=True)
+    )[0]
     whole = done.prompt_token_ids + done.outputs[0].token_ids
     echo = llm.generate([whole], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, ignore_eos=True))[0]
     assert echo.num_cached_tokens == 0 and echo.prompt_logprobs[0] is None and len(echo.prompt_logprobs) == len(whole)
-    again = echo.prompt_logprobs[len(done.prompt_token_ids):]
-    assert [t[i].logprob for t, i in zip(again, whole[len(done.prompt_token_ids):])] == \
-        [t[i].logprob for t, i in zip(done.outputs[0].logprobs, done.outputs[0].token_ids)]
+    again = echo.prompt_logprobs[len(done.prompt_token_ids) :]
+    assert [t[i].logprob for t, i in zip(again, whole[len(done.prompt_token_ids) :])] == [
+        t[i].logprob for t, i in zip(done.outputs[0].logprobs, done.outputs[0].token_ids)
+    ]
 
 
 def test_the_cache_changes_nothing_but_the_count(llm):
@@ -70,14 +73,18 @@ def test_the_cache_changes_nothing_but_the_count(llm):
     first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
     assert second.num_cached_tokens > 0 and first.outputs == second.outputs
     both = llm.tokenizer.encode(prompt) + first.outputs[0].token_ids
-    assert llm.generate([both], GREEDY)[0].num_cached_tokens > len(first.prompt_token_ids) - 1, "generated tokens hit too"
+    assert llm.generate([both], GREEDY)[0].num_cached_tokens > len(first.prompt_token_ids) - 1, (
+        "generated tokens hit too"
+    )
 
 
 def test_n_choices_differ_and_are_what_each_alone_would_be(llm):
     params = SamplingParams(n=3, seed=5, temperature=1.0, max_tokens=12, ignore_eos=True)
     choices = llm.generate("One day", params)[0].outputs
     assert [c.index for c in choices] == [0, 1, 2] and len({c.text for c in choices}) == 3
-    alone = llm.generate("One day", SamplingParams(seed=5, temperature=1.0, max_tokens=12, ignore_eos=True))[0].outputs[0]
+    alone = llm.generate("One day", SamplingParams(seed=5, temperature=1.0, max_tokens=12, ignore_eos=True))[0].outputs[
+        0
+    ]
     assert alone.token_ids == choices[0].token_ids
     assert llm.generate("One day", params)[0].outputs == choices
 
@@ -86,31 +93,47 @@ def test_stop_strings_and_ids(llm):
     free = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=30))[0].outputs[0]
     stop = free.text[4:9]
     cut = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=30, stop=stop))[0].outputs[0]
-    assert cut.text == free.text[:free.text.index(stop)] and (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    assert cut.text == free.text[: free.text.index(stop)] and (cut.finish_reason, cut.stop_reason) == ("stop", stop)
     kept = SamplingParams(temperature=0.0, max_tokens=30, stop=stop, include_stop_str_in_output=True)
     assert llm.generate("Once upon a time", kept)[0].outputs[0].text.endswith(stop)
     token = free.token_ids[3]
-    by_id = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(token,)))[0].outputs[0]
-    assert by_id.token_ids == free.token_ids[:free.token_ids.index(token) + 1] and by_id.stop_reason == token
+    by_id = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(token,)))[
+        0
+    ].outputs[0]
+    assert by_id.token_ids == free.token_ids[: free.token_ids.index(token) + 1] and by_id.stop_reason == token
 
 
 def test_bans_bias_and_penalties_act(llm):
     free = llm.generate("One day", GREEDY)[0].outputs[0].token_ids
-    banned = llm.generate("One day", SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True,
-                                                    logit_bias={free[0]: -100.0}))[0].outputs[0].token_ids
+    banned = (
+        llm.generate(
+            "One day", SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logit_bias={free[0]: -100.0})
+        )[0]
+        .outputs[0]
+        .token_ids
+    )
     assert free[0] not in banned
-    allowed = llm.generate("One day", SamplingParams(max_tokens=12, ignore_eos=True, allowed_token_ids=(7, 9), seed=1))[0]
+    allowed = llm.generate("One day", SamplingParams(max_tokens=12, ignore_eos=True, allowed_token_ids=(7, 9), seed=1))[
+        0
+    ]
     assert set(allowed.outputs[0].token_ids) <= {7, 9}
     pushed = SamplingParams(temperature=0.0, max_tokens=40, frequency_penalty=2.0, ignore_eos=True)
-    assert len(set(llm.generate("One day", pushed)[0].outputs[0].token_ids)) > len(set(
-        llm.generate("One day", SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))[0].outputs[0].token_ids))
+    assert len(set(llm.generate("One day", pushed)[0].outputs[0].token_ids)) > len(
+        set(
+            llm.generate("One day", SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))[0]
+            .outputs[0]
+            .token_ids
+        )
+    )
     end = llm.tokenizer.eos_token_id
     late = SamplingParams(temperature=0.0, max_tokens=12, min_tokens=6, logit_bias={end: 100.0})
     assert llm.generate("One day", late)[0].outputs[0].token_ids.index(end) == 6
 
 
 def test_beams_are_at_least_as_likely_as_greedy(llm):
-    greedy = llm.generate("One day", SamplingParams(temperature=0.0, max_tokens=10, logprobs=0, ignore_eos=True))[0].outputs[0]
+    greedy = llm.generate("One day", SamplingParams(temperature=0.0, max_tokens=10, logprobs=0, ignore_eos=True))[
+        0
+    ].outputs[0]
     beams = llm.generate("One day", SamplingParams(beam_width=4, n=3, max_tokens=10, ignore_eos=True))[0].outputs
     scores = [b.cumulative_logprob for b in beams]
     assert scores == sorted(scores, reverse=True) and len({tuple(b.token_ids) for b in beams}) == 3
@@ -119,17 +142,26 @@ def test_beams_are_at_least_as_likely_as_greedy(llm):
 
 def test_stream_grows_and_leaving_it_frees_everything(llm):
     texts = [o.outputs[0].text for o in llm.stream("One day", GREEDY)]
-    assert all(b.startswith(a) for a, b in zip(texts, texts[1:])) and texts[-1] == llm.generate("One day", GREEDY)[0].outputs[0].text
+    assert (
+        all(b.startswith(a) for a, b in zip(texts, texts[1:]))
+        and texts[-1] == llm.generate("One day", GREEDY)[0].outputs[0].text
+    )
     for _ in llm.stream("One day", GREEDY):
         break
     stats = llm.frontend.engine.scheduler.stats
     assert stats.num_running == stats.num_waiting == stats.physical_blocks == 0
 
 
-@pytest.mark.parametrize("params", [
-    SamplingParams(n=3, seed=9, temperature=1.0, max_tokens=30, logprobs=1, ignore_eos=True),
-    SamplingParams(seed=2, repetition_penalty=1.3, frequency_penalty=0.4, max_tokens=30, stop=("zzz",), ignore_eos=True),
-    SamplingParams(beam_width=2, n=1, max_tokens=12, ignore_eos=True)])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(n=3, seed=9, temperature=1.0, max_tokens=30, logprobs=1, ignore_eos=True),
+        SamplingParams(
+            seed=2, repetition_penalty=1.3, frequency_penalty=0.4, max_tokens=30, stop=("zzz",), ignore_eos=True
+        ),
+        SamplingParams(beam_width=2, n=1, max_tokens=12, ignore_eos=True),
+    ],
+)
 @pytest.mark.parametrize("steps", [1, 9])
 def test_a_resumed_request_ends_as_if_nothing_had_happened(llm, folder, params, steps):
     expected = llm.generate("Once upon a time", params)[0]
@@ -152,16 +184,19 @@ def test_resume_refuses_another_fingerprint(llm, folder):
         llm.resume([{"fingerprint": llm.fingerprint}])
 
 
-@pytest.mark.parametrize(("prompts", "params", "message"), [
-    ("x" * 3000, GREEDY, "leaves no room"),
-    ("One", SamplingParams(max_tokens=5000), "ask for at most"),
-    ([[5, 99999]], GREEDY, "token id 99999"),
-    ("One", SamplingParams(logit_bias={99999: 1.0}), "logit_bias has token id 99999"),
-    ([[]], GREEDY, "no tokens"),
-    ([3.5], GREEDY, "text or token ids"),
-    (["a", "b"], [GREEDY], "1 params for 2 prompts"),
-    ({"text": "a"}, GREEDY, "prompt_token_ids"),
-])
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ("x" * 3000, GREEDY, "leaves no room"),
+        ("One", SamplingParams(max_tokens=5000), "ask for at most"),
+        ([[5, 99999]], GREEDY, "token id 99999"),
+        ("One", SamplingParams(logit_bias={99999: 1.0}), "logit_bias has token id 99999"),
+        ([[]], GREEDY, "no tokens"),
+        ([3.5], GREEDY, "text or token ids"),
+        (["a", "b"], [GREEDY], "1 params for 2 prompts"),
+        ({"text": "a"}, GREEDY, "prompt_token_ids"),
+    ],
+)
 def test_bad_requests_are_refused_and_nothing_is_left(llm, prompts, params, message):
     with pytest.raises(RequestError, match=message):
         llm.generate(prompts, params)
@@ -171,16 +206,20 @@ def test_bad_requests_are_refused_and_nothing_is_left(llm, prompts, params, mess
 def test_async_streams_share_one_engine(folder):
     async def scenario():
         async with AsyncLLM(folder, num_kv_blocks=200) as llm:
+
             async def one(seed):
                 async for output in llm.stream("One day", SamplingParams(seed=seed, max_tokens=10, ignore_eos=True)):
                     last = output
                 return last.outputs[0].token_ids
+
             together = await asyncio.gather(*(one(i) for i in range(6)))
             assert together == [await one(i) for i in range(6)]
             async for _ in llm.stream("One day", SamplingParams(max_tokens=200, ignore_eos=True)):
                 break
             await llm.generate("One", GREEDY)
-            aborting = asyncio.create_task(llm.generate("One", SamplingParams(max_tokens=300, ignore_eos=True), request_id="r"))
+            aborting = asyncio.create_task(
+                llm.generate("One", SamplingParams(max_tokens=300, ignore_eos=True), request_id="r")
+            )
             async for _ in llm.stream("One day", SamplingParams(max_tokens=3, ignore_eos=True)):
                 await llm.abort("r")
             assert (await aborting).outputs[0].finish_reason == "abort"
@@ -199,5 +238,5 @@ def test_async_streams_share_one_engine(folder):
 
 
 def test_async_construction_reports_the_fault(tmp_path):
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         AsyncLLM(tmp_path)

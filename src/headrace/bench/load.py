@@ -72,8 +72,8 @@ def conversation_lengths(count: int, scale: float, seed: int = 0) -> tuple[str, 
     return f"{source} × {scale:g}", [(max(1, round(p * scale)), max(1, round(o * scale))) for p, o in picked]
 
 
-def _lognormal(draw: random.Random, p50: float, p99: float) -> float:
-    return draw.lognormvariate(math.log(p50), math.log(p99 / p50) / Z99)
+def _lognormal(draw: random.Random, p50: float, p99: float) -> int:
+    return round(draw.lognormvariate(math.log(p50), math.log(p99 / p50) / Z99))
 
 
 def random_jobs(lengths: Iterable[tuple[int, int]], vocab_size: int, seed: int = 0, prefix: int = 0) -> list[Job]:

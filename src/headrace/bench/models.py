@@ -66,7 +66,7 @@ def _byte_tokenizer(vocab_size: int) -> Tokenizer:
     """Byte-level BPE with exactly `vocab_size` tokens: the bytes, then pairs and triples in a fixed order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<s>", "</s>", *alphabet]
-    pairs = list(itertools.product(alphabet, repeat=2))
+    pairs = list(itertools.product(alphabet, alphabet))
     triples = ((a + b, c) for (a, b), c in itertools.product(pairs, alphabet))
     merges = list(itertools.islice(itertools.chain(pairs, triples), max(0, vocab_size - len(tokens))))
     vocab = {token: i for i, token in enumerate([*tokens, *(a + b for a, b in merges)][:vocab_size])}

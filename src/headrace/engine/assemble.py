@@ -55,9 +55,9 @@ def count_blocks(config: ModelConfig, cache: CacheConfig, max_len: int, max_seqs
             f"{free / 2**30:.2f} GiB that are free"
         )
     wanted = max_seqs * -(-max_len // cache.block_size) + 1
-    count = cache.memory_bytes // block_bytes or min(int(free * MEMORY_SHARE) // block_bytes, wanted)
+    have = cache.memory_bytes or min(int(free * MEMORY_SHARE), wanted * block_bytes)
+    count = have // block_bytes
     if count < 2:
-        have = cache.memory_bytes or int(free * MEMORY_SHARE)
         raise ConfigError(
             f"{have} bytes of KV cache do not hold two blocks (one of them null) of {block_bytes} bytes: "
             "give more with kv_cache_memory, or a smaller block_size"
@@ -72,7 +72,7 @@ def host_slots(cache: CacheConfig, options: EngineOptions, store: KVStore) -> in
     return cache.swap_bytes // store.block_bytes if cache.swap_bytes else store.num_blocks - 1
 
 
-def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine:
+def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine[Runner]:
     """An engine around a loaded model."""
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from headrace.engine.plan import Plan, StepResult
 from headrace.engine.request import RequestUpdate
@@ -24,10 +24,13 @@ class Executor(Protocol):
         ...
 
 
-class Engine:
+R = TypeVar("R", bound=Executor)
+
+
+class Engine(Generic[R]):
     """Keeps `depth` plans in flight; a stop may thus come `depth - 1` steps late, and the overrun is discarded."""
 
-    def __init__(self, scheduler: Scheduler, runner: Executor, depth: int = 1) -> None:
+    def __init__(self, scheduler: Scheduler, runner: R, depth: int = 1) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.depth = depth

@@ -18,6 +18,7 @@ from headrace.engine.options import EngineOptions
 from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.engine.processor import Group
 from headrace.engine.request import Request, RequestUpdate
+from headrace.engine.runner import Runner
 from headrace.engine.sampling import SamplingParams
 from headrace.errors import RequestError
 from headrace.kernels.ops import Ops, load_ops
@@ -40,7 +41,7 @@ class Frontend:
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self.engine: Engine = assemble(model, ops, options)
+        self.engine: Engine[Runner] = assemble(model, ops, options)
         self.fingerprint = fingerprint(ops, model.config, options.cache_config())
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
@@ -150,7 +151,9 @@ class Frontend:
     def resume_record(self, name: str) -> dict[str, Any]:
         """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
         group = self._groups[name]
-        live = {number: r.resume_record() for number, r in self.engine.scheduler.requests.items() if number in group.choices}
+        live = {
+            number: r.resume_record() for number, r in self.engine.scheduler.requests.items() if number in group.choices
+        }
         if name in self._origins:
             live = dict.fromkeys(group.choices, self._origins[name])
         return {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from headrace.engine.frontend import Frontend, Prompt
 from headrace.engine.options import EngineOptions
@@ -76,7 +76,7 @@ class LLM:
                 raise RequestError(f"{len(values)} {what} for {len(many)} prompts: give one for all, or one each")
         return self._run(lambda i: self.frontend.add(many[i], each[i], priority=ranks[i]), len(many))
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
         """Continue one prompt, giving the output after every step that brought something to it."""
         name = self.frontend.add(prompt, params or SamplingParams(**self._defaults))
         try:
@@ -114,10 +114,9 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    many = list(prompts)
-    return [many] if many and isinstance(many[0], int) else many
+    if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def _sampling_defaults(folder: Path) -> dict[str, Any]:

@@ -40,9 +40,9 @@ class Choice:
         self._stream.push(update.token_ids[:-1] if hidden else update.token_ids)
         if update.finish_reason is not None and self._stream.stop is None:
             self._stream.finish()
-        for record in update.logprobs if out.logprobs is not None else ():
-            out.logprobs.append(self.table(record, self._params.logprobs))
-            out.cumulative_logprob = (out.cumulative_logprob or 0.0) + record.logprob
+        if out.logprobs is not None:
+            out.logprobs += [self.table(record, self._params.logprobs) for record in update.logprobs]
+            out.cumulative_logprob = sum((r.logprob for r in update.logprobs), out.cumulative_logprob or 0.0)
         out.text = self._stream.text
         out.finish_reason, out.stop_reason = update.finish_reason, update.stop_reason
         if self._stream.stop is None:

@@ -11,10 +11,9 @@ from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.bench.load import Job, conversation_lengths, random_jobs, run_jobs
 from headrace.engine.beam import BeamSearch
-from headrace.engine.engine import Engine
 from headrace.engine.request import Request
 from headrace.engine.sampling import SamplingParams
-from headrace.reproduce.setup import ON, Bench, host_engine
+from headrace.reproduce.setup import ON, Bench, host_engine, listen
 from headrace.reproduce.table import Table
 
 __all__ = ["table"]
@@ -75,8 +74,7 @@ def contiguous(bench: Bench) -> str:
     """Logits of a paged engine against one call over the whole sequence, by ==."""
     engine = bench.engine(max_num_batched_tokens=7, block_size=8, num_kv_blocks=64)
     kept: list[torch.Tensor] = []
-    plain = engine.runner.logits
-    engine.runner.logits = lambda batch: kept.append(plain(batch)) or kept[-1]  # type: ignore[func-returns-value]
+    listen(engine.runner, "logits", lambda _, logits: kept.append(logits))
     prompt = [random.Random(3).randrange(2, bench.vocab_size) for _ in range(150)]
     tokens = run_jobs(engine, [Job(prompt, 40)]).tokens[1]
     ids = torch.tensor(prompt + tokens[:-1])
@@ -145,7 +143,7 @@ def capacity(out: Table, bench: Bench, quick: bool) -> None:
 
 def shared(params: SamplingParams) -> float:
     """Mean over steps of 1 − physical / logical blocks, for 8 short instructions: 8–30 tokens in, 58 out."""
-    engine: Engine = host_engine(4096, max_num_seqs=128, max_num_batched_tokens=2048)
+    engine = host_engine(4096, max_num_seqs=128, max_num_batched_tokens=2048)
     draw = random.Random(0)
     ids = itertools.count(1)
     searches = []

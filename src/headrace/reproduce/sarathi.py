@@ -13,7 +13,7 @@ from headrace.engine.assemble import profile_budget
 from headrace.engine.plan import Plan, Slice
 from headrace.engine.sampling import SamplingParams
 from headrace.errors import ConfigError
-from headrace.reproduce.setup import ON, Bench, host_engine
+from headrace.reproduce.setup import ON, Bench, host_engine, listen
 from headrace.reproduce.table import Table
 
 __all__ = ["table"]
@@ -44,11 +44,12 @@ def table(quick: bool = False) -> Table:
 def chunked(bench: Bench) -> str:
     """The first sampled logits of one prompt, prefilled whole and in chunks."""
     prompt = [random.Random(1).randrange(2, bench.vocab_size) for _ in range(600)]
-    rows = []
+    rows: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     for chunk in (1024, 256, 64, 7):
         engine = bench.engine(max_num_batched_tokens=chunk, num_kv_blocks=64)
-        plain, kept = engine.runner.logits, []
-        engine.runner.logits = lambda batch, plain=plain, kept=kept: kept.append(plain(batch)) or kept[-1]
+        kept.clear()
+        listen(engine.runner, "logits", lambda _, logits: kept.append(logits))
         run_jobs(engine, [Job(prompt, 1)])
         rows.append(kept[-1])
     return "equal by == for chunks of 256, 64, 7" if all(torch.equal(rows[0], r) for r in rows) else "NOT equal"
@@ -58,8 +59,7 @@ def rereads() -> str:
     """How often each chunk's blocks stand in the block table of a later chunk."""
     engine = host_engine(256, max_num_batched_tokens=64)
     plans: list[Plan] = []
-    submit = engine.runner.submit
-    engine.runner.submit = lambda plan: plans.append(plan) or submit(plan)
+    listen(engine.runner, "submit", lambda plan, _: plans.append(plan))
     run_jobs(engine, [Job(list(range(512)), 1)])
     chunks = [s for plan in plans for s in plan.slices if len(s.token_ids) > 1]
     counts = [sum(later.start >= s.start + len(s.token_ids) for later in chunks) for s in chunks]

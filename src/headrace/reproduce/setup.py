@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from headrace.bench.models import SHAPES, random_model
@@ -10,10 +11,11 @@ from headrace.engine.assemble import assemble
 from headrace.engine.engine import Engine
 from headrace.engine.null_runner import NullRunner
 from headrace.engine.options import EngineOptions
+from headrace.engine.runner import Runner
 from headrace.engine.scheduler import Scheduler
 from headrace.kernels.ops import load_ops
 
-__all__ = ["ON", "Bench", "host_engine"]
+__all__ = ["ON", "Bench", "host_engine", "listen"]
 
 ON = 'a random 0.1M-parameter Llama, CPU kernels; host logic alone (no model) where a row says "host"'
 
@@ -26,15 +28,27 @@ class Bench:
         self.model = random_model(SHAPES[shape], self.ops)
         self.vocab_size = self.model.config.vocab_size
 
-    def engine(self, **options: Any) -> Engine:
+    def engine(self, **options: Any) -> Engine[Runner]:
         """A fresh engine with an empty cache."""
         return assemble(self.model, self.ops, EngineOptions(**options))
 
 
 def host_engine(
     num_blocks: int, max_len: int = 4096, block_size: int = 16, prefix_caching: bool = True, **scheduler: Any
-) -> Engine:
+) -> Engine[NullRunner]:
     """The real scheduler, with a null runner where the model was."""
     cache = CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching)
     config = SchedulerConfig(**scheduler)
     return Engine(Scheduler(config, cache, max_len, ()), NullRunner(num_blocks, block_size), config.queue_depth)
+
+
+def listen(target: Any, method: str, heard: Callable[[Any, Any], object]) -> None:
+    """Call `heard(argument, result)` after every call of one object's one-argument method."""
+    plain = getattr(target, method)
+
+    def listening(argument: Any) -> Any:
+        result = plain(argument)
+        heard(argument, result)
+        return result
+
+    setattr(target, method, listening)

@@ -38,17 +38,17 @@ PEOPLE = ("Ada", "Ben", "Finn", "Lily", "Max", "Mia", "Nora", "Otto", "Rosa", "T
 PLACES = ("barn", "bridge", "cave", "forest", "garden", "market", "mill", "river", "tower", "well")
 THINGS = ("ball", "bell", "book", "coin", "cup", "drum", "hat", "key", "kite", "lamp")
 COLOURS = ("black", "blue", "green", "red", "white", "yellow")
-CATEGORIES = ("where", "who", "colour", "find", "moved", "given", "sum", "list", "object")
+CATEGORIES = ("where", "who", "colour", "find", "moved", "given", "sum", "list", "object", "repeat")
 
-SHARES = (1, 1, 1, 2, 2, 2, 4, 1, 1)
-EASY_SHARES = (3, 2, 1, 0, 0, 0, 4, 1, 1)
+SHARES = (1, 1, 1, 2, 2, 2, 4, 1, 1, 1)
+EASY_SHARES = (4, 2, 1, 1, 0, 0, 4, 2, 2, 12)
 """How often training asks of each category."""
 
 ASKED = ("where", "who", "colour", "find")
 """What further turns about a scene ask."""
 
-MOST_TURNS = 8
-EASY_TEXTS = 2000
+MOST_TURNS = 10
+EASY_TEXTS = 1500
 """Training begins with so many texts of the easier kinds."""
 
 HELD_OUT_ONE_IN = 8
@@ -119,14 +119,18 @@ def _scene(rng: random.Random, size: int, exam: bool) -> list[_Fact]:
 
 def _about_scene(rng: random.Random, category: str, exam: bool, turns: int, easy: bool) -> list[Question]:
     """A scene and different questions about it; the first is of `category` and about the first person."""
-    facts = _scene(rng, 2 if easy else rng.choice((2, 3)), exam)
+    facts = _scene(rng, 3 if easy else rng.choice((2, 3)), exam)
     asked = facts[0]
     told: list[str] = []
     for fact in rng.sample(facts, len(facts)):
         told += _tell(rng, fact, category if fact is asked else rng.choice((category, "where")), facts)
+    if category == "repeat":
+        text = " ".join(told)
+        return [Question(category, f"Repeat: {text}", text, asked.combination)]
     questions = [_ask(category, asked)]
     more = [(name, fact) for name in ASKED for fact in facts if (name, fact) != (category, asked)]
-    questions += [_ask(name, fact) for name, fact in rng.sample(more, min(turns - 1, len(more)))]
+    chosen = rng.choices(more, k=turns - 1) if easy else rng.sample(more, min(turns - 1, len(more)))
+    questions += [_ask(name, fact) for name, fact in chosen]
     questions[0] = replace(questions[0], question=" ".join([*told, questions[0].question]))
     return questions
 
@@ -244,7 +248,8 @@ def documents(seed: int) -> Iterator[Document]:
             yield Document((("", _story(rng)),))
         else:
             category = rng.choices(CATEGORIES, EASY_SHARES if easy else SHARES)[0]
-            questions = _questions(rng, category, exam=False, turns=rng.randint(1, MOST_TURNS), easy=easy)
+            turns = rng.randint(MOST_TURNS // 2 if easy else 1, MOST_TURNS)
+            questions = _questions(rng, category, exam=False, turns=turns, easy=easy)
             yield Document(tuple((question.prompt, question.answer) for question in questions))
 
 

@@ -9,7 +9,7 @@ the tiles: whichever computes an output, it makes the same sum. Two ways to lay 
                  time, W (widened to fp32, which is exact) stays in the first-level cache while the panel passes by
 
 Tasks of one panel by 32 outputs are dealt to the threads in equal runs. A thread keeps the sums of its panel in
-`sums` [shard, row of the panel, 8 outputs].
+`sums` [shard, eight outputs, row of the panel, output of the eight].
 """
 
 from __future__ import annotations
@@ -31,26 +31,43 @@ SHARDS = 16
 
 BLOCK = 32  # outputs of a task
 MANY = 5 if WIDE else 8  # rows from which widening W, and packing x, pays
-PANEL = 1 << 18  # elements of x in a panel
-CHUNK = 512  # most inputs of a chunk
+PANEL = 1 << 17  # most elements of x in a panel, or eight rows
+CHUNK = 768 if WIDE else 512  # most inputs of a chunk
 
 
 @kernel
-def _finish(sums, shards, panel, row, rows, n, last, width, bias, y):
-    """Outputs n … n + 7 of `rows` rows: the balanced tree over the shards (neighbours first), then the bias."""
-    step = 1
+def _finish(sums, shards, slab, row, rows, first, last, width, bias, y):
+    """y of `rows` rows from `row`: the balanced tree over the shards (neighbours first), then the bias.
+
+    Each eight outputs of first … last − 1 have a slab of sums; a row is written whole lines at a time.
+    """
+    slabs, step = (last - first + 7) // 8, 1
     while step < shards:
         for s in range(0, shards, 2 * step):
-            a, b = s * panel * 8, (s + step) * panel * 8
-            for i in range(0, rows * 8, 8):
-                store8(sums, a + i, add8(load8(sums, a + i), load8(sums, b + i)))
+            for j in range(slabs):
+                a, b = (s * slabs + j) * slab, ((s + step) * slabs + j) * slab
+                for i in range(0, rows * 8, 8):
+                    store8(sums, a + i, add8(load8(sums, a + i), load8(sums, b + i)))
         step *= 2
-    count = min(8, last - n)
     for r in range(rows):
-        value = load8(sums, r * 8)
-        if bias.size:
-            value = add8(value, load8n(bias, n, count))
-        store8n(y, (row + r) * width + n, value, count)
+        for n in range(first, last, 8):
+            value, count = load8(sums, (n - first) // 8 * slab + r * 8), min(8, last - n)
+            if bias.size:
+                value = add8(value, load8n(bias, n, count))
+            store8n(y, (row + r) * width + n, value, count)
+
+
+@kernel
+def _ask(w, start, stride, count, tile, tiles):
+    """Before `tile` of `tiles`: ask memory for its part of the next eight outputs' chunk, which starts at w[start].
+
+    Tiles read too many short streams for the hardware to guess what comes next.
+    """
+    part = (8 + tiles - 1) // tiles
+    line = 32 if narrow(w) else 16
+    for j in range(tile * part, min(tile * part + part, 8)):
+        for k in range(0, count, line):
+            prefetch(w, start + j * stride + k)
 
 
 # ---- few rows --------------------------------------------------------------------------------------------------
@@ -75,10 +92,11 @@ def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, sums, y):
                             (n + 8) * inputs + 8 * k, sums, to)
                 else:
                     for j in range(0, 8, 2):
+                        _ask(w, w0 + 8 * inputs + k, inputs, count, j // 2, 4)
                         u, v = min(w0 + j * inputs, end), min(w0 + (j + 1) * inputs, end)
                         tile4x2(x, x0 + k, x1 + k, x2 + k, x3 + k, w, u + k, v + k, count, True, True,
                                 sums, 0, sums, to + j)
-            _finish(sums, shards, 4, row, min(height, rows - row), n, last, width, bias, y)
+            _finish(sums, shards, 32, row, min(height, rows - row), n, min(n + 8, last), width, bias, y)
         row += height
 
 
@@ -106,16 +124,6 @@ def _widen(w, n, last, inputs, k, count, wide):
             store8(wide, to + i, load8(w, start + i))
         for i in range(whole, count):
             store1(wide, to + i, load1(w, start + i))
-
-
-@kernel
-def _ask(w, start, stride, count, tile, tiles):
-    """Before `tile` of `tiles`: ask for its part of the next eight outputs' chunk, which starts at w[start]."""
-    part = (8 + tiles - 1) // tiles
-    line = 32 if narrow(w) else 16
-    for j in range(tile * part, min(tile * part + part, 8)):
-        for k in range(0, count, line):
-            prefetch(w, start + j * stride + k)
 
 
 @kernel
@@ -158,12 +166,15 @@ def _chunk(x, row, rows, inputs, packed, p, depth, k, v, v0, stride, outputs, co
 
 
 @kernel
-def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, panel, wide, carry, sums):
-    """Sums of the `rows` rows of a panel from `row`, packed from packed[p], by outputs n … n + 7."""
+def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, wide, carry, sums, to, shard_sums):
+    """Sums of the `rows` rows of a panel from `row`, packed from packed[p], by outputs n … n + 7.
+
+    Those of the first shard go to sums[to …], those of the next ones `shard_sums` further on.
+    """
     outputs = min(8, last - n)
     for s in range(bounds.size - 1):
         k, end = bounds[s], bounds[s + 1]
-        to, first, last_chunk = s * panel * 8, True, False
+        first, last_chunk = True, False
         while not last_chunk:  # an empty shard is one empty chunk, whose sums are 0
             count, w0 = min(CHUNK, end - k), n * inputs + k
             last_chunk = k + count == end
@@ -177,6 +188,7 @@ def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, panel, wid
             p += (count + 7) // 8 * 64
             k += count
             first = False
+        to += shard_sums
 
 
 @kernel
@@ -198,7 +210,7 @@ def _panels(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
     panel = (groups + count - 1) // count * 8
     count = (rows + panel - 1) // panel
     packed, x_start = _scratch(panel * depth if WIDE else 0)
-    sums, wide = np.empty(shards * panel * 8, np.float32), np.empty(8 * CHUNK if narrow(w) else 0, np.float32)
+    sums, wide = np.empty(shards * panel * BLOCK, np.float32), np.empty(8 * CHUNK if narrow(w) else 0, np.float32)
     carry = np.empty(panel * 64 if longest > CHUNK else 0, np.float32)
     blocks, held = (width + BLOCK - 1) // BLOCK, -1
     for task in range(count * blocks * worker // workers, count * blocks * (worker + 1) // workers):
@@ -207,10 +219,11 @@ def _panels(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
         if WIDE and row != held:
             _pack(pointer(x), row, stop, inputs, bounds, pointer(packed), x_start)
             held = row
+        shard_sums = (last - first + 7) // 8 * panel * 8
         for n in range(first, last, 8):
-            _many(pointer(x), row, stop - row, inputs, pointer(packed), x_start, depth, pointer(w), n, last, bounds, panel,
-                  pointer(wide), pointer(carry), pointer(sums))
-            _finish(pointer(sums), shards, panel, row, stop - row, n, last, width, bias, pointer(y))
+            _many(pointer(x), row, stop - row, inputs, pointer(packed), x_start, depth, pointer(w), n, last, bounds,
+                  pointer(wide), pointer(carry), pointer(sums), (n - first) * panel, shard_sums)
+        _finish(pointer(sums), shards, panel * 8, row, stop - row, first, last, width, bias, pointer(y))
 
 
 # ---- the whole product -----------------------------------------------------------------------------------------
