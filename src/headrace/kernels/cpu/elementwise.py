@@ -35,6 +35,12 @@ __all__ = ["add_rms_norm", "edit_logits", "embedding", "mask_logits", "rms_norm"
 
 
 @kernel
+def _share(rows, task, tasks):
+    """Where the rows of `task` start. (A prange index is unsigned: uncast, it would compile the callee once more.)"""
+    return rows * np.int64(task) // tasks
+
+
+@kernel
 def _copy(source, start, target, to, count):
     """target[to …] = source[start …], widened or rounded (to nearest even) to the target's dtype."""
     whole = count & ~7
@@ -90,7 +96,7 @@ def embedding(ids, table, vocab, width, out, tasks):
         _embedding_rows(ids, table, width, out, 0, rows)
     else:
         for task in prange(tasks):
-            _embedding_rows(ids, table, width, out, rows * task // tasks, rows * (task + 1) // tasks)
+            _embedding_rows(ids, table, width, out, _share(rows, task, tasks), _share(rows, task + 1, tasks))
     return -1
 
 
@@ -109,7 +115,7 @@ def rms_norm(x, rows, width, weight, eps, out, tasks):
         _rms_norm_rows(x, weight, width, eps, out, 0, rows)
     else:
         for task in prange(tasks):
-            _rms_norm_rows(x, weight, width, eps, out, rows * task // tasks, rows * (task + 1) // tasks)
+            _rms_norm_rows(x, weight, width, eps, out, _share(rows, task, tasks), _share(rows, task + 1, tasks))
 
 
 @kernel
@@ -132,7 +138,7 @@ def add_rms_norm(x, residual, rows, width, weight, eps, out, total, tasks):
     else:
         for task in prange(tasks):
             _add_rms_norm_rows(x, residual, weight, width, eps, out, total,
-                               rows * task // tasks, rows * (task + 1) // tasks)
+                               _share(rows, task, tasks), _share(rows, task + 1, tasks))
 
 
 # ---- rotary positions ------------------------------------------------------------------------------------------
@@ -183,7 +189,7 @@ def rotary(x, x_token, x_head, heads, dim, positions, table, limit, weight, eps,
     else:
         for task in prange(tasks):
             _rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, eps, out,
-                         rows * task // tasks, rows * (task + 1) // tasks)
+                         _share(rows, task, tasks), _share(rows, task + 1, tasks))
     return -1
 
 
@@ -215,7 +221,7 @@ def silu_mul(gate_up, rows, width, out, tasks):
         _silu_mul_rows(gate_up, width, out, 0, rows)
     else:
         for task in prange(tasks):
-            _silu_mul_rows(gate_up, width, out, rows * task // tasks, rows * (task + 1) // tasks)
+            _silu_mul_rows(gate_up, width, out, _share(rows, task, tasks), _share(rows, task + 1, tasks))
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------
@@ -250,7 +256,7 @@ def store_kv(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, tasks
     else:
         for task in prange(tasks):
             _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots,
-                           rows * task // tasks, rows * (task + 1) // tasks)
+                           _share(rows, task, tasks), _share(rows, task + 1, tasks))
     return -1
 
 

@@ -18,7 +18,19 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import cpu_features, kernel
-from headrace.kernels.cpu.simd import add8, load1, load8, load8n, narrow, pointer, prefetch, store1, store8, store8n
+from headrace.kernels.cpu.simd import (
+    add8,
+    load1,
+    load8,
+    load8n,
+    narrow,
+    pointer,
+    prefetch,
+    store1,
+    store8,
+    store8n,
+    widest,
+)
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 
 __all__ = ["SHARDS", "linear", "linear_part"]
@@ -155,17 +167,6 @@ def _chunk4x2(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, su
 
 
 @kernel
-def _chunk(x, row, rows, inputs, packed, p, depth, k, v, v0, stride, outputs, count, first, last, carry, sums, to,
-           w, next_w):
-    if WIDE:
-        _chunk8x4(packed, p, depth, rows, v, v0, stride, outputs, count, first, last, carry, sums, to,
-                  w, next_w, inputs)
-    else:
-        _chunk4x2(x, row * inputs + k, rows, v, v0, stride, outputs, count, first, last, carry, sums, to,
-                  w, next_w, inputs)
-
-
-@kernel
 def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, wide, carry, sums, to, shard_sums):
     """Sums of the `rows` rows of a panel from `row`, packed from packed[p], by outputs n … n + 7.
 
@@ -178,13 +179,17 @@ def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, wide, carr
         while not last_chunk:  # an empty shard is one empty chunk, whose sums are 0
             count, w0 = min(CHUNK, end - k), n * inputs + k
             last_chunk = k + count == end
+            v0, stride = w0, inputs
             if narrow(w):
                 _widen(w, n, last, inputs, k, count, wide)
-                _chunk(x, row, rows, inputs, packed, p, depth, k, wide, 0, CHUNK, outputs, count, first, last_chunk,
-                       carry, sums, to, w, w0 + 8 * inputs)
+                v0, stride = 0, CHUNK
+            v, next_w = widest(w, wide), w0 + 8 * inputs
+            if WIDE:
+                _chunk8x4(packed, p, depth, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
+                          w, next_w, inputs)
             else:
-                _chunk(x, row, rows, inputs, packed, p, depth, k, w, w0, inputs, outputs, count, first, last_chunk,
-                       carry, sums, to, w, w0 + 8 * inputs)
+                _chunk4x2(x, row * inputs + k, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
+                          w, next_w, inputs)
             p += (count + 7) // 8 * 64
             k += count
             first = False
@@ -246,5 +251,5 @@ def linear(x, rows, inputs, w, width, bias, bounds, y, workers):
 
     `bias` is fp32 [width], or empty for none. `bounds` is int64 [V + 1] from 0 to `inputs`.
     """
-    for worker in prange(workers):
-        linear_part(x, rows, inputs, w, width, bias, bounds, y, worker, workers)
+    for worker in prange(workers):  # whose index is unsigned: uncast, it would compile everything below once more
+        linear_part(x, rows, inputs, w, width, bias, bounds, y, np.int64(worker), workers)

@@ -36,7 +36,7 @@ from numba.extending import models, register_model
 __all__ = [
     "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8", "lane8",
     "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "prefetch", "splat8",
-    "store1", "store8", "store8n", "sub8", "zero8",
+    "store1", "store8", "store8n", "sub8", "widest", "zero8",
 ]
 
 LANES = 8
@@ -343,6 +343,19 @@ def narrow(tyctx: Any, array: Any) -> Any:
         return ir.Constant(ir.IntType(1), int(array.dtype != types.float32))
 
     return types.boolean(array), codegen
+
+
+@intrinsic
+def widest(tyctx: Any, array: Any, wide: Any) -> Any:
+    """`array` where it is fp32, else `wide`: decided by type, so nothing is compiled for the other."""
+    if not _known(array):
+        return None
+    kept = int(array.dtype != types.float32)
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return args[kept]
+
+    return (array, wide)[kept](array, wide), codegen
 
 
 @intrinsic
