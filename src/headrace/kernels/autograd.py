@@ -137,7 +137,8 @@ class _RMSNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_rms_norm_backward(g_TD, *ctx.saved_tensors, ctx.eps), None
+        x_TD, weight_D = ctx.saved_tensors
+        return None, *_rms_norm_backward(g_TD, x_TD, weight_D, ctx.eps), None
 
 
 class _AddRMSNorm(Function):
@@ -154,7 +155,8 @@ class _AddRMSNorm(Function):
     def backward(ctx: Any, g_TD: Tensor | None, g_sum: Tensor | None) -> tuple[Tensor | None, ...]:
         if g_TD is None:
             return None, g_sum, g_sum, None, None
-        g_x, g_weight = _rms_norm_backward(g_TD, *ctx.saved_tensors, ctx.eps)
+        sum_TD, weight_D = ctx.saved_tensors
+        g_x, g_weight = _rms_norm_backward(g_TD, sum_TD, weight_D, ctx.eps)
         g_x = g_x if g_sum is None else g_x.add_(g_sum)
         return None, g_x, g_x, g_weight, None
 
@@ -178,7 +180,7 @@ class _Rotary(Function):
         torch.mul(high, cos, out=g_x[..., half:]).addcmul_(low, sin, value=-1)
         if not normed:
             return None, g_x, None, None, None, None
-        g_x, g_weight = _rms_norm_backward(g_x, *normed, ctx.eps)
+        g_x, g_weight = _rms_norm_backward(g_x, normed[0], normed[1], ctx.eps)
         return None, g_x, None, None, g_weight, None
 
 
@@ -264,7 +266,7 @@ class _Group:
     def attention_gradients(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, g_THd: Tensor, scale: float,
                             window: int) -> list[Tensor]:
         """Gradients [S, L, heads, d] by q, k and v of dense causal attention."""
-        dense = [x[self.row_SL].transpose(1, 2).requires_grad_() for x in (q_THd, k_TGd, v_TGd)]
+        q, k, v = dense = [x[self.row_SL].transpose(1, 2).requires_grad_() for x in (q_THd, k_TGd, v_TGd)]
         g_SHLd = (g_THd[self.row_SL] * self.real_SL[..., None, None]).transpose(1, 2)
         length = self.row_SL.shape[1]
         mask = None
@@ -274,7 +276,7 @@ class _Group:
             mask = (back >= 0) & (back < window)
         with torch.enable_grad():
             out_SHLd = F.scaled_dot_product_attention(
-                *dense, attn_mask=mask, is_causal=mask is None, scale=scale,
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
                 enable_gqa=q_THd.shape[1] != k_TGd.shape[1])
             return [x.transpose(1, 2) for x in torch.autograd.grad(out_SHLd, dense, g_SHLd)]
 

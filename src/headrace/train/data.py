@@ -101,7 +101,11 @@ def _sample(text: Document, tokenizer: Tokenizer, seq_length: int) -> _Sample:
 
 
 def _pack(samples: Sequence[_Sample]) -> Batch:
-    ids, positions, rows, targets, lengths = [], [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
     for sample in samples:
         start, length = len(ids), len(sample.ids) - 1
         ids += sample.ids[:-1]
