@@ -1,9 +1,10 @@
 """Tinyworld: a small made-up world, written down by a seed.
 
-Some people, places and coloured things; who is where and who has what. About it there are little stories,
-questions in chat format (some need two facts joined, or the last of several moves), small sums, and lists to be
-turned into JSON. What a question is about is its *combination*: (person, thing, place), the two summands, the
-set of list items. A hash says which combinations are held out: training never shows one, the exam asks nothing else.
+Ten people live somewhere and own something, always the same. About them there are little stories, questions in chat
+format (what the world is like, and what has just been told), small sums, and lists to be turned into JSON. What a
+question is about is its *combination*: who and in which words, who and who, who goes where, who gives what to whom, the
+two summands, the items in order. A hash says which combinations are held out: training never shows one, the exam asks
+nothing else. So the exam asks for what was learnt to be put together anew, not for what was seen.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import count, islice
+from dataclasses import dataclass
+from itertools import islice
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -38,21 +39,26 @@ PEOPLE = ("Ada", "Ben", "Finn", "Lily", "Max", "Mia", "Nora", "Otto", "Rosa", "T
 PLACES = ("barn", "bridge", "cave", "forest", "garden", "market", "mill", "river", "tower", "well")
 THINGS = ("ball", "bell", "book", "coin", "cup", "drum", "hat", "key", "kite", "lamp")
 COLOURS = ("black", "blue", "green", "red", "white", "yellow")
-CATEGORIES = ("where", "who", "colour", "find", "moved", "given", "sum", "list", "object", "repeat")
+CATEGORIES = ("home", "owns", "pair", "trip", "gift", "sum", "list", "object")
 
-SHARES = (1, 1, 1, 2, 2, 2, 4, 1, 1, 1)
-EASY_SHARES = (4, 2, 1, 1, 0, 0, 4, 2, 2, 12)
-"""How often training asks of each category."""
+HOME_OF = dict(zip(PEOPLE, PLACES[3:] + PLACES[:3]))
+THING_OF = dict(zip(PEOPLE, THINGS[7:] + THINGS[:7]))
+COLOUR_OF = dict(zip(THINGS, (COLOURS * 2)[: len(THINGS)]))
+"""What the world is like."""
 
-ASKED = ("where", "who", "colour", "find")
-"""What further turns about a scene ask."""
+WHERE = ("Where does {} live?", "Where is {} at home?", "Where is the home of {}?", "In which place does {} live?",
+         "Tell me where {} lives.", "Do you know where {} lives?")
+WHAT = ("What does {} own?", "Which thing belongs to {}?", "What belongs to {}?", "Tell me what {} owns.",
+        "What is the thing of {}?", "Do you know what {} owns?")
 
-MOST_TURNS = 10
-EASY_TEXTS = 1500
-"""Training begins with so many texts of the easier kinds."""
+MOST_TURNS = 4
+STORIES = 0.1
+"""Share of the training texts that are stories."""
 
-HELD_OUT_ONE_IN = 8
+HELD_OUT_ONE_IN = 6
 """One combination in so many is kept for the exam."""
+TRIES = 200
+"""Draws without a new question after which a category of the exam has no more."""
 
 
 CHAT_TEMPLATE = (
@@ -90,167 +96,105 @@ class Question:
         return f"<|user|>{self.question}<|end|><|assistant|>"
 
 
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    person: str
-    place: str
-    thing: str
-    colour: str
-
-    @property
-    def combination(self) -> tuple[str, ...]:
-        return self.person, self.thing, self.place
-
-
 def held_out(combination: tuple[str, ...]) -> bool:
     """Whether a combination belongs to the exam."""
     return zlib.crc32("|".join(combination).encode()) % HELD_OUT_ONE_IN == 0
 
 
-def _scene(rng: random.Random, size: int, exam: bool) -> list[_Fact]:
-    """`size` people in different places with different things. In an exam the first's is held out."""
+Made = tuple[tuple[str, ...], str, str]
+"""(combination, question, answer)"""
+
+
+def _home(rng: random.Random) -> Made:
+    who, words = rng.choice(PEOPLE), rng.choice(WHERE)
+    return (who, words), words.format(who), f"{who} lives at the {HOME_OF[who]}."
+
+
+def _owns(rng: random.Random) -> Made:
+    who, words = rng.choice(PEOPLE), rng.choice(WHAT)
+    thing = THING_OF[who]
+    return (who, words), words.format(who), f"{who} owns the {COLOUR_OF[thing]} {thing}."
+
+
+def _pair(rng: random.Random) -> Made:
+    one, two = rng.sample(PEOPLE, 2)
+    answer = f"{one} lives at the {HOME_OF[one]}, and {two} lives at the {HOME_OF[two]}."
+    return (one, "and", two), f"Where do {one} and {two} live?", answer
+
+
+def _trip(rng: random.Random) -> Made:
+    who, place = rng.choice(PEOPLE), rng.choice(PLACES)
+    return (who, "to", place), f"{who} went to the {place}. Where is {who} now?", f"{who} is at the {place}."
+
+
+def _gift(rng: random.Random) -> Made:
+    (giver, taker), thing = rng.sample(PEOPLE, 2), rng.choice(THINGS)
+    told = f"{giver} gave the {thing} to {taker}."
+    return (giver, thing, taker), f"{told} Who has the {thing} now?", f"{taker} has the {thing} now."
+
+
+def _sum(rng: random.Random) -> Made:
+    a, b = rng.randrange(10), rng.randrange(10)
+    return (str(a), "+", str(b)), f"What is {a}+{b}?", f"{a}+{b}={a + b}"
+
+
+def _list(rng: random.Random) -> Made:
+    things = rng.sample(THINGS, 3)
+    return ("list", *things), f"Write as JSON: {things[0]}, {things[1]} and {things[2]}.", json.dumps(things)
+
+
+def _object(rng: random.Random) -> Made:
+    who, thing = rng.choice(PEOPLE), rng.choice(THINGS)
+    return (who, "has", thing), f"Write as JSON: {who} has the {thing}.", json.dumps({who: thing})
+
+
+MAKERS = dict(zip(CATEGORIES, (_home, _owns, _pair, _trip, _gift, _sum, _list, _object)))
+
+
+def _question(rng: random.Random, category: str, exam: bool) -> Question:
+    """A question of the exam, or one that is not."""
     while True:
-        columns = [rng.sample(pool, size) for pool in (PEOPLE, PLACES, THINGS)]
-        facts = [_Fact(person, place, thing, rng.choice(COLOURS)) for person, place, thing in zip(*columns)]
-        outside = [held_out(fact.combination) for fact in facts]
-        if outside[0] if exam else not any(outside):
-            return facts
-
-
-def _about_scene(rng: random.Random, category: str, exam: bool, turns: int, easy: bool) -> list[Question]:
-    """A scene and different questions about it; the first is of `category` and about the first person."""
-    facts = _scene(rng, 3 if easy else rng.choice((2, 3)), exam)
-    asked = facts[0]
-    told: list[str] = []
-    for fact in rng.sample(facts, len(facts)):
-        told += _tell(rng, fact, category if fact is asked else rng.choice((category, "where")), facts)
-    if category == "repeat":
-        text = " ".join(told)
-        return [Question(category, f"Repeat: {text}", text, asked.combination)]
-    questions = [_ask(category, asked)]
-    more = [(name, fact) for name in ASKED for fact in facts if (name, fact) != (category, asked)]
-    chosen = rng.choices(more, k=turns - 1) if easy else rng.sample(more, min(turns - 1, len(more)))
-    questions += [_ask(name, fact) for name, fact in chosen]
-    questions[0] = replace(questions[0], question=" ".join([*told, questions[0].question]))
-    return questions
-
-
-def _ask(category: str, asked: _Fact) -> Question:
-    question, answer = {
-        "where": (f"Where is {asked.person}?", f"{asked.person} is at the {asked.place}."),
-        "moved": (f"Where is {asked.person}?", f"{asked.person} is at the {asked.place}."),
-        "who": (f"Who has the {asked.thing}?", f"{asked.person} has the {asked.thing}."),
-        "given": (f"Who has the {asked.thing}?", f"{asked.person} has the {asked.thing}."),
-        "colour": (f"What colour is the {asked.thing}?", f"The {asked.thing} is {asked.colour}."),
-        "find": (f"Where is the {asked.thing}?", f"The {asked.thing} is at the {asked.place}."),
-    }[category]
-    return Question(category, question, answer, asked.combination)
-
-
-def _tell(rng: random.Random, fact: _Fact, category: str, facts: list[_Fact]) -> list[str]:
-    """Sentences after which `fact` holds. They may begin with how it was before."""
-    where = [f"{fact.person} is at the {fact.place}."]
-    has = [f"{fact.person} has a {fact.colour} {fact.thing}."]
-    if category == "moved":
-        before = rng.choice([place for place in PLACES if place != fact.place])
-        where = [f"{fact.person} is at the {before}.", f"{fact.person} goes to the {fact.place}."]
-    if category == "given":
-        giver = rng.choice([other.person for other in facts if other is not fact])
-        has = [f"{giver} finds a {fact.colour} {fact.thing}.", f"{giver} gives it to {fact.person}."]
-    if category in ("moved", "given"):
-        return [*where, *has] if rng.random() < 0.5 else [*has, *where]
-    return [f"{fact.person} is at the {fact.place} with a {fact.colour} {fact.thing}."]
-
-
-def _sum(rng: random.Random, exam: bool) -> Question:
-    while True:
-        a, b = rng.randrange(100), rng.randrange(10)
-        if rng.random() < 0.3:
-            a = rng.randrange(10)
-        if rng.random() < 0.5:
-            a, b = b, a
-        combination = tuple(sorted((str(a), str(b))))
+        combination, question, answer = MAKERS[category](rng)
         if held_out(combination) == exam:
-            return Question("sum", f"What is {a}+{b}?", f"{a}+{b}={a + b}", combination)
-
-
-def _article(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _list(rng: random.Random, exam: bool) -> Question:
-    while True:
-        things = rng.sample(THINGS, rng.choice((2, 3, 4)))
-        combination = tuple(sorted(things))
-        if held_out(combination) == exam:
-            return Question("list", f"Write as JSON: {_article(things)}.", json.dumps(things), combination)
-
-
-def _object(rng: random.Random, exam: bool) -> Question:
-    while True:
-        people = rng.sample(PEOPLE, rng.choice((2, 3)))
-        things = dict(zip(people, rng.sample(THINGS, len(people))))
-        combination = tuple(sorted(f"{person} {thing}" for person, thing in things.items()))
-        if held_out(combination) == exam:
-            told = _article([f"{person} has the {thing}" for person, thing in things.items()])
-            return Question("object", f"Write as JSON: {told}.", json.dumps(things), combination)
-
-
-def _questions(rng: random.Random, category: str, exam: bool, turns: int = 1,
-               easy: bool = False) -> list[Question]:
-    alone = {"sum": _sum, "list": _list, "object": _object}
-    if category in alone:
-        return [alone[category](rng, exam) for _ in range(turns)]
-    return _about_scene(rng, category, exam, turns, easy)
+            return Question(category, question, answer, combination)
 
 
 def _story(rng: random.Random) -> str:
-    """A little story in which two people meet and a thing changes hands."""
+    """A little story in which two people meet and a thing changes hands. It tells of no held-out combination."""
     while True:
-        first, second = _scene(rng, 2, exam=False)
-        swapped = [(first.person, second.thing, first.place), (second.person, first.thing, second.place)]
-        if not any(held_out(combination) for combination in swapped):
+        who, other = rng.sample(PEOPLE, 2)
+        thing, away = THING_OF[who], HOME_OF[other]
+        if not held_out((who, "to", away)) and not held_out((who, thing, other)):
             break
-    who, other, thing, colour = first.person, second.person, first.thing, first.colour
+    colour, home = COLOUR_OF[thing], HOME_OF[who]
     opening = rng.choice((
-        f"Once upon a time, {who} lived at the {first.place}.",
-        f"Once upon a time, there was a child called {who}, who lived at the {first.place}.",
-        f"{who} lived at the {first.place}."))
+        f"Once upon a time, {who} lived at the {home}.",
+        f"Once upon a time, there was a child called {who}, who lived at the {home}."))
     wish = rng.choice((
-        f"{who} had a {colour} {thing} and liked it very much.",
-        f"One day {who} found a {colour} {thing}.",
-        f"{who} was looking for a {colour} {thing}, and found it at the {second.place}."))
-    meeting = rng.choice((
-        f"{who} went to the {second.place} and met {other}.",
-        f"{other} came from the {second.place} to see {who}.",
-        f"At the {second.place}, {who} met {other}."))
+        f"{who} owned the {colour} {thing} and liked it very much.",
+        f"One day {who} took the {colour} {thing} and went out."))
     talk = rng.choice((
         f'"What a nice {thing}," said {other}. "It is {colour}!"',
         f'"May I have the {thing}?" said {other}.',
         f'"I like your {colour} {thing}," said {other}.'))
     turn = rng.choice((
         f"So {who} gave the {thing} to {other}.",
-        f"{who} said yes, and they played with the {thing} all day.",
-        f"{who} gave the {thing} to {other}, and {other} gave {who} a {second.colour} {second.thing}."))
+        f"{who} said yes, and they played with the {thing} all day."))
     end = rng.choice((
-        f"Then {who} went home to the {first.place} and was happy.",
-        "They were good friends ever after.",
-        f"In the evening {other} went home to the {second.place}."))
-    return " ".join((opening, wish, meeting, talk, turn, end))
+        f"Then {who} went home to the {home} and was happy.",
+        "They were good friends ever after."))
+    return " ".join((opening, wish, f"{who} went to the {away} and met {other}.", talk, turn, end))
 
 
 def documents(seed: int) -> Iterator[Document]:
     """An endless stream of training texts; no held-out combination is in it."""
     rng = random.Random(f"tinyworld {seed}")
-    for index in count():
-        easy = index < EASY_TEXTS
-        if rng.random() < 0.1:
+    while True:
+        if rng.random() < STORIES:
             yield Document((("", _story(rng)),))
-        else:
-            category = rng.choices(CATEGORIES, EASY_SHARES if easy else SHARES)[0]
-            turns = rng.randint(MOST_TURNS // 2 if easy else 1, MOST_TURNS)
-            questions = _questions(rng, category, exam=False, turns=turns, easy=easy)
-            yield Document(tuple((question.prompt, question.answer) for question in questions))
+            continue
+        questions = [_question(rng, rng.choice(CATEGORIES), exam=False) for _ in range(rng.randint(1, MOST_TURNS))]
+        yield Document(tuple((question.prompt, question.answer) for question in questions))
 
 
 def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
@@ -274,12 +218,18 @@ def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 
 
 def exam(seed: int, n: int) -> list[tuple[str, str, str]]:
-    """`n` different held-out questions: (category, prompt, right answer), categories in turn."""
+    """`n` different held-out questions, or all there are: (category, prompt, right answer), categories in turn."""
     rng = random.Random(f"tinyworld exam {seed}")
     asked: dict[str, tuple[str, str, str]] = {}
-    while len(asked) < n:
-        (question,) = _questions(rng, CATEGORIES[len(asked) % len(CATEGORIES)], exam=True)
-        asked.setdefault(question.prompt, (question.category, question.prompt, question.answer))
+    open_ones = list(CATEGORIES)
+    while open_ones and len(asked) < n:
+        category = open_ones.pop(0)
+        for _ in range(TRIES):
+            question = _question(rng, category, exam=True)
+            if question.prompt not in asked:
+                asked[question.prompt] = (category, question.prompt, question.answer)
+                open_ones.append(category)
+                break
     return list(asked.values())
 
 
@@ -308,7 +258,7 @@ def prompts(n: int, seed: int = 0) -> list[str]:
     texts = []
     for i in range(n):
         words = _story(rng).split(" ")
-        question = _questions(rng, rng.choice(CATEGORIES), exam=True)[0].prompt
+        question = _question(rng, rng.choice(CATEGORIES), exam=True).prompt
         texts.append((
             " ".join(words[: rng.randint(1, 8)]),
             question,
