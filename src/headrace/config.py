@@ -90,6 +90,10 @@ class ModelConfig:
                      "num_kv_heads", "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive integer")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number and 0.0 < value < math.inf, f"{name}={value!r} must be a positive number")
         require(self.num_heads % self.num_kv_heads == 0,
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")

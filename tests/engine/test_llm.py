@@ -69,13 +69,12 @@ def test_prompt_logprobs_are_recomputed_and_equal_generation_s(llm):
 
 
 def test_the_cache_changes_nothing_but_the_count(llm):
-    prompt = "Once upon a time, there was a child called Mia, who lived at the farm. One day Mia went"
-    first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
-    assert second.num_cached_tokens > 0 and first.outputs == second.outputs
-    both = llm.tokenizer.encode(prompt) + first.outputs[0].token_ids
-    assert llm.generate([both], GREEDY)[0].num_cached_tokens > len(first.prompt_token_ids) - 1, (
-        "generated tokens hit too"
-    )
+    prompt = "Once upon a time, there was a child called Mia, who lived at the tower. One day Mia took"
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    first, second = (llm.generate(prompt, params)[0] for _ in range(2))
+    assert 0 < second.num_cached_tokens < len(first.prompt_token_ids) and first.outputs == second.outputs
+    both = first.prompt_token_ids + first.outputs[0].token_ids
+    assert llm.generate([both], params)[0].num_cached_tokens > len(first.prompt_token_ids), "generated tokens hit too"
 
 
 def test_n_choices_differ_and_are_what_each_alone_would_be(llm):

@@ -163,7 +163,7 @@ MUTANTS = [
     ("block_size", attends_by_block, {"block_size": 8}),
     ("order", noise_by_arrival, {"load": 16, "sampling": "seeded", "order": "reverse"}),
     ("threads", sums_by_thread_count, {"threads": 1}),
-    ("resumed", forgets_what_is_output, {"load": 2, "sampling": "penalised", "resumed": True}),
+    ("resumed", forgets_what_is_output, {"load": 16, "sampling": "penalised", "resumed": True}),
     ("depth", mixes_up_previous, {"load": 16, "depth": 2}),
 ]
 

@@ -1,4 +1,4 @@
-"""The world's texts: reproducible, solvable by their own rules, and the exam never seen in training."""
+"""The world's texts: reproducible, solvable, and the exam never seen in training."""
 
 import json
 import os
@@ -11,124 +11,70 @@ import pytest
 
 from headrace.errors import ConfigError
 from headrace.train import tinyworld
-from headrace.train.tinyworld import CATEGORIES, COLOURS, FRIEND, HOME, PEOPLE, PLACES, THINGS
+from headrace.train.tinyworld import CATEGORIES, PEOPLE, THINGS
 
 
 @pytest.fixture(scope="module")
 def texts():
-    return list(islice(tinyworld.documents(0), 6000))
+    return list(islice(tinyworld.documents(0), 12000))
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return tinyworld.exam(0, 40 * len(CATEGORIES))
+    return tinyworld.exam(0, 200)
 
 
-def plain(prompt: str) -> str:
+def bare(prompt: str) -> str:
     return prompt.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
 
 
-class Reader:
-    """The world's rules written a second time: reads sentences, answers questions, notes combinations."""
-
-    def __init__(self):
-        self.place = self.holder = self.colour = None
-        self.combination = {}
-
-    def read(self, sentence: str) -> str | None:
-        """The answer, where the sentence is a question."""
-        person, *words = re.findall(r"\w+", sentence)
-        match words:
-            case ["is", "at", "the", place]:
-                self.place, self.combination["place"] = place, ("moved", (person, place))
-            case ["goes", "to", "the", place]:
-                self.place, self.combination["place"] = place, ("moved", (person, place))
-            case ["goes", "home"]:
-                self.combination["place"] = ("home", ("home", person, self.place))
-                self.place = HOME[person]
-            case ["goes", way]:
-                self.combination["place"] = ("walk", (person, self.place, way))
-                self.place = PLACES[(PLACES.index(self.place) + {"east": 1, "west": 9}[way]) % 10]
-            case ["finds", "a", colour, thing]:
-                self.holder, self.colour, self.owner = person, colour, person
-                self.combination["colour"] = ("colour", (person, thing, colour))
-            case ["gives", "the", thing, "to", "a", "friend"]:
-                self.holder, self.combination["holder"] = FRIEND[person], ("friend", ("friend", person, thing))
-            case ["gives", "the", thing, "to", other]:
-                self.holder, self.combination["holder"] = other, ("given", (person, other, thing))
-            case ["is", subject]:
-                return f"{subject} is at the {self.place}."
-            case ["has", "the", thing]:
-                return f"{self.holder} has the {thing}."
-            case ["colour", "is", "the", thing]:
-                return f"The {thing} is {self.colour}."
-            case _:
-                raise AssertionError(f"an unknown sentence: {sentence}")
-
-    def answer(self, question: str) -> str:
-        if match := re.fullmatch(r"What is (\d+)\+(\d+)\?", question):
-            self.combination["sum"] = ("sum", tuple(sorted(match.groups())))
-            return f"{match[1]}+{match[2]}={int(match[1]) + int(match[2])}"
-        if question.startswith("Write as JSON: "):
-            words = re.findall(r"\w+", question.removeprefix("Write as JSON: "))
-            words = [word for word in words if word in PEOPLE + THINGS]
-            if words[0] in THINGS:
-                self.combination["list"] = ("list", tuple(sorted(words)))
-                return json.dumps(words)
-            pairs = dict(zip(words[::2], words[1::2]))
-            self.combination["object"] = ("object", tuple(sorted(f"{k} {v}" for k, v in pairs.items())))
-            return json.dumps(pairs)
-        *told, asked = re.split(r"(?<=\.) ", question)
-        # The place may be told after the thing is found, but always before anybody moves.
-        for sentence in told:
-            assert self.read(sentence) is None
-        return self.read(asked)
+def solve(question: str) -> str:
+    """The right answer, from the question's text and the world's facts, by rules of our own."""
+    if match := re.fullmatch(r"What is (\d)\+(\d)\?", question):
+        return f"{match[1]}+{match[2]}={int(match[1]) + int(match[2])}"
+    if match := re.fullmatch(r"Write as JSON: (\w+) has the (\w+)\.", question):
+        return json.dumps({match[1]: match[2]})
+    if match := re.fullmatch(r"Write as JSON: (\w+), (\w+) and (\w+)\.", question):
+        return json.dumps(list(match.groups()))
+    if match := re.match(r"(\w+) went to the (\w+)\.", question):
+        return f"{match[1]} is at the {match[2]}."
+    if match := re.match(r"\w+ gave the (\w+) to (\w+)\.", question):
+        return f"{match[2]} has the {match[1]} now."
+    people = [word for word in re.findall(r"\w+", question) if word in PEOPLE]
+    if "live" in question or "home" in question:
+        return ", and ".join(f"{who} lives at the {tinyworld.HOME_OF[who]}" for who in people) + "."
+    thing = tinyworld.THING_OF[people[0]]
+    return f"{people[0]} owns the {tinyworld.COLOUR_OF[thing]} {thing}."
 
 
-def test_every_exam_question_has_its_answer_and_a_held_out_combination(questions):
-    assert {category for category, _, _ in questions} == set(CATEGORIES)
-    assert len({prompt for _, prompt, _ in questions}) == len(questions)
+def test_every_exam_answer_follows_from_its_question(questions):
+    assert {category for category, _, _ in questions} == set(CATEGORIES) and len(questions) == 200
     for category, prompt, answer in questions:
-        reader = Reader()
-        assert reader.answer(plain(prompt)) == answer, prompt
-        kind = {"moved": "place", "walk": "place", "home": "place", "given": "holder", "friend": "holder"}
-        name, combination = reader.combination[kind.get(category, category)]
-        assert name == category and tinyworld.held_out(combination), prompt
+        assert solve(bare(prompt)) == answer, category
 
 
-def test_training_is_true_and_shows_no_held_out_combination(texts):
-    seen = set()
+def test_training_and_exam_share_no_question(texts, questions):
+    asked = {bare(prompt) for text in texts for prompt, _ in text.turns if prompt}
+    assert len(asked) > 900 and not asked & {bare(prompt) for _, prompt, _ in questions}
     for text in texts:
-        if text.turns[0][0] == "":
-            continue
-        reader = Reader()
         for prompt, reply in text.turns:
-            assert reader.answer(plain(prompt)) == reply, text
-            for name, combination in reader.combination.values():
-                seen.add(name)
-                assert not tinyworld.held_out(combination), (prompt, combination)
-    assert seen == set(CATEGORIES)
+            assert prompt == "" or solve(bare(prompt)) == reply
 
 
-def test_stories_tell_what_is_always_so(texts):
+def test_stories_tell_of_no_held_out_combination(texts):
     stories = [text.turns[0][1] for text in texts if text.turns[0][0] == ""]
-    assert len(stories) > 300
+    assert len(stories) > 500
     for story in stories:
-        names = [word for word in re.findall(r"\w+", story) if word in PEOPLE]
-        assert set(names) == {names[0], FRIEND[names[0]]}
-        assert {word for word in re.findall(r"\w+", story) if word in PLACES} <= {HOME[name] for name in names}
-        assert len({word for word in re.findall(r"\w+", story) if word in COLOURS}) == 1
+        who, place, other = re.search(r"(\w+) went to the (\w+) and met (\w+)\.", story).groups()
+        assert not tinyworld.held_out((who, "to", place))
+        assert not tinyworld.held_out((who, tinyworld.THING_OF[who], other))
 
 
-def test_the_worlds_facts_are_one_to_one():
-    for facts, values in ((HOME, PLACES), (FRIEND, PEOPLE), (tinyworld.FAVOURITE, THINGS)):
-        assert sorted(facts) == sorted(PEOPLE) and sorted(facts.values()) == sorted(values)
-    assert all(FRIEND[name] != name for name in PEOPLE)
-
-
-def test_held_out_is_about_an_eighth():
-    triples = [(a, b, c) for a in PEOPLE for b in THINGS for c in PLACES]
-    assert sum(map(tinyworld.held_out, triples)) / len(triples) == pytest.approx(1 / 8, abs=0.04)
+def test_about_a_sixth_is_held_out_and_the_exam_ends():
+    triples = [(a, b, c) for a in PEOPLE for b in THINGS for c in PEOPLE]
+    assert sum(map(tinyworld.held_out, triples)) / len(triples) == pytest.approx(1 / 6, abs=0.04)
+    whole = tinyworld.exam(0, 10**6)
+    assert len(whole) == len({prompt for _, prompt, _ in whole}) < 1000
 
 
 def test_the_same_seed_writes_the_same_world_in_any_process():
@@ -150,15 +96,15 @@ def test_the_tokenizer(texts):
     for part in ("Ünïcode 漢字 😀", *parts):
         assert tokenizer.decode(tokenizer.encode(part), skip_special_tokens=False) == part
     _, prompt, _ = tinyworld.exam(0, 1)[0]
-    assert tokenizer.apply_chat_template([{"role": "user", "content": plain(prompt)}]) == prompt
+    assert tokenizer.apply_chat_template([{"role": "user", "content": bare(prompt)}]) == prompt
     with pytest.raises(ConfigError, match="260"):
         tinyworld.build_tokenizer(100, 0)
 
 
 def test_accuracy_counts_by_category():
-    answers = {prompt: answer for _, prompt, answer in tinyworld.exam(0, 18)}
-    marks = tinyworld.accuracy(lambda prompts: [answers[p] + " " if "+" in p else "no" for p in prompts], 18)
-    assert marks == {"overall": 2 / 18, **{name: float(name == "sum") for name in CATEGORIES}}
+    answers = {prompt: answer for _, prompt, answer in tinyworld.exam(0, 16)}
+    marks = tinyworld.accuracy(lambda prompts: [answers[p] + " " if "+" in p else "no" for p in prompts], 16)
+    assert marks == {"overall": 2 / 16, **{name: float(name == "sum") for name in CATEGORIES}}
 
 
 def test_prompts_are_different_and_of_mixed_lengths():

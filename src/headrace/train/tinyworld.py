@@ -253,16 +253,18 @@ def accuracy(generate: Callable[[list[str]], list[str]], n: int, seed: int = 0) 
 
 
 def prompts(n: int, seed: int = 0) -> list[str]:
-    """`n` raw prompts of mixed lengths: openings of stories, questions, whole stories before a question."""
+    """`n` different raw prompts of mixed lengths: openings of stories, questions, whole stories and a question."""
     rng = random.Random(f"tinyworld prompts {seed}")
-    texts = []
-    for i in range(n):
+    texts: list[str] = []
+    while len(texts) < n:
         words = _story(rng).split(" ")
         question = _question(rng, rng.choice(CATEGORIES), exam=True).prompt
-        texts.append((
-            " ".join(words[: rng.randint(1, 8)]),
+        text = (
+            " ".join(words[: rng.randint(1, 12)]),
             question,
             " ".join(words[: rng.randint(9, len(words))]),
             "".join(_story(rng) + "<|end|>" for _ in range(rng.randint(1, 3))) + question,
-        )[i % 4])
+        )[len(texts) % 4]
+        if text not in texts:
+            texts.append(text)
     return texts
