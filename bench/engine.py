@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default=",".join(SECTIONS), help=", ".join(SECTIONS))
     parser.add_argument("--llama", help="the folder of llama-bench and llama-batched-bench")
+    parser.add_argument("--name", default="engine", help="of the file in docs/results")
     parser.add_argument("--gguf", help="the same model as a GGUF file")
     arguments = parser.parse_args()
     bench = Bench(arguments)
@@ -364,7 +365,7 @@ def main() -> None:
     after = rates(arguments.threads)
     print(f"machine after:  {after['read_gb_s']:.1f} GB/s read, {after['matrix_gflop_s']:.0f} GFLOP/s fp32")
     command = " ".join(["bench/engine.py", *sys.argv[1:]])
-    path = write_results("engine", {"command": command, "before": before, "after": after, "results": bench.results})
+    path = write_results(arguments.name, {"command": command, "before": before, "after": after, "results": bench.results})
     print(f"wrote {path}")
 
 
