@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import headrace  # noqa: F401  (before torch: it tells OpenMP's threads not to spin)
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -3,6 +3,7 @@
 `from headrace import LLM, AsyncLLM, SamplingParams` is the in-process engine; `headrace --help` the commands.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import CheckpointError, ConfigError, HeadraceError, RequestError
@@ -17,6 +18,11 @@ __all__ = ["LLM", "AsyncLLM", "CheckpointError", "CompletionOutput", "ConfigErro
            "RequestError", "RequestOutput", "SamplingParams", "__version__"]
 
 __version__ = "0.1.0"
+
+# torch's OpenMP threads spin for milliseconds when they wait, which on a busy machine makes a training step take
+# seconds. libgomp reads this when it loads, so it is said before torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {"LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "SamplingParams": "engine.sampling",
           "CompletionOutput": "engine.outputs", "Logprob": "engine.outputs", "RequestOutput": "engine.outputs"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -25,8 +24,6 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
-    # Idle OpenMP threads of torch spin for milliseconds by default, and stall each other on a busy machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parser = _Parser(prog="headrace", description="Trains, shrinks, serves and routes language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     for module in (demo, generate, chat, train, reproduce):
