@@ -365,7 +365,8 @@ def main() -> None:
     after = rates(arguments.threads)
     print(f"machine after:  {after['read_gb_s']:.1f} GB/s read, {after['matrix_gflop_s']:.0f} GFLOP/s fp32")
     command = " ".join(["bench/engine.py", *sys.argv[1:]])
-    path = write_results(arguments.name, {"command": command, "before": before, "after": after, "results": bench.results})
+    found = {"command": command, "before": before, "after": after, "results": bench.results}
+    path = write_results(arguments.name, found)
     print(f"wrote {path}")
 
 
