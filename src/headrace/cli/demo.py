@@ -134,7 +134,7 @@ def _same_bits(checkpoint: Path) -> dict[str, Any]:
 
     plain = LLM(checkpoint)
     prompts = [p for p in tinyworld.prompts(96) if len(plain.tokenizer.encode(p)) <= LONGEST_PROMPT][:32]
-    whole = {"max_tokens": REPLY_TOKENS, "logprobs": 0, "ignore_eos": True}
+    whole: dict[str, Any] = {"max_tokens": REPLY_TOKENS, "logprobs": 0, "ignore_eos": True}
     params = [SamplingParams(temperature=0.8 * (i % 2), seed=i, **whole) for i in range(32)]
     alone = [plain.generate(p, q)[0].outputs[0] for p, q in zip(prompts, params)]
     began = time.perf_counter()
