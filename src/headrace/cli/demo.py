@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.cli.progress import kernels
-from headrace.cli.train import TrainingView
+from headrace.cli.train import TrainingView, add_overrides
 from headrace.errors import ConfigError
 
 __all__ = ["add"]
@@ -31,14 +31,7 @@ def add(commands: Any) -> None:
         description="Train a 1M-parameter model on a made-up small world and serve it.",
     )
     parser.add_argument("--once", action="store_true", help="ask nothing, train anew, and replace runs/demo")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a field of recipes/demo.toml, as train.steps=100",
-    )
+    add_overrides(parser)
     parser.set_defaults(run=run)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from headrace.cli.progress import kernels
 
-__all__ = ["TrainingView", "add"]
+__all__ = ["TrainingView", "add", "add_overrides"]
 
 
 def add(commands: Any) -> None:
@@ -23,6 +23,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where to write; an earlier run is replaced"
     )
+    add_overrides(parser)
+    parser.set_defaults(run=run)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """--set, which changes fields of the recipe."""
     parser.add_argument(
         "--set",
         action="append",
@@ -31,7 +37,6 @@ def add(commands: Any) -> None:
         dest="overrides",
         help="change a field of the recipe, as train.steps=100; may be given again",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

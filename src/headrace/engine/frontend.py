@@ -58,9 +58,11 @@ class Frontend:
         config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
         tokenizer.check_vocabulary(config.vocab_size)
-        ops = load_ops(
-            options.kernel_set, **({"threads": options.threads or None} if options.kernel_set == "cpu" else {})
-        )
+        own: dict[str, dict[str, Any]] = {
+            "cpu": {"threads": options.threads or None},
+            "reference": {"device": options.device},
+        }
+        ops = load_ops(options.kernel_set, **own.get(options.kernel_set, {}))
         model = load_model(folder, ops, options.dtype)
         ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
         return cls(model, tokenizer, ops, options)

@@ -82,8 +82,22 @@ class EngineOptions:
                 str(self.max_num_batched_tokens).isdecimal(),
                 f"max_num_batched_tokens={self.max_num_batched_tokens!r} is neither a positive number nor auto",
             )
+        self._check_together()
         self.cache_config()
         self.scheduler_config()
+
+    def _check_together(self) -> None:
+        """Refuse options that would leave another one without effect."""
+        kernels = {"cpu": ("auto", "cpu", "reference"), "cuda": ("auto", "cuda", "reference")}[self.device]
+        require(self.kernels in kernels, f"kernels={self.kernels} does not run on device={self.device}")
+        auto = self.max_num_batched_tokens == "auto"
+        require(auto or not self.slo_tbt, f"slo_tbt={self.slo_tbt} acts with max_num_batched_tokens=auto only")
+        require(self.preemption == "swap" or not self.swap_memory, "swap_memory acts with preemption=swap only")
+        require(not (self.num_kv_blocks and self.kv_cache_memory), "give num_kv_blocks or kv_cache_memory, not both")
+        require(
+            self.queue_depth <= 2,
+            f"queue_depth={self.queue_depth} must be 1 or 2: the runner keeps the tokens of one step back",
+        )
 
     def _check_field(self, name: str, default: Any, metadata: Mapping[str, Any]) -> None:
         """Read an amount of memory, then check the value's kind and whether it is one of the allowed."""

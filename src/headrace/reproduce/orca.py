@@ -35,12 +35,6 @@ def table(quick: bool = False) -> Table:
         "the same requests",
         f"{same}/{len(jobs)} requests equal",
     )
-    out.add(
-        "Selective batching: all but attention on flattened tokens",
-        "CE",
-        "one batch of mixed lengths",
-        "the only path there is: tokens are packed [T, …]",
-    )
     out.add("Reservation cannot deadlock (host)", "CE", "never", deadlocks(20 if quick else 200))
     for seats in (4, 16):
         ours, theirs = run("orca", seats), run("static", seats)

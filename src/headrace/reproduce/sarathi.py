@@ -33,7 +33,7 @@ def table(quick: bool = False) -> Table:
         stall(bench, quick),
     )
     out.add("A step of 257 tokens against 256", "CR", "+32% (GPU tiles)", tile(bench, quick))
-    out.add("Token budget from a time-between-tokens SLO", "CR", "512 strict, 2048 relaxed (A100)", budget(bench))
+    out.add("Token budget from a time-between-tokens SLO", "CR", "512 strict, 2048 relaxed", budget(bench))
     out.add("Decode throughput up to 10×, end to end 1.33× (LLaMA-13B, A6000)", "G", "10×, 1.33×", "no GPU in this run")
     out.add(
         "Pipeline bubbles 6.29× fewer, 1.91× end to end", "S", "6.29×, 1.91×", "not in headrace yet: no pipeline stages"
