@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test matrix soak check format clean
+.PHONY: demo test matrix check format clean
 
 # TORCH_INDEX_URL, where set, is the index that PyTorch's install page names for this machine.
 $(VENV)/.installed: pyproject.toml requirements.txt
@@ -18,13 +18,10 @@ demo: $(VENV)/.installed
 	$(BIN)/headrace demo $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not matrix and not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not matrix" $(ARGS)
 
 matrix: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/invariance -m "matrix or not matrix" $(ARGS)
-
-soak: $(VENV)/.installed
-	$(BIN)/python -m pytest -m soak $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check src tests bench
