@@ -68,6 +68,12 @@ def test_the_fingerprint_names_what_bits_depend_on(ops):
     assert said.startswith("cpu/") and launch.source_key() in said and numba.__version__ in said
 
 
+def test_editing_a_source_does_not_change_a_running_process(ops, monkeypatch):
+    before = ops.fingerprint()
+    monkeypatch.setattr(launch, "source_key", lambda: "edited")
+    assert ops.fingerprint() == before == CpuOps(threads=1).fingerprint()
+
+
 # ---- the cache of compiled kernels -----------------------------------------------------------------------------
 
 def test_any_change_of_source_is_another_build(tmp_path):

@@ -29,6 +29,8 @@ ALONE = 1 << 15
 """Elements below which an element-wise operation stays on the calling thread."""
 ALONE_PRODUCT = 1 << 17
 """Multiplications below which a matrix product does."""
+SOURCE = launch.source_key()
+"""Of the kernels that this process has imported: their files may be edited while it runs."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -74,7 +76,7 @@ class CpuOps:
 
     def fingerprint(self) -> str:
         """Implementation, hash of the kernels' source, the CPU's vector features, Numba's and LLVM's versions."""
-        return (f"cpu/{launch.source_key()}/{launch.vector_features()}/numba-{numba.__version__}"
+        return (f"cpu/{SOURCE}/{launch.vector_features()}/numba-{numba.__version__}"
                 f"/llvmlite-{llvmlite.__version__}")
 
     def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
