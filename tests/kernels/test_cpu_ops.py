@@ -3,8 +3,10 @@
 import gc
 import inspect
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import numba
 import pytest
@@ -97,6 +99,51 @@ def test_another_compiler_or_cpu_is_another_build(monkeypatch, owner, name):
 def test_the_cache_is_where_it_was_asked_to_be(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "kernels"))
     assert launch.cache_folder.__wrapped__() == tmp_path / "kernels" / launch.build_key()
+
+
+def aged(folder, days):
+    (folder / "of a module").mkdir(parents=True)
+    (folder / "of a module" / "kernel.nbc").write_bytes(b"code")
+    then = time.time() - days * 86400
+    os.utime(folder, (then, then))
+    return folder
+
+
+def test_builds_unused_for_a_month_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
+    old, half_gone = aged(tmp_path / ("0" * 16), 31), aged(tmp_path / "pruned-abc", 31)
+    kept = [aged(tmp_path / ("1" * 16), 29), aged(tmp_path / "holiday photos", 400)]
+    (tmp_path / ("2" * 16)).symlink_to(kept[1])
+    own = launch.cache_folder.__wrapped__()
+    assert not old.exists() and not half_gone.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([own, *kept, tmp_path / ("2" * 16)])
+    assert all((folder / "of a module" / "kernel.nbc").read_bytes() == b"code" for folder in kept)
+
+
+def test_use_keeps_a_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
+    own = aged(tmp_path / launch.build_key(), 31)
+    assert launch.cache_folder.__wrapped__() == own and (own / "of a module" / "kernel.nbc").exists()
+    monkeypatch.setattr(launch, "build_key", lambda: "f" * 16)
+    launch.cache_folder.__wrapped__()
+    assert own.exists()
+
+
+def test_pruning_survives_another_that_prunes(monkeypatch, tmp_path):
+    """Somebody else has just moved the first folder away, before we could."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
+    folders = [aged(tmp_path / (digit * 16), 31) for digit in "01"]
+    rename, lost = os.rename, []
+
+    def rename_late(source, target):
+        if not lost:
+            lost.append(source)
+            shutil.rmtree(source)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_late)
+    own = launch.cache_folder.__wrapped__()
+    assert lost and not any(folder.exists() for folder in folders) and list(tmp_path.iterdir()) == [own]
 
 
 def test_an_unwritable_cache_is_no_cache(monkeypatch, tmp_path):

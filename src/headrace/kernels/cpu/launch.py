@@ -11,13 +11,17 @@ with "spawn" only: a child forked after the first parallel kernel dies in its Op
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import os
+import re
+import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,10 @@ __all__ = ["build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "s
            "thread_count", "vector_features"]
 
 SPINS = "1000"
+UNUSED_SECONDS = 30 * 24 * 3600.0
+"""After so long without use, the folder of another build is removed."""
+OURS = re.compile(r"[0-9a-f]{16}|pruned-\w+")
+"""What we name folders of the cache, and those on their way out: nothing else is ever removed."""
 numba_config: Any = numba.config  # as Any: its fields are set at run time
 VECTOR_FEATURES = ("avx512f", "avx2", "avx", "f16c", "fma", "sse4.2", "neon", "sve")
 
@@ -68,16 +76,39 @@ def build_key(folder: Path | None = None) -> str:
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept: HEADRACE_CACHE_DIR or ~/.cache/headrace/kernels, then `build_key`.
 
-    None where that cannot be written: the kernels are then compiled anew in every process.
+    None where that cannot be written: the kernels are then compiled anew in every process. Folders of other builds
+    that no process has asked for in `UNUSED_SECONDS` are removed.
     """
     root = os.environ.get("HEADRACE_CACHE_DIR")
     try:
         folder = (Path(root) if root else Path.home() / ".cache" / "headrace" / "kernels") / build_key()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        os.utime(folder)
     except (OSError, RuntimeError):
         return None
+    _prune(folder)
     return folder
+
+
+def _prune(used: Path) -> None:
+    """Remove the unused neighbours of `used`.
+
+    Each is moved away whole before it is emptied, so nobody reads half a cache: for Numba its kernels are then not
+    compiled yet, and it makes the folder anew. Of two processes that prune at once, one moves and the other goes on.
+    """
+    oldest = time.time() - UNUSED_SECONDS
+    with contextlib.suppress(OSError), os.scandir(used.parent) as neighbours:
+        for entry in neighbours:
+            if not OURS.fullmatch(entry.name) or entry.name == used.name or not entry.is_dir(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError):
+                if os.stat(entry.path).st_mtime >= oldest:
+                    continue
+                away = tempfile.mkdtemp(prefix="pruned-", dir=used.parent)
+                with contextlib.suppress(OSError):
+                    os.rename(entry.path, Path(away) / entry.name)
+                shutil.rmtree(away, ignore_errors=True)
 
 
 def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False) -> Any:
