@@ -20,6 +20,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not matrix" $(ARGS)
 
+# Every cell of the invariance matrix takes hours. MATRIX_SAMPLE=k runs k of them at random, always the same ones;
+# MATRIX_SHARD=i/n the i-th of n parts (of the sample, where there is one), for n machines or nights.
 matrix: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/invariance -m "matrix or not matrix" $(ARGS)
 
