@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_saving_over_a_folder_replaces_it(tmp_path, reference_ops, checkpoint):
     assert config.architecture == "Qwen3ForCausalLM" and config.eos_token_ids == ()
     load_model(tmp_path, reference_ops)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("mask", [0o027, 0o002, 0o077])
+def test_saved_files_honour_the_umask(mask, tmp_path, reference_ops, checkpoint):
+    model = load_model(checkpoint("Llama")[0], reference_ops)
+    (tmp_path / "model.safetensors.partial").touch(0o600)
+    before = os.umask(mask)
+    try:
+        save_model(model, tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~mask}
 
 
 def edit_config(**changes) -> Callable[[Path], None]:

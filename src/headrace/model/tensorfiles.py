@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,18 @@ class TensorFiles:
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, whole or not at all: it takes its name when it is complete."""
+    """Write one safetensors file, whole or not at all: it takes its name when it is complete.
+
+    Its mode is that of any new file. The format's writer would leave it to its owner alone.
+    """
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
     # Views of one fused parameter share its storage, which the format's writer must not see as aliases.
     arrays = {name: tensor.contiguous() for name, tensor in tensors}
     safetensors.torch.save_file(arrays, partial, dict(metadata))
+    partial.chmod(mode)
     os.replace(partial, path)
 
 
