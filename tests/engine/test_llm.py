@@ -8,6 +8,7 @@ import pytest
 
 from headrace import LLM, AsyncLLM, Logprob, RequestError, SamplingParams
 from headrace.engine.async_llm import EngineStoppedError
+from headrace.engine.engine import EngineFailedError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -239,3 +240,21 @@ def test_async_streams_share_one_engine(folder):
 def test_async_construction_reports_the_fault(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         AsyncLLM(tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_step_that_raises_is_the_last(folder, monkeypatch, error, depth):
+    """Its prompt stands in the prefix cache, uncomputed: the same prompt would read what is not there."""
+    llm = LLM(folder, num_kv_blocks=60, queue_depth=depth)
+
+    def fail(plan):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.frontend.engine.runner, "submit", fail)
+        with pytest.raises(error):
+            llm.generate("Once upon a time, there was a child called Mia, who lived", GREEDY)
+    with pytest.raises(EngineFailedError, match="make a new engine") as caught:
+        llm.generate("Once upon a time, there was a child called Mia, who lived", GREEDY)
+    assert isinstance(caught.value.__cause__, error)

@@ -9,7 +9,11 @@ from headrace.engine.plan import Plan, StepResult
 from headrace.engine.request import RequestUpdate
 from headrace.engine.scheduler import Scheduler
 
-__all__ = ["Engine", "Executor"]
+__all__ = ["Engine", "EngineFailedError", "Executor"]
+
+
+class EngineFailedError(RuntimeError):
+    """An earlier step of this engine raised: it can do no other."""
 
 
 class Executor(Protocol):
@@ -35,9 +39,25 @@ class Engine(Generic[R]):
         self.runner = runner
         self.depth = depth
         self._in_flight: deque[tuple[Plan, Any]] = deque()
+        self._failure: BaseException | None = None
 
     def step(self) -> list[RequestUpdate]:
-        """Plan until `depth` steps are in flight, then wait for the oldest one and hand its tokens out."""
+        """Plan until `depth` steps are in flight, then wait for the oldest one and hand its tokens out.
+
+        A step that raises, interrupts too, is the last: blocks that it planned stand in the prefix cache and were
+        perhaps never computed. Every later one raises `EngineFailedError`.
+        """
+        if self._failure is not None:
+            raise EngineFailedError(
+                f"an earlier step raised {self._failure!r}, so the KV cache may be wrong: make a new engine"
+            ) from self._failure
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _step(self) -> list[RequestUpdate]:
         while len(self._in_flight) < self.depth:
             plan = self.scheduler.schedule()
             if not plan.slices:
