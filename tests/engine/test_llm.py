@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 
 import pytest
 
@@ -258,3 +259,24 @@ def test_a_step_that_raises_is_the_last(folder, monkeypatch, error, depth):
     with pytest.raises(EngineFailedError, match="make a new engine") as caught:
         llm.generate("Once upon a time, there was a child called Mia, who lived", GREEDY)
     assert isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"do_sample": False, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1},
+            {"temperature": 0.0, "repetition_penalty": 1.1},
+        ),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "top_p": None},
+            {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1},
+        ),
+    ],
+)
+def test_defaults_are_the_model_s_own(folder, tmp_path, given, expected):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    llm = LLM(tmp_path, num_kv_blocks=60)
+    assert llm.default_sampling_params() == expected

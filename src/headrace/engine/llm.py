@@ -19,7 +19,9 @@ from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
 
-GENERATION_CONFIG = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+PENALTIES = ("repetition_penalty",)
+"""What we read of generation_config.json. Penalties change what is best, so they count without sampling too."""
 
 
 class LLM:
@@ -124,6 +126,7 @@ def _sampling_defaults(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     given = json.loads(file.read_text())
+    defaults = {name: given[name] for name in (*DRAWING, *PENALTIES) if given.get(name) is not None}
     if given.get("do_sample") is False:
-        return {"temperature": 0.0}
-    return {name: given[name] for name in GENERATION_CONFIG if given.get(name) is not None}
+        return {"temperature": 0.0, **{name: defaults[name] for name in PENALTIES if name in defaults}}
+    return defaults
