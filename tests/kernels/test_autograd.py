@@ -1,5 +1,7 @@
 """Gradients equal those of plain torch, forward is the base's to the bit."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +146,17 @@ def test_nothing_of_the_protocol_is_missing():
 
     names = {name for name in vars(Ops) if not name.startswith("_")} | {"name", "device"}
     assert {name for name in names if not hasattr(AutogradOps(ReferenceOps()), name)} == set()
+
+
+def test_a_new_op_of_the_protocol_is_the_base_s():
+    class Newer(ReferenceOps):
+        def new_in_the_protocol(self, x):
+            return self, x
+
+    base = Newer()
+    ops = AutogradOps(base)
+    assert ops.new_in_the_protocol(3) == (base, 3)
+    assert ops.sample.__self__ is base and ops.linear.__self__ is ops
+    with pytest.raises(AttributeError, match="no_such_op"):
+        ops.no_such_op  # noqa: B018
+    assert copy.copy(ops).base is base

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from headrace.kernels.delegate import DelegatingOps
 from headrace.kernels.ops import AttentionMeta, Ops
 
 __all__ = ["AutogradOps", "causal_attention", "log_probability"]
@@ -25,24 +26,8 @@ PADDING_UNIT = 32
 """Sequences whose lengths round up to the same multiple of this share one dense attention in backward."""
 
 
-class AutogradOps:
+class AutogradOps(DelegatingOps):
     """`Ops` whose forward ops are those of `base` and differentiable; the others are `base`'s own."""
-
-    def __init__(self, base: Ops) -> None:
-        self.base = base
-        self.name = base.name
-        self.device = base.device
-        self.fingerprint = base.fingerprint
-        self.warm_up = base.warm_up
-        self.store_kv_ = base.store_kv_
-        self.attention = base.attention
-        self.logsumexp = base.logsumexp
-        self.score = base.score
-        self.top_logprobs = base.top_logprobs
-        self.edit_logits_ = base.edit_logits_
-        self.mask_logits_ = base.mask_logits_
-        self.sample = base.sample
-        self.copy_blocks_ = base.copy_blocks_
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return _Embedding.apply(self.base, ids_T, table_VD)

@@ -7,38 +7,23 @@ import triton
 from torch import Tensor
 
 from headrace.kernels.cuda.rms_norm import rms_norm
+from headrace.kernels.delegate import DelegatingOps
 from headrace.kernels.reference import ReferenceOps
 
 __all__ = ["CudaOps"]
 
 
-class CudaOps:
+class CudaOps(DelegatingOps):
     """`headrace.kernels.ops.Ops` on `device`: what has no Triton kernel yet is the reference's own."""
 
     name = "cuda"
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
-        base = ReferenceOps(device)
-        self.device = base.device
-        self._base_fingerprint = base.fingerprint
-        self.warm_up = base.warm_up
-        self.embedding = base.embedding
-        self.linear = base.linear
-        self.rotary = base.rotary
-        self.silu_mul = base.silu_mul
-        self.store_kv_ = base.store_kv_
-        self.attention = base.attention
-        self.logsumexp = base.logsumexp
-        self.score = base.score
-        self.top_logprobs = base.top_logprobs
-        self.edit_logits_ = base.edit_logits_
-        self.mask_logits_ = base.mask_logits_
-        self.sample = base.sample
-        self.copy_blocks_ = base.copy_blocks_
+        super().__init__(ReferenceOps(device))
 
     def fingerprint(self) -> str:
         """The reference's, and Triton's version."""
-        return f"{self.name}/triton-{triton.__version__}/{self._base_fingerprint()}"
+        return f"{self.name}/triton-{triton.__version__}/{self.base.fingerprint()}"
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return rms_norm(x_TD, weight_D, eps)

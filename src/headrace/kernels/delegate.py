@@ -1,0 +1,22 @@
+"""`DelegatingOps`: an op set that is another one but for the ops it has itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headrace.kernels.ops import Ops
+
+__all__ = ["DelegatingOps"]
+
+
+class DelegatingOps:
+    """`headrace.kernels.ops.Ops` where what a subclass does not define is `base`'s own, name and device too."""
+
+    def __init__(self, base: Ops) -> None:
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is missing here comes this way; `base` itself is while an object is copied or unpickled.
+        if name.startswith("_") or name == "base":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return getattr(self.base, name)
