@@ -194,7 +194,8 @@ def nodes_of(seq: Sequence, splits: int) -> tuple[np.ndarray, int]:
     found = []
     for split in range(splits):
         scratch = np.zeros(NODES + ROWS * node, np.float32)
-        partial(seq.q.numpy(), at, positions, 1, paged, split, 0, False, np.float32(dim**-0.5), scratch, node)
+        partial(seq.q.numpy(), at, positions, 1, paged, split, 0, False, np.float32(dim**-0.5), scratch,
+                    np.zeros((dim + 7) // 8 * 64, np.float32), node)
         found.append(scratch[NODES:NODES + node].copy())
     return np.stack(found), node
 

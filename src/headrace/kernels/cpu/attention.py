@@ -12,8 +12,8 @@ A split without a visible key is no node at all. So the bits of a row depend on 
 it sees: not on chunking, neighbours, block size or threads. A key that a row does not see is never multiplied
 into it, not even by 0, so whatever lies there (NaN too) stays out.
 
-Rows of one kv head, (token, head of the group) in this order, are taken four at a time, so one read of K and V
-serves a whole group, or several tokens of a chunk.
+Rows of one kv head, (token, head of the group) in this order, are taken four or eight at a time, so one read of K
+and V serves a whole group, or several tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from headrace.kernels.ops import SPLIT
 
 __all__ = ["attention", "merge"]
 
-TILE = 32  # rows of a work item: K and V of a split stay in the cache between its row quartets
+TILE = 32  # rows of a work item: K and V of a split stay in the cache between its groups of rows
 
 
 # ---- the tree of partials -------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def _take(tyctx: Any, counter: Any) -> Any:
 
 
 @kernel
-def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, scratch, node, levels, out):
+def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out):
     """All heads of one group for `tokens` tokens in a row, the first of them at `position`: split by split."""
     rows, at_R, position_R = tokens * group, np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
     stacks = NODES + ROWS * node
@@ -115,7 +115,7 @@ def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, 
                 position_R[r] = position + index // group
             if position_R[ROWS - 1] < split * SPLIT or _oldest(position_R[0], window) > split:
                 continue
-            partial(q, at_R, position_R, count, paged, split, window, row == 0, scale, scratch, node)
+            partial(q, at_R, position_R, count, paged, split, window, row == 0, scale, scratch, packed, node)
             for r in range(count):
                 oldest = _oldest(position_R[r], window)
                 if oldest <= split and split * SPLIT <= position_R[r]:
@@ -168,6 +168,7 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
     items, counter = tiles_S1[sequences] * kv_heads, np.zeros(1, np.int64)
     for _ in prange(max(1, min(threads, items))):
         scratch = np.empty(NODES + ROWS * node + tile * group * levels * node, np.float32)
+        packed = np.empty((dim + 7) // 8 * 64, np.float32)
         item = _take(counter)
         while item < items:
             head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
@@ -177,7 +178,7 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
             keys = (2 * layer * kv_heads + head) * block_size * dim
             paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, keys + part, shift, dim)
             _tile(q, paged, first, min(tile, end - first), context_S[s] - (end - first), heads, head * group, group,
-                  window, scale, scratch, node, levels, out)
+                  window, scale, scratch, packed, node, levels, out)
             item = _take(counter)
 
 

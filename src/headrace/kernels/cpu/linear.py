@@ -31,6 +31,7 @@ from headrace.kernels.cpu.simd import (
     store8n,
     widest,
 )
+from headrace.kernels.cpu.simd16 import load16, store16
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 
 __all__ = ["SHARDS", "linear", "linear_part"]
@@ -107,7 +108,7 @@ def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, sums, y):
                         _ask(w, w0 + 8 * inputs + k, inputs, count, j // 2, 4)
                         u, v = min(w0 + j * inputs, end), min(w0 + (j + 1) * inputs, end)
                         tile4x2(x, x0 + k, x1 + k, x2 + k, x3 + k, w, u + k, v + k, count, True, True,
-                                sums, 0, sums, to + j)
+                                sums, 0, sums, to + j, 8)
             _finish(sums, shards, 32, row, min(height, rows - row), n, min(n + 8, last), width, bias, y)
         row += height
 
@@ -129,11 +130,11 @@ def _pack(x, row, rows, inputs, bounds, packed, to):
 @kernel
 def _widen(w, n, last, inputs, k, count, wide):
     """wide[8, CHUNK]: `count` inputs from `k` of outputs n … n + 7, in fp32."""
-    whole = count & ~7
+    whole = count & ~15
     for j in range(min(8, last - n)):
         start, to = (n + j) * inputs + k, j * CHUNK
-        for i in range(0, whole, 8):
-            store8(wide, to + i, load8(w, start + i))
+        for i in range(0, whole, 16):
+            store16(wide, to + i, load16(w, start + i))
         for i in range(whole, count):
             store1(wide, to + i, load1(w, start + i))
 
@@ -141,15 +142,16 @@ def _widen(w, n, last, inputs, k, count, wide):
 @kernel
 def _chunk8x4(packed, x0, depth, rows, v, v0, stride, outputs, count, first, last, carry, sums, to, w, next_w, inputs):
     """A chunk of eight outputs for all rows of a packed panel, in 8 × 4 tiles; v is w, or w widened."""
-    end, tile, tiles = v0 + (outputs - 1) * stride, 0, (rows + 7) // 8 * 2
+    end, tiles, ask = v0 + (outputs - 1) * stride, (rows + 7) // 8 * 2, next_w
+    streams = (8 + tiles - 1) // tiles
     for row in range(0, rows, 8):
         for j in range(0, outputs, 4):
-            _ask(w, next_w, inputs, count, tile, tiles)
             u0 = v0 + j * stride
             u1, u2, u3 = min(u0 + stride, end), min(u0 + 2 * stride, end), min(u0 + 3 * stride, end)
+            streams = streams if ask < next_w + 8 * inputs else 0
             tile8x4(packed, x0 + row * depth, v, u0, u1, u2, u3, count, first, last,
-                    carry, (row + j) * 64, sums, to + row * 8 + j)
-            tile += 1
+                    carry, (row + j) * 64, sums, to + row * 8 + j, 8, w, ask, inputs, streams)
+            ask += streams * inputs
 
 
 @kernel
@@ -162,7 +164,8 @@ def _chunk4x2(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, su
         for j in range(0, outputs, 2):
             _ask(w, next_w, inputs, count, tile, tiles)
             u0, u1 = v0 + j * stride, v0 + min(j + 1, outputs - 1) * stride
-            tile4x2(x, r0, r1, r2, r3, v, u0, u1, count, first, last, carry, row * 64 + j * 32, sums, to + row * 8 + j)
+            tile4x2(x, r0, r1, r2, r3, v, u0, u1, count, first, last, carry, row * 64 + j * 32,
+                    sums, to + row * 8 + j, 8)
             tile += 1
 
 

@@ -1,8 +1,9 @@
 """One split's partial of paged attention: the sums over keys, straight from the block table.
 
-Scores, softmax weights and weighted values of one row, or of four that share every read of K and V. Both make the
-same sums in the same order (see `attention.py` for the law), so a row does not know whether it stood in a quartet.
-Positions are absolute; `blocks`, queries and `scratch` are addressed by element offsets.
+Scores, softmax weights and weighted values of one row, or of four or eight that share every read of K and V. A score
+is an output of the same `tiles` that make a product, with a key as the weight. All heights make the same sums in the
+same order (see `attention.py` for the law), so a row does not know beside whom it stood. Positions are absolute;
+`blocks`, queries and `scratch` are addressed by element offsets.
 """
 
 from __future__ import annotations
@@ -10,37 +11,55 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from headrace.kernels.cpu.launch import kernel
+from headrace.kernels.cpu.launch import cpu_features, kernel
 from headrace.kernels.cpu.simd import (
     add8,
-    exp8,
     fma8,
     hmax8,
     hsum8,
-    hsum8x8,
-    lane8,
     load1,
     load8,
     load8n,
     max8,
-    mul8,
+    narrow,
+    pointer,
+    prefetch,
     splat8,
     store1,
     store8,
-    sub8,
     zero8,
 )
+from headrace.kernels.cpu.simd16 import (
+    exp16,
+    fma16,
+    high8,
+    load16,
+    low8,
+    max16,
+    mul16,
+    splat16,
+    store16,
+    sub16,
+)
+from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 from headrace.kernels.ops import SPLIT
 
 __all__ = ["NODES", "ROWS", "Paged", "partial"]
 
-ROWS = 4
-LANES = ROWS * (SPLIT + 8)  # scratch offset, after the scores: 16 lanes on their way to scalars
-NODES = LANES + 16  # scratch offset of the four partials being built
+WIDE = "+avx512f" in cpu_features().split(",")
+"""Whether there are registers for eight rows."""
+
+ROWS = 8 if WIDE else 4
+AHEAD = 16
+"""How many keys before it is read a key is asked for: those of a split lie in blocks, which nothing foresees."""
+
+PITCH = SPLIT + 16
+"""Scores of a row in scratch, position j at j mod 256; the last tile may write past the split."""
+
+NODES = ROWS * PITCH
+"""Scratch offset of the partials being built."""
+
 NEVER = np.float32(-np.inf)
 
 
@@ -70,236 +89,181 @@ def _run_end(paged, position, last):
     return min(last, ((position >> paged.shift) + 1) << paged.shift)
 
 
-@intrinsic
-def _prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
-    """Ask for the cache line of an element; never faults and changes nothing."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
-        i32 = ir.IntType(32)
-        form = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
-        builder.call(function, [pointer, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64), codegen
-
-
 @kernel
-def _ask(paged, offset, count):
+def _ask(kv, offset, count):
     """Prefetch `count` elements."""
-    step = 64 // paged.blocks.itemsize
-    for i in range(0, count, step):
-        _prefetch(paged.blocks, offset + i)
-
-
-# ---- scores ----------------------------------------------------------------------------------------------------
-
-@kernel
-def _scores4(q, q0, q1, q2, q3, paged, first, last, fresh, scale, scratch):
-    """Scores of four rows over positions first … last − 1, row r of position j at scratch[(j mod 256)·4 + r]."""
-    kv, dim = paged.blocks, paged.dim
-    full, tail = dim & ~7, dim & 7
-    scale8 = splat8(scale)
-    j = first
-    while j < last:
-        end = _run_end(paged, j, last)
-        k0 = _offset(paged, paged.keys, j)
-        next_k = _offset(paged, paged.keys, end) if end < last else k0
-        next_v = _offset(paged, paged.values, j)
-        while j < end:
-            if fresh:
-                _ask(paged, next_k, 2 * dim)
-                _ask(paged, next_v, 2 * dim)
-                next_k += 2 * dim
-                next_v += 2 * dim
-            k1 = k0 + dim if j + 1 < end else k0
-            a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
-            b0, b1, b2, b3 = zero8(), zero8(), zero8(), zero8()
-            for c in range(0, full, 8):
-                ka, kb = load8(kv, k0 + c), load8(kv, k1 + c)
-                x = load8(q, q0 + c)
-                a0, b0 = fma8(x, ka, a0), fma8(x, kb, b0)
-                x = load8(q, q1 + c)
-                a1, b1 = fma8(x, ka, a1), fma8(x, kb, b1)
-                x = load8(q, q2 + c)
-                a2, b2 = fma8(x, ka, a2), fma8(x, kb, b2)
-                x = load8(q, q3 + c)
-                a3, b3 = fma8(x, ka, a3), fma8(x, kb, b3)
-            if tail:
-                ka, kb = load8n(kv, k0 + full, tail), load8n(kv, k1 + full, tail)
-                x = load8n(q, q0 + full, tail)
-                a0, b0 = fma8(x, ka, a0), fma8(x, kb, b0)
-                x = load8n(q, q1 + full, tail)
-                a1, b1 = fma8(x, ka, a1), fma8(x, kb, b1)
-                x = load8n(q, q2 + full, tail)
-                a2, b2 = fma8(x, ka, a2), fma8(x, kb, b2)
-                x = load8n(q, q3 + full, tail)
-                a3, b3 = fma8(x, ka, a3), fma8(x, kb, b3)
-            # An odd end writes one position too many: what follows, or the mask, overwrites it.
-            store8(scratch, (j & (SPLIT - 1)) * ROWS, mul8(hsum8x8(a0, a1, a2, a3, b0, b1, b2, b3), scale8))
-            j += 2
-            k0 += 2 * dim
-        j = end
+    for i in range(0, count, 32 if narrow(kv) else 16):
+        prefetch(kv, offset + i)
 
 
 @kernel
-def _scores1(q, q0, paged, first, last, fresh, scale, scratch):
-    """Scores of one row, eight keys at a time, position j at scratch[j mod 256]."""
-    kv, dim = paged.blocks, paged.dim
-    full, tail = dim & ~7, dim & 7
-    scale8 = splat8(scale)
+def _ask_both(kv, paged, position, count, last):
+    """Prefetch the values of `count` positions, and the keys of those that come AHEAD of them."""
+    _ask(kv, _offset(paged, paged.keys, min(position + AHEAD, last - 1)), count * paged.dim)
+    _ask(kv, _offset(paged, paged.values, position), count * paged.dim)
+
+
+# ---- scores: keys past the end of a tile repeat the last one; what they write is masked later -------------------
+
+@kernel
+def _scores8(packed, kv, paged, first, last, fresh, scratch):
+    """Of eight rows: see `tile8x4` for the order in which they are packed."""
+    for j in range(first, last, 4):
+        if fresh:
+            _ask_both(kv, paged, j, 4, last)
+        k0, k1 = _offset(paged, paged.keys, j), _offset(paged, paged.keys, min(j + 1, last - 1))
+        k2, k3 = _offset(paged, paged.keys, min(j + 2, last - 1)), _offset(paged, paged.keys, min(j + 3, last - 1))
+        tile8x4(packed, 0, kv, k0, k1, k2, k3, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH,
+                kv, 0, 0, 0)
+
+
+@kernel
+def _scores4(q, q0, q1, q2, q3, kv, paged, first, last, fresh, scratch):
+    """Of four rows."""
+    for j in range(first, last, 2):
+        if fresh:
+            _ask_both(kv, paged, j, 2, last)
+        k0, k1 = _offset(paged, paged.keys, j), _offset(paged, paged.keys, min(j + 1, last - 1))
+        tile4x2(q, q0, q1, q2, q3, kv, k0, k1, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH)
+
+
+@kernel
+def _scores1(q, q0, kv, paged, first, last, fresh, scratch):
+    """Of one row."""
     j = first
     while j < last:
         end = _run_end(paged, j, last)
-        k0 = _offset(paged, paged.keys, j)
-        next_k = _offset(paged, paged.keys, end) if end < last else k0
-        next_v = _offset(paged, paged.values, j)
+        k = _offset(paged, paged.keys, j)
+        ahead = _offset(paged, paged.keys, end) if end < last else k
         while j < end:
             if fresh:
-                _ask(paged, next_k, 8 * dim)
-                _ask(paged, next_v, 8 * dim)
-                next_k += 8 * dim
-                next_v += 8 * dim
-            left = (end - 1 - j) * dim  # keys past the end repeat the last one; their scores are overwritten
-            k1, k2, k3 = k0 + min(dim, left), k0 + min(2 * dim, left), k0 + min(3 * dim, left)
-            k4, k5, k6 = k0 + min(4 * dim, left), k0 + min(5 * dim, left), k0 + min(6 * dim, left)
-            k7 = k0 + min(7 * dim, left)
-            a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
-            a4, a5, a6, a7 = zero8(), zero8(), zero8(), zero8()
-            for c in range(0, full, 8):
-                x = load8(q, q0 + c)
-                a0, a1 = fma8(x, load8(kv, k0 + c), a0), fma8(x, load8(kv, k1 + c), a1)
-                a2, a3 = fma8(x, load8(kv, k2 + c), a2), fma8(x, load8(kv, k3 + c), a3)
-                a4, a5 = fma8(x, load8(kv, k4 + c), a4), fma8(x, load8(kv, k5 + c), a5)
-                a6, a7 = fma8(x, load8(kv, k6 + c), a6), fma8(x, load8(kv, k7 + c), a7)
-            if tail:
-                x = load8n(q, q0 + full, tail)
-                a0 = fma8(x, load8n(kv, k0 + full, tail), a0)
-                a1 = fma8(x, load8n(kv, k1 + full, tail), a1)
-                a2 = fma8(x, load8n(kv, k2 + full, tail), a2)
-                a3 = fma8(x, load8n(kv, k3 + full, tail), a3)
-                a4 = fma8(x, load8n(kv, k4 + full, tail), a4)
-                a5 = fma8(x, load8n(kv, k5 + full, tail), a5)
-                a6 = fma8(x, load8n(kv, k6 + full, tail), a6)
-                a7 = fma8(x, load8n(kv, k7 + full, tail), a7)
-            store8(scratch, j & (SPLIT - 1), mul8(hsum8x8(a0, a1, a2, a3, a4, a5, a6, a7), scale8))
-            j += 8
-            k0 += 8 * dim
+                _ask(kv, _offset(paged, paged.values, j), 8 * paged.dim)  # the tile asks for keys itself
+            step, left = paged.dim, (end - 1 - j) * paged.dim
+            tile1x8(q, q0, kv, k, k + min(step, left), k + min(2 * step, left), k + min(3 * step, left),
+                    k + min(4 * step, left), k + min(5 * step, left), k + min(6 * step, left),
+                    k + min(7 * step, left), step, ahead, scratch, j & (SPLIT - 1))
+            j, k, ahead = j + 8, k + 8 * step, ahead + 8 * step
         j = end
 
 
 # ---- softmax weights -------------------------------------------------------------------------------------------
 
 @kernel
-def _mask(scratch, row, stride, low, high, first, last):
-    """Set the scores of [low, high) that are outside the row's own [first, last) to -inf (all mod 256)."""
-    for j in range(low, min(first, high)):
-        store1(scratch, j * stride + row, NEVER)
-    for j in range(max(last, low), high):
-        store1(scratch, j * stride + row, NEVER)
+def _weights(scratch, at, low, high, first, last, scale, to, node):
+    """A row's scores, at scratch[at + j], to weights in place; m and e go to its node at scratch[to].
 
-
-@kernel
-def _weights4(scratch, low, high, node):
-    """Scores to weights in place, four rows at once; each row's m and e go to its node.
-
-    low and high are multiples of 8. A vector holds two positions × four rows, so four accumulators are the eight
-    lanes of four rows, and adding them in pairs is hsum8's own tree: distance 4, 2, 1.
+    low and high are multiples of 16; scores of [low, high) outside the row's own [first, last) count as -inf.
     """
-    best = load8(scratch, low * ROWS)
-    for at in range(low * ROWS + 8, high * ROWS, 8):
-        best = max8(load8(scratch, at), best)
-    m0, m1 = max(lane8(best, 0), lane8(best, 4)), max(lane8(best, 1), lane8(best, 5))
-    m2, m3 = max(lane8(best, 2), lane8(best, 6)), max(lane8(best, 3), lane8(best, 7))
-    for half in (LANES, LANES + ROWS):
-        store1(scratch, half, m0)
-        store1(scratch, half + 1, m1)
-        store1(scratch, half + 2, m2)
-        store1(scratch, half + 3, m3)
-    best = load8(scratch, LANES)
-    e0, e1, e2, e3 = zero8(), zero8(), zero8(), zero8()
-    for at in range(low * ROWS, high * ROWS, 8 * ROWS):
-        w0, w1 = exp8(sub8(load8(scratch, at), best)), exp8(sub8(load8(scratch, at + 8), best))
-        w2, w3 = exp8(sub8(load8(scratch, at + 16), best)), exp8(sub8(load8(scratch, at + 24), best))
-        store8(scratch, at, w0)
-        store8(scratch, at + 8, w1)
-        store8(scratch, at + 16, w2)
-        store8(scratch, at + 24, w3)
-        e0, e1, e2, e3 = add8(e0, w0), add8(e1, w1), add8(e2, w2), add8(e3, w3)
-    total = add8(add8(e0, e2), add8(e1, e3))
-    store8(scratch, LANES + 8, total)
-    for row in range(ROWS):
-        e = load1(scratch, LANES + 8 + row) + load1(scratch, LANES + 8 + ROWS + row)
-        store1(scratch, NODES + (row + 1) * node - 2, load1(scratch, LANES + row))
-        store1(scratch, NODES + (row + 1) * node - 1, e)
-
-
-@kernel
-def _weights1(scratch, low, high, node):
-    """`_weights4` for one row."""
-    best = load8(scratch, low)
-    for at in range(low + 8, high, 8):
-        best = max8(load8(scratch, at), best)
-    m = hmax8(best)
-    best = splat8(m)
+    for j in range(low, min(first, high)):
+        store1(scratch, at + j, NEVER)
+    for j in range(max(last, low), high):
+        store1(scratch, at + j, NEVER)
+    by = splat16(scale)
+    best = mul16(load16(scratch, at + low), by)
+    for j in range(low + 16, high, 16):
+        best = max16(mul16(load16(scratch, at + j), by), best)
+    m = hmax8(max8(low8(best), high8(best)))
+    best = splat16(m)
     total = zero8()
-    for at in range(low, high, 8):
-        w = exp8(sub8(load8(scratch, at), best))
-        store8(scratch, at, w)
-        total = add8(total, w)
-    store1(scratch, NODES + node - 2, m)
-    store1(scratch, NODES + node - 1, hsum8(total))
+    for j in range(low, high, 16):
+        w = exp16(sub16(mul16(load16(scratch, at + j), by), best))
+        store16(scratch, at + j, w)
+        total = add8(add8(total, low8(w)), high8(w))
+    store1(scratch, to + node - 2, m)
+    store1(scratch, to + node - 1, hsum8(total))
 
 
 # ---- weighted values -------------------------------------------------------------------------------------------
 
 @kernel
-def _values4(paged, first, last, scratch, node):
-    """MA of four rows, two vectors of the head dimension at a time: + p_j · v_j for j = first … last − 1."""
-    kv, dim = paged.blocks, paged.dim
-    n0, n1, n2, n3 = NODES, NODES + node, NODES + 2 * node, NODES + 3 * node
-    for c in range(0, dim & ~15, 16):
-        a0, b0 = load8(scratch, n0 + c), load8(scratch, n0 + c + 8)
-        a1, b1 = load8(scratch, n1 + c), load8(scratch, n1 + c + 8)
-        a2, b2 = load8(scratch, n2 + c), load8(scratch, n2 + c + 8)
-        a3, b3 = load8(scratch, n3 + c), load8(scratch, n3 + c + 8)
+def _values8(kv, paged, first, last, scratch, node):
+    """MA of eight rows, 32 elements of the head dimension at a time: + p_j · v_j for j = first … last − 1."""
+    dim = paged.dim
+    for c in range(0, dim & ~31, 32):
+        n0 = NODES + c
+        n1, n2, n3 = n0 + node, n0 + 2 * node, n0 + 3 * node
+        n4, n5, n6, n7 = n0 + 4 * node, n0 + 5 * node, n0 + 6 * node, n0 + 7 * node
+        a0, a1, a2, a3 = load16(scratch, n0), load16(scratch, n1), load16(scratch, n2), load16(scratch, n3)
+        a4, a5, a6, a7 = load16(scratch, n4), load16(scratch, n5), load16(scratch, n6), load16(scratch, n7)
+        b0, b1 = load16(scratch, n0 + 16), load16(scratch, n1 + 16)
+        b2, b3 = load16(scratch, n2 + 16), load16(scratch, n3 + 16)
+        b4, b5 = load16(scratch, n4 + 16), load16(scratch, n5 + 16)
+        b6, b7 = load16(scratch, n6 + 16), load16(scratch, n7 + 16)
         j = first
         while j < last:
             end = _run_end(paged, j, last)
             v = _offset(paged, paged.values, j) + c
-            p = (j & (SPLIT - 1)) * ROWS
+            p = j & (SPLIT - 1)
+            for _ in range(end - j):
+                va, vb = load16(kv, v), load16(kv, v + 16)
+                w = splat16(load1(scratch, p))
+                a0, b0 = fma16(w, va, a0), fma16(w, vb, b0)
+                w = splat16(load1(scratch, p + PITCH))
+                a1, b1 = fma16(w, va, a1), fma16(w, vb, b1)
+                w = splat16(load1(scratch, p + 2 * PITCH))
+                a2, b2 = fma16(w, va, a2), fma16(w, vb, b2)
+                w = splat16(load1(scratch, p + 3 * PITCH))
+                a3, b3 = fma16(w, va, a3), fma16(w, vb, b3)
+                w = splat16(load1(scratch, p + 4 * PITCH))
+                a4, b4 = fma16(w, va, a4), fma16(w, vb, b4)
+                w = splat16(load1(scratch, p + 5 * PITCH))
+                a5, b5 = fma16(w, va, a5), fma16(w, vb, b5)
+                w = splat16(load1(scratch, p + 6 * PITCH))
+                a6, b6 = fma16(w, va, a6), fma16(w, vb, b6)
+                w = splat16(load1(scratch, p + 7 * PITCH))
+                a7, b7 = fma16(w, va, a7), fma16(w, vb, b7)
+                v += dim
+                p += 1
+            j = end
+        store16(scratch, n0, a0), store16(scratch, n1, a1), store16(scratch, n2, a2), store16(scratch, n3, a3)
+        store16(scratch, n4, a4), store16(scratch, n5, a5), store16(scratch, n6, a6), store16(scratch, n7, a7)
+        store16(scratch, n0 + 16, b0), store16(scratch, n1 + 16, b1)
+        store16(scratch, n2 + 16, b2), store16(scratch, n3 + 16, b3)
+        store16(scratch, n4 + 16, b4), store16(scratch, n5 + 16, b5)
+        store16(scratch, n6 + 16, b6), store16(scratch, n7 + 16, b7)
+    for row in range(8):
+        for c in range(dim & ~31, dim, 8):
+            _values_vector(kv, paged, first, last, scratch, row * PITCH, NODES + row * node, c)
+
+
+@kernel
+def _values4(kv, paged, first, last, scratch, node):
+    """MA of four rows, sixteen elements at a time."""
+    dim = paged.dim
+    for c in range(0, dim & ~15, 16):
+        n0 = NODES + c
+        n1, n2, n3 = n0 + node, n0 + 2 * node, n0 + 3 * node
+        a0, b0, a1, b1 = load8(scratch, n0), load8(scratch, n0 + 8), load8(scratch, n1), load8(scratch, n1 + 8)
+        a2, b2, a3, b3 = load8(scratch, n2), load8(scratch, n2 + 8), load8(scratch, n3), load8(scratch, n3 + 8)
+        j = first
+        while j < last:
+            end = _run_end(paged, j, last)
+            v = _offset(paged, paged.values, j) + c
+            p = j & (SPLIT - 1)
             for _ in range(end - j):
                 va, vb = load8(kv, v), load8(kv, v + 8)
                 w = splat8(load1(scratch, p))
                 a0, b0 = fma8(w, va, a0), fma8(w, vb, b0)
-                w = splat8(load1(scratch, p + 1))
+                w = splat8(load1(scratch, p + PITCH))
                 a1, b1 = fma8(w, va, a1), fma8(w, vb, b1)
-                w = splat8(load1(scratch, p + 2))
+                w = splat8(load1(scratch, p + 2 * PITCH))
                 a2, b2 = fma8(w, va, a2), fma8(w, vb, b2)
-                w = splat8(load1(scratch, p + 3))
+                w = splat8(load1(scratch, p + 3 * PITCH))
                 a3, b3 = fma8(w, va, a3), fma8(w, vb, b3)
                 v += dim
-                p += ROWS
+                p += 1
             j = end
-        store8(scratch, n0 + c, a0)
-        store8(scratch, n0 + c + 8, b0)
-        store8(scratch, n1 + c, a1)
-        store8(scratch, n1 + c + 8, b1)
-        store8(scratch, n2 + c, a2)
-        store8(scratch, n2 + c + 8, b2)
-        store8(scratch, n3 + c, a3)
-        store8(scratch, n3 + c + 8, b3)
-    for row in range(ROWS):
+        store8(scratch, n0, a0), store8(scratch, n0 + 8, b0), store8(scratch, n1, a1), store8(scratch, n1 + 8, b1)
+        store8(scratch, n2, a2), store8(scratch, n2 + 8, b2), store8(scratch, n3, a3), store8(scratch, n3 + 8, b3)
+    for row in range(4):
         for c in range(dim & ~15, dim, 8):
-            _values_vector(paged, first, last, scratch, NODES + row * node, row, ROWS, c)
+            _values_vector(kv, paged, first, last, scratch, row * PITCH, NODES + row * node, c)
 
 
 @kernel
-def _values1(paged, first, last, scratch, at, row, stride):
-    """MA of one row, whose weights are at scratch[(j mod 256)·stride + row] and whose node is at `at`."""
-    kv, dim = paged.blocks, paged.dim
+def _values1(kv, paged, first, last, scratch, weights, at):
+    """MA of one row, whose weights are at scratch[weights + j mod 256] and whose node is at `at`."""
+    dim = paged.dim
     for c in range(0, dim & ~31, 32):
         a0, a1 = load8(scratch, at + c), load8(scratch, at + c + 8)
         a2, a3 = load8(scratch, at + c + 16), load8(scratch, at + c + 24)
@@ -307,24 +271,22 @@ def _values1(paged, first, last, scratch, at, row, stride):
         while j < last:
             end = _run_end(paged, j, last)
             v = _offset(paged, paged.values, j) + c
-            p = (j & (SPLIT - 1)) * stride + row
+            p = weights + (j & (SPLIT - 1))
             for _ in range(end - j):
                 w = splat8(load1(scratch, p))
                 a0, a1 = fma8(w, load8(kv, v), a0), fma8(w, load8(kv, v + 8), a1)
                 a2, a3 = fma8(w, load8(kv, v + 16), a2), fma8(w, load8(kv, v + 24), a3)
                 v += dim
-                p += stride
+                p += 1
             j = end
-        store8(scratch, at + c, a0)
-        store8(scratch, at + c + 8, a1)
-        store8(scratch, at + c + 16, a2)
-        store8(scratch, at + c + 24, a3)
+        store8(scratch, at + c, a0), store8(scratch, at + c + 8, a1)
+        store8(scratch, at + c + 16, a2), store8(scratch, at + c + 24, a3)
     for c in range(dim & ~31, dim, 8):
-        _values_vector(paged, first, last, scratch, at, row, stride, c)
+        _values_vector(kv, paged, first, last, scratch, weights, at, c)
 
 
 @kernel
-def _values_vector(paged, first, last, scratch, at, row, stride, c):
+def _values_vector(kv, paged, first, last, scratch, weights, at, c):
     """MA[c : c + 8] of one row; the last vector may be short."""
     width = min(8, paged.dim - c)
     total = load8(scratch, at + c)
@@ -333,8 +295,8 @@ def _values_vector(paged, first, last, scratch, at, row, stride, c):
         end = _run_end(paged, j, last)
         v = _offset(paged, paged.values, j) + c
         for i in range(j, end):
-            w = splat8(load1(scratch, (i & (SPLIT - 1)) * stride + row))
-            total = fma8(w, load8n(paged.blocks, v, width), total)
+            w = splat8(load1(scratch, weights + (i & (SPLIT - 1))))
+            total = fma8(w, load8n(kv, v, width), total)
             v += paged.dim
         j = end
     store8(scratch, at + c, total)
@@ -350,33 +312,40 @@ def seen(position, split, window):
 
 
 @kernel
-def partial(q, rows, position, count, paged, split, window, fresh, scale, scratch, node):
-    """Partials of one split for up to four rows, left in the nodes at scratch[NODES + r·node]: MA, then m and e.
+def _pack(q, rows, dim, packed):
+    """Eight rows as `tile8x4` reads them: for every eight elements, eight rows of eight, a tail filled with 0."""
+    for c in range(0, dim, 8):
+        for r in range(8):
+            store8(packed, (c + r) * 8, load8n(q, rows[r] + c, min(8, dim - c)))
+
+
+@kernel
+def partial(q_THd, rows, position, count, paged, split, window, fresh, scale, room, packed_8d, node):
+    """Partials of one split for up to ROWS rows, left in the nodes at room[NODES + r·node]: MA, then m and e.
 
     `rows[r]` is the element offset of row r's query and `position[r]` its position, ascending; unused entries
     repeat the last row. Rows that see nothing of the split get a node without meaning.
     """
+    q, kv, scratch = pointer(q_THd), pointer(paged.blocks), pointer(room)
     for at in range(NODES, NODES + ROWS * node, 8):
         store8(scratch, at, zero8())
-    start, alone = split * SPLIT, count == 1
+    start = split * SPLIT
     outer_first, inner_last = seen(position[0], split, window)
     inner_first, outer_last = seen(position[ROWS - 1], split, window)
-    low, high = (outer_first - start) & ~7, ((outer_last - 1 - start) & ~7) + 8
-    if alone:
-        _scores1(q, rows[0], paged, outer_first, outer_last, fresh, scale, scratch)
+    low, high = (outer_first - start) & ~15, ((outer_last - 1 - start) & ~15) + 16
+    if count == 1:
+        _scores1(q, rows[0], kv, paged, outer_first, outer_last, fresh, scratch)
+    elif count <= 4:
+        _scores4(q, rows[0], rows[1], rows[2], rows[3], kv, paged, outer_first, outer_last, fresh, scratch)
     else:
-        _scores4(q, rows[0], rows[1], rows[2], rows[3], paged, outer_first, outer_last, fresh, scale, scratch)
-    stride = 1 if alone else ROWS
-    for r in range(stride):
+        _pack(q, rows, paged.dim, pointer(packed_8d))
+        _scores8(pointer(packed_8d), kv, paged, outer_first, outer_last, fresh, scratch)
+    for r in range(count):
         first, last = seen(position[r], split, window)
-        _mask(scratch, r, stride, low, high, first - start, last - start)
-    if alone:
-        _weights1(scratch, low, high, node)
-    else:
-        _weights4(scratch, low, high, node)
-    if alone or inner_first >= inner_last:
+        _weights(scratch, r * PITCH, low, high, first - start, last - start, scale, NODES + r * node, node)
+    if count == 1 or inner_first >= inner_last:
         inner_first = inner_last = outer_last
-    # What all four rows see is added by fours; what only some see, before it and after it, row by row.
+    # What all rows see is added together; what only some see, before it and after it, row by row.
     for after in range(2):
         for r in range(count):
             first, last = seen(position[r], split, window)
@@ -384,6 +353,9 @@ def partial(q, rows, position, count, paged, split, window, fresh, scale, scratc
                 first = max(first, inner_last)
             else:
                 last = min(last, inner_first)
-            _values1(paged, first, last, scratch, NODES + r * node, r, stride)
+            _values1(kv, paged, first, last, scratch, r * PITCH, NODES + r * node)
         if not after and inner_first < inner_last:
-            _values4(paged, inner_first, inner_last, scratch, node)
+            if count <= 4:
+                _values4(kv, paged, inner_first, inner_last, scratch, node)
+            else:
+                _values8(kv, paged, inner_first, inner_last, scratch, node)

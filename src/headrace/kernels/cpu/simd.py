@@ -71,20 +71,24 @@ def _const(like: ir.Type, value: float | int) -> ir.Constant:
     element = like.element if isinstance(like, ir.VectorType) else like
     value = float(np.float32(value)) if element == FLOAT else value
     one = ir.Constant(element, value)
-    return ir.Constant(like, [one] * LANES) if isinstance(like, ir.VectorType) else one
+    return ir.Constant(like, [one] * like.count) if isinstance(like, ir.VectorType) else one
 
 
 def _integers(like: ir.Type, bits: int = 32) -> ir.Type:
     element = ir.IntType(bits)
-    return ir.VectorType(element, LANES) if isinstance(like, ir.VectorType) else element
+    return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element
 
 
 def _halves(like: ir.Type) -> ir.Type:
-    return ir.VectorType(ir.HalfType(), LANES) if isinstance(like, ir.VectorType) else ir.HalfType()
+    return ir.VectorType(ir.HalfType(), like.count) if isinstance(like, ir.VectorType) else ir.HalfType()
 
 
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    name = "llvm.fma.v8f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
+def _floats(like: ir.Type) -> ir.Type:
+    return ir.VectorType(FLOAT, like.count) if isinstance(like, ir.VectorType) else FLOAT
+
+
+def emit_fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    name = f"llvm.fma.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
     return builder.call(function, [a, b, c])
 
@@ -112,14 +116,14 @@ def operator(name: str, arity: int, emit: Callable[..., ir.Value], arg: types.Ty
     return intrinsic(form)
 
 
-def _select(predicate: str) -> Callable[..., ir.Value]:
+def emit_select(predicate: str) -> Callable[..., ir.Value]:
     """a if a `predicate` b else b: one instruction (minps, maxps) on x86."""
     return lambda builder, a, b: builder.select(builder.fcmp_ordered(predicate, a, b), a, b)
 
 
-def _splat(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_splat(builder: ir.IRBuilder, x: ir.Value, lanes: int = LANES) -> ir.Value:
     one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), x, ir.Constant(I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), mask(*[0] * LANES))
+    return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), mask(*[0] * lanes))
 
 
 def _fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
@@ -146,20 +150,20 @@ def _hsum8x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
     return halves(two[0], two[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
 
 
-def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e^x in about 1 ulp: x = n·ln2 + r, a polynomial of degree 7 in r, then two exact scalings by powers of two."""
     like, ints = x.type, _integers(x.type)
     x = builder.select(builder.fcmp_ordered("<", x, _const(like, -105.0)), _const(like, -105.0), x)
     x = builder.select(builder.fcmp_ordered(">", x, _const(like, 89.0)), _const(like, 89.0), x)
     magic = _const(like, 12582912.0)  # 1.5·2²³: adding it leaves round(x / ln2) in the low bits
-    shifted = _fma(builder, x, _const(like, 1.44269504088896341), magic)
+    shifted = emit_fma(builder, x, _const(like, 1.44269504088896341), magic)
     n = builder.fsub(shifted, magic)
-    r = _fma(builder, n, _const(like, -0.693359375), x)
-    r = _fma(builder, n, _const(like, 2.12194440e-4), r)
+    r = emit_fma(builder, n, _const(like, -0.693359375), x)
+    r = emit_fma(builder, n, _const(like, 2.12194440e-4), r)
     p = _const(like, 1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = _fma(builder, p, r, _const(like, c))
-    y = builder.fadd(_fma(builder, builder.fmul(r, r), p, r), _const(like, 1.0))
+        p = emit_fma(builder, p, r, _const(like, c))
+    y = builder.fadd(emit_fma(builder, builder.fmul(r, r), p, r), _const(like, 1.0))
     whole = builder.sub(builder.bitcast(shifted, ints), builder.bitcast(magic, ints))
     first = builder.ashr(whole, _const(ints, 1))  # in two halves, so that results may be subnormal or infinite
     for part in (first, builder.sub(whole, first)):
@@ -183,10 +187,10 @@ def _log(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     z = builder.fmul(s, s)
     p = _const(like, 0.24279078841)
     for c in (0.28498786688, 0.40000972152, 0.66666662693):
-        p = _fma(builder, p, z, _const(like, c))
+        p = emit_fma(builder, p, z, _const(like, c))
     half = builder.fmul(builder.fmul(f, f), _const(like, 0.5))
-    y = _fma(builder, k, _const(like, 9.0580006145e-6), builder.fmul(s, _fma(builder, p, z, half)))
-    y = _fma(builder, k, _const(like, 6.9313812256e-1), builder.fadd(builder.fsub(y, half), f))
+    y = emit_fma(builder, k, _const(like, 9.0580006145e-6), builder.fmul(s, emit_fma(builder, p, z, half)))
+    y = emit_fma(builder, k, _const(like, 6.9313812256e-1), builder.fadd(builder.fsub(y, half), f))
     y = builder.select(builder.fcmp_ordered("<", x, _const(like, float("inf"))), y, x)  # +inf and nan
     y = builder.select(builder.fcmp_ordered("<", x, _const(like, 0.0)), _const(like, float("nan")), y)
     return builder.select(builder.fcmp_ordered("==", x, _const(like, 0.0)), _const(like, float("-inf")), y)
@@ -195,21 +199,21 @@ def _log(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 # ---- arithmetic ------------------------------------------------------------------------------------------------
 
 zero8 = operator("zero8", 0, lambda builder: _const(VECTOR, 0.0), f32x8, f32x8)
-splat8 = operator("splat8", 1, _splat, types.float32, f32x8)
+splat8 = operator("splat8", 1, emit_splat, types.float32, f32x8)
 add8 = operator("add8", 2, lambda builder, a, b: builder.fadd(a, b), f32x8, f32x8)
 sub8 = operator("sub8", 2, lambda builder, a, b: builder.fsub(a, b), f32x8, f32x8)
 mul8 = operator("mul8", 2, lambda builder, a, b: builder.fmul(a, b), f32x8, f32x8)
 div8 = operator("div8", 2, lambda builder, a, b: builder.fdiv(a, b), f32x8, f32x8)
-max8 = operator("max8", 2, _select(">"), f32x8, f32x8)
-min8 = operator("min8", 2, _select("<"), f32x8, f32x8)
-fma8 = operator("fma8", 3, _fma, f32x8, f32x8)
-fma1 = operator("fma1", 3, _fma, types.float32, types.float32)
-exp8 = operator("exp8", 1, _exp, f32x8, f32x8)
-exp1 = operator("exp1", 1, _exp, types.float32, types.float32)
+max8 = operator("max8", 2, emit_select(">"), f32x8, f32x8)
+min8 = operator("min8", 2, emit_select("<"), f32x8, f32x8)
+fma8 = operator("fma8", 3, emit_fma, f32x8, f32x8)
+fma1 = operator("fma1", 3, emit_fma, types.float32, types.float32)
+exp8 = operator("exp8", 1, emit_exp, f32x8, f32x8)
+exp1 = operator("exp1", 1, emit_exp, types.float32, types.float32)
 log8 = operator("log8", 1, _log, f32x8, f32x8)
 log1 = operator("log1", 1, _log, types.float32, types.float32)
 hsum8 = operator("hsum8", 1, _fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
-hmax8 = operator("hmax8", 1, _fold(_select(">")), f32x8, types.float32)
+hmax8 = operator("hmax8", 1, _fold(emit_select(">")), f32x8, types.float32)
 hsum8x8 = operator("hsum8x8", 8, _hsum8x8, f32x8, f32x8)
 abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
     builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR), f32x8, f32x8)
@@ -244,10 +248,10 @@ def _widen(builder: ir.IRBuilder, dtype: types.Type, raw: ir.Value) -> ir.Value:
         return raw
     if dtype == types.int16:
         like = _halves(raw.type)
-        return builder.fpext(builder.bitcast(raw, like), VECTOR if isinstance(like, ir.VectorType) else FLOAT)
+        return builder.fpext(builder.bitcast(raw, like), _floats(like))
     ints = _integers(raw.type)
     wide = builder.shl(builder.zext(raw, ints), _const(ints, 16))
-    return builder.bitcast(wide, VECTOR if isinstance(ints, ir.VectorType) else FLOAT)
+    return builder.bitcast(wide, _floats(ints))
 
 
 def _narrow(builder: ir.IRBuilder, dtype: types.Type, value: ir.Value) -> ir.Value:
@@ -300,7 +304,7 @@ def _masked(builder: ir.IRBuilder, kind: str, element: ir.Type) -> tuple[ir.Func
     return cgutils.get_or_insert_function(builder.module, form, f"llvm.masked.{kind}.{suffix}.p0"), vector
 
 
-def _load(shape: Callable[[ir.Type], ir.Type], ret: types.Type) -> Callable[..., Any]:
+def emit_load(shape: Callable[[ir.Type], ir.Type], ret: types.Type) -> Callable[..., Any]:
     def typing(tyctx: Any, array: Any, offset: Any) -> Any:
         if not _known(array):
             return None
@@ -377,13 +381,13 @@ def prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
 @intrinsic
 def load8(tyctx: Any, array: Any, offset: Any) -> Any:
     """Eight elements from `offset`, unaligned, as fp32."""
-    return _load(lambda element: ir.VectorType(element, LANES), f32x8)(tyctx, array, offset)
+    return emit_load(lambda element: ir.VectorType(element, LANES), f32x8)(tyctx, array, offset)
 
 
 @intrinsic
 def load1(tyctx: Any, array: Any, offset: Any) -> Any:
     """One element as fp32."""
-    return _load(lambda element: element, types.float32)(tyctx, array, offset)
+    return emit_load(lambda element: element, types.float32)(tyctx, array, offset)
 
 
 @intrinsic

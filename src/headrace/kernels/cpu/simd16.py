@@ -1,7 +1,8 @@
 """Two eight-lane accumulators in one 512-bit register, for CPUs with AVX-512: twice the rate, the same sums.
 
 Lanes 0–7 belong to one row and lanes 8–15 to another; nothing ever crosses between them. So an output computed here
-has the bits that eight lanes of `simd` give it.
+has the bits that eight lanes of `simd` give it. What is done to each element alone (`exp16`, a value's `fma16`) may
+take sixteen elements of one row; without AVX-512 LLVM makes two 256-bit instructions of one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,29 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import models, register_model
 
-from headrace.kernels.cpu.simd import FLOAT, LANES, VECTOR, address, f32x8, intrinsic, mask, operator
+from headrace.kernels.cpu.simd import (
+    FLOAT,
+    LANES,
+    VECTOR,
+    address,
+    emit_exp,
+    emit_fma,
+    emit_load,
+    emit_select,
+    emit_splat,
+    f32x8,
+    intrinsic,
+    mask,
+    operator,
+)
 
-__all__ = ["fma16", "hsum16x8", "load16", "store16", "store_quarter", "twice8", "zero16"]
+__all__ = [
+    "exp16", "fma16", "high8", "hsum16x8", "load16", "low8", "max16", "mul16", "splat16", "store16", "store_quarter",
+    "sub16", "twice8", "zero16",
+]
 
 WIDE = ir.VectorType(FLOAT, 2 * LANES)
 
@@ -35,9 +53,8 @@ class _F32x16Model(models.PrimitiveModel):
         super().__init__(dmm, fe_type, WIDE)
 
 
-def _fma16(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    form = ir.FunctionType(WIDE, [WIDE] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, form, "llvm.fma.v16f32"), [a, b, c])
+def _half(first: int) -> Any:
+    return lambda builder, v: builder.shuffle_vector(v, v, mask(*range(first, first + LANES)))
 
 
 def _hsum16x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
@@ -57,7 +74,14 @@ def _hsum16x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
 
 
 zero16 = operator("zero16", 0, lambda builder: ir.Constant(WIDE, [0.0] * 2 * LANES), f32x16, f32x16)
-fma16 = operator("fma16", 3, _fma16, f32x16, f32x16)
+splat16 = operator("splat16", 1, lambda builder, x: emit_splat(builder, x, 2 * LANES), types.float32, f32x16)
+fma16 = operator("fma16", 3, emit_fma, f32x16, f32x16)
+mul16 = operator("mul16", 2, lambda builder, a, b: builder.fmul(a, b), f32x16, f32x16)
+sub16 = operator("sub16", 2, lambda builder, a, b: builder.fsub(a, b), f32x16, f32x16)
+max16 = operator("max16", 2, emit_select(">"), f32x16, f32x16)
+exp16 = operator("exp16", 1, emit_exp, f32x16, f32x16)
+low8 = operator("low8", 1, _half(0), f32x16, f32x8)
+high8 = operator("high8", 1, _half(LANES), f32x16, f32x8)
 hsum16x8 = operator("hsum16x8", 8, _hsum16x8, f32x16, f32x16)
 twice8 = operator("twice8", 1, lambda builder, v: builder.shuffle_vector(
     v, ir.Constant(VECTOR, ir.Undefined), mask(*range(LANES), *range(LANES))), f32x8, f32x16)
@@ -65,12 +89,8 @@ twice8 = operator("twice8", 1, lambda builder, v: builder.shuffle_vector(
 
 @intrinsic
 def load16(tyctx: Any, array: Any, offset: Any) -> Any:
-    """Sixteen fp32 elements from `offset`, unaligned."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.load(address(context, builder, array, args[0], args[1], WIDE), align=4)
-
-    return f32x16(array, types.int64), codegen
+    """Sixteen elements from `offset`, unaligned, as fp32."""
+    return emit_load(lambda element: ir.VectorType(element, 2 * LANES), f32x16)(tyctx, array, offset)
 
 
 @intrinsic

@@ -2,7 +2,7 @@
 
 A tile covers `count` inputs. `first` says that the sums start here, `last` that they end here: in between, where a
 long K is cut into chunks that fit the first-level cache, accumulators wait in `carry`, unreduced, so that cutting
-changes no bits. At the end each sum is the `hsum8` of its lanes, at sums[to + 8·row + output].
+changes no bits. At the end each sum is the `hsum8` of its lanes, at sums[to + pitch·row + output].
 
 All arguments are `pointer`s and element offsets. A chunk that is not the last is a multiple of eight inputs.
 """
@@ -46,7 +46,7 @@ def tile1x8(x, x0, w, w0, w1, w2, w3, w4, w5, w6, w7, count, ahead, sums, to):
 
 
 @kernel
-def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to):
+def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to, pitch):
     """Four rows, two outputs: eight accumulators keep both FMA units of a 256-bit machine busy."""
     if first:
         a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
@@ -82,16 +82,39 @@ def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to
         a3, b3 = fma8(r, u, a3), fma8(r, v, b3)
     total = hsum8x8(a0, b0, a1, b1, a2, b2, a3, b3)
     store1(sums, to, lane8(total, 0)), store1(sums, to + 1, lane8(total, 1))
-    store1(sums, to + 8, lane8(total, 2)), store1(sums, to + 9, lane8(total, 3))
-    store1(sums, to + 16, lane8(total, 4)), store1(sums, to + 17, lane8(total, 5))
-    store1(sums, to + 24, lane8(total, 6)), store1(sums, to + 25, lane8(total, 7))
+    to += pitch
+    store1(sums, to, lane8(total, 2)), store1(sums, to + 1, lane8(total, 3))
+    to += pitch
+    store1(sums, to, lane8(total, 4)), store1(sums, to + 1, lane8(total, 5))
+    to += pitch
+    store1(sums, to, lane8(total, 6)), store1(sums, to + 1, lane8(total, 7))
 
 
 @kernel
-def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to):
+def _carried(carry, c):
+    return load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
+
+
+@kernel
+def _carry(carry, c, a0, a1, a2, a3):
+    store16(carry, c, a0), store16(carry, c + 16, a1), store16(carry, c + 32, a2), store16(carry, c + 48, a3)
+
+
+@kernel
+def _ask(far, at):
+    """Prefetch what eight inputs of up to four streams span: one line, or two of fp32."""
+    prefetch(far, at)
+    if not narrow(far):
+        prefetch(far, at + 16)
+
+
+@kernel
+def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to, pitch, far, ask, stride, streams):
     """Eight rows, four outputs, for AVX-512: sixteen accumulators of two rows each.
 
-    x is packed: for every eight inputs, eight rows of eight elements, a tail filled with 0.
+    x is packed: for every eight inputs, eight rows of eight elements, a tail filled with 0. Meanwhile `count` elements
+    from each of far[ask], far[ask + stride], … (as many as `streams`) are asked for, a line at a time: a burst of
+    requests would hold up the tile's own loads.
     """
     if first:
         a0, a1, a2, a3 = zero16(), zero16(), zero16(), zero16()
@@ -99,34 +122,32 @@ def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to):
         c0, c1, c2, c3 = zero16(), zero16(), zero16(), zero16()
         d0, d1, d2, d3 = zero16(), zero16(), zero16(), zero16()
     else:
-        a0, a1, a2, a3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
-        c += 64
-        b0, b1, b2, b3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
-        c += 64
-        c0, c1, c2, c3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
-        c += 64
-        d0, d1, d2, d3 = load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
-        c -= 192
+        a0, a1, a2, a3 = _carried(carry, c)
+        b0, b1, b2, b3 = _carried(carry, c + 64)
+        c0, c1, c2, c3 = _carried(carry, c + 128)
+        d0, d1, d2, d3 = _carried(carry, c + 192)
     tail = count & 7
-    for k in range(0, count - tail, 8):
-        p = x0 + 8 * k
-        r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
-        u = twice8(load8(w, w0 + k))
-        a0, a1, a2, a3 = fma16(r0, u, a0), fma16(r1, u, a1), fma16(r2, u, a2), fma16(r3, u, a3)
-        u = twice8(load8(w, w1 + k))
-        b0, b1, b2, b3 = fma16(r0, u, b0), fma16(r1, u, b1), fma16(r2, u, b2), fma16(r3, u, b3)
-        u = twice8(load8(w, w2 + k))
-        c0, c1, c2, c3 = fma16(r0, u, c0), fma16(r1, u, c1), fma16(r2, u, c2), fma16(r3, u, c3)
-        u = twice8(load8(w, w3 + k))
-        d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
+    whole, stretch = count - tail, (count // max(streams, 1)) & ~7
+    for stream in range(max(streams, 1)):
+        start = stream * stretch
+        stop = start + stretch if stream + 1 < streams else whole
+        for k in range(start, stop, 8):
+            _ask(far, ask + stream * stride + (k - start) * streams)
+            p = x0 + 8 * k
+            r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
+            u = twice8(load8(w, w0 + k))
+            a0, a1, a2, a3 = fma16(r0, u, a0), fma16(r1, u, a1), fma16(r2, u, a2), fma16(r3, u, a3)
+            u = twice8(load8(w, w1 + k))
+            b0, b1, b2, b3 = fma16(r0, u, b0), fma16(r1, u, b1), fma16(r2, u, b2), fma16(r3, u, b3)
+            u = twice8(load8(w, w2 + k))
+            c0, c1, c2, c3 = fma16(r0, u, c0), fma16(r1, u, c1), fma16(r2, u, c2), fma16(r3, u, c3)
+            u = twice8(load8(w, w3 + k))
+            d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
     if not last:
-        store16(carry, c, a0), store16(carry, c + 16, a1), store16(carry, c + 32, a2), store16(carry, c + 48, a3)
-        c += 64
-        store16(carry, c, b0), store16(carry, c + 16, b1), store16(carry, c + 32, b2), store16(carry, c + 48, b3)
-        c += 64
-        store16(carry, c, c0), store16(carry, c + 16, c1), store16(carry, c + 32, c2), store16(carry, c + 48, c3)
-        c += 64
-        store16(carry, c, d0), store16(carry, c + 16, d1), store16(carry, c + 32, d2), store16(carry, c + 48, d3)
+        _carry(carry, c, a0, a1, a2, a3)
+        _carry(carry, c + 64, b0, b1, b2, b3)
+        _carry(carry, c + 128, c0, c1, c2, c3)
+        _carry(carry, c + 192, d0, d1, d2, d3)
         return
     if tail:
         k = count - tail
@@ -141,8 +162,9 @@ def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to):
         u = twice8(load8n(w, w3 + k, tail))
         d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
     total = hsum16x8(a0, b0, c0, d0, a1, b1, c1, d1)  # rows 0, 2 | 1, 3
-    store_quarter(sums, to, total, 0), store_quarter(sums, to + 16, total, 1)
-    store_quarter(sums, to + 8, total, 2), store_quarter(sums, to + 24, total, 3)
+    store_quarter(sums, to, total, 0), store_quarter(sums, to + 2 * pitch, total, 1)
+    store_quarter(sums, to + pitch, total, 2), store_quarter(sums, to + 3 * pitch, total, 3)
     total = hsum16x8(a2, b2, c2, d2, a3, b3, c3, d3)  # rows 4, 6 | 5, 7
-    store_quarter(sums, to + 32, total, 0), store_quarter(sums, to + 48, total, 1)
-    store_quarter(sums, to + 40, total, 2), store_quarter(sums, to + 56, total, 3)
+    to += 4 * pitch
+    store_quarter(sums, to, total, 0), store_quarter(sums, to + 2 * pitch, total, 1)
+    store_quarter(sums, to + pitch, total, 2), store_quarter(sums, to + 3 * pitch, total, 3)
