@@ -1,0 +1,225 @@
+"""`Metrics`: what happened, as Prometheus reads it, under vLLM's names and, where it has none, under `headrace:`.
+
+One object per server, with a registry of its own. Every observation is a few additions on the event loop, and reading
+is one pass over some hundred numbers, so a scrape never waits for the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from headrace.engine.outputs import RequestOutput
+from headrace.instance.wire import Explanation, Ready, StepReport
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+"""The media type of `Metrics.render`."""
+
+LABELS = ("model_name", "engine")
+REASONS = ("stop", "length", "abort", "error")
+
+# Dashboards made for vLLM expect these edges, in seconds and in tokens.
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
+               640, 2560)
+BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+# name: (field of `SchedulerStats`, help). The engine counts from 0 in every new instance; these go on.
+ENGINE_COUNTERS = {
+    "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
+    "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
+    "vllm:num_preemptions": ("preemptions", "Times a running request gave way and was computed again later."),
+    "vllm:generation_tokens": ("generated_tokens", "Tokens generated, those of clients that left included."),
+    "headrace:steps": ("steps", "Steps of the engine."),
+    "headrace:swapped_blocks": ("swapped_blocks", "KV blocks moved to the host and back."),
+    "headrace:copied_blocks": ("copied_blocks", "KV blocks copied because a request wrote to a shared one."),
+    "headrace:discarded_tokens": ("discarded_tokens", "Tokens computed for requests that had stopped meanwhile."),
+    "headrace:kv_held_token_steps": ("held_slot_steps", "Token slots that requests held, summed over steps."),
+    "headrace:kv_used_token_steps": ("used_slot_steps", "Of the held token slots, those filled, summed over steps."),
+}
+# There is no speculation here: clients that ask for its counters read 0.
+SPECULATION = {
+    "vllm:spec_decode_num_drafts": "Drafts proposed; 0 without speculation.",
+    "vllm:spec_decode_num_draft_tokens": "Tokens in drafts; 0 without speculation.",
+    "vllm:spec_decode_num_accepted_tokens": "Draft tokens accepted; 0 without speculation.",
+}
+REQUEST_TIMES = {
+    "queue": "Seconds from arrival at the engine to the first step.",
+    "inference": "Seconds from the first step to the end.",
+    "prefill": "Seconds from the first step to the end of the prompt's computation.",
+    "decode": "Seconds from the end of the prompt's computation to the end.",
+}
+
+
+class Metrics:
+    """Implements the gateway's observer. `render` may be called at any time; counters never go back.
+
+    `finished_reason` of `vllm:request_success` is stop, length, abort or error, one a request. Prompt tokens count
+    once a request, with its first token, however often a new instance computes them again.
+    """
+
+    def __init__(self, model_name: str, engine: str = "0") -> None:
+        self.registry = CollectorRegistry()
+        self._values = (model_name, engine)
+        self._seen: dict[str, float] = {}
+        self._unread: dict[str, int] = {}
+        """Prompt tokens of requests that have no token yet."""
+        self._blocks = 0
+        self._sizes: tuple[Histogram, Histogram] | None = None
+        self._make_engine()
+        self._make_requests()
+
+    # ---- the gateway's observer
+
+    def ready(self, info: Ready) -> None:
+        """An instance is up: its cache is described, and the sizes' buckets reach to its context. Tokens, blocks."""
+        self._blocks = info.kv_blocks
+        self._cache_info.clear()
+        self._cache_info.labels(*self._values, str(info.block_size), str(info.kv_blocks)).set(1)
+        self._free_blocks.set(info.kv_blocks)
+        if self._sizes is None:
+            edges = _one_two_five(info.max_model_len)
+            self._sizes = (
+                self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", edges),
+                self._histogram("vllm:request_generation_tokens", "Tokens a request generated, all choices.", edges),
+            )
+
+    def arrived(self, name: str, prompt_tokens: int) -> None:
+        """A request was accepted."""
+        self._unread[name] = prompt_tokens
+
+    def first_token(self, name: str, seconds: float) -> None:
+        """The request's first token came so long after it arrived at the gateway."""
+        self._first_token.observe(seconds)
+        self._prompt_tokens.inc(self._unread.pop(name, 0))
+
+    def token_gap(self, name: str, seconds: float) -> None:
+        """A further token came so long after the one before."""
+        self._gap.observe(seconds)
+
+    def finished(self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None,
+                 seconds_total: float) -> None:
+        """A request is over. Without an explanation (an abort, an error) there are no times of its parts."""
+        self._unread.pop(name, None)
+        self._success.labels(*self._values, reason).inc()
+        self._total.observe(seconds_total)
+        if self._sizes is not None:
+            self._sizes[0].observe(len(output.prompt_token_ids))
+            self._sizes[1].observe(sum(len(choice.token_ids) for choice in output.outputs))
+        if explanation is not None:
+            parts = explanation.prefill_time, explanation.decode_time
+            for kind, seconds in zip(REQUEST_TIMES, (explanation.queue_time, sum(parts), *parts)):
+                self._times[kind].observe(seconds)
+            self._resumed.inc(explanation.resumes)
+
+    def stepped(self, report: StepReport) -> None:
+        """A step ran, or something ended between steps."""
+        stats = report.stats
+        self._running.set(stats["num_running"])
+        self._waiting.set(stats["num_waiting"])
+        self._usage.set(stats["kv_usage"])
+        self._waste.set(1 - stats["used_slots"] / stats["held_slots"] if stats["held_slots"] else 0)
+        held, cached = stats["physical_blocks"], stats["cached_blocks"]
+        self._held_blocks.set(held)
+        self._cached_blocks.set(cached)
+        self._free_blocks.set(self._blocks - held - cached)
+        for counter, field in self._engine:
+            counter.inc(self._growth(stats, field))
+        self._aborts.inc(self._growth(stats["finished"], "abort"))
+        tokens = report.prefill_tokens + report.decode_tokens
+        if tokens:
+            self._prefill.inc(report.prefill_tokens)
+            self._decode.inc(report.decode_tokens)
+            self._step_tokens.observe(tokens)
+            self._step_time.observe(report.step_time)
+
+    def restarted(self) -> None:
+        """The instance is gone; a new one counts from 0, and nothing runs until it says so."""
+        self._seen.clear()
+        self._restarts.inc()
+        for gauge in (self._running, self._waiting, self._usage, self._waste, self._held_blocks, self._cached_blocks):
+            gauge.set(0)
+        self._free_blocks.set(self._blocks)
+
+    # ---- reading
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format, of media type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+    # ---- making
+
+    def _growth(self, stats: Mapping[str, Any], field: str) -> float:
+        """How much an engine's counter grew since the last report; one that shrank began anew."""
+        before, now = self._seen.get(field, 0), stats[field]
+        self._seen[field] = now
+        return now - before if now >= before else now
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, LABELS, registry=self.registry).labels(*self._values)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, LABELS, registry=self.registry).labels(*self._values)
+
+    def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
+        return Histogram(name, text, LABELS, registry=self.registry, buckets=edges).labels(*self._values)
+
+    def _make_engine(self) -> None:
+        """What the engine's reports feed."""
+        self._running = self._gauge("vllm:num_requests_running", "Requests (choices) that hold KV blocks.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests (choices) that wait in the engine.")
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks that requests hold; 1 is all.")
+        self._waste = self._gauge("headrace:kv_waste_ratio", "Share of held token slots that are not filled.")
+        self._cache_info = Gauge("vllm:cache_config_info", "The KV cache, told by labels; always 1.",
+                                 (*LABELS, "block_size", "num_gpu_blocks"), registry=self.registry)
+        # No adapters are served: the name is there, without a sample.
+        Gauge("vllm:lora_requests_info", "Running and waiting adapters.",
+              ("max_lora", "waiting_lora_adapters", "running_lora_adapters"), registry=self.registry)
+        blocks = Gauge("headrace:kv_blocks", "KV blocks: held by requests, kept by the prefix cache only, or free.",
+                       (*LABELS, "state"), registry=self.registry)
+        self._held_blocks, self._cached_blocks, self._free_blocks = (
+            blocks.labels(*self._values, state) for state in ("held", "cached", "free"))
+        self._engine = [(self._counter(name, text), field) for name, (field, text) in ENGINE_COUNTERS.items()]
+        for name, text in SPECULATION.items():
+            self._counter(name, text)
+        accepted = Counter("vllm:spec_decode_num_accepted_tokens_per_pos",
+                           "Draft tokens accepted by position in the draft; 0 without speculation.",
+                           (*LABELS, "position"), registry=self.registry)
+        accepted.labels(*self._values, "0")
+        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKENS)
+        self._step_time = self._histogram("headrace:step_time_seconds", "Seconds of a step.", STEP)
+        tokens = Counter("headrace:step_tokens", "Tokens computed: of prompts, and all others.", (*LABELS, "kind"),
+                         registry=self.registry)
+        self._prefill, self._decode = (tokens.labels(*self._values, kind) for kind in ("prefill", "decode"))
+        self._aborts = self._counter("headrace:aborts", "Choices whose blocks were freed because the client left.")
+        self._restarts = self._counter("headrace:restarts", "Instances that died and were replaced.")
+
+    def _make_requests(self) -> None:
+        """What is measured at the gateway, request by request."""
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that have a token.")
+        self._success = Counter("vllm:request_success", "Requests that ended, by reason.",
+                                (*LABELS, "finished_reason"), registry=self.registry)
+        for reason in REASONS:
+            self._success.labels(*self._values, reason)
+        self._first_token = self._histogram("vllm:time_to_first_token_seconds",
+                                            "Seconds from arrival at the gateway to the first token.", FIRST_TOKEN)
+        self._gap = self._histogram("vllm:inter_token_latency_seconds", "Seconds between tokens, at the gateway.",
+                                    BETWEEN_TOKENS)
+        self._total = self._histogram("vllm:e2e_request_latency_seconds",
+                                      "Seconds from arrival at the gateway to the last token.", REQUEST)
+        self._times = {kind: self._histogram(f"vllm:request_{kind}_time_seconds", text, REQUEST)
+                       for kind, text in REQUEST_TIMES.items()}
+        self._resumed = self._counter("headrace:resumed_requests", "Times a request went on in a new instance.")
+
+
+def _one_two_five(most: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, … up to `most`."""
+    edges = [digit * 10**power for power in range(len(str(most))) for digit in (1, 2, 5)]
+    return [edge for edge in edges if edge <= most]

@@ -1,0 +1,162 @@
+"""What /metrics says: names, buckets, and counters that survive a restart of the instance."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from headrace.engine.outputs import CompletionOutput, RequestOutput
+from headrace.engine.stats import SchedulerStats
+from headrace.instance.wire import Explanation, Ready, StepReport
+from headrace.serve.metrics import Metrics
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info",
+          "lora_requests_info")
+COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens",
+            "request_success", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
+            "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos")
+HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+              "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+              "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens",
+              "iteration_tokens_total")
+INFO = Ready(pid=1, fingerprint="f", max_model_len=300, vocab_size=9, kv_tokens=640, kv_blocks=40, block_size=16,
+             default_sampling_params={}, startup_seconds=0.1)
+MINE = {"model_name": "m", "engine": "0"}
+
+
+def families(metrics):
+    return {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+
+
+def value(metrics, sample, **labels):
+    """The one sample of that name with these labels."""
+    found = [s.value for f in families(metrics).values() for s in f.samples
+             if s.name == sample and s.labels.items() >= labels.items()]
+    assert len(found) == 1, (sample, labels, found)
+    return found[0]
+
+
+def report(prefill=0, decode=0, abort=0, **stats):
+    ended = {"stop": 0, "length": 0, "abort": abort}
+    return StepReport(asdict(SchedulerStats(**stats)) | {"finished": ended}, prefill, decode, 0.002)
+
+
+@pytest.fixture
+def metrics():
+    made = Metrics("m")
+    made.ready(INFO)
+    return made
+
+
+def test_every_name_of_vllm_is_there_with_its_type(metrics):
+    found = families(metrics)
+    for names, kind in ((GAUGES, "gauge"), (COUNTERS, "counter"), (HISTOGRAMS, "histogram")):
+        assert {n: found[f"vllm:{n}"].type for n in names} == dict.fromkeys(names, kind)
+
+
+def test_labels_are_vllms(metrics):
+    for name, family in families(metrics).items():
+        for sample in family.samples:
+            assert sample.labels.items() >= MINE.items(), name
+    info = families(metrics)["vllm:cache_config_info"].samples
+    assert [s.labels for s in info] == [{**MINE, "block_size": "16", "num_gpu_blocks": "40"}]
+    assert {s.labels["finished_reason"] for s in families(metrics)["vllm:request_success"].samples} == {
+        "stop", "length", "abort", "error"}
+
+
+def edges(metrics, name):
+    return [s.labels["le"] for s in families(metrics)[name].samples if s.name == name + "_bucket"]
+
+
+def test_buckets_are_vllms(metrics):
+    assert edges(metrics, "vllm:time_to_first_token_seconds") == [
+        "0.001", "0.005", "0.01", "0.02", "0.04", "0.06", "0.08", "0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0",
+        "7.5", "10.0", "20.0", "40.0", "80.0", "160.0", "640.0", "2560.0", "+Inf"]
+    assert edges(metrics, "vllm:request_prompt_tokens") == [
+        "1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "200.0", "+Inf"]
+    assert edges(metrics, "vllm:inter_token_latency_seconds")[:3] == ["0.01", "0.025", "0.05"]
+    assert edges(metrics, "vllm:e2e_request_latency_seconds")[-2:] == ["7680.0", "+Inf"]
+
+
+def test_counters_go_on_where_a_new_instance_begins_anew(metrics):
+    metrics.stepped(report(prefill=8, decode=1, generated_tokens=5, prefix_queries=10, preemptions=2, abort=1))
+    metrics.stepped(report(decode=2, generated_tokens=7, prefix_queries=10, preemptions=2, abort=1))
+    metrics.restarted()
+    metrics.stepped(report(decode=8, generated_tokens=8, prefix_queries=3, abort=1))
+    assert value(metrics, "vllm:generation_tokens_total") == 15
+    assert value(metrics, "vllm:prefix_cache_queries_total") == 13
+    assert value(metrics, "vllm:num_preemptions_total") == 2
+    assert value(metrics, "headrace:aborts_total") == 2
+    assert value(metrics, "headrace:restarts_total") == 1
+    assert value(metrics, "headrace:step_tokens_total", kind="prefill") == 8
+    assert value(metrics, "headrace:step_tokens_total", kind="decode") == 11
+    assert value(metrics, "vllm:iteration_tokens_total_sum") == 19
+    assert value(metrics, "vllm:iteration_tokens_total_count") == 3
+
+
+def test_gauges_are_of_the_last_step_and_fall_when_the_instance_dies(metrics):
+    metrics.stepped(report(num_running=3, num_waiting=2, kv_usage=0.25, physical_blocks=10, cached_blocks=5,
+                           held_slots=160, used_slots=120))
+    assert value(metrics, "vllm:num_requests_running") == 3
+    assert value(metrics, "vllm:num_requests_waiting") == 2
+    assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25
+    assert value(metrics, "headrace:kv_waste_ratio") == 0.25
+    blocks = {state: value(metrics, "headrace:kv_blocks", state=state) for state in ("held", "cached", "free")}
+    assert blocks == {"held": 10, "cached": 5, "free": 25}
+    metrics.restarted()
+    assert value(metrics, "vllm:num_requests_running") == 0
+    assert value(metrics, "headrace:kv_blocks", state="free") == 40
+
+
+def test_a_report_without_tokens_is_no_step(metrics):
+    metrics.stepped(report(abort=1))
+    assert value(metrics, "vllm:iteration_tokens_total_count") == 0
+    assert value(metrics, "headrace:aborts_total") == 1
+
+
+def test_a_request_is_measured_part_by_part(metrics):
+    metrics.arrived("a", 4)
+    assert value(metrics, "vllm:prompt_tokens_total") == 0
+    metrics.first_token("a", 0.003)
+    metrics.token_gap("a", 0.02)
+    output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6])])
+    metrics.finished("a", "length", output,
+                     Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0)
+    assert value(metrics, "vllm:prompt_tokens_total") == 4
+    assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.003
+    assert value(metrics, "vllm:inter_token_latency_seconds_count") == 1
+    sums = [value(metrics, f"vllm:request_{k}_time_seconds_sum") for k in ("queue", "prefill", "decode", "inference")]
+    assert sums == [1.0, 2.0, 4.0, 6.0]
+    assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 8
+    assert value(metrics, "vllm:request_generation_tokens_sum") == 2
+    assert value(metrics, "vllm:request_success_total", finished_reason="length") == 1
+    assert value(metrics, "headrace:resumed_requests_total") == 2
+
+
+def test_a_request_that_never_had_a_token_brought_no_prompt_tokens(metrics):
+    metrics.arrived("a", 4)
+    metrics.finished("a", "abort", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
+    metrics.first_token("a", 0.1)
+    assert value(metrics, "vllm:prompt_tokens_total") == 0
+    assert value(metrics, "vllm:request_queue_time_seconds_count") == 0
+
+
+def test_two_servers_in_one_process_share_nothing(metrics):
+    other = Metrics("other")
+    metrics.stepped(report(decode=1, generated_tokens=1))
+    assert value(other, "vllm:generation_tokens_total") == 0
+
+
+def test_the_dashboard_asks_only_for_what_is_there(metrics):
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
+    asked = set(re.findall(r"(?:vllm|headrace):\w+", json.dumps(dashboard["panels"] + dashboard["templating"]["list"])))
+    have = {s.name for f in families(metrics).values() for s in f.samples}
+    assert asked and asked <= have, asked - have
+    assert len({p["id"] for p in dashboard["panels"]}) == len(dashboard["panels"])
+    titles = {p["title"] for p in dashboard["panels"]}
+    assert titles >= {"Time to first token", "Time between tokens", "End to end", "Running and waiting",
+                      "Prefix hit rate", "Tokens a second", "Preemptions", "Aborts"}
