@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import queue
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -12,6 +12,7 @@ from typing import Any
 
 from headrace.engine.frontend import Prompt
 from headrace.engine.llm import LLM
+from headrace.engine.loop import EngineLoop, EngineStoppedError
 from headrace.engine.outputs import RequestOutput
 from headrace.engine.sampling import SamplingParams
 from headrace.errors import HeadraceError
@@ -19,10 +20,6 @@ from headrace.errors import HeadraceError
 __all__ = ["AsyncLLM", "EngineStoppedError"]
 
 Deliver = Callable[[RequestOutput | BaseException], None]
-
-
-class EngineStoppedError(RuntimeError):
-    """The engine was shut down, or its thread failed: this request will bring nothing more."""
 
 
 class AsyncLLM:
@@ -37,7 +34,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | Callable[[], LLM], **options: Any) -> None:
         """`model` is a folder or hub id, or a function that makes an `LLM` (called on the engine's thread)."""
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._loop = EngineLoop()
         self._receivers: dict[str, Deliver] = {}
         self._stopped: BaseException | None = None
         ready: Future[LLM] = Future()
@@ -61,7 +58,7 @@ class AsyncLLM:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         chosen = params or SamplingParams(**self._llm.default_sampling_params())
-        self._do(lambda: self._add(name, deliver, prompt, chosen, request_id, priority))
+        self._loop.post(lambda: self._add(name, deliver, prompt, chosen, request_id, priority))
         own = None
         try:
             own = await asyncio.wrap_future(name)
@@ -83,11 +80,11 @@ class AsyncLLM:
 
     async def abort(self, request_id: str) -> None:
         """End a request: its stream gets one last output with finish_reason "abort"."""
-        self._do(lambda: self._abort(request_id))
+        self._loop.post(lambda: self._abort(request_id))
 
     def shutdown(self) -> None:
         """Stop the engine; requests that still run raise `EngineStoppedError`."""
-        self._commands.put(None)
+        self._loop.stop()
         self._thread.join()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -96,21 +93,16 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
-    def _do(self, command: Callable[[], None]) -> None:
-        if not self._thread.is_alive():
-            raise EngineStoppedError("the engine has been shut down") from self._stopped
-        self._commands.put(command)
-
     def _leave(self, name: str | Future[str]) -> None:
         """The caller is gone. It may have left before its request had even been added."""
         if isinstance(name, str):
-            self._commands.put(lambda: self._abort(name))
+            self._abort_later(name)
         else:
-            name.add_done_callback(
-                lambda f: None
-                if f.cancelled() or f.exception()
-                else self._commands.put(lambda: self._abort(f.result()))
-            )
+            name.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self._abort_later(f.result()))
+
+    def _abort_later(self, name: str) -> None:
+        with contextlib.suppress(EngineStoppedError):  # a stopped engine holds nothing
+            self._loop.post(lambda: self._abort(name))
 
     # What follows runs on the engine's thread.
 
@@ -123,31 +115,21 @@ class AsyncLLM:
         self._llm = llm
         ready.set_result(llm)
         try:
-            while self._obey(wait=not llm.frontend.has_work):
-                for group in llm.frontend.step():
-                    if group.name in self._receivers:
-                        self._receivers[group.name](group.snapshot())
-                        if group.output.finished:
-                            del self._receivers[group.name]
+            self._loop.run(lambda: llm.frontend.has_work, self._step)
             self._stopped = EngineStoppedError("the engine was shut down")
         except BaseException as error:
             self._stopped = error
         finally:
             for deliver in self._receivers.values():
                 deliver(self._stopped or EngineStoppedError())
-            self._obey(wait=False)
+            self._loop.close(self._stopped)
 
-    def _obey(self, wait: bool) -> bool:
-        """Run the waiting commands; returns False at shutdown."""
-        while True:
-            try:
-                command = self._commands.get(block=wait)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
-            wait = False
+    def _step(self) -> None:
+        for group in self._llm.frontend.step():
+            if group.name in self._receivers:
+                self._receivers[group.name](group.snapshot())
+                if group.output.finished:
+                    del self._receivers[group.name]
 
     def _add(
         self,

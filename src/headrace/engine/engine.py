@@ -40,6 +40,8 @@ class Engine(Generic[R]):
         self.depth = depth
         self._in_flight: deque[tuple[Plan, Any]] = deque()
         self._failure: BaseException | None = None
+        self.last_plan: Plan | None = None
+        """What the last step computed, for those who watch; None if it had nothing to do."""
 
     def step(self) -> list[RequestUpdate]:
         """Plan until `depth` steps are in flight, then wait for the oldest one and hand its tokens out.
@@ -63,9 +65,11 @@ class Engine(Generic[R]):
             if not plan.slices:
                 break
             self._in_flight.append((plan, self.runner.submit(plan)))
+        self.last_plan = None
         if not self._in_flight:
             return []
         plan, handle = self._in_flight.popleft()
+        self.last_plan = plan
         return self.scheduler.update(plan, self.runner.result(handle))
 
     @property

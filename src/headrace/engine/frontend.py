@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,9 @@ from headrace.engine.assemble import assemble, fingerprint
 from headrace.engine.beam import BeamSearch
 from headrace.engine.engine import Engine
 from headrace.engine.options import EngineOptions
-from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.engine.outputs import RequestOutput
 from headrace.engine.processor import Group
+from headrace.engine.records import plain_output, plain_prompt_logprobs, read_output, read_table
 from headrace.engine.request import Request, RequestUpdate
 from headrace.engine.runner import Runner
 from headrace.engine.sampling import SamplingParams
@@ -80,16 +80,16 @@ class Frontend:
         self._check(ids, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         first = Request(next(self._ids), ids, params, seed=seed, priority=priority, namespace=namespace)
+        numbers = [first.request_id, *(next(self._ids) for _ in range(1, params.n))]
         requests = [first]
         if not params.beam_width:
-            requests += [first.sibling(next(self._ids), i) for i in range(1, params.n)]
-        return self._enter(self._group(name, text, first, params.n), requests)
+            requests += [first.sibling(number, i) for i, number in enumerate(numbers) if i]
+        return self._enter(self._group(name, text, first, numbers), requests)
 
-    def _group(self, name: str | None, text: str | None, first: Request, count: int) -> Group:
+    def _group(self, name: str | None, text: str | None, first: Request, numbers: Sequence[int]) -> Group:
         name = name or f"request-{first.request_id}"
         if name in self._groups:
             raise RequestError(f"there is a request called {name!r} already")
-        numbers = range(first.request_id, first.request_id + count)
         return Group(name, text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
 
     def _enter(self, group: Group, requests: Sequence[Request]) -> str:
@@ -162,10 +162,10 @@ class Frontend:
             "name": name,
             "prompt": group.output.prompt,
             "fingerprint": self.fingerprint,
-            "prompt_logprobs": group.output.prompt_logprobs and [t and _plain(t) for t in group.output.prompt_logprobs],
+            "prompt_logprobs": plain_prompt_logprobs(group.output),
             "num_cached_tokens": group.output.num_cached_tokens,
             "choices": [
-                {"request": live.get(number), "output": _plain_output(choice.output)}
+                {"request": live.get(number), "output": plain_output(choice.output)}
                 for number, choice in group.choices.items()
             ],
         }
@@ -182,7 +182,7 @@ class Frontend:
             requests = {
                 n: Request.from_record(n, c["request"]) for n, c in zip(numbers, record["choices"]) if c["request"]
             }
-            outputs = [_read_output(c["output"]) for c in record["choices"]]
+            outputs = [read_output(c["output"]) for c in record["choices"]]
             first = next(iter(requests.values()))
             text, scores = record["prompt"], record["prompt_logprobs"]
             cached = int(record["num_cached_tokens"])
@@ -195,9 +195,13 @@ class Frontend:
             choice.restore(output)
         group.output.num_cached_tokens = cached
         if scores is not None:
-            group.output.prompt_logprobs = [t and _read_table(t) for t in scores]
+            group.output.prompt_logprobs = [t and read_table(t) for t in scores]
         entering = list(requests.values())
         return self._enter(group, entering[:1] if first.params.beam_width else entering)
+
+    def group(self, name: str) -> Group:
+        """An unfinished request by name, for those who watch it; KeyError if there is none."""
+        return self._groups[name]
 
     @property
     def has_work(self) -> bool:
@@ -228,22 +232,3 @@ class Frontend:
             for token in tokens:
                 if not 0 <= token < vocabulary:
                     raise RequestError(f"{field} has token id {token}, and the vocabulary ends at {vocabulary - 1}")
-
-
-def _plain(table: Mapping[int, Logprob]) -> list[list[Any]]:
-    return [[token, entry.logprob, entry.rank, entry.decoded_token] for token, entry in table.items()]
-
-
-def _read_table(rows: Sequence[Sequence[Any]]) -> dict[int, Logprob]:
-    return {int(token): Logprob(*rest) for token, *rest in rows}
-
-
-def _plain_output(output: CompletionOutput) -> dict[str, Any]:
-    return {**dataclasses.asdict(output), "logprobs": output.logprobs and [_plain(t) for t in output.logprobs]}
-
-
-def _read_output(data: Mapping[str, Any]) -> CompletionOutput:
-    output = CompletionOutput(**data)
-    if output.logprobs is not None:
-        output.logprobs = [_read_table(rows) for rows in data["logprobs"]]
-    return output

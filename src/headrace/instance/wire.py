@@ -10,13 +10,16 @@ from typing import Any
 import msgspec
 
 __all__ = [
-    "Abort", "Add", "ChoiceDelta", "Command", "Delta", "Embed", "Embedding", "Event", "Explanation", "Failed",
-    "Inspect", "Ready", "Refused", "Resume", "StepReport", "Stop", "TokenEntry", "Tree", "decode_command",
-    "decode_event", "encode",
+    "COMMANDS", "EVENTS", "Abort", "Accepted", "Add", "Batch", "ChoiceDelta", "Command", "Delta", "Embed",
+    "Embedding", "Event", "Explanation", "Failed", "Inspect", "News", "Progress", "Ready", "Refused", "Resume",
+    "StepReport", "Stop", "TokenEntry", "Tree", "decode_command", "decode_event", "encode",
 ]
 
+COMMANDS, EVENTS = "commands", "events"
+"""File names of the two sockets, in a directory that is the gateway's own."""
 
-class _Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+
+class _Message(msgspec.Struct, tag=True, omit_defaults=True):
     pass
 
 
@@ -26,7 +29,6 @@ class Add(_Message):
     """A new request. `params` are fields of `SamplingParams`, the seed always among them."""
 
     name: str
-    prompt: str | None
     prompt_token_ids: list[int]
     params: dict[str, Any]
     priority: int = 0
@@ -66,6 +68,12 @@ Command = Add | Resume | Abort | Embed | Inspect | Stop
 
 
 # ---- instance → gateway ----------------------------------------------------------------------------------------
+
+class Accepted(_Message):
+    """An `Add` or `Resume` was queued."""
+
+    name: str
+
 
 class TokenEntry(msgspec.Struct, array_like=True, frozen=True):
     """A token with its raw log-probability, its rank from 1 and its text."""
@@ -132,7 +140,11 @@ class Embedding(_Message):
 
 
 class StepReport(_Message):
-    """After every step, and after an abort: `SchedulerStats` as a dict, and the batch that ran."""
+    """After every step, and after an abort: `SchedulerStats` as a dict, and the batch that ran.
+
+    Counters begin at 0 in every new instance. `decode_tokens` are all that are no prompt's, so those that are
+    computed again after a preemption too. Seconds.
+    """
 
     stats: dict[str, Any]
     prefill_tokens: int = 0
@@ -145,6 +157,14 @@ class Tree(_Message):
 
     nodes: list[tuple[int, int, int, int, str]]
     complete: bool = True
+
+
+class Progress(_Message):
+    """Kernels are being compiled, or loaded from disk: `done` of `total`, and the one it is at."""
+
+    done: int
+    total: int
+    what: str
 
 
 class Ready(_Message):
@@ -169,7 +189,17 @@ class Failed(_Message):
     bad_input: bool = False
 
 
-Event = Ready | Delta | Refused | Embedding | StepReport | Tree | Failed
+News = Accepted | Delta | Refused | Embedding | StepReport | Tree
+"""What a step, or the commands before it, can bring."""
+
+
+class Batch(_Message):
+    """All news of one step in one message, so that 32 streams cost what one does. Never empty; the report is last."""
+
+    news: list[News]
+
+
+Event = Batch | Progress | Ready | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)

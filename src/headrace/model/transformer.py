@@ -87,10 +87,17 @@ class Transformer(nn.Module):
     def forward(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext,
                 rows_R: Tensor | None = None) -> Tensor:
         """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; none at all is allowed)."""
+        return self.head(*self._trunk(ids_T, positions_T, ctx), rows_R)
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
+        """What the head multiplies: the last norm's output [T, D] fp32 of every row."""
+        return self.norm(*self._trunk(ids_T, positions_T, ctx))[0]
+
+    def _trunk(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor | None]:
         x_TD, residual_TD = self.embed(ids_T), None
         for block in self.blocks:
             x_TD, residual_TD = block(x_TD, residual_TD, positions_T, ctx)
-        return self.head(x_TD, residual_TD, rows_R)
+        return x_TD, residual_TD
 
     def head(self, x_TD: Tensor, residual_TD: Tensor | None, rows_R: Tensor | None = None) -> Tensor:
         """The last blocks' (x, residual) → logits [R, V] fp32 of the rows `rows_R` (None: of all)."""

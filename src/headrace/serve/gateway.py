@@ -2,4 +2,437 @@
 
 It keeps the transcript of every request it has not finished, so that a new instance goes on from where the old one
 was. It lives on one event loop and knows nothing of HTTP.
+
+    start ──> ready ──(the instance dies)──> restarting ──> ready, each transcript sent again
+                └──> draining ──> stopped          └──> failed: every stream gets an error
 """
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from headrace.engine.options import EngineOptions
+from headrace.engine.outputs import RequestOutput
+from headrace.engine.sampling import SamplingParams
+from headrace.errors import HeadraceError, RequestError
+from headrace.instance.client import InstanceClient, InstanceDiedError
+from headrace.instance.wire import (
+    Abort,
+    Accepted,
+    Batch,
+    Command,
+    Delta,
+    Embed,
+    Embedding,
+    Explanation,
+    Inspect,
+    Ready,
+    Refused,
+    StepReport,
+    Tree,
+)
+from headrace.serve.errors import QueueFullError, UnavailableError
+from headrace.serve.stream import ReportFeed, Stream
+from headrace.serve.transcript import Transcript
+
+__all__ = ["Gateway", "GatewayObserver", "QueueFullError", "Stream", "UnavailableError"]
+
+BARREN_DROP, BARREN_GIVE_UP = 3, 6
+"""Lives in a row in which an instance served nothing: requests are dropped, since one of them may be what kills it;
+then the gateway gives up."""
+BACKOFF = 0.2
+LONG_LIFE = 60.0
+"""Seconds after which a life that served nothing was merely idle."""
+
+
+class GatewayObserver(Protocol):
+    """Told what happens, on the event loop: it must be quick. Seconds."""
+
+    def arrived(self, name: str, prompt_tokens: int) -> None:
+        """A request was taken in; it may be refused still."""
+
+    def first_token(self, name: str, seconds: float) -> None:
+        """The first token came, so long after the request."""
+
+    def token_gap(self, name: str, seconds: float) -> None:
+        """The next token came, so long after the one before."""
+
+    def finished(
+        self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None, seconds: float
+    ) -> None:
+        """It is over: "stop", "length", "abort" (no explanation), "error" (the same) or "refused" (the same)."""
+
+    def stepped(self, report: StepReport) -> None:
+        """The engine did a step."""
+
+    def restarted(self) -> None:
+        """A new instance has taken over."""
+
+
+class Gateway:
+    """One model, one instance, many requests."""
+
+    info: Ready
+    """Of the newest instance."""
+
+    def __init__(
+        self,
+        model: str,
+        options: dict[str, Any],
+        *,
+        max_queue: int,
+        restart: bool = True,
+        max_logprobs: int = 20,
+        observer: GatewayObserver | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        """`options` are fields of `EngineOptions`, as JSON has them; `ConfigError` if they cannot work.
+
+        `max_queue` counts sequences beyond the engine's `max_num_seqs`. `progress(done, total, kernel)` is called
+        while kernels are made ready.
+        """
+        self.max_num_seqs = EngineOptions(**options).max_num_seqs
+        self.max_queue = max_queue
+        self.observer = observer
+        self.report: StepReport | None = None
+        """The latest step's."""
+        self.restarts = 0
+        self._start = lambda: InstanceClient.start(model, options, progress)
+        self._restart = restart
+        self._max_logprobs = max_logprobs
+        self._state = "starting"
+        self._draining = False
+        self._client: InstanceClient | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._names = itertools.count(1)
+        self._streams: dict[str, Stream] = {}
+        self._embeds: dict[str, tuple[Embed, asyncio.Future[list[float]]]] = {}
+        self._trees: deque[asyncio.Future[Tree]] = deque()
+        self._feeds: set[ReportFeed] = set()
+        self._idle: asyncio.Event = asyncio.Event()
+        self._ends: deque[float] = deque([time.monotonic()], maxlen=33)
+        """When the latest requests ended."""
+        self._barren = 0
+
+    # ---- its own life
+
+    @property
+    def state(self) -> str:
+        """ "starting", "ready", "restarting", "draining", "failed" or "stopped"."""
+        return "draining" if self._draining and self._state in ("ready", "restarting") else self._state
+
+    async def start(self) -> None:
+        """Until the model is loaded. `HeadraceError` where the user is at fault, `InstanceDiedError` where not."""
+        try:
+            self._take_over(await self._start())
+        except BaseException:
+            self._state = "failed"
+            raise
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def drain(self, timeout: float) -> None:
+        """Take no new requests, give the running ones `timeout` seconds, then stop."""
+        self._draining = True
+        self._note_idle()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End the instance; requests that still run get an `UnavailableError`. May be called again."""
+        self._state = "stopped"
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+        self._fail_all("the server is stopping")
+        client, self._client = self._client, None
+        if client is not None:
+            await client.stop()
+        for feed in self._feeds:
+            feed.close()
+
+    # ---- what callers ask for
+
+    async def open(
+        self,
+        name: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        namespace: Sequence[str] = (),
+    ) -> Stream:
+        """Queue a request; returns when the instance has taken it. While an instance restarts, it waits for it.
+
+        Every request without a seed is given one. Raises `RequestError` where it can never be served,
+        `QueueFullError` where too many wait, `UnavailableError` where no instance is, or will be.
+        """
+        self._check(params)
+        self._make_room(max(params.n, params.beam_width))
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(63))
+        wire = str(next(self._names))
+        transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, namespace)
+        stream = Stream(transcript, self._leave)
+        self._streams[wire] = stream
+        if self.observer is not None:
+            self.observer.arrived(name, len(prompt_token_ids))
+        try:
+            self._send(transcript.command)
+            await stream.until_accepted()
+        except BaseException:
+            stream.abandon()
+            raise
+        return stream
+
+    async def embed(self, name: str, prompt_token_ids: list[int]) -> list[float]:
+        """The mean over a prompt's positions of the model's last hidden states. Raises what `open` raises."""
+        self._make_room(1)
+        wire = str(next(self._names))
+        embed = Embed(wire, prompt_token_ids)
+        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self._embeds[wire] = embed, answer
+        if self.observer is not None:
+            self.observer.arrived(name, len(prompt_token_ids))
+        try:
+            self._send(lambda _: embed)
+            return await answer
+        finally:
+            if self._embeds.pop(wire, None) is not None:
+                self._send(lambda _: Abort(wire))
+            self._note_idle()
+
+    async def inspect(self, max_nodes: int = 500) -> Tree:
+        """The radix tree of the prefix cache. `UnavailableError` where no instance is ready."""
+        if self._state != "ready":
+            raise UnavailableError(f"the engine is {self.state}")
+        answer: asyncio.Future[Tree] = asyncio.get_running_loop().create_future()
+        self._trees.append(answer)
+        self._send(lambda _: Inspect(max_nodes))
+        return await answer
+
+    async def reports(self) -> AsyncIterator[StepReport]:
+        """Step reports from now on, until the gateway stops; a slow reader misses some, and delays nobody."""
+        feed = ReportFeed()
+        self._feeds.add(feed)
+        try:
+            async for report in feed:
+                yield report
+        finally:
+            self._feeds.discard(feed)
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that run or wait."""
+        return sum(stream.transcript.seats for stream in self._streams.values()) + len(self._embeds)
+
+    def _check(self, params: SamplingParams) -> None:
+        for field in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, field)
+            if asked is not None and asked > self._max_logprobs:
+                raise RequestError(f"{field}={asked} is more than this server's limit of {self._max_logprobs}")
+
+    def _make_room(self, seats: int) -> None:
+        """Refuse what would wait too long. A request that is alone is never refused for its size."""
+        if self.state not in ("ready", "restarting"):
+            raise UnavailableError(f"the engine is {self.state}")
+        taken = self.unfinished
+        if taken and taken + seats > self.max_num_seqs + self.max_queue:
+            span = time.monotonic() - self._ends[0]
+            wait = math.ceil(span / len(self._ends))
+            raise QueueFullError(max(0, taken - self.max_num_seqs), min(max(wait, 1), 60))
+
+    def _send(self, command: Callable[[str], Command]) -> None:
+        """Send what `command(fingerprint)` gives. Where no instance is ready, the next one is sent it anyway."""
+        if self._state == "ready" and self._client is not None:
+            try:
+                self._client.send(command(self.info.fingerprint))
+            except (UnicodeError, OverflowError) as error:
+                raise RequestError(f"the request holds what cannot be sent: {error}") from None
+
+    def _leave(self, stream: Stream) -> None:
+        """Its caller is gone."""
+        if self._streams.pop(stream.transcript.wire_name, None) is not None:
+            self._send(lambda _: Abort(stream.transcript.wire_name))
+            stream.end()
+            self._note_end(stream, "abort")
+
+    # ---- what the instance says
+
+    def _hear(self, batch: Batch) -> None:
+        now = time.monotonic()
+        for news in batch.news:
+            if isinstance(news, Delta):
+                self._barren = 0
+                self._take(news, now)
+            elif isinstance(news, StepReport):
+                self._tell(news)
+            elif isinstance(news, Accepted):
+                if news.name in self._streams:
+                    self._streams[news.name].accept()
+            elif isinstance(news, Refused):
+                self._refuse(news)
+            elif isinstance(news, Embedding):
+                self._barren = 0
+                if news.name in self._embeds:
+                    _answer(self._embeds.pop(news.name)[1], news.vector)
+            else:
+                _answer(self._trees.popleft(), news)
+
+    def _take(self, delta: Delta, now: float) -> None:
+        stream = self._streams.get(delta.name)
+        if stream is None:  # its client left meanwhile
+            return
+        if delta.explanation is not None:
+            delta.explanation.resumes = stream.resumes
+        stream.take(delta)
+        if self.observer is not None and any(choice.token_ids for choice in delta.choices):
+            if stream.last_token is None:
+                self.observer.first_token(stream.name, now - stream.opened)
+            else:
+                self.observer.token_gap(stream.name, now - stream.last_token)
+            stream.last_token = now
+        if delta.finished:
+            del self._streams[delta.name]
+            self._note_end(stream, str(stream.output.outputs[0].finish_reason))
+
+    def _tell(self, report: StepReport) -> None:
+        self.report = report
+        if self.observer is not None:
+            self.observer.stepped(report)
+        for feed in self._feeds:
+            feed.push(report)
+
+    def _refuse(self, refused: Refused) -> None:
+        stream = self._streams.pop(refused.name, None)
+        if stream is not None:
+            stream.fail(RequestError(refused.message))
+            self._note_end(stream, "refused")
+        elif refused.name in self._embeds:
+            answer = self._embeds.pop(refused.name)[1]
+            if not answer.done():
+                answer.set_exception(RequestError(refused.message))
+
+    def _note_end(self, stream: Stream, reason: str) -> None:
+        now = time.monotonic()
+        self._ends.append(now)
+        if self.observer is not None:
+            seconds = now - stream.opened
+            self.observer.finished(stream.name, reason, stream.output, stream.explanation, seconds)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if self._streams or self._embeds:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    # ---- death and what follows
+
+    async def _supervise(self) -> None:
+        """Hear the instance; when it dies, start another. Ends when none will come."""
+        try:
+            while self._client is not None:
+                began = time.monotonic()
+                why = await self._listen(self._client)
+                await self._client.kill()
+                self._client = None
+                self._bury(why, time.monotonic() - began)
+                if self._state == "restarting":
+                    await self._revive()
+        except Exception as error:
+            self._give_up(f"the gateway failed: {error!r}")
+            raise
+
+    async def _listen(self, client: InstanceClient) -> str:
+        try:
+            async for batch in client.batches():
+                self._hear(batch)
+        except InstanceDiedError as error:
+            return f"the engine failed: {error}"
+        return "the engine's process died"
+
+    def _bury(self, why: str, lived: float) -> None:
+        """An instance is gone: decide what becomes of those who wait for it."""
+        self._barren = 0 if lived > LONG_LIFE else self._barren + 1
+        for tree in self._trees:
+            if not tree.done():
+                tree.set_exception(UnavailableError(why))
+        self._trees.clear()
+        if not self._restart:
+            self._give_up(why)
+        elif self._barren >= BARREN_GIVE_UP:
+            self._give_up(f"{why}, {self._barren} times in a row")
+        else:
+            print(f"headrace: {why}; starting another", file=sys.stderr)
+            self._state = "restarting"
+            if self._barren >= BARREN_DROP:
+                self._fail_all(f"{why} {self._barren} times in a row")
+
+    async def _revive(self) -> None:
+        while self._state == "restarting":
+            if self._barren > 1:
+                await asyncio.sleep(BACKOFF * 2**self._barren)
+            began = time.monotonic()
+            try:
+                client = await self._start()
+            except HeadraceError as error:
+                self._give_up(f"the engine cannot start again: {error}")
+            except (InstanceDiedError, OSError) as error:
+                self._bury(str(error), time.monotonic() - began)
+            else:
+                self._resume(client)
+
+    def _take_over(self, client: InstanceClient) -> None:
+        self._client, self.info, self._state = client, client.ready, "ready"
+
+    def _resume(self, client: InstanceClient) -> None:
+        """Send every unfinished request to a new instance, in the order they came."""
+        before = self.info.fingerprint
+        self._take_over(client)
+        self.restarts += 1
+        if before != self.info.fingerprint:
+            self._fail_all(f"the new engine is {self.info.fingerprint}, not {before}: its tokens could differ")
+        for stream in self._streams.values():
+            stream.resumes += stream.accepted
+            self._send(stream.transcript.command)
+        for embed, _ in self._embeds.values():
+            client.send(embed)
+        if self.observer is not None:
+            self.observer.restarted()
+
+    def _give_up(self, why: str) -> None:
+        print(f"headrace: {why}; no other is started", file=sys.stderr)
+        self._state = "failed"
+        self._fail_all(why)
+
+    def _fail_all(self, why: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(UnavailableError(why))
+            self._note_end(stream, "error")
+        answers: list[asyncio.Future[Any]] = [*(answer for _, answer in self._embeds.values()), *self._trees]
+        self._embeds.clear()
+        self._trees.clear()
+        for answer in answers:
+            if not answer.done():
+                answer.set_exception(UnavailableError(why))
+        self._note_idle()
+
+
+def _answer(future: asyncio.Future[Any], value: object) -> None:
+    """Give an answer to whoever still waits for it."""
+    if not future.done():
+        future.set_result(value)

@@ -1,0 +1,155 @@
+"""`InstanceClient`: starts an instance's process, sends it commands, gives its events, and notices its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from headrace.errors import HeadraceError
+from headrace.instance.wire import (
+    COMMANDS,
+    EVENTS,
+    Batch,
+    Command,
+    Event,
+    Failed,
+    Progress,
+    Ready,
+    Stop,
+    decode_event,
+    encode,
+)
+
+__all__ = ["InstanceClient", "InstanceDiedError"]
+
+_END = b""
+"""What the client tells itself when the process is over."""
+
+
+class InstanceDiedError(RuntimeError):
+    """The process ended, or failed, for a reason that is not the user's input."""
+
+
+class InstanceClient:
+    """One instance process, from `start` to its end; a new one takes a new client.
+
+    It belongs to one event loop. Its standard error is this process's.
+    """
+
+    ready: Ready
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """For `start`."""
+        self._process = process
+        self._folder = folder
+        self._context = context
+        self._events = zmq.asyncio.Socket(context, zmq.PULL)
+        self._events.bind(f"ipc://{folder / EVENTS}")
+        self._events.bind("inproc://end")
+        self._commands = context.socket(zmq.PUSH)
+        self._commands.setsockopt(zmq.SNDHWM, 0)
+        self._commands.setsockopt(zmq.LINGER, 0)
+        self._watch = asyncio.create_task(self._wait())
+        self._closed = False
+
+    @classmethod
+    async def start(
+        cls, model: str, options: dict[str, Any], progress: Callable[[int, int, str], None] | None = None
+    ) -> InstanceClient:
+        """Spawn a process and wait until its model is loaded and its kernels are warm.
+
+        `options` are fields of `EngineOptions`, as JSON has them. Raises `HeadraceError` where they or the model are
+        at fault, and `InstanceDiedError` if the process ends for another reason.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="headrace-"))
+        began = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "headrace.instance", stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        client = cls(process, folder, zmq.Context())
+        try:
+            said = {"model": model, "options": options, "folder": str(folder), "began": began}
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(said).encode() + b"\n")
+            await client._until_ready(progress)
+        except BaseException:
+            await client.kill()
+            raise
+        return client
+
+    async def _until_ready(self, progress: Callable[[int, int, str], None] | None) -> None:
+        async for event in self._receive():
+            if isinstance(event, Ready):
+                self.ready = event
+                self._commands.connect(f"ipc://{self._folder / COMMANDS}")
+                return
+            if isinstance(event, Failed):
+                raise HeadraceError(event.message) if event.bad_input else InstanceDiedError(event.message)
+            if isinstance(event, Progress) and progress is not None:
+                progress(event.done, event.total, event.what)
+        raise InstanceDiedError(f"the engine's process ended with status {self._process.returncode} while it started")
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def send(self, command: Command) -> None:
+        """Queue a command; it never blocks. A dead process reads nothing. UnicodeError, OverflowError: unsendable."""
+        data = encode(command)
+        if not self._closed:
+            self._commands.send(data, zmq.NOBLOCK)
+
+    async def batches(self) -> AsyncIterator[Batch]:
+        """News as they come, until the process is over; InstanceDiedError where it says why."""
+        async for event in self._receive():
+            if isinstance(event, Batch):
+                yield event
+            elif isinstance(event, Failed):
+                raise InstanceDiedError(event.message)
+
+    async def stop(self, timeout: float = 5.0) -> None:
+        """End the process after its step, by force if that takes longer than `timeout` seconds."""
+        self.send(Stop())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._watch), timeout)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process at once and give back what it held. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._process.returncode is None:
+            self._process.kill()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        await asyncio.shield(self._watch)
+        self._commands.close()
+        self._events.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _wait(self) -> None:
+        await self._process.wait()
+        with self._context.socket(zmq.PUSH) as bell:
+            bell.connect("inproc://end")
+            bell.send(_END)
+
+    async def _receive(self) -> AsyncIterator[Event]:
+        while True:
+            data = await self._events.recv()
+            if data == _END:
+                return
+            yield decode_event(data)

@@ -1,0 +1,212 @@
+"""`Instance`: one engine that obeys a gateway's messages. No sockets here: see `process.py`.
+
+    commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one Batch of news a step
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+
+from headrace.attention.context import packed_positions
+from headrace.attention.dense import DenseContext
+from headrace.engine.llm import LLM
+from headrace.engine.loop import EngineLoop
+from headrace.engine.sampling import SamplingParams
+from headrace.engine.stats import SchedulerStats
+from headrace.errors import RequestError
+from headrace.instance.deltas import Sent
+from headrace.instance.explain import Explainer
+from headrace.instance.wire import (
+    Abort,
+    Accepted,
+    Add,
+    Batch,
+    Command,
+    Embed,
+    Embedding,
+    Inspect,
+    News,
+    Ready,
+    Refused,
+    Resume,
+    StepReport,
+    Stop,
+    Tree,
+)
+
+__all__ = ["Instance"]
+
+EDGE_TOKENS = 8
+"""Tokens of a radix tree's edge that are shown as text."""
+_STATS = [f.name for f in fields(SchedulerStats) if f.name != "finished"]
+_PARAMS = {"prompt", *(f.name for f in fields(SamplingParams))}
+
+
+class Instance:
+    """Everything but the transport. The thread that calls `run` owns the engine; `post` is for any thread."""
+
+    def __init__(self, llm: LLM, send: Callable[[Batch], None]) -> None:
+        """`send` takes the news of a step; it is called on the engine's thread and may block."""
+        self._llm = llm
+        self._frontend = llm.frontend
+        self._scheduler = llm.frontend.engine.scheduler
+        self._send = send
+        self._loop = EngineLoop()
+        self._explainer = Explainer(self._scheduler)
+        self._sent: dict[str, Sent] = {}
+        self._embeds: dict[str, list[int]] = {}
+        self._news: list[News] = []
+        self._changed = False
+        """Whether something ended since the last report."""
+
+    def ready(self, startup_seconds: float) -> Ready:
+        """What a gateway wants to know of this engine."""
+        scheduler = self._scheduler
+        return Ready(
+            pid=os.getpid(),
+            fingerprint=self._frontend.fingerprint,
+            max_model_len=scheduler.max_model_len,
+            vocab_size=self._frontend.model_config.vocab_size,
+            kv_tokens=scheduler.capacity,
+            kv_blocks=scheduler.cache.pool.num_usable,
+            block_size=scheduler.cache.block_size,
+            default_sampling_params=self._llm.default_sampling_params(),
+            startup_seconds=startup_seconds,
+            hidden_size=self._frontend.model_config.hidden_size,
+        )
+
+    def post(self, command: Command) -> None:
+        """Have a command obeyed before the next step, in the order of the calls."""
+        if isinstance(command, Stop):
+            self._loop.stop()
+        else:
+            self._loop.post(lambda: self._obey(command))
+
+    def run(self) -> None:
+        """Until a `Stop`; raises what a step raises."""
+        self._loop.run(self._busy, self._step)
+
+    def _busy(self) -> bool:
+        return bool(self._embeds) or self._frontend.has_work
+
+    def _step(self) -> None:
+        """One step of the engine, one embedding, and the news of both as one message."""
+        report: StepReport | None = None
+        if self._frontend.has_work:
+            began = time.monotonic()
+            groups = self._frontend.step()
+            plan = self._frontend.engine.last_plan
+            prompts, others = (0, 0) if plan is None else self._explainer.observe(plan, began)
+            for group in groups:
+                delta = self._sent[group.name].news(group)
+                if delta is None:
+                    continue
+                if delta.finished:
+                    del self._sent[group.name]
+                    delta.explanation = self._explainer.finish(group.name, delta.num_cached_tokens)
+                self._news.append(delta)
+            report = self._report(prompts, others, time.monotonic() - began)
+        elif self._changed:
+            report = self._report()
+        self._changed = False
+        if self._embeds:
+            name = next(iter(self._embeds))
+            self._embed(name, self._embeds.pop(name))
+        if report is not None:
+            self._news.append(report)
+        if self._news:
+            news, self._news = self._news, []
+            self._send(Batch(news))
+
+    def _report(self, prefill_tokens: int = 0, decode_tokens: int = 0, seconds: float = 0.0) -> StepReport:
+        stats = self._scheduler.stats
+        values = {name: getattr(stats, name) for name in _STATS} | {"finished": stats.finished}
+        return StepReport(values, prefill_tokens, decode_tokens, seconds)
+
+    # ---- commands
+
+    def _obey(self, command: Command) -> None:
+        try:
+            if isinstance(command, Add):
+                self._add(command)
+            elif isinstance(command, Resume):
+                self._resume(command)
+            elif isinstance(command, Abort):
+                self._abort(command.name)
+            elif isinstance(command, Embed):
+                self._check_embed(command)
+                self._embeds[command.name] = command.prompt_token_ids
+            elif isinstance(command, Inspect):
+                self._news.append(self._tree(command.max_nodes))
+        except RequestError as error:
+            name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
+            self._news.append(Refused(name, str(error), _parameter(str(error))))
+
+    def _add(self, add: Add) -> None:
+        params = SamplingParams(**add.params)
+        name = self._frontend.add(add.prompt_token_ids, params, add.name, add.priority, tuple(add.namespace))
+        self._enter(name, Sent.nothing(params.n))
+
+    def _resume(self, resume: Resume) -> None:
+        self._enter(self._frontend.resume(resume.record), Sent.of_record(resume.record))
+
+    def _enter(self, name: str, sent: Sent) -> None:
+        self._sent[name] = sent
+        self._explainer.arrived(name, self._frontend.group(name).choices)
+        self._news.append(Accepted(name))
+
+    def _abort(self, name: str) -> None:
+        self._embeds.pop(name, None)
+        output = self._frontend.abort(name)
+        if output is not None:
+            del self._sent[name]
+            self._explainer.finish(name, output.num_cached_tokens)
+            self._changed = True
+
+    def _check_embed(self, embed: Embed) -> None:
+        count, limit, vocabulary = len(embed.prompt_token_ids), self._scheduler.max_model_len, self.vocab_size
+        if not count:
+            raise RequestError("the prompt has no tokens: there is nothing to embed")
+        if count > limit:
+            raise RequestError(f"the prompt of {count} tokens is longer than the context of {limit}: shorten it")
+        for token in embed.prompt_token_ids:
+            if not 0 <= token < vocabulary:
+                raise RequestError(f"prompt has token id {token}, and the vocabulary ends at {vocabulary - 1}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self._frontend.model_config.vocab_size
+
+    @torch.no_grad()
+    def _embed(self, name: str, ids: list[int]) -> None:
+        """The mean over positions of the last norm's output, which is what the head reads: fp32 [D]."""
+        model, ops = self._frontend.engine.runner.model, self._frontend.engine.runner.ops
+        dtype = self._frontend.engine.runner.store.blocks.dtype
+        ctx = DenseContext(ops, model.config, [len(ids)], dtype)
+        positions_T = packed_positions([len(ids)], ops.device)
+        hidden_TD = model.hidden(torch.tensor(ids, device=ops.device), positions_T, ctx)
+        self._news.append(Embedding(name, hidden_TD.mean(dim=0).tolist()))
+
+    def _tree(self, max_nodes: int) -> Tree:
+        """A block's number serves as its node's id. Parents stand before their children."""
+        cache, tokenizer = self._scheduler.cache, self._llm.tokenizer
+        rows: list[tuple[int, int, int, int, str]] = []
+        for node in cache.tree.nodes():
+            if len(rows) == max_nodes:
+                return Tree(rows, complete=False)
+            parent = -1 if node.parent is None or node.parent.parent is None else node.parent.block
+            text = tokenizer.decode(node.key[:EDGE_TOKENS], skip_special_tokens=False)
+            rows.append((node.block, parent, len(node.key), node.locks, text))
+        return Tree(rows)
+
+
+def _parameter(message: str) -> str | None:
+    """The request's field that a refusal names first, if it does."""
+    return next((word for word in re.findall(r"\w+", message) if word in _PARAMS), None)
