@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
-from headrace.cli import main
+from headrace.cli import demo, main
+from headrace.errors import ConfigError
 
 
 def run(capsys, *argv):
@@ -218,6 +220,54 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     (tmp_path / "runs/demo/summary.json").unlink()
     code, out, _ = run(capsys, "demo")
     assert code == 0 and "--once trains anew" in out and "Training" not in out
+
+
+def files(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("error", "expected"), [(KeyboardInterrupt, 130), (ConfigError("diverged"), 2)])
+def test_demo_keeps_the_old_model_until_a_new_one_is_there(
+    capsys, tmp_path, monkeypatch, tinyworld_checkpoint, error, expected
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tinyworld_checkpoint, tmp_path / "runs/demo/hf")
+    (tmp_path / "runs/demo/summary.json").write_text("{}")
+    before = files(tmp_path)
+    seen = []
+
+    def stopped(self, record):
+        seen.append(files(tmp_path / "runs/demo"))
+        raise error
+
+    monkeypatch.setattr("headrace.cli.demo.TrainingView.step", stopped)
+    code, _, _ = run(capsys, "demo", "--once", "--set", "train.batch_size=1")
+    assert code == expected and len(seen) == 1
+    assert files(tmp_path) == before and seen[0] == files(tmp_path / "runs/demo")
+
+
+def test_demo_swaps_whole_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "demo.new", "demo.old"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "whose").write_text(name)
+    demo._swap()
+    assert files(tmp_path / "runs") == {"demo/whose": b"demo.new"}
+
+
+@pytest.mark.parametrize("summary", [b"{", b"\xff", b"[1]", b""])
+def test_demo_goes_on_after_a_death_and_a_broken_summary(capsys, tmp_path, monkeypatch, tinyworld_checkpoint, summary):
+    """Killed between the two halves of the swap: what there was is in runs/demo.old."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tinyworld_checkpoint, tmp_path / "runs/demo.old/hf")
+    (tmp_path / "runs/demo.old/summary.json").write_bytes(summary)
+    for part in ("_exam", "_same_bits", "_cache", "_reply"):
+        monkeypatch.setattr(demo, part, lambda _, name=part: 1.0 if name == "_exam" else {name: 1})
+    code, out, _ = run(capsys, "demo")
+    assert code == 0 and "using the model in runs/demo/hf" in out
+    assert "runs/demo/summary.json cannot be read: going on without" in out
+    written = json.loads((tmp_path / "runs/demo/summary.json").read_text())
+    assert written["accuracy"] == 1.0 and not (tmp_path / "runs/demo.old").exists()
 
 
 def test_ctrl_c_is_clean(capsys, monkeypatch, tinyworld_checkpoint):

@@ -17,6 +17,10 @@ from headrace.errors import ConfigError
 __all__ = ["add"]
 
 OUT = Path("runs/demo")
+NEW = Path("runs/demo.new")
+"""Where training writes, until it is done."""
+OLD = Path("runs/demo.old")
+"""What stood in `OUT`, while `NEW` takes its place."""
 SAMPLE_SECONDS = 15.0
 EXAM_QUESTIONS = 200
 REPLY_TOKENS = 48
@@ -37,6 +41,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """The whole demonstration; `runs/demo/summary.json` has its figures."""
+    _recover()
     trained = {} if _keep(arguments) else _train(arguments.overrides)
     from headrace.engine.llm import LLM
 
@@ -55,6 +60,21 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
+def _recover() -> None:
+    """Put back what a run that died between the two halves of `_swap` had moved away."""
+    if OLD.is_dir() and not OUT.exists():
+        OLD.rename(OUT)
+
+
+def _swap() -> None:
+    """Give `NEW` the place of `OUT`. Killed anywhere, it leaves a whole model in `OUT`, or in `OLD`."""
+    shutil.rmtree(OLD, ignore_errors=True)
+    if OUT.exists():
+        OUT.rename(OLD)
+    NEW.rename(OUT)
+    shutil.rmtree(OLD, ignore_errors=True)
+
+
 def _keep(arguments: argparse.Namespace) -> bool:
     """Whether to use what an earlier run has left."""
     if arguments.once or not (OUT / "hf" / "config.json").is_file():
@@ -67,7 +87,16 @@ def _keep(arguments: argparse.Namespace) -> bool:
 
 def _earlier() -> dict[str, Any]:
     file = OUT / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        summary = json.loads(file.read_text())
+    except (OSError, ValueError):
+        summary = None
+    if not isinstance(summary, dict):
+        print(f"{file} cannot be read: going on without the figures of the training")
+        return {}
+    return summary
 
 
 def _recipe() -> Path:
@@ -79,22 +108,24 @@ def _recipe() -> Path:
 
 
 def _train(overrides: list[str]) -> dict[str, Any]:
+    """Train aside, then replace `OUT`: a run that fails or is stopped leaves what was there."""
     from headrace.train.config import load_recipe
-    from headrace.train.trainer import train
 
     recipe = load_recipe(_recipe(), ["train.sample_every=5", *overrides])
     ops = kernels(recipe.train.kernels)
-    shutil.rmtree(OUT, ignore_errors=True)
     print("Training on tinyworld: stories of a made-up small world, questions about them, sums, lists as JSON.")
+    shutil.rmtree(NEW, ignore_errors=True)
     began = time.perf_counter()
-    from headrace.train import tinyworld
-
-    with TrainingView(recipe.train.steps, ops, tinyworld.prompts(1)[0], SAMPLE_SECONDS) as view:
-        result = train(recipe, OUT, view.step, view.sample, ops=ops)
+    try:
+        result = _fit(recipe, ops)
+    except BaseException:
+        shutil.rmtree(NEW, ignore_errors=True)
+        raise
     seconds = time.perf_counter() - began
+    _swap()
     print(
         f"trained in {seconds:.0f} s: loss {result.first_loss:.3f} → {result.final_loss:.3f}, "
-        f"on held-out texts {result.validation_loss:.3f}. Wrote {result.checkpoint}"
+        f"on held-out texts {result.validation_loss:.3f}. Wrote {OUT / 'hf'}"
     )
     return {
         "train_seconds": seconds,
@@ -102,6 +133,14 @@ def _train(overrides: list[str]) -> dict[str, Any]:
         "final_loss": result.final_loss,
         "validation_loss": result.validation_loss,
     }
+
+
+def _fit(recipe: Any, ops: Any) -> Any:
+    from headrace.train import tinyworld
+    from headrace.train.trainer import train
+
+    with TrainingView(recipe.train.steps, ops, tinyworld.prompts(1)[0], SAMPLE_SECONDS) as view:
+        return train(recipe, NEW, view.step, view.sample, ops=ops)
 
 
 def _exam(llm: Any) -> float:
