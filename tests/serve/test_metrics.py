@@ -119,29 +119,35 @@ def test_a_report_without_tokens_is_no_step(metrics):
 
 
 def test_a_request_is_measured_part_by_part(metrics):
-    metrics.arrived("a", 4)
-    assert value(metrics, "vllm:prompt_tokens_total") == 0
     metrics.first_token("a", 0.003)
     metrics.token_gap("a", 0.02)
     output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6])])
     metrics.finished("a", "length", output,
                      Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0)
-    assert value(metrics, "vllm:prompt_tokens_total") == 4
     assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.003
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 1
     sums = [value(metrics, f"vllm:request_{k}_time_seconds_sum") for k in ("queue", "prefill", "decode", "inference")]
     assert sums == [1.0, 2.0, 4.0, 6.0]
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 8
     assert value(metrics, "vllm:request_generation_tokens_sum") == 2
+    assert value(metrics, "vllm:request_prompt_tokens_sum") == 4
     assert value(metrics, "vllm:request_success_total", finished_reason="length") == 1
     assert value(metrics, "headrace:resumed_requests_total") == 2
 
 
-def test_a_request_that_never_had_a_token_brought_no_prompt_tokens(metrics):
+def test_a_refused_request_is_no_success_and_has_no_latency(metrics):
     metrics.arrived("a", 4)
+    metrics.finished("a", "refused", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
+    assert value(metrics, "headrace:requests_total") == 1
+    assert value(metrics, "headrace:refused_requests_total") == 1
+    assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 0
+    assert {s.value for s in families(metrics)["vllm:request_success"].samples if s.name.endswith("_total")} == {0}
+
+
+def test_a_request_that_was_aborted_has_a_latency_and_no_parts(metrics):
     metrics.finished("a", "abort", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
-    metrics.first_token("a", 0.1)
-    assert value(metrics, "vllm:prompt_tokens_total") == 0
+    assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
+    assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 0.5
     assert value(metrics, "vllm:request_queue_time_seconds_count") == 0
 
 

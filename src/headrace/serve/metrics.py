@@ -36,6 +36,7 @@ ENGINE_COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
     "vllm:num_preemptions": ("preemptions", "Times a running request gave way and was computed again later."),
+    "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices, those that the cache had included."),
     "vllm:generation_tokens": ("generated_tokens", "Tokens generated, those of clients that left included."),
     "headrace:steps": ("steps", "Steps of the engine."),
     "headrace:swapped_blocks": ("swapped_blocks", "KV blocks moved to the host and back."),
@@ -61,16 +62,14 @@ REQUEST_TIMES = {
 class Metrics:
     """Implements the gateway's observer. `render` may be called at any time; counters never go back.
 
-    `finished_reason` of `vllm:request_success` is stop, length, abort or error, one a request. Prompt tokens count
-    once a request, with its first token, however often a new instance computes them again.
+    `finished_reason` of `vllm:request_success` is stop, length, abort or error, one a request. What the engine counts
+    is per choice, and once more for what a new instance computes again.
     """
 
     def __init__(self, model_name: str, engine: str = "0") -> None:
         self.registry = CollectorRegistry()
         self._values = (model_name, engine)
         self._seen: dict[str, float] = {}
-        self._unread: dict[str, int] = {}
-        """Prompt tokens of requests that have no token yet."""
         self._blocks = 0
         self._sizes: tuple[Histogram, Histogram] | None = None
         self._make_engine()
@@ -92,13 +91,12 @@ class Metrics:
             )
 
     def arrived(self, name: str, prompt_tokens: int) -> None:
-        """A request was accepted."""
-        self._unread[name] = prompt_tokens
+        """A request came, of either kind: for tokens, or for an embedding."""
+        self._requests.inc()
 
     def first_token(self, name: str, seconds: float) -> None:
         """The request's first token came so long after it arrived at the gateway."""
         self._first_token.observe(seconds)
-        self._prompt_tokens.inc(self._unread.pop(name, 0))
 
     def token_gap(self, name: str, seconds: float) -> None:
         """A further token came so long after the one before."""
@@ -107,7 +105,9 @@ class Metrics:
     def finished(self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None,
                  seconds_total: float) -> None:
         """A request is over. Without an explanation (an abort, an error) there are no times of its parts."""
-        self._unread.pop(name, None)
+        if reason == "refused":
+            self._refused.inc()
+            return
         self._success.labels(*self._values, reason).inc()
         self._total.observe(seconds_total)
         if self._sizes is not None:
@@ -141,7 +141,7 @@ class Metrics:
             self._step_time.observe(report.step_time)
 
     def restarted(self) -> None:
-        """The instance is gone; a new one counts from 0, and nothing runs until it says so."""
+        """A new instance has taken over: it counts from 0, and nothing runs in it yet."""
         self._seen.clear()
         self._restarts.inc()
         for gauge in (self._running, self._waiting, self._usage, self._waste, self._held_blocks, self._cached_blocks):
@@ -203,7 +203,8 @@ class Metrics:
 
     def _make_requests(self) -> None:
         """What is measured at the gateway, request by request."""
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that have a token.")
+        self._requests = self._counter("headrace:requests", "Requests that came, embeddings included.")
+        self._refused = self._counter("headrace:refused_requests", "Requests that the engine could never serve.")
         self._success = Counter("vllm:request_success", "Requests that ended, by reason.",
                                 (*LABELS, "finished_reason"), registry=self.registry)
         for reason in REASONS:
