@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test matrix check format clean
+.PHONY: demo test soak matrix check format clean
 
 # TORCH_INDEX_URL, where set, is the index that PyTorch's install page names for this machine.
 $(VENV)/.installed: pyproject.toml requirements.txt
@@ -18,7 +18,10 @@ demo: $(VENV)/.installed
 	$(BIN)/headrace demo $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not matrix" $(ARGS)
+	$(BIN)/python -m pytest -m "not matrix and not soak" $(ARGS)
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 # Every cell of the invariance matrix takes hours. MATRIX_SAMPLE=k runs k of them at random, always the same ones;
 # MATRIX_SHARD=i/n the i-th of n parts (of the sample, where there is one), for n machines or nights.

@@ -171,6 +171,7 @@ class BeamSearch:
         child = Request(self._new_id(), parent.prompt_token_ids, self._params, seed=parent.seed,
                         choice=parent.choice, priority=parent.priority, group_id=parent.group_id,
                         namespace=parent.namespace, output_token_ids=parent.output_token_ids)
+        child.num_scored = parent.num_scored
         self._scheduler.fork(parent.request_id, child)
         child.top = self._top
         return child

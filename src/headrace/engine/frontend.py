@@ -157,7 +157,8 @@ class Frontend:
             number: r.resume_record() for number, r in self.engine.scheduler.requests.items() if number in group.choices
         }
         if name in self._origins:
-            live = dict.fromkeys(group.choices, self._origins[name])
+            scored = max(0, len(group.output.prompt_logprobs or ()) - 1)
+            live = {number: {**self._origins[name], "num_scored": scored} for number in group.choices}
         return {
             "name": name,
             "prompt": group.output.prompt,

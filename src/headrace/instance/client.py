@@ -49,19 +49,19 @@ class InstanceClient:
 
     ready: Ready
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         """For `start`."""
         self._process = process
-        self._folder = folder
-        self._context = context
-        self._events = zmq.asyncio.Socket(context, zmq.PULL)
-        self._events.bind(f"ipc://{folder / EVENTS}")
+        self._folder = Path(tempfile.mkdtemp(prefix="headrace-"))
+        self._context = zmq.Context()
+        self._events = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self._events.bind(f"ipc://{self._folder / EVENTS}")
         self._events.bind("inproc://end")
-        self._commands = context.socket(zmq.PUSH)
+        self._commands = self._context.socket(zmq.PUSH)
         self._commands.setsockopt(zmq.SNDHWM, 0)
         self._commands.setsockopt(zmq.LINGER, 0)
         self._watch = asyncio.create_task(self._wait())
-        self._closed = False
+        self._ending: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -72,14 +72,13 @@ class InstanceClient:
         `options` are fields of `EngineOptions`, as JSON has them. Raises `HeadraceError` where they or the model are
         at fault, and `InstanceDiedError` if the process ends for another reason.
         """
-        folder = Path(tempfile.mkdtemp(prefix="headrace-"))
         began = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "headrace.instance", stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
-        client = cls(process, folder, zmq.Context())
+        client = cls(process)
         try:
-            said = {"model": model, "options": options, "folder": str(folder), "began": began}
+            said = {"model": model, "options": options, "folder": str(client._folder), "began": began}
             assert process.stdin is not None
             process.stdin.write(json.dumps(said).encode() + b"\n")
             await client._until_ready(progress)
@@ -108,7 +107,7 @@ class InstanceClient:
     def send(self, command: Command) -> None:
         """Queue a command; it never blocks. A dead process reads nothing. UnicodeError, OverflowError: unsendable."""
         data = encode(command)
-        if not self._closed:
+        if self._ending is None:
             self._commands.send(data, zmq.NOBLOCK)
 
     async def batches(self) -> AsyncIterator[Batch]:
@@ -128,14 +127,17 @@ class InstanceClient:
 
     async def kill(self) -> None:
         """End the process at once and give back what it held. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
         if self._process.returncode is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        await asyncio.shield(self._watch)
+        await self._watch
         self._commands.close()
         self._events.close(linger=0)
         self._context.term()

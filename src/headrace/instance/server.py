@@ -192,7 +192,7 @@ class Instance:
         ctx = DenseContext(ops, model.config, [len(ids)], dtype)
         positions_T = packed_positions([len(ids)], ops.device)
         hidden_TD = model.hidden(torch.tensor(ids, device=ops.device), positions_T, ctx)
-        self._news.append(Embedding(name, hidden_TD.mean(dim=0).tolist()))
+        self._news.append(Embedding(name, hidden_TD.double().mean(dim=0).float().tolist()))
 
     def _tree(self, max_nodes: int) -> Tree:
         """A block's number serves as its node's id. Parents stand before their children."""

@@ -97,7 +97,10 @@ class ChoiceDelta(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Explanation(_Message):
-    """Why a request took the time it took: seconds by a monotonic clock, tokens and counts."""
+    """Why a request took the time it took: seconds by a monotonic clock, tokens and counts.
+
+    Of a request that went on in another instance, all but `resumes` is of the last one.
+    """
 
     queue_time: float = 0.0
     prefill_time: float = 0.0

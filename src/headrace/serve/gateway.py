@@ -21,26 +21,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from headrace.config import require
 from headrace.engine.options import EngineOptions
 from headrace.engine.outputs import RequestOutput
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.sampling import MAX_LOGPROBS, SamplingParams
 from headrace.errors import HeadraceError, RequestError
 from headrace.instance.client import InstanceClient, InstanceDiedError
-from headrace.instance.wire import (
-    Abort,
-    Accepted,
-    Batch,
-    Command,
-    Delta,
-    Embed,
-    Embedding,
-    Explanation,
-    Inspect,
-    Ready,
-    Refused,
-    StepReport,
-    Tree,
-)
+from headrace.instance.wire import Abort, Accepted, Batch, Command, Delta, Embed, Embedding
+from headrace.instance.wire import Explanation, Inspect, Ready, Refused, StepReport, Tree, encode
 from headrace.serve.errors import QueueFullError, UnavailableError
 from headrace.serve.stream import ReportFeed, Stream
 from headrace.serve.transcript import Transcript
@@ -101,6 +89,8 @@ class Gateway:
         `max_queue` counts sequences beyond the engine's `max_num_seqs`. `progress(done, total, kernel)` is called
         while kernels are made ready.
         """
+        require(0 <= max_logprobs <= MAX_LOGPROBS, f"max_logprobs={max_logprobs} must be from 0 to {MAX_LOGPROBS}")
+        require(max_queue >= 0, f"max_queue={max_queue} must not be negative")
         self.max_num_seqs = EngineOptions(**options).max_num_seqs
         self.max_queue = max_queue
         self.observer = observer
@@ -190,7 +180,7 @@ class Gateway:
         if self.observer is not None:
             self.observer.arrived(name, len(prompt_token_ids))
         try:
-            self._send(transcript.command)
+            self._submit(stream)
             await stream.until_accepted()
         except BaseException:
             stream.abandon()
@@ -207,11 +197,11 @@ class Gateway:
         if self.observer is not None:
             self.observer.arrived(name, len(prompt_token_ids))
         try:
-            self._send(lambda _: embed)
+            self._send(embed)
             return await answer
         finally:
             if self._embeds.pop(wire, None) is not None:
-                self._send(lambda _: Abort(wire))
+                self._send(Abort(wire))
             self._note_idle()
 
     async def inspect(self, max_nodes: int = 500) -> Tree:
@@ -220,7 +210,7 @@ class Gateway:
             raise UnavailableError(f"the engine is {self.state}")
         answer: asyncio.Future[Tree] = asyncio.get_running_loop().create_future()
         self._trees.append(answer)
-        self._send(lambda _: Inspect(max_nodes))
+        self._send(Inspect(max_nodes))
         return await answer
 
     async def reports(self) -> AsyncIterator[StepReport]:
@@ -254,18 +244,26 @@ class Gateway:
             wait = math.ceil(span / len(self._ends))
             raise QueueFullError(max(0, taken - self.max_num_seqs), min(max(wait, 1), 60))
 
-    def _send(self, command: Callable[[str], Command]) -> None:
-        """Send what `command(fingerprint)` gives. Where no instance is ready, the next one is sent it anyway."""
-        if self._state == "ready" and self._client is not None:
-            try:
-                self._client.send(command(self.info.fingerprint))
-            except (UnicodeError, OverflowError) as error:
-                raise RequestError(f"the request holds what cannot be sent: {error}") from None
+    def _submit(self, stream: Stream) -> None:
+        try:
+            self._send(stream.transcript.command(self.info.fingerprint))
+        except RequestError as error:
+            self._refuse(Refused(stream.transcript.wire_name, str(error)))
+
+    def _send(self, command: Command) -> None:
+        """Send a command, unless no instance is ready: the next one is sent what matters to it."""
+        try:
+            if self._state == "ready" and self._client is not None:
+                self._client.send(command)
+            else:
+                encode(command)
+        except (UnicodeError, OverflowError) as error:
+            raise RequestError(f"the request holds what cannot be sent: {error}") from None
 
     def _leave(self, stream: Stream) -> None:
         """Its caller is gone."""
         if self._streams.pop(stream.transcript.wire_name, None) is not None:
-            self._send(lambda _: Abort(stream.transcript.wire_name))
+            self._send(Abort(stream.transcript.wire_name))
             stream.end()
             self._note_end(stream, "abort")
 
@@ -317,7 +315,10 @@ class Gateway:
 
     def _refuse(self, refused: Refused) -> None:
         stream = self._streams.pop(refused.name, None)
-        if stream is not None:
+        if stream is not None and stream.accepted:
+            stream.fail(UnavailableError(f"the new engine refused to go on: {refused.message}"))
+            self._note_end(stream, "error")
+        elif stream is not None:
             stream.fail(RequestError(refused.message))
             self._note_end(stream, "refused")
         elif refused.name in self._embeds:
@@ -405,11 +406,11 @@ class Gateway:
         self.restarts += 1
         if before != self.info.fingerprint:
             self._fail_all(f"the new engine is {self.info.fingerprint}, not {before}: its tokens could differ")
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):
             stream.resumes += stream.accepted
-            self._send(stream.transcript.command)
+            self._submit(stream)
         for embed, _ in self._embeds.values():
-            client.send(embed)
+            self._send(embed)
         if self.observer is not None:
             self.observer.restarted()
 

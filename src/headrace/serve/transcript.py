@@ -62,7 +62,7 @@ class Transcript:
             choice.cumulative_logprob = new.cumulative_logprob
             choice.finish_reason, choice.stop_reason = new.finish_reason, new.stop_reason
         if delta.prompt_logprobs is not None and output.prompt_logprobs is not None:
-            output.prompt_logprobs += [None if entries is None else _table(entries) for entries in delta.prompt_logprobs]
+            output.prompt_logprobs += [None if row is None else _table(row) for row in delta.prompt_logprobs]
         output.num_cached_tokens = delta.num_cached_tokens
         output.finished = delta.finished
 

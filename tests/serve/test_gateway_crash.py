@@ -1,0 +1,110 @@
+"""The instance is killed at random moments under many streams: each ends with the tokens of an undisturbed run."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+
+from headrace import LLM
+from headrace.instance.server import Instance
+from headrace.instance.wire import Batch, Delta, Resume
+from headrace.serve.transcript import Transcript
+from serve.gateway_kit import OPTIONS, PROMPT, check_stream, kinds, start
+
+STREAMS = 32
+
+
+@pytest.fixture(scope="module")
+def llm(tinyworld_checkpoint):
+    return LLM(tinyworld_checkpoint, **OPTIONS)
+
+
+def crowd(llm):
+    """(prompt ids, params) for every stream: each kind of request, with seeds and prompts of its own."""
+    base = list(kinds(llm).values())
+    ids = llm.tokenizer.encode(PROMPT)
+    return [
+        (ids if i < len(base) else ids[: 8 + i], replace(base[i % len(base)], seed=base[i % len(base)].seed or i))
+        for i in range(STREAMS)
+    ]
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.soak)])
+def test_streams_survive_the_death_of_their_engine(tinyworld_checkpoint, llm, rounds):
+    requests = crowd(llm)
+    expected = llm.generate([ids for ids, _ in requests], [params for _, params in requests])
+    draw = random.Random(rounds)
+
+    async def scenario():
+        gateway, watcher = await start(tinyworld_checkpoint)
+        for _ in range(rounds):
+            watcher.told.clear()
+            watcher.deltas, watcher.kill_at = 0, [draw.randrange(1, 700)]
+            streams = await asyncio.gather(*(gateway.open(f"{i}", None, *r) for i, r in enumerate(requests)))
+            await asyncio.gather(*(check_stream(s, e) for s, e in zip(streams, expected)))
+            assert not watcher.kill_at and watcher.told.count(("restarted",)) == 1
+            assert {stream.explanation.resumes for stream in streams} <= {0, 1}
+            assert any(stream.explanation.resumes for stream in streams)
+        assert gateway.restarts == rounds and gateway.unfinished == 0
+        await gateway.stop()
+
+    asyncio.run(scenario())
+
+
+def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, llm):
+    """A death between the tokens of a stop string, and one before the prompt's log-probabilities are complete."""
+    wanted = kinds(llm)
+    ids = llm.tokenizer.encode(PROMPT)
+    expected = dict(zip(wanted, llm.generate([ids] * len(wanted), list(wanted.values()))))
+    length = len(expected["stopped"].outputs[0].token_ids)
+
+    async def scenario():
+        gateway, watcher = await start(tinyworld_checkpoint, options={"max_num_batched_tokens": 8, "max_num_seqs": 1})
+        watcher.kill_at = [length - 3, length - 1]
+        held = await gateway.open("stopped", PROMPT, ids, wanted["stopped"])
+        waits = await gateway.open("scored", PROMPT, ids, wanted["scored"])
+        await check_stream(held, expected["stopped"])
+        assert held.explanation.resumes == 2
+        async for delta in waits:
+            assert delta.prompt_logprobs and not delta.choices, "the prompt comes in chunks"
+            break
+        watcher.kill_at = [0]
+        watcher._count()
+        await waits.result()
+        assert waits.output.outputs == expected["scored"].outputs
+        assert waits.output.prompt_logprobs == expected["scored"].prompt_logprobs
+        assert gateway.restarts == 3
+        await gateway.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["greedy", "choices", "scored", "beam", "stopped", "stop shown", "penalised"])
+@pytest.mark.parametrize("steps", [1, 3, 5, 9, 17, 28])
+def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
+    """Without a process: what is sent after some steps, and an engine that goes on from it."""
+    ids, params = llm.tokenizer.encode(PROMPT), kinds(llm)[kind]
+    params = replace(params, seed=params.seed or 1)
+    expected = llm.generate([ids], params)[0]
+    batches: list[Batch] = []
+    transcript = Transcript("1", "name", PROMPT, ids, params, 0, ())
+    for _ in range(2):
+        instance = Instance(llm, batches.append)
+        instance._obey(transcript.command(llm.fingerprint))
+        count = steps
+        while instance._busy() and count:
+            instance._step()
+            count -= 1
+        for batch in batches:
+            for news in batch.news:
+                if isinstance(news, Delta):
+                    transcript.take(news)
+        batches.clear()
+        instance._abort("1")
+        if not transcript.output.finished and any(c.token_ids for c in transcript.output.outputs):
+            assert isinstance(transcript.command(llm.fingerprint), Resume)
+        steps = 10_000
+    assert transcript.output.outputs == expected.outputs
+    assert transcript.output.prompt_logprobs == expected.prompt_logprobs
+    assert not llm.frontend.has_work
