@@ -1,7 +1,6 @@
 """`Gateway`: requests in, deltas out, over an instance process that may die and come back.
 
-It keeps the transcript of every request it has not finished, so that a new instance goes on from where the old one
-was. It lives on one event loop and knows nothing of HTTP.
+It keeps every unfinished request's transcript, so that a new instance can go on. It knows nothing of HTTP.
 
     start ──> ready ──(the instance dies)──> restarting ──> ready, each transcript sent again
                 └──> draining ──> stopped          └──> failed: every stream gets an error
@@ -27,8 +26,22 @@ from headrace.engine.outputs import RequestOutput
 from headrace.engine.sampling import MAX_LOGPROBS, SamplingParams
 from headrace.errors import HeadraceError, RequestError
 from headrace.instance.client import InstanceClient, InstanceDiedError
-from headrace.instance.wire import Abort, Accepted, Batch, Command, Delta, Embed, Embedding
-from headrace.instance.wire import Explanation, Inspect, Ready, Refused, StepReport, Tree, encode
+from headrace.instance.wire import (
+    Abort,
+    Accepted,
+    Batch,
+    Command,
+    Delta,
+    Embed,
+    Embedding,
+    Explanation,
+    Inspect,
+    Ready,
+    Refused,
+    StepReport,
+    Tree,
+    encode,
+)
 from headrace.serve.errors import QueueFullError, UnavailableError
 from headrace.serve.stream import ReportFeed, Stream
 from headrace.serve.transcript import Transcript
@@ -36,11 +49,9 @@ from headrace.serve.transcript import Transcript
 __all__ = ["Gateway", "GatewayObserver", "QueueFullError", "Stream", "UnavailableError"]
 
 BARREN_DROP, BARREN_GIVE_UP = 3, 6
-"""Lives in a row in which an instance served nothing: requests are dropped, since one of them may be what kills it;
-then the gateway gives up."""
-BACKOFF = 0.2
-LONG_LIFE = 60.0
-"""Seconds after which a life that served nothing was merely idle."""
+"""Lives in a row in which nothing was served: one request may be the killer, so drop them; then give up."""
+BACKOFF, LONG_LIFE = 0.2, 60.0
+"""Seconds: before a new start; after which a life that served nothing was merely idle."""
 
 
 class GatewayObserver(Protocol):
