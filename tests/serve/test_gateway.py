@@ -1,6 +1,7 @@
 """`Gateway` over a real instance: what it gives is what an engine in this process gives, to the bit."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,13 +140,13 @@ def test_a_full_queue_says_when_to_come_back(runner, gateway, monkeypatch, ids):
     monkeypatch.setattr(gateway, "max_num_seqs", 2)
 
     async def scenario():
-        crowd = await gateway.open("alone", None, ids, SamplingParams(n=9, seed=1, max_tokens=5))
+        crowd = await gateway.open("alone", None, ids, replace(LONG, n=9, seed=1))
         with pytest.raises(QueueFullError, match="7 sequences wait") as caught:
             await gateway.open("late", None, ids, SamplingParams(max_tokens=5))
         assert 1 <= caught.value.retry_after <= 60
         with pytest.raises(QueueFullError):
             await gateway.embed("late", ids)
-        await crowd.result()
+        await crowd.close()
         four = [await gateway.open(f"{i}", None, ids, LONG) for i in range(4)]
         with pytest.raises(QueueFullError, match="2 sequences wait"):
             await gateway.open("fifth", None, ids, LONG)
