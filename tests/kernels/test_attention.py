@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from headrace.kernels.cpu.attention import merge
-from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial
+from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
 from headrace.kernels.ops import SPLIT, AttentionMeta, Ops, load_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -188,12 +188,13 @@ def nodes_of(seq: Sequence, splits: int) -> tuple[np.ndarray, int]:
     position, dim = splits * SPLIT - 1, seq.q.shape[2]
     blocks = torch.stack((seq.k, seq.v)).transpose(1, 2).unflatten(2, (-1, SPLIT)).permute(2, 0, 1, 3, 4).contiguous()
     paged = Paged(blocks.numpy().reshape(-1), np.arange(splits + 1, dtype=np.int32), 2 * SPLIT * dim, 0, SPLIT * dim,
-                  8, dim)
+                  8, dim, np.empty(SPLIT, np.int64))
     node = dim + 8
     at, positions = np.full(ROWS, position * dim), np.full(ROWS, position)
     found = []
     for split in range(splits):
         scratch = np.zeros(NODES + ROWS * node, np.float32)
+        locate(paged, split * SPLIT, (split + 1) * SPLIT)
         partial(seq.q.numpy(), at, positions, 1, paged, split, 0, False, np.float32(dim**-0.5), scratch,
                     np.zeros((dim + 7) // 8 * 64, np.float32), node)
         found.append(scratch[NODES:NODES + node].copy())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,14 @@ class Watcher:
             del self.kill_at[0]
             assert self.gateway is not None
             os.kill(self.gateway.info.pid, signal.SIGKILL)
+
+
+async def begun(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Its task, which has run until it first waits: a loop calls back in the order in which it was asked to."""
+    task, turn = asyncio.create_task(coroutine), asyncio.Event()
+    asyncio.get_running_loop().call_soon(turn.set)
+    await turn.wait()
+    return task
 
 
 async def start(folder: Path, **changes: Any) -> tuple[Gateway, Watcher]:

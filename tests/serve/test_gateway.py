@@ -10,7 +10,7 @@ from headrace import LLM, ConfigError, RequestError, SamplingParams
 from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.serve.gateway import Gateway, QueueFullError
-from serve.gateway_kit import KINDS, OPTIONS, PROMPT, check_stream, kinds, same, start
+from serve.gateway_kit import KINDS, OPTIONS, PROMPT, begun, check_stream, kinds, same, start
 
 LONG = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
 
@@ -71,6 +71,13 @@ def test_a_request_without_a_seed_is_given_one(runner, gateway, ids):
     runner.run(scenario())
 
 
+async def _until_idle(gateway):
+    async for report in gateway.reports():
+        yield report
+        if not report.stats["num_running"]:
+            return
+
+
 def test_a_closed_stream_frees_its_blocks_and_generates_no_more(runner, gateway, llm, ids):
     neighbour = llm.generate([ids], LONG)[0]
 
@@ -83,16 +90,13 @@ def test_a_closed_stream_frees_its_blocks_and_generates_no_more(runner, gateway,
         await stream.close()
         await stream.close()
         held = len(stream.output.outputs[0].token_ids)
-        async for report in gateway.reports():
-            if report.stats["finished"]["abort"] == before + 1:
-                break
-        assert report.stats["num_running"] == 1, "its sibling runs on, and it alone"
-        since = report.stats["generated_tokens"]
+        later = [report async for report in _until_idle(gateway) if report.stats["finished"]["abort"] > before]
+        assert {report.stats["finished"]["abort"] for report in later} == {before + 1}
+        assert {report.decode_tokens for report in later} == {1}, "its sibling runs on, and it alone"
+        assert later[0].stats["num_running"] == 1
         assert sum(len(c.token_ids) for delta in [d async for d in stream] for c in delta.choices) == held - 1
         assert stream.output.outputs[0].finish_reason == "abort"
-        got = len(beside.output.outputs[0].token_ids)
         same(await beside.result(), neighbour)
-        assert gateway.report.stats["generated_tokens"] - since == len(beside.output.outputs[0].token_ids) - got
         assert gateway.report.stats["num_running"] == 0 and gateway.report.stats["kv_usage"] == 0.0
 
     runner.run(scenario())
@@ -100,9 +104,8 @@ def test_a_closed_stream_frees_its_blocks_and_generates_no_more(runner, gateway,
 
 def test_a_caller_that_is_cancelled_while_it_waits_leaves_nothing(runner, gateway, ids):
     async def scenario():
-        opening = asyncio.create_task(gateway.open("gone", None, ids, LONG))
-        embedding = asyncio.create_task(gateway.embed("gone", ids))
-        await asyncio.sleep(0)
+        opening = await begun(gateway.open("gone", None, ids, LONG))
+        embedding = await begun(gateway.embed("gone", ids))
         assert gateway.unfinished == 2
         opening.cancel()
         embedding.cancel()
@@ -117,22 +120,23 @@ def test_a_caller_that_is_cancelled_while_it_waits_leaves_nothing(runner, gatewa
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params", "message"),
+    ("prompt", "params", "message", "param"),
     [
-        ([1, 2, 3], SamplingParams(max_tokens=100_000), "max_tokens=100000 make 100003, more than"),
-        ([], SamplingParams(), "the prompt has no tokens"),
-        ([10**6], SamplingParams(), "prompt has token id 1000000"),
-        ([1], SamplingParams(stop_token_ids=(10**6,)), "stop_token_ids has token id"),
-        ([1], SamplingParams(stop=("\ud800",)), "cannot be sent"),
-        ([1], SamplingParams(min_tokens=2**70, max_tokens=2**70), "cannot be sent"),
-        ([1], SamplingParams(logprobs=6), "logprobs=6 is more than this server's limit of 5"),
-        ([1], SamplingParams(prompt_logprobs=6), "prompt_logprobs=6 is more"),
+        ([1, 2, 3], SamplingParams(max_tokens=100_000), "max_tokens=100000 make 100003, more than", "prompt"),
+        ([], SamplingParams(), "the prompt has no tokens", "prompt"),
+        ([10**6], SamplingParams(), "prompt has token id 1000000", "prompt"),
+        ([1], SamplingParams(stop_token_ids=(10**6,)), "stop_token_ids has token id", "stop_token_ids"),
+        ([1], SamplingParams(stop=("\ud800",)), "cannot be sent", None),
+        ([1], SamplingParams(min_tokens=2**70, max_tokens=2**70), "cannot be sent", None),
+        ([1], SamplingParams(logprobs=6), "logprobs=6 is more than this server's limit of 5", "logprobs"),
+        ([1], SamplingParams(prompt_logprobs=6), "prompt_logprobs=6 is more", "prompt_logprobs"),
     ],
 )
-def test_what_can_never_be_served_is_refused(runner, gateway, monkeypatch, prompt, params, message):
+def test_what_can_never_be_served_is_refused(runner, gateway, monkeypatch, prompt, params, message, param):
     monkeypatch.setattr(gateway, "_max_logprobs", 5)
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as caught:
         runner.run(gateway.open("bad", None, prompt, params))
+    assert caught.value.param == param
 
 
 def test_a_full_queue_says_when_to_come_back(runner, gateway, monkeypatch, ids):
@@ -226,8 +230,7 @@ def test_the_observer_is_told_in_order_and_reports_lose_the_oldest(runner, serve
         watcher.told.clear()
         steps = watcher.steps
         feed = gateway.reports()
-        first = asyncio.create_task(anext(feed))
-        await asyncio.sleep(0)
+        first = await begun(anext(feed))
         stream = await gateway.open("seen", None, ids, SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True))
         await stream.result()
         assert watcher.steps - steps >= 150

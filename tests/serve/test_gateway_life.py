@@ -18,7 +18,7 @@ from headrace import LLM, HeadraceError, SamplingParams
 from headrace.instance.client import InstanceDiedError
 from headrace.instance.wire import Accepted, Batch, ChoiceDelta, Delta, Ready, Refused, Resume
 from headrace.serve.gateway import Gateway, UnavailableError
-from serve.gateway_kit import OPTIONS, PROMPT, start
+from serve.gateway_kit import OPTIONS, PROMPT, begun, start
 
 LONG = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
 IDS = [5, 6, 7, 8, 9]
@@ -57,8 +57,7 @@ def test_a_drain_lets_what_runs_finish_and_takes_nothing_new(tinyworld_checkpoin
         for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group, they are the gateway's to obey
             process.send_signal(number)
         stream = await gateway.open("last", None, IDS, LONG)
-        draining = asyncio.create_task(gateway.drain(60.0))
-        await asyncio.sleep(0)
+        draining = await begun(gateway.drain(60.0))
         assert gateway.state == "draining"
         with pytest.raises(UnavailableError, match="draining"):
             await gateway.open("late", None, IDS, LONG)
@@ -93,8 +92,7 @@ def test_without_restart_a_death_is_an_error_for_all(tinyworld_checkpoint, capfd
     async def scenario():
         gateway, watcher = await start(tinyworld_checkpoint, restart=False)
         stream = await gateway.open("a", None, IDS, LONG)
-        embedding = asyncio.create_task(gateway.embed("e", IDS * 60))
-        await asyncio.sleep(0)
+        embedding = await begun(gateway.embed("e", IDS * 60))
         os.kill(gateway.info.pid, signal.SIGKILL)
         with pytest.raises(UnavailableError, match="process died"):
             await stream.result()
@@ -114,17 +112,14 @@ def test_without_restart_a_death_is_an_error_for_all(tinyworld_checkpoint, capfd
 def test_requests_that_come_while_an_instance_starts_wait_for_it(tinyworld_checkpoint):
     async def scenario():
         gateway, _ = await start(tinyworld_checkpoint)
-        tree = asyncio.create_task(gateway.inspect())
-        await asyncio.sleep(0)
-        os.kill(gateway.info.pid, signal.SIGKILL)
         first = gateway.info.pid
-        await asyncio.gather(tree, return_exceptions=True)
-        while gateway.state != "restarting":
-            await asyncio.sleep(0)
-        leaves = asyncio.create_task(gateway.open("leaves", None, IDS, LONG))
-        bad = asyncio.create_task(gateway.open("bad", None, IDS, SamplingParams(stop=("\ud800",))))
-        vector = asyncio.create_task(gateway.embed("e", IDS))
-        await asyncio.sleep(0)
+        os.kill(first, signal.SIGKILL)
+        with pytest.raises(UnavailableError):  # nobody answers; told so when the death is seen
+            await gateway.inspect()
+        assert gateway.state == "restarting"
+        leaves = await begun(gateway.open("leaves", None, IDS, LONG))
+        bad = await begun(gateway.open("bad", None, IDS, SamplingParams(stop=("\ud800",))))
+        vector = await begun(gateway.embed("e", IDS))
         leaves.cancel()
         stream = await gateway.open("waits", None, IDS, SamplingParams(max_tokens=3, ignore_eos=True))
         assert gateway.info.pid != first and gateway.state == "ready"
@@ -166,14 +161,15 @@ class FakeClient:
     def __init__(self, fingerprint="hr_1", says=(), waits=False):
         self.ready = Ready(1, fingerprint, 100, 100, 100, 10, 16, {}, 0.0)
         self.sent = []
+        self._asked = asyncio.Event()
         self._says, self._waits = says, waits
 
     def send(self, command):
         self.sent.append(command)
+        self._asked.set()
 
     async def batches(self):
-        while not self.sent:
-            await asyncio.sleep(0)
+        await self._asked.wait()
         for news in self._says:
             yield Batch([news])
         if self._waits:

@@ -137,11 +137,13 @@ class InstanceClient:
                 self._process.kill()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        await self._watch
-        self._commands.close()
-        self._events.close(linger=0)
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            await self._watch
+        finally:  # a loop that is closing cancels us here
+            self._commands.close()
+            self._events.close(linger=0)
+            self._context.term()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _wait(self) -> None:
         await self._process.wait()

@@ -27,7 +27,6 @@ from headrace.instance.wire import COMMANDS, EVENTS, Event, Failed, Progress, St
 __all__ = ["main"]
 
 
-
 def main() -> int:
     """Serve until a `Stop` or the gateway's end; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the gateway says when to stop

@@ -1,6 +1,10 @@
-"""What the gateway raises when a request is not at fault."""
+"""What the gateway raises: the request is at fault, too many are there, or no engine is."""
 
-__all__ = ["QueueFullError", "UnavailableError"]
+from __future__ import annotations
+
+from headrace.errors import RequestError
+
+__all__ = ["QueueFullError", "RefusedError", "UnavailableError"]
 
 
 class QueueFullError(RuntimeError):
@@ -9,6 +13,14 @@ class QueueFullError(RuntimeError):
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting} sequences wait already, which is all the queue holds: try again later")
         self.retry_after = retry_after
+
+
+class RefusedError(RequestError):
+    """The request can never be served; `param` is the field that the message names first, if it names one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class UnavailableError(RuntimeError):

@@ -18,13 +18,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from headrace.config import require
 from headrace.engine.options import EngineOptions
-from headrace.engine.outputs import RequestOutput
 from headrace.engine.sampling import MAX_LOGPROBS, SamplingParams
-from headrace.errors import HeadraceError, RequestError
+from headrace.errors import HeadraceError
 from headrace.instance.client import InstanceClient, InstanceDiedError
 from headrace.instance.wire import (
     Abort,
@@ -34,7 +33,6 @@ from headrace.instance.wire import (
     Delta,
     Embed,
     Embedding,
-    Explanation,
     Inspect,
     Ready,
     Refused,
@@ -42,40 +40,17 @@ from headrace.instance.wire import (
     Tree,
     encode,
 )
-from headrace.serve.errors import QueueFullError, UnavailableError
+from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
+from headrace.serve.observer import GatewayObserver
 from headrace.serve.stream import ReportFeed, Stream
 from headrace.serve.transcript import Transcript
 
-__all__ = ["Gateway", "GatewayObserver", "QueueFullError", "Stream", "UnavailableError"]
+__all__ = ["Gateway", "GatewayObserver", "QueueFullError", "RefusedError", "Stream", "UnavailableError"]
 
 BARREN_DROP, BARREN_GIVE_UP = 3, 6
 """Lives in a row in which nothing was served: one request may be the killer, so drop them; then give up."""
 BACKOFF, LONG_LIFE = 0.2, 60.0
 """Seconds: before a new start; after which a life that served nothing was merely idle."""
-
-
-class GatewayObserver(Protocol):
-    """Told what happens, on the event loop: it must be quick. Seconds."""
-
-    def arrived(self, name: str, prompt_tokens: int) -> None:
-        """A request was taken in; it may be refused still."""
-
-    def first_token(self, name: str, seconds: float) -> None:
-        """The first token came, so long after the request."""
-
-    def token_gap(self, name: str, seconds: float) -> None:
-        """The next token came, so long after the one before."""
-
-    def finished(
-        self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None, seconds: float
-    ) -> None:
-        """It is over: "stop", "length", "abort" (no explanation), "error" (the same) or "refused" (the same)."""
-
-    def stepped(self, report: StepReport) -> None:
-        """The engine did a step."""
-
-    def restarted(self) -> None:
-        """A new instance has taken over."""
 
 
 class Gateway:
@@ -177,7 +152,7 @@ class Gateway:
     ) -> Stream:
         """Queue a request; returns when the instance has taken it. While an instance restarts, it waits for it.
 
-        Every request without a seed is given one. Raises `RequestError` where it can never be served,
+        Every request without a seed is given one. Raises `RefusedError` where it can never be served,
         `QueueFullError` where too many wait, `UnavailableError` where no instance is, or will be.
         """
         self._check(params)
@@ -243,7 +218,7 @@ class Gateway:
         for field in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, field)
             if asked is not None and asked > self._max_logprobs:
-                raise RequestError(f"{field}={asked} is more than this server's limit of {self._max_logprobs}")
+                raise RefusedError(f"{field}={asked} is more than this server's limit of {self._max_logprobs}", field)
 
     def _make_room(self, seats: int) -> None:
         """Refuse what would wait too long. A request that is alone is never refused for its size."""
@@ -258,7 +233,7 @@ class Gateway:
     def _submit(self, stream: Stream) -> None:
         try:
             self._send(stream.transcript.command(self.info.fingerprint))
-        except RequestError as error:
+        except RefusedError as error:
             self._refuse(Refused(stream.transcript.wire_name, str(error)))
 
     def _send(self, command: Command) -> None:
@@ -269,7 +244,7 @@ class Gateway:
             else:
                 encode(command)
         except (UnicodeError, OverflowError) as error:
-            raise RequestError(f"the request holds what cannot be sent: {error}") from None
+            raise RefusedError(f"the request holds what cannot be sent: {error}") from None
 
     def _leave(self, stream: Stream) -> None:
         """Its caller is gone."""
@@ -330,12 +305,12 @@ class Gateway:
             stream.fail(UnavailableError(f"the new engine refused to go on: {refused.message}"))
             self._note_end(stream, "error")
         elif stream is not None:
-            stream.fail(RequestError(refused.message))
+            stream.fail(RefusedError(refused.message, refused.param))
             self._note_end(stream, "refused")
         elif refused.name in self._embeds:
             answer = self._embeds.pop(refused.name)[1]
             if not answer.done():
-                answer.set_exception(RequestError(refused.message))
+                answer.set_exception(RefusedError(refused.message, refused.param))
 
     def _note_end(self, stream: Stream, reason: str) -> None:
         now = time.monotonic()

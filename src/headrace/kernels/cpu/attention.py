@@ -27,7 +27,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial
+from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
 from headrace.kernels.cpu.simd import div8, exp1, fma8, load1, load8, mul8, splat8, store1, store8, store8n
 from headrace.kernels.ops import SPLIT
 
@@ -107,6 +107,8 @@ def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, 
     rows, at_R, position_R = tokens * group, np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
     stacks = NODES + ROWS * node
     for split in range(_oldest(position, window), (position + tokens - 1) // SPLIT + 1):
+        oldest = max(0, position - window + 1) if window else 0
+        locate(paged, max(split * SPLIT, oldest), min((split + 1) * SPLIT, position + tokens))
         for row in range(0, rows, ROWS):
             count = min(ROWS, rows - row)
             for r in range(ROWS):
@@ -168,7 +170,7 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
     items, counter = tiles_S1[sequences] * kv_heads, np.zeros(1, np.int64)
     for _ in prange(max(1, min(threads, items))):
         scratch = np.empty(NODES + ROWS * node + tile * group * levels * node, np.float32)
-        packed = np.empty((dim + 7) // 8 * 64, np.float32)
+        packed, at_K = np.empty((dim + 7) // 8 * 64, np.float32), np.empty(SPLIT, np.int64)
         item = _take(counter)
         while item < items:
             head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
@@ -176,7 +178,7 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
             start, end = np.int64(query_start_S1[s]), np.int64(query_start_S1[s + 1])
             first = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
             keys = (2 * layer * kv_heads + head) * block_size * dim
-            paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, keys + part, shift, dim)
+            paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
             _tile(q, paged, first, min(tile, end - first), context_S[s] - (end - first), heads, head * group, group,
                   window, scale, scratch, packed, node, levels, out)
             item = _take(counter)

@@ -45,7 +45,7 @@ from headrace.kernels.cpu.simd16 import (
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 from headrace.kernels.ops import SPLIT
 
-__all__ = ["NODES", "ROWS", "Paged", "partial"]
+__all__ = ["NODES", "ROWS", "Paged", "locate", "partial"]
 
 WIDE = "+avx512f" in cpu_features().split(",")
 """Whether there are registers for eight rows."""
@@ -71,22 +71,26 @@ class Paged(NamedTuple):
     block_stride: int
     keys: int
     values: int
+    """Elements from a key to its value."""
     shift: int
     """log2 of the block size."""
     dim: int
+    at_K: Any
+    """Element offset of the key at position j of the split being read, at j mod 256: see `locate`."""
 
 
 @kernel
-def _offset(paged, part, position):
-    """Element offset of a position's key or value."""
-    block = np.int64(paged.table_M[position >> paged.shift])
-    return block * paged.block_stride + part + (position & ((1 << paged.shift) - 1)) * paged.dim
+def locate(paged, first, last):
+    """Look the keys of positions first … last − 1, which lie in one split, up in the block table."""
+    for j in range(first, last):
+        block = np.int64(paged.table_M[j >> paged.shift])
+        within = (j & ((1 << paged.shift) - 1)) * paged.dim
+        paged.at_K[j & (SPLIT - 1)] = block * paged.block_stride + paged.keys + within
 
 
 @kernel
-def _run_end(paged, position, last):
-    """Where the stretch that is contiguous in memory ends."""
-    return min(last, ((position >> paged.shift) + 1) << paged.shift)
+def _key(paged, position):
+    return paged.at_K[position & (SPLIT - 1)]
 
 
 @kernel
@@ -99,8 +103,8 @@ def _ask(kv, offset, count):
 @kernel
 def _ask_both(kv, paged, position, count, last):
     """Prefetch the values of `count` positions, and the keys of those that come AHEAD of them."""
-    _ask(kv, _offset(paged, paged.keys, min(position + AHEAD, last - 1)), count * paged.dim)
-    _ask(kv, _offset(paged, paged.values, position), count * paged.dim)
+    _ask(kv, _key(paged, min(position + AHEAD, last - 1)), count * paged.dim)
+    _ask(kv, _key(paged, position) + paged.values, count * paged.dim)
 
 
 # ---- scores: keys past the end of a tile repeat the last one; what they write is masked later -------------------
@@ -111,8 +115,8 @@ def _scores8(packed, kv, paged, first, last, fresh, scratch):
     for j in range(first, last, 4):
         if fresh:
             _ask_both(kv, paged, j, 4, last)
-        k0, k1 = _offset(paged, paged.keys, j), _offset(paged, paged.keys, min(j + 1, last - 1))
-        k2, k3 = _offset(paged, paged.keys, min(j + 2, last - 1)), _offset(paged, paged.keys, min(j + 3, last - 1))
+        k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
+        k2, k3 = _key(paged, min(j + 2, last - 1)), _key(paged, min(j + 3, last - 1))
         tile8x4(packed, 0, kv, k0, k1, k2, k3, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH,
                 kv, 0, 0, 0)
 
@@ -123,27 +127,20 @@ def _scores4(q, q0, q1, q2, q3, kv, paged, first, last, fresh, scratch):
     for j in range(first, last, 2):
         if fresh:
             _ask_both(kv, paged, j, 2, last)
-        k0, k1 = _offset(paged, paged.keys, j), _offset(paged, paged.keys, min(j + 1, last - 1))
+        k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
         tile4x2(q, q0, q1, q2, q3, kv, k0, k1, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH)
 
 
 @kernel
-def _scores1(q, q0, kv, paged, first, last, fresh, scratch):
-    """Of one row."""
-    j = first
-    while j < last:
-        end = _run_end(paged, j, last)
-        k = _offset(paged, paged.keys, j)
-        ahead = _offset(paged, paged.keys, end) if end < last else k
-        while j < end:
-            if fresh:
-                _ask(kv, _offset(paged, paged.values, j), 8 * paged.dim)  # the tile asks for keys itself
-            step, left = paged.dim, (end - 1 - j) * paged.dim
-            tile1x8(q, q0, kv, k, k + min(step, left), k + min(2 * step, left), k + min(3 * step, left),
-                    k + min(4 * step, left), k + min(5 * step, left), k + min(6 * step, left),
-                    k + min(7 * step, left), step, ahead, scratch, j & (SPLIT - 1))
-            j, k, ahead = j + 8, k + 8 * step, ahead + 8 * step
-        j = end
+def _scores1(q, q0, kv, paged, first, last, scratch):
+    """Of one row, which always is the first to read them. The tile asks for keys, a line at a time."""
+    end = last - 1
+    for j in range(first, last, 8):
+        k0, k1, k2 = _key(paged, j), _key(paged, min(j + 1, end)), _key(paged, min(j + 2, end))
+        k3, k4, k5 = _key(paged, min(j + 3, end)), _key(paged, min(j + 4, end)), _key(paged, min(j + 5, end))
+        k6, k7, ahead = _key(paged, min(j + 6, end)), _key(paged, min(j + 7, end)), _key(paged, min(j + AHEAD, end))
+        _ask(kv, k0 + paged.values, 8 * paged.dim)
+        tile1x8(q, q0, kv, k0, k1, k2, k3, k4, k5, k6, k7, paged.dim, ahead, scratch, j & (SPLIT - 1))
 
 
 # ---- softmax weights -------------------------------------------------------------------------------------------
@@ -189,32 +186,25 @@ def _values8(kv, paged, first, last, scratch, node):
         b2, b3 = load16(scratch, n2 + 16), load16(scratch, n3 + 16)
         b4, b5 = load16(scratch, n4 + 16), load16(scratch, n5 + 16)
         b6, b7 = load16(scratch, n6 + 16), load16(scratch, n7 + 16)
-        j = first
-        while j < last:
-            end = _run_end(paged, j, last)
-            v = _offset(paged, paged.values, j) + c
-            p = j & (SPLIT - 1)
-            for _ in range(end - j):
-                va, vb = load16(kv, v), load16(kv, v + 16)
-                w = splat16(load1(scratch, p))
-                a0, b0 = fma16(w, va, a0), fma16(w, vb, b0)
-                w = splat16(load1(scratch, p + PITCH))
-                a1, b1 = fma16(w, va, a1), fma16(w, vb, b1)
-                w = splat16(load1(scratch, p + 2 * PITCH))
-                a2, b2 = fma16(w, va, a2), fma16(w, vb, b2)
-                w = splat16(load1(scratch, p + 3 * PITCH))
-                a3, b3 = fma16(w, va, a3), fma16(w, vb, b3)
-                w = splat16(load1(scratch, p + 4 * PITCH))
-                a4, b4 = fma16(w, va, a4), fma16(w, vb, b4)
-                w = splat16(load1(scratch, p + 5 * PITCH))
-                a5, b5 = fma16(w, va, a5), fma16(w, vb, b5)
-                w = splat16(load1(scratch, p + 6 * PITCH))
-                a6, b6 = fma16(w, va, a6), fma16(w, vb, b6)
-                w = splat16(load1(scratch, p + 7 * PITCH))
-                a7, b7 = fma16(w, va, a7), fma16(w, vb, b7)
-                v += dim
-                p += 1
-            j = end
+        for j in range(first, last):
+            v, p = _key(paged, j) + paged.values + c, j & (SPLIT - 1)
+            va, vb = load16(kv, v), load16(kv, v + 16)
+            w = splat16(load1(scratch, p))
+            a0, b0 = fma16(w, va, a0), fma16(w, vb, b0)
+            w = splat16(load1(scratch, p + PITCH))
+            a1, b1 = fma16(w, va, a1), fma16(w, vb, b1)
+            w = splat16(load1(scratch, p + 2 * PITCH))
+            a2, b2 = fma16(w, va, a2), fma16(w, vb, b2)
+            w = splat16(load1(scratch, p + 3 * PITCH))
+            a3, b3 = fma16(w, va, a3), fma16(w, vb, b3)
+            w = splat16(load1(scratch, p + 4 * PITCH))
+            a4, b4 = fma16(w, va, a4), fma16(w, vb, b4)
+            w = splat16(load1(scratch, p + 5 * PITCH))
+            a5, b5 = fma16(w, va, a5), fma16(w, vb, b5)
+            w = splat16(load1(scratch, p + 6 * PITCH))
+            a6, b6 = fma16(w, va, a6), fma16(w, vb, b6)
+            w = splat16(load1(scratch, p + 7 * PITCH))
+            a7, b7 = fma16(w, va, a7), fma16(w, vb, b7)
         store16(scratch, n0, a0), store16(scratch, n1, a1), store16(scratch, n2, a2), store16(scratch, n3, a3)
         store16(scratch, n4, a4), store16(scratch, n5, a5), store16(scratch, n6, a6), store16(scratch, n7, a7)
         store16(scratch, n0 + 16, b0), store16(scratch, n1 + 16, b1)
@@ -235,24 +225,17 @@ def _values4(kv, paged, first, last, scratch, node):
         n1, n2, n3 = n0 + node, n0 + 2 * node, n0 + 3 * node
         a0, b0, a1, b1 = load8(scratch, n0), load8(scratch, n0 + 8), load8(scratch, n1), load8(scratch, n1 + 8)
         a2, b2, a3, b3 = load8(scratch, n2), load8(scratch, n2 + 8), load8(scratch, n3), load8(scratch, n3 + 8)
-        j = first
-        while j < last:
-            end = _run_end(paged, j, last)
-            v = _offset(paged, paged.values, j) + c
-            p = j & (SPLIT - 1)
-            for _ in range(end - j):
-                va, vb = load8(kv, v), load8(kv, v + 8)
-                w = splat8(load1(scratch, p))
-                a0, b0 = fma8(w, va, a0), fma8(w, vb, b0)
-                w = splat8(load1(scratch, p + PITCH))
-                a1, b1 = fma8(w, va, a1), fma8(w, vb, b1)
-                w = splat8(load1(scratch, p + 2 * PITCH))
-                a2, b2 = fma8(w, va, a2), fma8(w, vb, b2)
-                w = splat8(load1(scratch, p + 3 * PITCH))
-                a3, b3 = fma8(w, va, a3), fma8(w, vb, b3)
-                v += dim
-                p += 1
-            j = end
+        for j in range(first, last):
+            v, p = _key(paged, j) + paged.values + c, j & (SPLIT - 1)
+            va, vb = load8(kv, v), load8(kv, v + 8)
+            w = splat8(load1(scratch, p))
+            a0, b0 = fma8(w, va, a0), fma8(w, vb, b0)
+            w = splat8(load1(scratch, p + PITCH))
+            a1, b1 = fma8(w, va, a1), fma8(w, vb, b1)
+            w = splat8(load1(scratch, p + 2 * PITCH))
+            a2, b2 = fma8(w, va, a2), fma8(w, vb, b2)
+            w = splat8(load1(scratch, p + 3 * PITCH))
+            a3, b3 = fma8(w, va, a3), fma8(w, vb, b3)
         store8(scratch, n0, a0), store8(scratch, n0 + 8, b0), store8(scratch, n1, a1), store8(scratch, n1 + 8, b1)
         store8(scratch, n2, a2), store8(scratch, n2 + 8, b2), store8(scratch, n3, a3), store8(scratch, n3 + 8, b3)
     for row in range(4):
@@ -267,18 +250,11 @@ def _values1(kv, paged, first, last, scratch, weights, at):
     for c in range(0, dim & ~31, 32):
         a0, a1 = load8(scratch, at + c), load8(scratch, at + c + 8)
         a2, a3 = load8(scratch, at + c + 16), load8(scratch, at + c + 24)
-        j = first
-        while j < last:
-            end = _run_end(paged, j, last)
-            v = _offset(paged, paged.values, j) + c
-            p = weights + (j & (SPLIT - 1))
-            for _ in range(end - j):
-                w = splat8(load1(scratch, p))
-                a0, a1 = fma8(w, load8(kv, v), a0), fma8(w, load8(kv, v + 8), a1)
-                a2, a3 = fma8(w, load8(kv, v + 16), a2), fma8(w, load8(kv, v + 24), a3)
-                v += dim
-                p += 1
-            j = end
+        for j in range(first, last):
+            v, p = _key(paged, j) + paged.values + c, weights + (j & (SPLIT - 1))
+            w = splat8(load1(scratch, p))
+            a0, a1 = fma8(w, load8(kv, v), a0), fma8(w, load8(kv, v + 8), a1)
+            a2, a3 = fma8(w, load8(kv, v + 16), a2), fma8(w, load8(kv, v + 24), a3)
         store8(scratch, at + c, a0), store8(scratch, at + c + 8, a1)
         store8(scratch, at + c + 16, a2), store8(scratch, at + c + 24, a3)
     for c in range(dim & ~31, dim, 8):
@@ -290,15 +266,9 @@ def _values_vector(kv, paged, first, last, scratch, weights, at, c):
     """MA[c : c + 8] of one row; the last vector may be short."""
     width = min(8, paged.dim - c)
     total = load8(scratch, at + c)
-    j = first
-    while j < last:
-        end = _run_end(paged, j, last)
-        v = _offset(paged, paged.values, j) + c
-        for i in range(j, end):
-            w = splat8(load1(scratch, weights + (i & (SPLIT - 1))))
-            total = fma8(w, load8n(kv, v, width), total)
-            v += paged.dim
-        j = end
+    for j in range(first, last):
+        w = splat8(load1(scratch, weights + (j & (SPLIT - 1))))
+        total = fma8(w, load8n(kv, _key(paged, j) + paged.values + c, width), total)
     store8(scratch, at + c, total)
 
 
@@ -324,7 +294,8 @@ def partial(q_THd, rows, position, count, paged, split, window, fresh, scale, ro
     """Partials of one split for up to ROWS rows, left in the nodes at room[NODES + r·node]: MA, then m and e.
 
     `rows[r]` is the element offset of row r's query and `position[r]` its position, ascending; unused entries
-    repeat the last row. Rows that see nothing of the split get a node without meaning.
+    repeat the last row; `locate` has found what they see. Rows that see nothing of the split get a node without
+    meaning.
     """
     q, kv, scratch = pointer(q_THd), pointer(paged.blocks), pointer(room)
     for at in range(NODES, NODES + ROWS * node, 8):
@@ -334,7 +305,7 @@ def partial(q_THd, rows, position, count, paged, split, window, fresh, scale, ro
     inner_first, outer_last = seen(position[ROWS - 1], split, window)
     low, high = (outer_first - start) & ~15, ((outer_last - 1 - start) & ~15) + 16
     if count == 1:
-        _scores1(q, rows[0], kv, paged, outer_first, outer_last, fresh, scratch)
+        _scores1(q, rows[0], kv, paged, outer_first, outer_last, scratch)
     elif count <= 4:
         _scores4(q, rows[0], rows[1], rows[2], rows[3], kv, paged, outer_first, outer_last, fresh, scratch)
     else:
