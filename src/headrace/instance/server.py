@@ -186,13 +186,19 @@ class Instance:
 
     @torch.no_grad()
     def _embed(self, name: str, ids: list[int]) -> None:
-        """The mean over positions of the last norm's output, which is what the head reads: fp32 [D]."""
+        """The mean over positions of the last norm's output, which is what the head reads: fp32 [D].
+
+        Positions are added one after another in fp64, so that the number of threads is nowhere in the sum.
+        """
         model, ops = self._frontend.engine.runner.model, self._frontend.engine.runner.ops
         dtype = self._frontend.engine.runner.store.blocks.dtype
         ctx = DenseContext(ops, model.config, [len(ids)], dtype)
         positions_T = packed_positions([len(ids)], ops.device)
         hidden_TD = model.hidden(torch.tensor(ids, device=ops.device), positions_T, ctx)
-        self._news.append(Embedding(name, hidden_TD.double().mean(dim=0).float().tolist()))
+        total_D = torch.zeros(hidden_TD.shape[1], dtype=torch.float64)
+        for hidden_D in hidden_TD.cpu().double():
+            total_D += hidden_D
+        self._news.append(Embedding(name, (total_D / len(ids)).float().tolist()))
 
     def _tree(self, max_nodes: int) -> Tree:
         """A block's number serves as its node's id. Parents stand before their children."""

@@ -33,7 +33,7 @@ from numba.core import codegen
 
 from headrace.config import require
 
-__all__ = ["build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "set_threads", "source_key",
+__all__ = ["WIDE", "build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "set_threads", "source_key",
            "thread_count", "vector_features"]
 
 SPINS = "1000"
@@ -56,6 +56,10 @@ def cpu_features() -> str:
     said = numba_config.CPU_FEATURES
     features = codegen.get_host_cpu_features() if said is None else said
     return ",".join(sorted(name for name in features.split(",") if name.startswith("+")))
+
+
+WIDE = "+avx512f" in cpu_features().split(",")
+"""Whether there are 512-bit registers: two rows' eight lanes in one."""
 
 
 def source_key(folder: Path | None = None) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from headrace.kernels.cpu.launch import cpu_features, kernel
+from headrace.kernels.cpu.launch import WIDE, kernel
 from headrace.kernels.cpu.simd import (
     add8,
     load1,
@@ -35,9 +35,6 @@ from headrace.kernels.cpu.simd16 import load16, store16
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 
 __all__ = ["SHARDS", "linear", "linear_part"]
-
-WIDE = "+avx512f" in cpu_features().split(",")
-"""Whether many rows go through 512-bit registers."""
 
 SHARDS = 16
 """Most virtual shards that a sum may have."""

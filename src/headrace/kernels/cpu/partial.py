@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headrace.kernels.cpu.launch import cpu_features, kernel
+from headrace.kernels.cpu.launch import WIDE, kernel
 from headrace.kernels.cpu.simd import (
     add8,
     fma8,
@@ -46,9 +46,6 @@ from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 from headrace.kernels.ops import SPLIT
 
 __all__ = ["NODES", "ROWS", "Paged", "locate", "partial"]
-
-WIDE = "+avx512f" in cpu_features().split(",")
-"""Whether there are registers for eight rows."""
 
 ROWS = 8 if WIDE else 4
 AHEAD = 16

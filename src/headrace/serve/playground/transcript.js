@@ -1,0 +1,119 @@
+// The conversation: what is shown, and what is sent of it.
+
+import { TokenText, hideHint } from "./tokens.js";
+
+export class Transcript {
+  constructor(log, welcome) {
+    this.log = log;
+    this.welcome = welcome;
+    this.messages = [];
+    this.follow = true;
+    new ResizeObserver(() => this.scroll()).observe(log);
+    log.addEventListener("scroll", () => {
+      this.follow = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    }, { passive: true });
+  }
+
+  clear() {
+    hideHint();
+    this.messages = [];
+    this.log.replaceChildren(this.welcome);
+  }
+
+  say(text) {
+    this.welcome.remove();
+    const turn = document.createElement("article");
+    turn.className = "turn user";
+    turn.setAttribute("aria-label", "You");
+    const words = document.createElement("div");
+    words.className = "words";
+    words.textContent = text;
+    turn.append(words);
+    this.log.append(turn);
+    this.messages.push({ role: "user", content: text, turn });
+    this.follow = true;
+    this.scroll();
+  }
+
+  // Take back the last message of the user, for another try.
+  unsay() {
+    const last = this.messages.pop();
+    last.turn.remove();
+    if (!this.messages.length) this.log.append(this.welcome);
+    return last.content;
+  }
+
+  reply() {
+    return new Reply(this);
+  }
+
+  scroll() {
+    if (this.follow) this.log.scrollTop = this.log.scrollHeight;
+  }
+}
+
+class Reply {
+  constructor(transcript) {
+    this.transcript = transcript;
+    this.began = performance.now();
+    this.firstToken = null;
+    this.turn = document.createElement("article");
+    this.turn.className = "turn reply pending";
+    this.turn.setAttribute("aria-label", "Reply");
+    const words = document.createElement("div");
+    words.className = "words";
+    this.facts = document.createElement("p");
+    this.facts.className = "facts";
+    this.turn.append(words, this.facts);
+    transcript.log.append(this.turn);
+    this.tokens = new TokenText(words);
+    transcript.scroll();
+  }
+
+  get empty() {
+    return this.tokens.count === 0 && this.tokens.text === "";
+  }
+
+  add(text, entries) {
+    if (this.firstToken === null && (text || entries.length)) this.firstToken = performance.now();
+    this.tokens.add(text, entries);
+    this.transcript.scroll();
+  }
+
+  // `reason` is a finish reason, or "stopped" where the user did it, or "cut off".
+  end(reason, usage, explanation) {
+    this.tokens.end();
+    this.turn.classList.remove("pending");
+    this.facts.replaceChildren(...this.#facts(reason, usage, explanation).map(([text, title]) => {
+      const fact = document.createElement("span");
+      fact.textContent = text;
+      if (title) fact.title = title;
+      return fact;
+    }));
+    this.transcript.messages.push({ role: "assistant", content: this.tokens.text, turn: this.turn });
+    this.transcript.scroll();
+  }
+
+  drop() {
+    this.turn.remove();
+  }
+
+  #facts(reason, usage, explanation) {
+    const count = usage?.completion_tokens ?? this.tokens.count;
+    const facts = [[`${count} ${count === 1 ? "token" : "tokens"}`]];
+    if (this.firstToken !== null) {
+      const seconds = (performance.now() - this.firstToken) / 1000;
+      if (count > 9 && seconds > 0) facts.push([`${((count - 1) / seconds).toFixed(0)}/s`, "Tokens a second, after the first"]);
+      facts.push([`first after ${(this.firstToken - this.began).toFixed(0)} ms`, "As this page saw it"]);
+    }
+    const cached = usage?.prompt_tokens_details?.cached_tokens;
+    if (cached !== undefined) {
+      facts.push([`${cached} of ${usage.prompt_tokens} prompt tokens cached`, "Found in the prefix cache"]);
+    }
+    if (explanation?.preemptions) facts.push([`preempted ${explanation.preemptions}×`, "Gave way to others, and was computed again"]);
+    if (explanation?.resumes) facts.push([`resumed ${explanation.resumes}×`, "Went on in a new engine process"]);
+    const ends = { length: "reached the longest reply", stopped: "stopped", "cut off": "cut off", abort: "stopped" };
+    if (ends[reason]) facts.push([ends[reason]]);
+    return facts;
+  }
+}
