@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import shutil
 import sys
@@ -23,6 +24,8 @@ OLD = Path("runs/demo.old")
 """What stood in `OUT`, while `NEW` takes its place."""
 SAMPLE_SECONDS = 15.0
 EXAM_QUESTIONS = 200
+NAME = "demo"
+"""Of the served model."""
 REPLY_TOKENS = 48
 LONGEST_PROMPT = 96
 
@@ -31,7 +34,7 @@ def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "demo",
-        help="train a small model here and generate with it, in a few minutes",
+        help="train a small model here and serve it, in a few minutes",
         description="Train a 1M-parameter model on a made-up small world and serve it.",
     )
     parser.add_argument("--once", action="store_true", help="ask nothing, train anew, and replace runs/demo")
@@ -52,12 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
     summary |= {**_reply(LLM(checkpoint)), "checkpoint": str(checkpoint.resolve())}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
-        "\nNow try:\n"
+        "\nTry later:\n"
         f'  headrace generate {checkpoint} --prompt "Once upon a time, Mia" --max-tokens 60 --temperature 0\n'
         f"  headrace chat {checkpoint}\n"
         f"  headrace train recipes/demo.toml --out runs/mine --set train.steps=900\n"
         f"  headrace reproduce paged"
     )
+    _serve(checkpoint, summary, arguments.once)
 
 
 def _recover() -> None:
@@ -225,3 +229,46 @@ def _reply(llm: Any) -> dict[str, str]:
     params = SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS, ignore_eos=True)
     ids = llm.generate(prompt, params)[0].outputs[0].token_ids
     return {"prompt": prompt, "reply": llm.tokenizer.decode(ids, skip_special_tokens=True)}
+
+
+def _serve(checkpoint: Path, summary: dict[str, Any], once: bool) -> None:
+    """Serve the model until Ctrl-C; `once`, until one request is answered, with the same bits as in this process."""
+    from headrace.cli.remote import Remote
+
+    server = _server(checkpoint)
+    asked = {"temperature": 0, "max_tokens": REPLY_TOKENS, "ignore_eos": True}
+
+    async def main() -> None:
+        over = asyncio.Event()
+        answers: list[asyncio.Future[Any]] = []
+
+        def ready(_: Any) -> None:
+            print(f"\nServing it at {server.url} · playground: {server.url}/ in a browser · Ctrl-C ends it")
+            body = json.dumps({"model": NAME, "prompt": summary["prompt"], **asked})
+            print(f"  curl {server.url}/v1/completions -d '{body}'", flush=True)
+            if once:
+                work = asyncio.to_thread(Remote(server.url).complete, NAME, summary["prompt"], asked)
+                answers.append(asyncio.ensure_future(work))
+                answers[0].add_done_callback(lambda _: over.set())
+
+        await server.run(ready, until=over)
+        for answer in answers:
+            text = answer.result()["choices"][0]["text"]
+            print(f"  ↳ {text.strip()}")
+            if text != summary["reply"]:
+                raise RuntimeError(f"the server said {text!r}, not {summary['reply']!r}: a bug in headrace")
+
+    asyncio.run(main())
+
+
+def _server(checkpoint: Path) -> Any:
+    """At the usual port, or at a free one."""
+    from headrace.serve.server import Server
+    from headrace.serve.settings import ServeSettings
+
+    for port in (ServeSettings.port, 0):
+        try:
+            return Server(str(checkpoint), {}, ServeSettings(port=port, served_model_name=(NAME,)))
+        except ConfigError:
+            if port == 0:
+                raise

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["kernels", "load"]
+__all__ = ["compiling", "kernels", "load", "status"]
 
 
-def _status(text: str) -> Any:
+def status(text: str) -> Any:
+    """A line on standard error while something takes time; `stop` takes it away."""
     from rich.console import Console
 
     return Console(stderr=True).status(text)
 
 
-def _compiling(status: Any) -> Any:
+def compiling(status: Any) -> Any:
+    """A `progress` that says on a status line which kernel is compiled."""
     def progress(done: int, total: int, name: str) -> None:
         status.update(f"compiling kernels for this machine, once: {done}/{total} {name}")
 
@@ -25,17 +27,17 @@ def load(model: str, options: dict[str, Any]) -> Any:
     from headrace.engine.options import EngineOptions
 
     EngineOptions(**options)
-    with _status("loading the model …") as status:
+    with status("loading the model …") as line:
         from headrace.engine.llm import LLM
 
-        return LLM(model, progress=_compiling(status), **options)
+        return LLM(model, progress=compiling(line), **options)
 
 
 def kernels(name: str) -> Any:
     """The op set called `name`, compiled."""
-    with _status("loading kernels …") as status:
+    with status("loading kernels …") as line:
         from headrace.kernels.ops import load_ops
 
         ops = load_ops(name)
-        ops.warm_up(progress=_compiling(status))
+        ops.warm_up(progress=compiling(line))
         return ops

@@ -7,7 +7,7 @@ from typing import Any
 
 from headrace.engine.sampling import SamplingParams
 
-__all__ = ["add_sampling_options", "sampling_params"]
+__all__ = ["add_sampling_options", "given_sampling", "sampling_params"]
 
 FLAGS: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "tokens to generate"),
@@ -37,7 +37,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", default=None, help="do not end at the model's end token")
 
 
+def given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, by name."""
+    given = {name: getattr(arguments, name) for name in (*FLAGS, "stop", "ignore_eos")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def sampling_params(arguments: argparse.Namespace, defaults: dict[str, Any], **overrides: Any) -> SamplingParams:
     """The model's defaults, then `overrides`, then the flags that were given."""
-    given = {name: getattr(arguments, name) for name in (*FLAGS, "stop", "ignore_eos")}
-    return SamplingParams(**{**defaults, **overrides, **{k: v for k, v in given.items() if v is not None}})
+    return SamplingParams(**{**defaults, **overrides, **given_sampling(arguments)})

@@ -38,7 +38,8 @@ class LLM:
         self, model: str | Path, *, progress: Callable[[int, int, str], None] | None = None, **options: Any
     ) -> None:
         folder = resolve(model)
-        self._start(Frontend.from_folder(folder, EngineOptions(**options), progress), _sampling_defaults(folder))
+        frontend = Frontend.from_folder(folder, EngineOptions(**options), progress)
+        self._start(frontend, _sampling_defaults(folder), folder)
 
     @classmethod
     def from_model(cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, **options: Any) -> LLM:
@@ -47,7 +48,9 @@ class LLM:
         llm._start(Frontend(model, tokenizer, ops, EngineOptions(**options)), {})
         return llm
 
-    def _start(self, frontend: Frontend, defaults: dict[str, Any]) -> None:
+    def _start(self, frontend: Frontend, defaults: dict[str, Any], folder: Path | None = None) -> None:
+        self.folder = folder
+        """Where the checkpoint lies; None for a model that was in memory."""
         self.frontend = frontend
         self.tokenizer = frontend.tokenizer
         self.fingerprint = frontend.fingerprint

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from headrace.errors import RequestError
 
-__all__ = ["SamplingParams"]
+__all__ = ["SamplingParams", "named_parameter"]
 
 MAX_LOGPROBS = 20
 
@@ -139,3 +140,9 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
             or self.beam_width > 0
         )
+
+
+def named_parameter(message: str) -> str | None:
+    """The parameter that an error's message names first, "prompt" among them; None if it names none."""
+    names = {"prompt", *(f.name for f in fields(SamplingParams))}
+    return next((word for word in re.findall(r"\w+", message) if word in names), None)

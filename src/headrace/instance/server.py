@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,7 +16,7 @@ from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.engine.llm import LLM
 from headrace.engine.loop import EngineLoop
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.sampling import SamplingParams, named_parameter
 from headrace.engine.stats import SchedulerStats
 from headrace.errors import RequestError
 from headrace.instance.deltas import Sent
@@ -45,7 +44,6 @@ __all__ = ["Instance"]
 EDGE_TOKENS = 8
 """Tokens of a radix tree's edge that are shown as text."""
 _STATS = [f.name for f in fields(SchedulerStats) if f.name != "finished"]
-_PARAMS = {"prompt", *(f.name for f in fields(SamplingParams))}
 
 
 class Instance:
@@ -79,6 +77,7 @@ class Instance:
             default_sampling_params=self._llm.default_sampling_params(),
             startup_seconds=startup_seconds,
             hidden_size=self._frontend.model_config.hidden_size,
+            folder="" if self._llm.folder is None else str(self._llm.folder),
         )
 
     def post(self, command: Command) -> None:
@@ -146,7 +145,7 @@ class Instance:
                 self._news.append(self._tree(command.max_nodes))
         except RequestError as error:
             name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
-            self._news.append(Refused(name, str(error), _parameter(str(error))))
+            self._news.append(Refused(name, str(error), named_parameter(str(error))))
 
     def _add(self, add: Add) -> None:
         params = SamplingParams(**add.params)
@@ -211,8 +210,3 @@ class Instance:
             text = tokenizer.decode(node.key[:EDGE_TOKENS], skip_special_tokens=False)
             rows.append((node.block, parent, len(node.key), node.locks, text))
         return Tree(rows)
-
-
-def _parameter(message: str) -> str | None:
-    """The request's field that a refusal names first, if it does."""
-    return next((word for word in re.findall(r"\w+", message) if word in _PARAMS), None)

@@ -183,6 +183,8 @@ class Ready(_Message):
     default_sampling_params: dict[str, Any]
     startup_seconds: float
     hidden_size: int = 0
+    folder: str = ""
+    """Where the checkpoint lies."""
 
 
 class Failed(_Message):

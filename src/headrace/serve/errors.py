@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from headrace.engine.sampling import named_parameter
 from headrace.errors import RequestError
 
-__all__ = ["QueueFullError", "RefusedError", "UnavailableError"]
+__all__ = ["NotFoundError", "QueueFullError", "RefusedError", "UnavailableError", "named"]
 
 
 class QueueFullError(RuntimeError):
@@ -23,5 +24,14 @@ class RefusedError(RequestError):
         self.param = param
 
 
+class NotFoundError(RefusedError):
+    """The request names a model that is not served here."""
+
+
 class UnavailableError(RuntimeError):
     """No engine will serve this: it failed, or the server stops."""
+
+
+def named(error: Exception) -> RefusedError:
+    """A refusal from below, with the field that its message names."""
+    return error if isinstance(error, RefusedError) else RefusedError(str(error), named_parameter(str(error)))

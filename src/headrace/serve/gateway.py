@@ -210,6 +210,11 @@ class Gateway:
             self._feeds.discard(feed)
 
     @property
+    def seats(self) -> int:
+        """Sequences that may run or wait at once."""
+        return self.max_num_seqs + self.max_queue
+
+    @property
     def unfinished(self) -> int:
         """Sequences that run or wait."""
         return sum(stream.transcript.seats for stream in self._streams.values()) + len(self._embeds)
@@ -225,7 +230,7 @@ class Gateway:
         if self.state not in ("ready", "restarting"):
             raise UnavailableError(f"the engine is {self.state}")
         taken = self.unfinished
-        if taken and taken + seats > self.max_num_seqs + self.max_queue:
+        if taken and taken + seats > self.seats:
             span = time.monotonic() - self._ends[0]
             wait = math.ceil(span / len(self._ends))
             raise QueueFullError(max(0, taken - self.max_num_seqs), min(max(wait, 1), 60))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -100,6 +101,17 @@ class ChatTemplate:
         if list(self._sources) == ["default"]:
             return self._sources["default"]
         return [{"name": name, "template": text} for name, text in self._sources.items()]
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """The templates by name; one alone is called "default"."""
+        return self._sources
+
+    def uses(self, name: str) -> bool:
+        """Whether the template for requests without tools reads a variable that it does not set itself."""
+        self._template("default")
+        tree = _environment().parse(self._sources["default"])
+        return name in jinja2.meta.find_undeclared_variables(tree)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
                tools: Sequence[Mapping[str, Any]] | None = None,

@@ -76,6 +76,19 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return self._chat is not None
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template. Raises `RequestError` where it has none."""
+        if self._chat is None:
+            raise RequestError(f"{self._source} has no chat template: send a plain prompt instead, or put a "
+                               "chat_template.jinja beside its tokenizer.json")
+        return self._chat
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """bos_token, eos_token, … as text: what a chat template may name."""
+        return self._special
+
     def token_id(self, token: str | None) -> int | None:
         """The id of a token by its text in the vocabulary, None if there is none."""
         return None if token is None else self._backend.token_to_id(token)
@@ -114,10 +127,7 @@ class Tokenizer:
 
         Raises `RequestError` where the model has no chat template or the messages do not suit it.
         """
-        if self._chat is None:
-            raise RequestError(f"{self._source} has no chat template: send a plain prompt instead, or put a "
-                               "chat_template.jinja beside its tokenizer.json")
-        return self._chat.render(messages, add_generation_prompt, **variables)
+        return self.chat_template.render(messages, add_generation_prompt, **variables)
 
     def check_vocabulary(self, model_vocab: int) -> None:
         """Raise `CheckpointError` if this tokenizer has ids that a model of `model_vocab` tokens lacks."""

@@ -1,0 +1,255 @@
+"""`Answers`: prompts and an `Ask` to an answer, streamed or whole, for completions and chats alike.
+
+    open one stream a prompt ──> deltas ──> parts ──> a form's choices ──> chunks, or one answer at the end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.engine.outputs import RequestOutput
+from headrace.instance.wire import Delta, Explanation
+from headrace.serve.errors import RefusedError
+from headrace.serve.gateway import Gateway, Stream
+from headrace.serve.http import JSON, EventStream, unless_gone
+from headrace.serve.protocol.asks import Ask
+from headrace.serve.protocol.forms import Form, Part, prompt_part, prompt_tables, usage
+from headrace.serve.texts import Prompt, Texts
+
+__all__ = ["Answers"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One HTTP request as it is answered."""
+
+    ask: Ask
+    form: Form
+    streams: Sequence[Stream]
+    echoes: Sequence[tuple[str, str]]
+    """For each prompt, its text and its first token's; empty where nothing is echoed."""
+    head: Mapping[str, Any] = field(default_factory=dict)
+    """What every chunk and answer begins with."""
+
+    @property
+    def best(self) -> int:
+        """Tokens to show beside each."""
+        return self.ask.logprobs or 0
+
+    def abandon(self) -> None:
+        """End what still runs."""
+        for stream in self.streams:
+            stream.abandon()
+
+
+class Answers:
+    """Answers of one served model."""
+
+    def __init__(self, gateway: Gateway, texts: Texts, model_name: str) -> None:
+        self._gateway = gateway
+        self._texts = texts
+        self._model_name = model_name
+
+    async def answer(self, request: Request, ask: Ask, form: Form, prompts: Sequence[Prompt],
+                     echo: str | None = None) -> Response:
+        """The response. Raises what `Gateway.open` raises, and `ClientGoneError`, before anything is sent.
+
+        `echo` is the text to begin with, where it is not the prompt's own.
+        """
+        self._check(ask, prompts)
+        job = await unless_gone(request, self._open(ask, form, prompts, echo))
+        if ask.stream:
+            return EventStream(self._chunks(job), job.abandon)
+        try:
+            outputs = await unless_gone(request, self._results(job))
+        finally:
+            job.abandon()
+        return JSON(self._whole(job, outputs))
+
+    # ---- opening
+
+    def _check(self, ask: Ask, prompts: Sequence[Prompt]) -> None:
+        if ask.explain and len(prompts) > 1:
+            raise RefusedError(f"explain is for one prompt, not {len(prompts)}", "explain")
+        seats = len(prompts) * max(ask.params.n, ask.params.beam_width)
+        if len(prompts) > 1 and seats > self._gateway.seats:
+            raise RefusedError(f"{len(prompts)} prompts with n={ask.params.n} are {seats} sequences, and this server "
+                               f"holds {self._gateway.seats}: send fewer at a time", "prompt")
+
+    async def _open(self, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None) -> _Job:
+        """All of them, or none. Cancelled, it leaves nothing behind."""
+        identity = form.prefix + (ask.request_id or secrets.token_hex(12))
+        echoes = [await self._echo(ask, prompt, echo) for prompt in prompts] if ask.echo else []
+        streams: list[Stream] = []
+        try:
+            for prompt in prompts:
+                streams.append(await self._gateway.open(
+                    identity, prompt.text, prompt.token_ids, ask.params, priority=ask.priority,
+                    namespace=ask.namespace))
+        except BaseException:
+            for stream in streams:
+                stream.abandon()
+            raise
+        head = {
+            "id": identity,
+            "object": form.chunk_object if ask.stream else form.object,
+            "created": int(time.time()),
+            "model": self._model_name,
+            "system_fingerprint": self._gateway.info.fingerprint,
+        }
+        return _Job(ask, form, streams, echoes, head)
+
+    async def _echo(self, ask: Ask, prompt: Prompt, echo: str | None) -> tuple[str, str]:
+        text = echo if echo is not None else prompt.text
+        if text is None:
+            text = await self._texts.decode(prompt.token_ids)
+        first = prompt.token_ids[:1] if ask.logprobs is not None else []
+        return text, "".join(await self._texts.token_texts(first))
+
+    # ---- one answer at the end
+
+    async def _results(self, job: _Job) -> list[RequestOutput]:
+        return [await stream.result() for stream in job.streams]
+
+    def _whole(self, job: _Job, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = []
+        for i, output in enumerate(outputs):
+            for choice in output.outputs:
+                part = Part(finish_reason="length") if job.ask.only_echo else Part.of_output(choice)
+                if job.echoes:
+                    part = self._prompt_part(job, i, output) + part
+                shape = job.form.whole(i * len(output.outputs) + choice.index, part, job.best)
+                if job.ask.token_ids:
+                    shape |= {"token_ids": [] if job.ask.only_echo else choice.token_ids,
+                              "prompt_token_ids": output.prompt_token_ids}
+                if job.ask.params.prompt_logprobs is not None:
+                    shape["prompt_logprobs"] = prompt_tables(output)
+                choices.append(shape)
+        generated = 0 if job.ask.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
+        told = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
+        answer = {**job.head, "choices": choices, "usage": told}
+        if job.ask.explain:
+            answer["explanation"] = _explanation(job.streams[0])
+        return answer
+
+    def _prompt_part(self, job: _Job, i: int, output: RequestOutput) -> Part:
+        text, first = job.echoes[i]
+        part = prompt_part(text, output, first, job.ask.logprobs is not None and job.form.echoes_logprobs)
+        return Part(part.text, (), part.rows)
+
+    # ---- a chunk at a time
+
+    async def _chunks(self, job: _Job) -> AsyncIterator[list[Mapping[str, Any]]]:
+        """Chunks, in lists of those that came at once."""
+        chunker = _Chunker(job, self._prompt_part)
+        opening = chunker.opening()
+        if opening:
+            yield opening
+        async for i, delta in _merged(job.streams):
+            chunks = chunker.chunks(i, delta)
+            if chunks:
+                yield chunks
+        if job.ask.include_usage:
+            yield [{**job.head, "choices": [], "usage": chunker.usage()}]
+
+
+class _Chunker:
+    """Turns deltas into chunks; it keeps how far each choice has come."""
+
+    def __init__(self, job: _Job, prompt_part: Any) -> None:
+        self._job = job
+        self._prompt_part = prompt_part
+        count = len(job.streams) * job.ask.params.n
+        self._offsets = [0] * count
+        """Characters of each choice's tokens so far."""
+        self._begun = [False] * count
+        self._generated = 0
+        self._cached = [0] * len(job.streams)
+
+    def opening(self) -> list[Mapping[str, Any]]:
+        """The chunks that need no token: who speaks."""
+        shapes = [self._job.form.opening(i) for i in range(len(self._offsets))]
+        return [self._chunk(shape) for shape in shapes if shape is not None]
+
+    def chunks(self, i: int, delta: Delta) -> list[Mapping[str, Any]]:
+        """What a delta of prompt `i` brings."""
+        job = self._job
+        self._cached[i] = delta.num_cached_tokens
+        chunks: list[Mapping[str, Any]] = []
+        for new in delta.choices:
+            index = i * job.ask.params.n + new.index
+            part = Part.of_delta(new)
+            if job.ask.only_echo:
+                part = Part(finish_reason=part.finish_reason)
+            self._generated += len(part.token_ids)
+            token_ids, first = part.token_ids, not self._begun[index]
+            self._begun[index] = True
+            if first and job.echoes:
+                part = self._prompt_part(job, i, job.streams[i].output) + part
+            if not (part.text or part.finish_reason or part.rows or (job.ask.token_ids and token_ids)):
+                continue
+            shape = job.form.piece(index, part, job.best, self._offsets[index])
+            if part.rows is not None:
+                self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
+            if job.ask.token_ids:
+                shape["token_ids"] = token_ids
+                if first:
+                    shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
+            chunks.append(self._chunk(shape))
+        if delta.finished and job.ask.explain and chunks:
+            chunks[-1] = {**chunks[-1], "explanation": _explanation(job.streams[0])}
+        return chunks
+
+    def usage(self) -> dict[str, Any]:
+        """So far."""
+        return usage(_prompt_tokens(self._job), self._generated, sum(self._cached))
+
+    def _chunk(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+        ask = self._job.ask
+        chunk: dict[str, Any] = {**self._job.head, "choices": [shape]}
+        if ask.continuous_usage:
+            chunk["usage"] = self.usage()
+        elif ask.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+def _prompt_tokens(job: _Job) -> int:
+    return sum(len(stream.output.prompt_token_ids) for stream in job.streams)
+
+
+def _explanation(stream: Stream) -> dict[str, Any]:
+    """Every field, those at their defaults too."""
+    return {name: getattr(stream.explanation, name) for name in Explanation.__struct_fields__}
+
+
+async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
+    """Deltas of all, as they come, with the number of their stream. Raises what the first to fail raises."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = waiting.pop(task)
+                try:
+                    delta = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[i]))] = i
+                yield i, delta
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)

@@ -1,0 +1,57 @@
+"""`create_app`: the endpoints over a server's parts, as one ASGI application.
+
+    Guard (key, body) ──> routes/ ──> protocol/ (fields, asks, forms) ──> Answers ──> Gateway
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from headrace import __version__
+from headrace.errors import HeadraceError
+from headrace.serve.errors import QueueFullError, UnavailableError
+from headrace.serve.guard import MIB, Guard
+from headrace.serve.http import JSON, ClientGoneError, error_body, error_response
+from headrace.serve.parts import Parts
+from headrace.serve.playground import PUBLIC_PATHS as PAGE
+from headrace.serve.playground import playground_router
+from headrace.serve.routes.generation import generation_router
+from headrace.serve.routes.status import PUBLIC_PATHS, status_router
+from headrace.serve.routes.texts import texts_router
+from headrace.serve.settings import ServeSettings
+
+__all__ = ["create_app"]
+
+CLIENT_CLOSED = 499
+"""Nobody reads it; logs and tests do."""
+
+
+def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
+    """The application. It neither starts nor ends its parts."""
+    app = FastAPI(title="headrace", version=__version__, docs_url=None, redoc_url=None,
+                  description="An OpenAI-compatible server with the same bits whatever the load.")
+    for router in (generation_router(parts), texts_router(parts), status_router(parts),
+                   playground_router(parts.gateway, parts.model_name)):
+        app.include_router(router)
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        said = f"{request.method} {request.url.path} is not served here"
+        message = said if error.status_code in (404, 405) else str(error.detail)
+        return JSON(error_body(error.status_code, message), error.status_code, dict(error.headers or {}))
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
+
+    for kind in (HeadraceError, QueueFullError, UnavailableError, Exception):
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(ClientGoneError, gone)
+    return Guard(app, max_body_bytes=int(settings.max_body_mib * MIB), api_keys=settings.api_key,
+                 public=PUBLIC_PATHS | PAGE)

@@ -1,0 +1,130 @@
+"""HTTP's own matters: answers as JSON, server-sent events, errors in OpenAI's shape, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from headrace.errors import HeadraceError
+from headrace.serve.errors import NotFoundError, QueueFullError, UnavailableError
+
+__all__ = ["JSON", "ClientGoneError", "EventStream", "error_body", "error_response", "unless_gone"]
+
+RETRY = "5"
+"""Seconds after which a server that is not there may be."""
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+         405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
+         415: "invalid_request_error", 429: "rate_limit_error"}
+_encoder = msgspec.json.Encoder()
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """Nobody is there to read an answer."""
+
+
+class JSON(Response):
+    """An answer as JSON, with floats in their shortest form that reads back to the same bits."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """As bytes."""
+        return _encoder.encode(content)
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape; `code` is the status."""
+    kind = TYPES.get(status, "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def error_response(error: Exception) -> JSON:
+    """The answer for what the server's parts raise."""
+    headers: dict[str, str] = {}
+    status, param = 500, None
+    if isinstance(error, NotFoundError):
+        status, param = 404, error.param
+    elif isinstance(error, HeadraceError):
+        status, param = 400, getattr(error, "param", None)
+    elif isinstance(error, QueueFullError):
+        status, headers = 429, {"Retry-After": str(error.retry_after)}
+    elif isinstance(error, UnavailableError):
+        status, headers = 503, {"Retry-After": RETRY}
+    message = str(error) if status != 500 else "the server failed: its log says why"
+    return JSON(error_body(status, message, param), status, headers)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves: `ClientGoneError` then.
+
+    The request's body has been read, so all that can still come is its disconnection.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events, one JSON object each. `close` is called at the end: at once, when the client leaves.
+
+    The source yields lists of objects, which are sent together. Where it fails, the last event is the error, and no
+    `[DONE]` follows.
+    """
+
+    def __init__(self, source: AsyncIterator[list[Mapping[str, Any]]], close: Callable[[], None]) -> None:
+        self._source = source
+        self._close = close
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store",
+                           "X-Accel-Buffering": "no"})
+        self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all, unless the client leaves."""
+        sending = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            done = sending.done()
+            for task in (sending, gone):
+                task.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+            self._close()
+        if done and not sending.cancelled():
+            sending.result()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for events in self._source:
+                await send({"type": "http.response.body", "body": _frames(events), "more_body": True})
+            last = b"data: [DONE]\n\n"
+        except (HeadraceError, QueueFullError, UnavailableError) as error:
+            last = b"data: " + error_response(error).body + b"\n\n"
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _frames(events: list[Mapping[str, Any]]) -> bytes:
+    return b"".join([b"data: %b\n\n" % _encoder.encode(event) for event in events])

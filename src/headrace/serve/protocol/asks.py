@@ -1,0 +1,126 @@
+"""`Ask`: what one request asks for, read from its fields. Prompts are not read here: that takes a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.engine.sampling import SamplingParams
+from headrace.serve.errors import RefusedError, named
+from headrace.serve.protocol.bodies import Body
+from headrace.serve.protocol.fields import CHAT, TABLE
+
+__all__ = ["Ask", "read_ask"]
+
+STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
+SAMPLING = {field.name: field.sampling for field in TABLE if field.sampling is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Everything but the prompts."""
+
+    params: SamplingParams
+    stream: bool = False
+    include_usage: bool = False
+    """A last chunk with the usage."""
+    continuous_usage: bool = False
+    """The usage in every chunk."""
+    echo: bool = False
+    only_echo: bool = False
+    """Nothing is to be generated: the echo is all that is wanted."""
+    logprobs: int | None = None
+    """Best tokens to show beside each, None to show no log-probabilities."""
+    token_ids: bool = False
+    explain: bool = False
+    request_id: str | None = None
+    priority: int = 0
+    namespace: tuple[str, ...] = ()
+
+
+def read_ask(body: Body, endpoint: str, defaults: Mapping[str, Any], priorities: bool) -> Ask:
+    """An `Ask` of a body that a `Reader` passed. `defaults` are the model's own sampling parameters.
+
+    `priorities` is whether the engine schedules by priority. Raises `RefusedError` with the field at fault.
+    """
+    _check_together(body, endpoint, priorities)
+    options = body.get("stream_options", {})
+    only_echo = bool(body.get("echo")) and body.get("max_tokens") == 0
+    return Ask(
+        params=_sampling_params(body, endpoint, defaults, only_echo),
+        stream=body.get("stream", False),
+        include_usage=options.get("include_usage") is True,
+        continuous_usage=options.get("continuous_usage_stats") is True,
+        echo=body.get("echo", False),
+        only_echo=only_echo,
+        logprobs=_logprobs(body, endpoint),
+        token_ids=body.get("return_token_ids", False),
+        explain=body.get("explain", False),
+        request_id=body.get("request_id"),
+        priority=body.get("priority", 0),
+        namespace=(body["cache_salt"],) if "cache_salt" in body else (),
+    )
+
+
+def _need(ok: bool, message: str, param: str) -> None:
+    if not ok:
+        raise RefusedError(message, param)
+
+
+def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
+    """Refuse what would be without effect."""
+    stream = body.get("stream", False)
+    _need(stream or "stream_options" not in body, "stream_options needs stream: true", "stream_options")
+    for name, value in body.get("stream_options", {}).items():
+        _need(name in STREAM_OPTIONS, f"stream_options.{name[:60]} is not one of {', '.join(STREAM_OPTIONS)}",
+              "stream_options")
+        _need(isinstance(value, bool), f"stream_options.{name} must be true or false", "stream_options")
+    _need(not (stream and "prompt_logprobs" in body), "prompt_logprobs cannot be streamed: leave out stream, or ask "
+          "a completion for echo and logprobs", "prompt_logprobs")
+    beams = body.get("use_beam_search", False)
+    _need(beams or body.get("length_penalty", 1.0) == 1.0, "length_penalty needs use_beam_search: true",
+          "length_penalty")
+    _need(priorities or not body.get("priority"), "priority needs a server with --scheduling-policy priority",
+          "priority")
+    if endpoint == CHAT:
+        _need("top_logprobs" not in body or body.get("logprobs", False), "top_logprobs needs logprobs: true",
+              "top_logprobs")
+        both = {body[name] for name in ("max_tokens", "max_completion_tokens") if name in body}
+        _need(len(both) < 2, "max_tokens and max_completion_tokens differ: they are one setting", "max_tokens")
+
+
+def _logprobs(body: Body, endpoint: str) -> int | None:
+    if endpoint == CHAT:
+        return body.get("top_logprobs", 0) if body.get("logprobs", False) else None
+    return body.get("logprobs")
+
+
+def _sampling_params(body: Body, endpoint: str, defaults: Mapping[str, Any], only_echo: bool) -> SamplingParams:
+    """The model's defaults, then OpenAI's for the endpoint, then what was sent."""
+    given = {SAMPLING[name]: value for name, value in body.items() if name in SAMPLING}
+    given["logit_bias"] = {_token_id(key): value for key, value in body.get("logit_bias", {}).items()}
+    given["n"] = body.get("n", 1)
+    given["stop"] = body.get("stop", ())
+    if body.get("use_beam_search", False):
+        given["beam_width"] = given["n"]
+    for name in ("max_completion_tokens", "max_tokens"):
+        if name in body:
+            given["max_tokens"] = body[name]
+    if only_echo:
+        given["max_tokens"] = 1
+    logprobs = _logprobs(body, endpoint)
+    if logprobs is not None:
+        given["logprobs"] = logprobs
+        if body.get("echo") and endpoint != CHAT:
+            given["prompt_logprobs"] = max(logprobs, body.get("prompt_logprobs", 0))
+    try:
+        return SamplingParams(**{**defaults, **({"max_tokens": None} if endpoint == CHAT else {}), **given})
+    except ValueError as error:
+        raise named(error) from None
+
+
+def _token_id(key: str) -> int:
+    _need(key.isascii() and key.isdecimal() and len(key) < 11, f"logit_bias: {key[:60]!r} is not a token id",
+          "logit_bias")
+    return int(key)

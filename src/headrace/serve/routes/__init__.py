@@ -1,0 +1,1 @@
+"""The endpoints: each module has a function that makes a router over the server's parts."""

@@ -1,0 +1,83 @@
+"""/v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from headrace.serve.answers import Answers
+from headrace.serve.errors import RefusedError
+from headrace.serve.http import unless_gone
+from headrace.serve.parts import Parts
+from headrace.serve.protocol.asks import read_ask
+from headrace.serve.protocol.bodies import Body, Reader
+from headrace.serve.protocol.fields import CHAT, COMPLETIONS
+from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
+from headrace.serve.texts import Prompt
+
+__all__ = ["generation_router", "read_chat", "truncated"]
+
+
+def generation_router(parts: Parts) -> APIRouter:
+    """Continue prompts, and answer conversations."""
+    router = APIRouter(tags=["generation"])
+    answers = Answers(parts.gateway, parts.texts, parts.model_name)
+    completion, chat = Reader(COMPLETIONS, "CompletionRequest"), Reader(CHAT, "ChatCompletionRequest")
+
+    @router.post(COMPLETIONS, openapi_extra={"requestBody": completion.schema()}, summary="Continue prompts")
+    async def completions(request: Request) -> Response:
+        body = completion.read(await request.body())
+        parts.check_model(body)
+        ask = read_ask(body, COMPLETIONS, parts.defaults, parts.priorities)
+        prompts = await unless_gone(
+            request, parts.texts.prompts(body["prompt"], body.get("add_special_tokens", True)))
+        return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, parts) for p in prompts])
+
+    @router.post(CHAT, openapi_extra={"requestBody": chat.schema()}, summary="Answer a conversation")
+    async def chat_completions(request: Request) -> Response:
+        body = chat.read(await request.body())
+        parts.check_model(body)
+        ask = read_ask(body, CHAT, parts.defaults, parts.priorities)
+        echo = _last_message(body) if ask.echo else None
+        prompt = await unless_gone(request, read_chat(body, parts))
+        return await answers.answer(request, ask, CHAT_FORM, [truncated(prompt, body, parts)], echo)
+
+    return router
+
+
+async def read_chat(body: Body, parts: Parts) -> Prompt:
+    """The prompt that a conversation becomes."""
+    going_on = body.get("continue_final_message", False)
+    if going_on and body.get("add_generation_prompt", False):
+        raise RefusedError("continue_final_message and add_generation_prompt are opposites: send one of them",
+                           "continue_final_message")
+    variables: dict[str, tuple[str, Any]] = {
+        name: ("chat_template_kwargs", value) for name, value in body.get("chat_template_kwargs", {}).items()
+    }
+    if "reasoning_effort" in body:
+        variables["reasoning_effort"] = "reasoning_effort", body["reasoning_effort"]
+    return await parts.texts.chat(
+        body["messages"],
+        add_generation_prompt=body.get("add_generation_prompt", True),
+        continue_final_message=going_on,
+        chat_template=body.get("chat_template"),
+        variables=variables,
+        add_special_tokens=body.get("add_special_tokens", False),
+    )
+
+
+def truncated(prompt: Prompt, body: Body, parts: Parts) -> Prompt:
+    """The end of a prompt that `truncate_prompt_tokens` asks for."""
+    count = body.get("truncate_prompt_tokens")
+    if count is None:
+        return prompt
+    # With -1, one place is left for a token to be generated.
+    return prompt.last(parts.gateway.info.max_model_len - 1 if count < 0 else count)
+
+
+def _last_message(body: Body) -> str:
+    content = body["messages"][-1].get("content")
+    if not body.get("continue_final_message", False) or not isinstance(content, str):
+        raise RefusedError("echo needs continue_final_message: true and a last message with text", "echo")
+    return content

@@ -1,0 +1,206 @@
+"""`Server`: a bound socket, a gateway and the application, from the first signal of life to the last.
+
+    bind ──> start the engine ──> ready ──> (SIGTERM: drain) ──> (again: stop) ──> closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from headrace.errors import ConfigError
+from headrace.instance.wire import Ready
+from headrace.serve.app import create_app
+from headrace.serve.gateway import Gateway
+from headrace.serve.metrics import Metrics
+from headrace.serve.parts import Parts
+from headrace.serve.settings import ServeSettings
+from headrace.serve.texts import Texts
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["Server"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HEAD_SECONDS = 15.0
+"""A connection that has not sent a request's head by then is closed."""
+KEEP_ALIVE_SECONDS = 75
+BACKLOG = 2048
+Progress = Callable[[int, int, str], None]
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, with an end to heads that never end."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch_head(self) -> None:
+        """Time runs while the next request's head is awaited, and stops once it is there."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, which leaves signals to us and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening()
+
+
+class Server:
+    """One model served over HTTP, in this thread's event loop."""
+
+    gateway: Gateway
+
+    def __init__(self, model: str, options: dict[str, Any], settings: ServeSettings) -> None:
+        """Binds the port. `options` are fields of `EngineOptions`. Raises `ConfigError` where they cannot work."""
+        self._model = model
+        self._options = options
+        self._settings = settings
+        self._names = settings.served_model_name or (model,)
+        self._metrics = Metrics(self._names[0])
+        self.gateway = Gateway(model, options, max_queue=settings.max_queue, restart=settings.restart,
+                               max_logprobs=settings.max_logprobs, observer=self._metrics, progress=self._tell)
+        self._progress: Progress | None = None
+        self._http: _Uvicorn | None = None
+        self._interrupt: Callable[[], object] = lambda: None
+        """What a signal does just now."""
+        self._ends = 0
+        """Times that it was told to end."""
+        self._ending: list[asyncio.Task[None]] = []
+        self._socket = _bind(settings.host, settings.port)
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers carry."""
+        return self._names[0]
+
+    async def run(self, ready: Callable[[Ready], None], progress: Progress | None = None,
+                  until: asyncio.Event | None = None) -> None:
+        """Serve until a SIGTERM or SIGINT, or until `until` is set, and what then still runs is done.
+
+        `ready` is called when requests can come; `progress(done, total, kernel)` while kernels are made. Raises
+        `HeadraceError` where the model or an option is at fault, KeyboardInterrupt at a signal before it was ready.
+        """
+        self._progress = progress
+        loop = asyncio.get_running_loop()
+        before = {n: signal.signal(n, lambda *_: loop.call_soon_threadsafe(lambda: self._interrupt())) for n in SIGNALS}
+        texts: Texts | None = None
+        try:
+            texts = await self._start()
+            self._interrupt = self._end
+            if until is not None:
+                self._ending.append(asyncio.ensure_future(self._end_after(until)))
+            await self._serve(texts, lambda: ready(self.gateway.info))
+        finally:
+            await self.gateway.stop()
+            for task in self._ending:
+                task.cancel()
+            await asyncio.gather(*self._ending, return_exceptions=True)
+            if texts is not None:
+                await texts.close()
+            self._socket.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def _start(self) -> Texts:
+        """The engine, then its tokenizer."""
+        starting = asyncio.ensure_future(self.gateway.start())
+        interrupted = asyncio.Event()
+        self._interrupt = interrupted.set
+        waiting = asyncio.ensure_future(interrupted.wait())
+        try:
+            await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise KeyboardInterrupt
+            starting.result()
+        finally:
+            for task in (starting, waiting):
+                task.cancel()
+            await asyncio.gather(starting, waiting, return_exceptions=True)
+        self._metrics.ready(self.gateway.info)
+        texts = Texts(await asyncio.to_thread(Tokenizer.from_folder, self.gateway.info.folder))
+        await texts.start()
+        return texts
+
+    async def _serve(self, texts: Texts, ready: Callable[[], None]) -> None:
+        settings = self._settings
+        defaults = self.gateway.info.default_sampling_params if settings.generation_config else {}
+        parts = Parts(self.gateway, texts, self._metrics, self._names, defaults=defaults,
+                      priorities=self._options.get("scheduling_policy") == "priority")
+        config = uvicorn.Config(
+            create_app(parts, settings), http=_Protocol, ws="none", lifespan="off", log_level="warning",
+            access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=BACKLOG, server_header=False,
+            timeout_graceful_shutdown=1)
+        self._http = _Uvicorn(config, ready)
+        await self._http.serve([self._socket])
+
+    def _end(self) -> None:
+        """The first time, what runs may finish; the second time, it may not."""
+        self._ends += 1
+        timeout = self._settings.drain_timeout if self._ends == 1 else 0.0
+        self._ending.append(asyncio.ensure_future(self._drain(timeout)))
+
+    async def _end_after(self, until: asyncio.Event) -> None:
+        await until.wait()
+        await self._drain(self._settings.drain_timeout)
+
+    async def _drain(self, timeout: float) -> None:
+        await self.gateway.drain(timeout)
+        if self._http is not None:
+            self._http.should_exit = True
+
+    def _tell(self, done: int, total: int, kernel: str) -> None:
+        if self._progress is not None:
+            self._progress(done, total, kernel)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}: choose another --host or --port") from None
+    return bound

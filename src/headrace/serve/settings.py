@@ -1,0 +1,51 @@
+"""`ServeSettings`: what a user can set on a server, beside the engine's options."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+
+from headrace.config import require
+
+__all__ = ["ServeSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Validated once. The names are the flags of `headrace serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()
+    """The first is the one that answers carry; empty is the model as it was given."""
+    api_key: tuple[str, ...] = ()
+    allow_remote: bool = False
+    max_logprobs: int = 20
+    max_body_mib: float = 8.0
+    max_queue: int = 1024
+    drain_timeout: float = 10.0
+    restart: bool = True
+    generation_config: bool = True
+    """Whether the model's generation_config.json gives sampling defaults."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, f"port={self.port} must be from 0 (any that is free) to 65535")
+        require(0 < self.max_body_mib <= 1024, f"max_body_mib={self.max_body_mib:g} must be more than 0, at most 1024")
+        require(0 <= self.drain_timeout < math.inf, f"drain_timeout={self.drain_timeout:g} must be a time in seconds")
+        require(all(self.api_key) and all(self.served_model_name), "an API key or a model name is empty")
+        require(all(key.isascii() for key in self.api_key), "an API key must be ASCII: headers carry nothing else")
+        require(
+            bool(self.api_key) or self.allow_remote or _is_loopback(self.host),
+            f"host={self.host} lets other machines in, and there is no key: set --api-key, or --allow-remote if "
+            "whoever can reach it may use it",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,141 @@
+"""`TemplateWorker`: chat templates are programs of strangers, so they run in a process that can be killed.
+
+    render ──> one JSON line to the worker ──> Jinja's immutable sandbox ──> one JSON line back
+                 └── too long, too much, or dead: killed, and the next call starts another
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.errors import HeadraceError
+from headrace.serve.errors import RefusedError
+from headrace.text.chat import MAX_CHARACTERS, ChatTemplate
+
+__all__ = ["TemplateWorker", "serve_templates"]
+
+SECONDS = 2.0
+"""A template that takes longer is stopped. They take a millisecond."""
+START_SECONDS = 20.0
+MEMORY = 1 << 30
+"""Bytes of address space that a worker may have."""
+LINE = 4 * MAX_CHARACTERS
+"""Bytes of a worker's answer that are read at most."""
+KEPT = 16
+"""Compiled templates that a worker keeps."""
+
+
+class TemplateWorker:
+    """One process, started when it is first needed, that renders one conversation at a time."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the process, unless it runs: so that the first conversation need not wait for it."""
+        async with self._turn:
+            await self._running()
+
+    async def render(self, job: Mapping[str, Any]) -> str:
+        """The text of a job, as `serve_templates` reads it. `RefusedError` where the template or messages are at fault.
+
+        A caller that leaves while its template runs takes the process with it.
+        """
+        line = json.dumps(job).encode() + b"\n"
+        async with self._turn:
+            process = await self._running()
+            try:
+                answer = await asyncio.wait_for(self._exchange(process, line), self._seconds)
+            except BaseException as error:
+                await self._kill()
+                if isinstance(error, TimeoutError):
+                    raise RefusedError(f"the chat template took longer than {self._seconds:g} s and was stopped",
+                                       "messages") from None
+                if isinstance(error, (OSError, ValueError)):
+                    raise RefusedError("the chat template broke its process: it asked for too much memory or wrote "
+                                       "too much", "messages") from None
+                raise
+        if "error" in answer:
+            raise RefusedError(answer["error"], answer["param"])
+        return str(answer["text"])
+
+    async def close(self) -> None:
+        """End the process."""
+        async with self._turn:
+            await self._kill()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, if one runs."""
+        return None if self._process is None else self._process.pid
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is not None:
+            await self._kill()
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", "from headrace.serve.templates import serve_templates; serve_templates()",
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE, start_new_session=True)
+            assert self._process.stdout is not None
+            await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)  # it is there
+        return self._process
+
+    async def _exchange(self, process: asyncio.subprocess.Process, line: bytes) -> dict[str, Any]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(line)
+        await process.stdin.drain()
+        answer: dict[str, Any] = json.loads(await process.stdout.readline())
+        return answer
+
+    async def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            assert process.stdin is not None
+            process.stdin.close()
+            await process.wait()
+
+
+def serve_templates() -> None:
+    """The worker: jobs from standard input, answers to standard output, until the input ends.
+
+    A job has `source` (a template, or a mapping of names to templates), `special` (the special tokens' texts),
+    `messages`, `add_generation_prompt` and `variables`, each with the field that it came in.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    compiled: dict[str, ChatTemplate] = {}
+    print(flush=True)
+    for line in sys.stdin:
+        answer: dict[str, Any]
+        try:
+            answer = {"text": _render(json.loads(line), compiled)}
+        except RefusedError as error:
+            answer = {"error": str(error), "param": error.param}
+        except HeadraceError as error:
+            message = str(error)
+            answer = {"error": message, "param": "messages" if message.startswith("messages") else "chat_template"}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _render(job: Mapping[str, Any], compiled: dict[str, ChatTemplate]) -> str:
+    key = json.dumps([job["source"], job["special"]])
+    if key not in compiled:
+        while len(compiled) >= KEPT:
+            del compiled[next(iter(compiled))]
+        compiled[key] = ChatTemplate(job["source"], job["special"])
+    template = compiled[key]
+    for name, (field, _) in job["variables"].items():
+        if not template.uses(name):
+            raise RefusedError(f"{field}: the chat template does not use {name[:60]}", field)
+    variables = {name: value for name, (_, value) in job["variables"].items()}
+    return template.render(job["messages"], job["add_generation_prompt"], **variables)
