@@ -100,7 +100,7 @@ def test_a_client_that_leaves_gets_no_answer():
 
 def test_too_many_large_bodies_at_once_are_asked_to_come_again(monkeypatch):
     monkeypatch.setattr(guard, "HELD_BYTES", 1000)
-    done = call([b"a" * 600, b"a" * 600])
+    done = call([b"a" * 600, b"a" * 600, b"a"])
     assert done.status == 503 and done.headers["retry-after"] == "1"
 
 

@@ -12,7 +12,7 @@ from headrace import SamplingParams
 
 PROMPT = "Once upon a time, Mia"
 MESSAGES = [{"role": "user", "content": "Where does Mia live?"}]
-GREEDY = {"temperature": 0, "max_tokens": 24}
+GREEDY = {"temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
 
 
 def joined(lists):
@@ -34,7 +34,7 @@ def test_models(client, server):
 
 
 def test_a_completion_is_what_the_engine_says(client, llm):
-    expected = llm.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=24))[0]
+    expected = llm.generate(PROMPT, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24))[0]
     answer = client.completions.create(model="tiny", prompt=PROMPT, **GREEDY)
     assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.model == "tiny"
     assert answer.system_fingerprint == llm.fingerprint
@@ -94,7 +94,7 @@ def test_echo_gives_the_prompt_and_its_log_probabilities(client, llm):
 
 def test_a_chat_whole_and_streamed(client, llm):
     prompt = llm.chat_prompt(MESSAGES)
-    expected = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=24, logprobs=3))[0].outputs[0]
+    expected = llm.generate(prompt, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24, logprobs=3))[0].outputs[0]
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=3, **GREEDY)
     message = whole.choices[0].message
     assert (message.role, message.content) == ("assistant", expected.text) and whole.id.startswith("chatcmpl-")
@@ -118,11 +118,11 @@ def test_content_in_parts_and_a_message_to_go_on_with(client, llm):
     plain = client.chat.completions.create(model="tiny", messages=MESSAGES, **GREEDY)
     assert client.chat.completions.create(model="tiny", messages=parts, **GREEDY).choices == plain.choices
     begun = [*MESSAGES, {"role": "assistant", "content": "Mia lives at the"}]
-    prompt = llm.chat_prompt(MESSAGES) + "Mia lives at the"
+    prompt = llm.chat_prompt(MESSAGES)["prompt"] + "Mia lives at the"
     ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
-    expected = llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=24))[0]
-    answer = client.chat.completions.create(model="tiny", messages=begun, **GREEDY,
-                                            extra_body={"continue_final_message": True, "echo": True})
+    expected = llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24))[0]
+    answer = client.chat.completions.create(model="tiny", messages=begun, temperature=0, max_tokens=24, extra_body={
+        "continue_final_message": True, "echo": True, "ignore_eos": True})
     assert answer.choices[0].message.content == "Mia lives at the" + expected.outputs[0].text
 
 
@@ -138,12 +138,12 @@ def test_embeddings_as_numbers_and_as_base64(client, server):
 
 
 def test_stop_strings_and_tokens(client, llm):
-    text = llm.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=24))[0].outputs[0].text
+    text = llm.generate(PROMPT, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24))[0].outputs[0].text
     stop = text[8:13]
     [choice] = client.completions.create(model="tiny", prompt=PROMPT, stop=[stop, "never"], **GREEDY).choices
     assert choice.text == text[: text.index(stop)] and choice.finish_reason == "stop" and choice.stop_reason == stop
-    [shown] = client.completions.create(model="tiny", prompt=PROMPT, stop=stop, **GREEDY,
-                                        extra_body={"include_stop_str_in_output": True}).choices
+    [shown] = client.completions.create(model="tiny", prompt=PROMPT, stop=stop, temperature=0, max_tokens=24,
+                                        extra_body={"include_stop_str_in_output": True, "ignore_eos": True}).choices
     assert shown.text == text[: text.index(stop)] + stop
 
 

@@ -90,14 +90,19 @@ def _asks_nothing(value: Any, field: Field) -> bool:
 
 
 def _refusal(error: ValidationError) -> RefusedError:
-    """The first thing that is wrong, where it is."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = [part for part in first["loc"] if isinstance(part, int) or not part.startswith(("list[", "constrained"))]
-    where = "".join(f"[{p}]" if isinstance(p, int) else (f".{p}" if i else p) for i, p in enumerate(place[:2]))
-    value = first["input"]
+    """What is wrong, where it is: of the kinds that a field may have, the one that got furthest."""
+    errors = error.errors(include_url=False, include_context=False)
+    deepest = max(errors, key=lambda e: len(_indices(e["loc"])))
+    indices, name = _indices(deepest["loc"]), str(deepest["loc"][0])
+    same = [e for e in errors if e["loc"][0] == name and _indices(e["loc"]) == indices]
+    said = " or ".join(dict.fromkeys(e["msg"][:1].lower() + e["msg"][1:].removesuffix(" instance") for e in same))
+    value = deepest["input"]
     shown = _short(repr(value)) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return RefusedError(f"{_short(where)}: {message} (got {shown})", str(place[0]) if place else None)
+    return RefusedError(f"{_short(name)}{''.join(f'[{i}]' for i in indices)}: {said} (got {shown})", name)
+
+
+def _indices(loc: tuple[int | str, ...]) -> list[int]:
+    return [part for part in loc if isinstance(part, int)]
 
 
 def _short(text: str) -> str:
