@@ -2,6 +2,7 @@
 
 import pytest
 
+from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.fields import (
     CHAT,
     COMPLETIONS,
@@ -26,7 +27,7 @@ COMPLETION_EXTRAS = "prompt echo logprobs best_of suffix"
 BASE = {
     COMPLETIONS: {"prompt": "Once upon", "max_tokens": 3, "temperature": 0},
     CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0},
-    EMBEDDINGS: {"input": "Mia"},
+    EMBEDDINGS: {"input": "Mia lives at the market"},
     TOKENIZE: {"prompt": "Mia"},
     DETOKENIZE: {"tokens": [5, 6]},
 }
@@ -59,6 +60,9 @@ VALUES = {
     ("continue_final_message", TOKENIZE): (True, {"prompt": None, "messages": [{"role": "assistant", "content": "b"}]}),
 }
 NEEDS_ITS_OWN_SERVER = {"priority"}
+# Whether three tokens show it depends on the model. That they reach the engine is tested below.
+SHOWN_ELSEWHERE = {f.name for f in TABLE if f.sampling} - {"prompt_logprobs"} | {
+    "n", "stop", "max_tokens", "max_completion_tokens", "cache_salt", "add_special_tokens", "add_generation_prompt"}
 # Wrong for every honoured field of any type.
 WRONG = {"not": ["what", {"is": "expected"}]}
 
@@ -92,16 +96,34 @@ def test_an_honoured_field_changes_the_answer_or_is_refused_where_it_cannot(serv
     without = {name: v for name, v in sent.items() if name != field.name}
     if not field.required:
         plain = server.client.post(endpoint, json=without)
-        if field.name in ("cache_salt", "add_special_tokens", "seed", "top_k", "top_p", "min_p", "skip_special_tokens",
-                          "n", "stop_token_ids", "ignore_eos", "min_tokens", "length_penalty", "temperature",
-                          "frequency_penalty", "presence_penalty", "repetition_penalty", "stop", "max_tokens",
-                          "max_completion_tokens", "include_stop_str_in_output", "add_generation_prompt"):
-            return  # whether three tokens show it depends on the model: other tests hold these against the engine
+        if field.name in SHOWN_ELSEWHERE:
+            return
         assert plain.status_code != 200 or told(plain) != told(answer)
     bad = 3 if field.name == "chat_template_kwargs" else WRONG
     wrong = server.client.post(endpoint, json={**sent, field.name: bad})
     assert wrong.status_code == 400 and field.name in wrong.json()["error"]["message"]
     assert wrong.json()["error"]["param"] == field.name
+
+
+@pytest.mark.parametrize("field", [f for f in TABLE if f.sampling], ids=lambda f: f.name)
+def test_a_sampling_field_reaches_the_engine(field):
+    value = VALUES[field.name]
+    value, others = value if isinstance(value, tuple) else (value, {})
+    ask = read_ask({**others, field.name: value}, COMPLETIONS, {}, False)
+    assert getattr(ask.params, field.sampling) == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_fields_that_are_read_together_reach_the_engine():
+    body = {"n": 2, "use_beam_search": True, "stop": "x", "logit_bias": {"5": 1}, "max_tokens": 7, "cache_salt": "s",
+            "priority": 3, "logprobs": 2, "echo": True, "prompt_logprobs": 4}
+    ask = read_ask(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
+    params = ask.params
+    assert (params.n, params.beam_width, params.stop, params.logit_bias, params.max_tokens) == (2, 2, ("x",), {5: 1}, 7)
+    assert (ask.namespace, ask.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
+    assert (params.temperature, params.top_k) == (0.5, 9)
+    assert read_ask({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
+    assert read_ask({}, CHAT, {}, False).params.max_tokens is None
+    assert read_ask({}, COMPLETIONS, {}, False).params.max_tokens == 16
 
 
 def told(answer):
