@@ -52,15 +52,18 @@ class Remote:
                     yield choice["delta"].get("content") or ""
 
     def _events(self, response: httpx.Response) -> Iterator[dict[str, Any]]:
+        rest = b""
         try:
-            for line in response.iter_lines():
-                if line == "data: [DONE]":
-                    return
-                if line.startswith("data: "):
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise RequestError(f"the server broke off: {event['error'].get('message')}")
-                    yield event
+            for data in response.iter_bytes():
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    if line.strip() == b"data: [DONE]":
+                        return
+                    if line.startswith(b"data: "):
+                        event = json.loads(line.removeprefix(b"data: "))
+                        if "error" in event:
+                            raise RequestError(f"the server broke off: {event['error'].get('message')}")
+                        yield event
         except httpx.HTTPError as error:
             raise RequestError(f"the connection to {self._url} broke: {error}") from None
         raise RequestError(f"the connection to {self._url} ended before the reply did")

@@ -21,6 +21,8 @@ RETRY = "5"
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
          415: "invalid_request_error", 429: "rate_limit_error"}
+LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+"""What many clients take for the end of a line, where the format has newlines only: as JSON escapes them."""
 _encoder = msgspec.json.Encoder()
 T = TypeVar("T")
 
@@ -127,4 +129,7 @@ class EventStream(Response):
 
 
 def _frames(events: list[Mapping[str, Any]]) -> bytes:
-    return b"".join([b"data: %b\n\n" % _encoder.encode(event) for event in events])
+    data = b"".join([b"data: %b\n\n" % _encoder.encode(event) for event in events])
+    for raw, escaped in LINE_ENDS:
+        data = data.replace(raw, escaped)
+    return data
