@@ -1,0 +1,152 @@
+"""Traces of real traffic: when requests came, how long they were, and which of them began alike.
+
+Two formats, told apart by their content: Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) and Mooncake's JSONL
+(timestamp in ms, input_length, output_length, and hash_ids: one for each block of 512 tokens).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from headrace.config import require
+from headrace.errors import ConfigError
+
+__all__ = ["BLOCK_TOKENS", "Prompts", "TraceRow", "read_trace", "schedule"]
+
+BLOCK_TOKENS = 512
+"""What one hash id of a Mooncake trace stands for."""
+FIRST_ID = 3
+"""Smaller token ids are special in most vocabularies."""
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+MOONCAKE = ("timestamp", "input_length", "output_length")
+SHARED, OWN = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """One request of a trace."""
+
+    time: float
+    """Seconds, from any start."""
+    input_tokens: int
+    output_tokens: int
+    hash_ids: tuple[int, ...] = ()
+    """Requests that share the first k of these share their first k blocks."""
+
+
+def read_trace(path: Path) -> list[TraceRow]:
+    """The rows by time. Raises `ConfigError` for a file that is not there or not a trace."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the trace {path} cannot be read: {error}") from None
+    head = next((line.strip() for line in lines if line.strip()), "")
+    if head.startswith("{"):
+        rows = _mooncake(path, lines)
+    elif set(AZURE) <= {name.strip() for name in head.split(",")}:
+        rows = _azure(path, lines)
+    else:
+        raise ConfigError(f"{path} is not a trace: neither a CSV with {','.join(AZURE)} nor JSON lines with "
+                          f"{', '.join(MOONCAKE)}")
+    require(bool(rows), f"the trace {path} holds no requests")
+    return sorted(rows, key=lambda row: row.time)
+
+
+def _azure(path: Path, lines: Sequence[str]) -> list[TraceRow]:
+    rows = []
+    reader = csv.DictReader(lines, skipinitialspace=True)
+    for item in reader:
+        try:
+            stamp, prompt, output = (item[name] for name in AZURE)
+            rows.append(_row(datetime.fromisoformat(stamp).timestamp(), int(prompt), int(output)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}:{reader.line_num} is not a request: {error}") from None
+    return rows
+
+
+def _mooncake(path: Path, lines: Sequence[str]) -> list[TraceRow]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            stamp, prompt, output = (item[name] for name in MOONCAKE)
+            ids = tuple(int(i) for i in item.get("hash_ids", ()))
+            rows.append(_row(float(stamp) / 1000, int(prompt), int(output), ids))
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ConfigError(f"{path}:{number} is not a request: {type(error).__name__}: {error}") from None
+    return rows
+
+
+def _row(time: float, prompt: int, output: int, ids: tuple[int, ...] = ()) -> TraceRow:
+    if prompt < 0 or output < 0 or not math.isfinite(time) or any(i < 0 for i in ids):
+        raise ValueError("a number is negative or not finite")
+    return TraceRow(time, prompt, output, ids)
+
+
+def schedule(rows: Sequence[TraceRow], rate: float, duration: float,
+             max_requests: int | None = None) -> list[tuple[float, TraceRow]]:
+    """(seconds from the start, row) of the requests to send: a mean of `rate` a second for `duration` seconds.
+
+    They are the trace's first rate·duration requests, at the trace's own distances, all stretched by one factor: bursts
+    stay bursts. A trace that is shorter than that is sent once, and ends earlier.
+    """
+    require(0 < rate < math.inf, f"rate={rate:g} must be a number of requests a second above 0")
+    require(0 < duration < math.inf, f"duration={duration:g} must be a time in seconds above 0")
+    require(max_requests is None or max_requests > 0, f"max_requests={max_requests} must be above 0")
+    count = max(1, min(math.floor(rate * duration + 1e-9), len(rows), max_requests or len(rows)))
+    if count == 1:
+        return [(0.0, rows[0])]
+    start = rows[0].time
+    # The window ends where the next request begins; behind the last one stands a mean distance.
+    window = rows[count].time - start if count < len(rows) else (rows[-1].time - start) * count / (count - 1)
+    require(window > 0, f"the first {count} requests of the trace come all at once: there is no pace to stretch")
+    factor = count / rate / window
+    return [((row.time - start) * factor, row) for row in rows[:count]]
+
+
+class Prompts:
+    """Random token ids of the lengths that a trace tells, where rows that share leading hash ids share leading blocks.
+
+    With a `scale`, lengths and blocks shrink together, so what is shared stays the same share.
+    """
+
+    def __init__(self, vocab_size: int = 1000, seed: int = 0, scale: float = 1.0) -> None:
+        """Ids are drawn from 3 to `vocab_size` - 1. The same seed gives the same prompts."""
+        require(vocab_size > FIRST_ID + 1, f"vocab_size={vocab_size} must be above {FIRST_ID + 1}")
+        require(seed >= 0, f"seed={seed} must not be negative")
+        require(0 < scale < math.inf, f"scale={scale:g} must be a number above 0")
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._scale = scale
+
+    def lengths(self, row: TraceRow) -> tuple[int, int]:
+        """(prompt tokens, output tokens) of a row, at least one each."""
+        return max(1, round(row.input_tokens * self._scale)), max(1, round(row.output_tokens * self._scale))
+
+    def make(self, number: int, row: TraceRow) -> list[int]:
+        """The prompt of the row with this number; what no hash id covers is the row's own."""
+        length, _ = self.lengths(row)
+        ids: list[int] = []
+        for i, block in enumerate(row.hash_ids):
+            if len(ids) >= length:
+                break
+            # Blocks of a scaled length end where the whole blocks' ends fall, rounded.
+            ids += self._draw(SHARED, block, round((i + 1) * BLOCK_TOKENS * self._scale) - len(ids))
+        return ids[:length] + self._draw(OWN, number, length - len(ids))
+
+    def _draw(self, kind: int, number: int, count: int) -> list[int]:
+        if count <= 0:
+            return []
+        draw = np.random.default_rng((self._seed, kind, number))
+        drawn: list[int] = draw.integers(FIRST_ID, self._vocab_size, count).tolist()
+        return drawn
