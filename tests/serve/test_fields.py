@@ -1,5 +1,7 @@
 """Every field that clients send is honoured or refused by name; a real server is asked about each."""
 
+from pathlib import Path
+
 import pytest
 
 from headrace.serve.protocol.asks import read_ask
@@ -11,6 +13,7 @@ from headrace.serve.protocol.fields import (
     TABLE,
     TOKENIZE,
     fields_of,
+    markdown,
 )
 
 # What OpenAI's, vLLM's and SGLang's clients send, by the names that they use.
@@ -205,3 +208,8 @@ def test_a_required_field_must_be_there(server, endpoint):
 def test_fields_that_do_not_go_together_are_refused(server, endpoint, fields, param):
     refused = server.client.post(endpoint, json={**BASE[endpoint], **fields})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+
+
+def test_the_documentation_has_this_table():
+    document = Path(__file__).resolve().parents[2] / "docs" / "server.md"
+    assert document.read_text().endswith(markdown())

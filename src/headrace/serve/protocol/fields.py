@@ -7,13 +7,15 @@ models, the OpenAPI document and `docs/server.md` are made from this table.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field as Constraint
 
-__all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "EMBEDDINGS", "TABLE", "TOKENIZE", "Field", "fields_of"]
+__all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "EMBEDDINGS", "TABLE", "TOKENIZE", "Field", "fields_of",
+           "markdown"]
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -170,3 +172,14 @@ TABLE: tuple[Field, ...] = (
 def fields_of(endpoint: str) -> Mapping[str, Field]:
     """The rows of one endpoint, by name."""
     return {field.name: field for field in TABLE if endpoint in field.on}
+
+
+def markdown() -> str:
+    """The table as `docs/server.md` has it."""
+    rows = ["| field | of | |", "|---|---|---|"]
+    for field in sorted(TABLE, key=lambda f: (("honoured", "refused", "ignored").index(f.fate), f.name, f.on)):
+        where = ", ".join(endpoint.removeprefix("/v1/") for endpoint in field.on)
+        fate = "" if field.fate == "honoured" else f"**{field.fate}**: "
+        nothing = f" ({', '.join(f'`{json.dumps(n)}`' for n in field.nothing)} may be sent)" if field.nothing else ""
+        rows.append(f"| `{field.name}` | {where} | {fate}{field.says}{nothing} |")
+    return "\n".join(rows) + "\n"
