@@ -208,7 +208,7 @@ class _Run:
     async def _read(self, pieces: AsyncIterator[bytes], row: RequestRow) -> str:
         """The events of an answer; returns what is wrong with it. Only one that ends with [DONE] came whole."""
         rest = b""
-        told = None
+        told, last = None, 0.0
         async for piece in pieces:
             now = self._now()
             *lines, rest = (rest + piece).split(b"\n")
@@ -217,6 +217,8 @@ class _Run:
                     continue
                 data = line[5:].strip()
                 if data == b"[DONE]":
+                    if told and not row.tokens_at:
+                        row.tokens_at.append(last)  # tokens without text: the client saw them at the end
                     row.output_tokens = len(row.tokens_at) if told is None else told
                     return "" if row.tokens_at else "the answer held no token"
                 try:
@@ -227,8 +229,10 @@ class _Run:
                     return str(event.error)[:MESSAGE_CHARS]
                 if event.usage is not None:
                     told = event.usage.completion_tokens
-                if any(choice.holds_token for choice in event.choices):
-                    row.tokens_at.append(now)
+                if event.choices:
+                    last = now
+                    if any(choice.holds_token for choice in event.choices):
+                        row.tokens_at.append(now)
         return "the answer ended without [DONE]"
 
 

@@ -29,7 +29,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for item in fields(EngineOptions):
         flag = "--" + item.name.replace("_", "-")
-        text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+        default = item.default if not isinstance(item.default, bool) else "yes" if item.default else "no"
+        text = f"{item.metadata['help']} (default: {default}: {item.metadata['why']})".replace("%", "%%")
         if isinstance(item.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=text)
             continue

@@ -19,9 +19,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "flo
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] = (), **extra: Any) -> Any:
-    """A dataclass field with what the command line says of it."""
-    return field(default=default, metadata={"help": text, "choices": choices, **extra})
+def option(default: Any, text: str, why: str, choices: tuple[str, ...] = (), **extra: Any) -> Any:
+    """A dataclass field with what the command line says of it, and why its default is what it is."""
+    return field(default=default, metadata={"help": text, "why": why, "choices": choices, **extra})
 
 
 def parse_bytes(value: str | int) -> int:
@@ -36,35 +36,47 @@ def parse_bytes(value: str | int) -> int:
 class EngineOptions:
     """Options of one engine; the same names are keywords of `LLM` and, with dashes, flags of the commands."""
 
-    device: str = option("cpu", "where the model runs", ("cpu", "cuda"))
+    device: str = option("cpu", "where the model runs", "every machine has one", ("cpu", "cuda"))
     kernels: str = option(
-        "auto", "kernel set: Numba on the CPU, torch's reference on a GPU", ("auto", "cpu", "reference", "cuda")
+        "auto", "kernel set", "Numba on the CPU, torch's reference on a GPU", ("auto", "cpu", "reference", "cuda")
     )
     dtype: str = option(
-        "auto", "weights as the checkpoint has them (auto), or converted", ("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "what weights are converted to",
+        "as the checkpoint has them",
+        ("auto", "float32", "bfloat16", "float16"),
     )
-    threads: int = option(0, "CPU threads; 0 is all of them")
-    max_model_len: int = option(0, "longest sequence in tokens; 0 is the model's own")
-    block_size: int = option(16, "tokens in a KV cache block")
-    kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB; 0 chooses from free memory", parse=parse_bytes)
+    threads: int = option(0, "CPU threads", "all of them")
+    max_model_len: int = option(0, "longest sequence in tokens", "the model's own")
+    block_size: int = option(16, "tokens in a KV cache block", "less waste than 32, and no slower")
+    kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB", "chosen from free memory", parse=parse_bytes)
     kv_cache_dtype: str = option(
-        "auto", "keys and values are rounded to this before any read", ("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "keys and values are rounded to this before any read",
+        "fp32, which rounds nothing",
+        ("auto", "fp32", "bf16", "fp16"),
     )
-    num_kv_blocks: int = option(0, "blocks of KV cache, instead of bytes")
+    num_kv_blocks: int = option(0, "blocks of KV cache, instead of bytes", "as kv_cache_memory says")
     swap_memory: int = option(
         0,
-        "bytes of host memory for swapped blocks; 0 is as much as the cache under --preemption swap",
+        "bytes of host memory for swapped blocks",
+        "as much as the cache under --preemption swap",
         parse=parse_bytes,
     )
-    prefix_caching: bool = option(True, "share the KV cache of common prefixes")
-    scheduling_policy: str = option("fcfs", "who runs next", POLICIES)
-    batching: str = option("sarathi", "how a step is filled", BATCHING)
-    reserve: str = option("none", "KV reserved on admission, as earlier systems did", RESERVE)
-    preemption: str = option("recompute", "what happens to a request that loses its blocks", PREEMPTION)
-    max_num_batched_tokens: int | str = option(512, "tokens computed in a step, or auto with --slo-tbt", parse=str)
-    slo_tbt: float = option(0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step")
-    max_num_seqs: int = option(64, "requests that run at once")
-    queue_depth: int = option(1, "steps planned ahead of results")
+    prefix_caching: bool = option(True, "share the KV cache of common prefixes", "it changes no bit")
+    scheduling_policy: str = option("fcfs", "who runs next", "nobody can starve", POLICIES)
+    batching: str = option("sarathi", "how a step is filled", "long prompts do not hold up the others", BATCHING)
+    reserve: str = option("none", "KV reserved on admission, as earlier systems did", "blocks are taken as they fill",
+                          RESERVE)
+    preemption: str = option("recompute", "what happens to a request that loses its blocks",
+                             "its prefix is mostly still cached", PREEMPTION)
+    max_num_batched_tokens: int | str = option(
+        512, "tokens computed in a step, or auto with --slo-tbt", "products are near full speed from there", parse=str
+    )
+    slo_tbt: float = option(0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step",
+                            "no bound")
+    max_num_seqs: int = option(64, "requests that run at once", "decoding gains little beyond on a CPU")
+    queue_depth: int = option(1, "steps planned ahead of results", "a CPU gains nothing by more")
 
     def __post_init__(self) -> None:
         for item in fields(self):

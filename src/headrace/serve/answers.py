@@ -64,7 +64,6 @@ class Answers:
 
         `echo` is the text to begin with, where it is not the prompt's own.
         """
-        self._check(ask, prompts)
         job = await unless_gone(request, self._open(ask, form, prompts, echo))
         if ask.stream:
             return EventStream(self._chunks(job), job.abandon)
@@ -74,15 +73,16 @@ class Answers:
             job.abandon()
         return JSON(self._whole(job, outputs))
 
-    # ---- opening
-
-    def _check(self, ask: Ask, prompts: Sequence[Prompt]) -> None:
-        if ask.explain and len(prompts) > 1:
-            raise RefusedError(f"explain is for one prompt, not {len(prompts)}", "explain")
-        seats = len(prompts) * max(ask.params.n, ask.params.beam_width)
-        if len(prompts) > 1 and seats > self._gateway.seats:
-            raise RefusedError(f"{len(prompts)} prompts with n={ask.params.n} are {seats} sequences, and this server "
+    def check(self, ask: Ask, count: int) -> None:
+        """Refuse `count` prompts that cannot be served together, before anything is done for them."""
+        if ask.explain and count > 1:
+            raise RefusedError(f"explain is for one prompt, not {count}", "explain")
+        seats = count * max(ask.params.n, ask.params.beam_width)
+        if count > 1 and seats > self._gateway.seats:
+            raise RefusedError(f"{count} prompts with n={ask.params.n} are {seats} sequences, and this server "
                                f"holds {self._gateway.seats}: send fewer at a time", "prompt")
+
+    # ---- opening
 
     async def _open(self, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None) -> _Job:
         """All of them, or none. Cancelled, it leaves nothing behind."""

@@ -31,7 +31,7 @@ CLIENT_CLOSED = 499
 
 def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
     """The application. It neither starts nor ends its parts."""
-    app = FastAPI(title="headrace", version=__version__, docs_url=None, redoc_url=None,
+    app = FastAPI(title="headrace", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
                   description="An OpenAI-compatible server with the same bits whatever the load.")
     for router in (generation_router(parts), texts_router(parts), status_router(parts),
                    playground_router(parts.gateway, parts.model_name)):
@@ -42,7 +42,7 @@ def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = f"{request.method} {request.url.path} is not served here"
+        said = f"{request.method} {request.scope['path'][:100]} is not served here"  # `url` reads the Host header
         message = said if error.status_code in (404, 405) else str(error.detail)
         return JSON(error_body(error.status_code, message), error.status_code, dict(error.headers or {}))
 

@@ -44,6 +44,7 @@ class JSON(Response):
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape; `code` is the status."""
     kind = TYPES.get(status, "server_error")
+    message = message.encode(errors="replace").decode()  # a template's words may hold what no UTF-8 can
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.errors import HeadraceError
-from headrace.serve.errors import RefusedError
+from headrace.serve.errors import RefusedError, UnavailableError
 from headrace.text.chat import MAX_CHARACTERS, ChatTemplate
 
 __all__ = ["TemplateWorker", "serve_templates"]
@@ -27,6 +27,8 @@ MEMORY = 1 << 30
 """Bytes of address space that a worker may have."""
 LINE = 4 * MAX_CHARACTERS
 """Bytes of a worker's answer that are read at most."""
+SAID = 1000
+"""Characters of a template's complaint that are passed on."""
 KEPT = 16
 """Compiled templates that a worker keeps."""
 
@@ -81,11 +83,20 @@ class TemplateWorker:
         if self._process is not None and self._process.returncode is not None:
             await self._kill()
         if self._process is None:
-            self._process = await asyncio.create_subprocess_exec(
+            process = self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", "from headrace.serve.templates import serve_templates; serve_templates()",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE, start_new_session=True)
-            assert self._process.stdout is not None
-            await asyncio.wait_for(self._process.stdout.readline(), START_SECONDS)  # it is there
+            assert process.stdout is not None
+            try:
+                there = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
+            except BaseException as error:  # half started, it would give the next caller this caller's answer
+                await self._kill()
+                if isinstance(error, TimeoutError):
+                    raise UnavailableError("the process for chat templates does not start") from None
+                raise
+            if not there:
+                await self._kill()
+                raise UnavailableError("the process for chat templates does not start")
         return self._process
 
     async def _exchange(self, process: asyncio.subprocess.Process, line: bytes) -> dict[str, Any]:
@@ -120,8 +131,10 @@ def serve_templates() -> None:
             answer = {"text": _render(json.loads(line), compiled)}
         except RefusedError as error:
             answer = {"error": str(error), "param": error.param}
+        except RecursionError:
+            answer = {"error": "the messages or the template's variables are nested too deeply", "param": "messages"}
         except HeadraceError as error:
-            message = str(error)
+            message = str(error)[:SAID]
             answer = {"error": message, "param": "messages" if message.startswith("messages") else "chat_template"}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

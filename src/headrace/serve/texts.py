@@ -18,13 +18,18 @@ from headrace.serve.errors import RefusedError, named
 from headrace.serve.templates import TemplateWorker
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "Texts"]
+__all__ = ["Prompt", "Texts", "several"]
 
 LONG = 20_000
 """Characters or tokens from which a text is long: some 10 ms of work."""
 RESERVED = frozenset({"messages", "add_generation_prompt", "tools", "documents", "self"})
 """Variables of a template that are not the caller's to set."""
 T = TypeVar("T")
+
+
+def several(given: Any) -> list[Any]:
+    """The prompts of a field that is a text, ids, or a list of either."""
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,18 @@ class Texts:
 
     async def token_texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds in the middle of a text."""
-        return await self._off_loop(16 * len(ids), lambda: [self.tokenizer.token_text(i) for i in ids])
 
-    async def prompts(self, given: Any, add_special_tokens: bool) -> list[Prompt]:
-        """Prompts of a field that is a text, ids, or a list of either."""
-        many = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        def work() -> list[str]:
+            known = {i: self.tokenizer.token_text(i) for i in set(ids)}
+            return [known[i] for i in ids]
+
+        return await self._off_loop(16 * len(ids), work)
+
+    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[Prompt]:
+        """Prompts of texts or ids."""
         return [
             Prompt(one, await self.encode(one, add_special_tokens)) if isinstance(one, str) else Prompt(None, one)
-            for one in many
+            for one in given
         ]
 
     async def chat(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import BeforeValidator, FailFast
 from pydantic import Field as Constraint
+from pydantic_core import PydanticCustomError
 
 __all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "EMBEDDINGS", "TABLE", "TOKENIZE", "Field", "fields_of",
            "markdown"]
@@ -23,16 +25,29 @@ BOTH = (COMPLETIONS, CHAT)
 PROMPTS = (COMPLETIONS, CHAT, EMBEDDINGS)
 
 Fate = Literal["honoured", "refused", "ignored"]
+T = TypeVar("T")
+MOST_BIASES = 1024
 Count = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Constraint(ge=1, le=2**31 - 1)]
 Id = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Constraint(min_length=1)]
 StopText = Annotated[str, Constraint(min_length=1, max_length=1024)]
-Biases = Annotated[dict[str, float], Constraint(max_length=1024)]
 Name = Annotated[str, Constraint(min_length=1, max_length=256)]
-Ids = Annotated[list[Id], Constraint(min_length=1)]
-Prompt = str | Ids | Annotated[list[str], Constraint(min_length=1)] | Annotated[list[Ids], Constraint(min_length=1)]
-Messages = Annotated[list[dict[str, Any]], Constraint(min_length=1)]
+# A list is read to its first mistake: millions of them would take minutes, and gigabytes to tell.
+Some = Annotated[T, Constraint(min_length=1), FailFast()]
+Ids = Some[list[Id]]
+Prompt = str | Ids | Some[list[str]] | Some[list[Ids]]
+Messages = Some[list[dict[str, Any]]]
+
+
+def _few(value: Any) -> Any:
+    """Counted before any is read."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise PydanticCustomError("too_long", f"at most {MOST_BIASES} tokens can have a bias, not {len(value)}")
+    return value
+
+
+Biases = Annotated[dict[str, float], Constraint(max_length=MOST_BIASES), BeforeValidator(_few)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +102,7 @@ TABLE: tuple[Field, ...] = (
     # How tokens are chosen.
     row("temperature", float, "0 is greedy", sets="temperature"),
     row("top_p", float, "sample among the best tokens that make up this probability", sets="top_p"),
-    row("top_k", int, "sample among the k best; 0 or -1 is all", sets="top_k"),
+    row("top_k", Annotated[int, Constraint(ge=-1, le=2**31 - 1)], "sample among the k best; 0 or -1 is all", sets="top_k"),
     row("min_p", float, "drop tokens below this share of the best one's probability", sets="min_p"),
     row("seed", int, "the same seed gives the same tokens, whatever else runs", sets="seed"),
     row("frequency_penalty", float, "subtracted from a logit for each time that its token stands in the output",
@@ -100,8 +115,8 @@ TABLE: tuple[Field, ...] = (
     row("length_penalty", float, "beams rank by log-probability / length to this power. Needs use_beam_search",
         sets="length_penalty"),
     # Where it ends.
-    row("stop", StopText | Annotated[list[StopText], Constraint(max_length=64)], "strings that end it; at most 64"),
-    row("stop_token_ids", list[Id], "tokens that end it", sets="stop_token_ids"),
+    row("stop", StopText | Annotated[list[StopText], Constraint(max_length=64), FailFast()], "strings that end it; at most 64"),
+    row("stop_token_ids", Annotated[list[Id], FailFast()], "tokens that end it", sets="stop_token_ids"),
     row("include_stop_str_in_output", bool, "keep the stop string", sets="include_stop_str_in_output"),
     row("ignore_eos", bool, "do not end at the model's end token", sets="ignore_eos"),
     # How a prompt is made.
@@ -133,7 +148,7 @@ TABLE: tuple[Field, ...] = (
     row("prompt", str, "the text", (TOKENIZE,)),
     row("messages", Messages, "a conversation, rendered by the chat template", (TOKENIZE,)),
     row("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
-    row("tokens", list[Id], "token ids", (DETOKENIZE,), required=True),
+    row("tokens", Annotated[list[Id], FailFast()], "token ids", (DETOKENIZE,), required=True),
     # Who it is, and who goes first.
     row("request_id", Name, "becomes part of the answer's id"),
     row("priority", Annotated[int, Constraint(ge=-(2**31), le=2**31 - 1)],

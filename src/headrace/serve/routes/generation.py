@@ -14,7 +14,7 @@ from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.bodies import Body, Reader
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
-from headrace.serve.texts import Prompt
+from headrace.serve.texts import Prompt, several
 
 __all__ = ["generation_router", "read_chat", "truncated"]
 
@@ -30,8 +30,9 @@ def generation_router(parts: Parts) -> APIRouter:
         body = completion.read(await request.body())
         parts.check_model(body)
         ask = read_ask(body, COMPLETIONS, parts.defaults, parts.priorities)
-        prompts = await unless_gone(
-            request, parts.texts.prompts(body["prompt"], body.get("add_special_tokens", True)))
+        given = several(body["prompt"])
+        answers.check(ask, len(given))
+        prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
         return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, parts) for p in prompts])
 
     @router.post(CHAT, openapi_extra={"requestBody": chat.schema()}, summary="Answer a conversation")

@@ -15,7 +15,7 @@ from headrace.serve.parts import Parts
 from headrace.serve.protocol.bodies import Reader
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
 from headrace.serve.routes.generation import read_chat, truncated
-from headrace.serve.texts import Prompt
+from headrace.serve.texts import Prompt, several
 
 __all__ = ["texts_router"]
 
@@ -34,7 +34,11 @@ def texts_router(parts: Parts) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         body = embedding.read(await request.body())
         parts.check_model(body)
-        prompts = await unless_gone(request, parts.texts.prompts(body["input"], body.get("add_special_tokens", True)))
+        given = several(body["input"])
+        if len(given) > parts.gateway.seats:
+            raise RefusedError(f"{len(given)} texts at once, and this server holds {parts.gateway.seats}: send fewer",
+                               "input")
+        prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
         prompts = [truncated(prompt, body, parts) for prompt in prompts]
         vectors = await unless_gone(request, _embed(parts, prompts))
         as_base64 = body.get("encoding_format") == "base64"
@@ -58,7 +62,8 @@ def texts_router(parts: Parts) -> APIRouter:
         if "messages" in body:
             prompt = await unless_gone(request, read_chat(body, parts))
         else:
-            [prompt] = await parts.texts.prompts(body["prompt"], body.get("add_special_tokens", True))
+            [prompt] = await unless_gone(
+                request, parts.texts.prompts([body["prompt"]], body.get("add_special_tokens", True)))
         answer: dict[str, Any] = {"count": len(prompt.token_ids), "max_model_len": parts.gateway.info.max_model_len,
                                   "tokens": prompt.token_ids}
         if body.get("return_token_strs", False):
@@ -80,9 +85,6 @@ def texts_router(parts: Parts) -> APIRouter:
 
 async def _embed(parts: Parts, prompts: list[Prompt]) -> list[list[float]]:
     """All of them, or the first error."""
-    if len(prompts) > parts.gateway.seats:
-        raise RefusedError(f"{len(prompts)} texts at once, and this server holds {parts.gateway.seats}: send fewer",
-                           "input")
     tasks = [asyncio.ensure_future(parts.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)
