@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, FailFast
+from pydantic import BeforeValidator
 from pydantic import Field as Constraint
 from pydantic_core import PydanticCustomError
 
@@ -30,11 +30,12 @@ MOST_BIASES = 1024
 Count = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Constraint(ge=1, le=2**31 - 1)]
 Id = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
+WholeOrMinusOne = Annotated[int, Constraint(ge=-1, le=2**31 - 1)]
 Text = Annotated[str, Constraint(min_length=1)]
 StopText = Annotated[str, Constraint(min_length=1, max_length=1024)]
 Name = Annotated[str, Constraint(min_length=1, max_length=256)]
 # A list is read to its first mistake: millions of them would take minutes, and gigabytes to tell.
-Some = Annotated[T, Constraint(min_length=1), FailFast()]
+Some = Annotated[T, Constraint(min_length=1, fail_fast=True)]
 Ids = Some[list[Id]]
 Prompt = str | Ids | Some[list[str]] | Some[list[Ids]]
 Messages = Some[list[dict[str, Any]]]
@@ -47,6 +48,9 @@ def _few(value: Any) -> Any:
     return value
 
 
+StopTexts = Annotated[list[StopText], Constraint(max_length=64, fail_fast=True)]
+AllowedIds = Annotated[list[Id], Constraint(min_length=1, max_length=2**18, fail_fast=True)]
+StopIds = Annotated[list[Id], Constraint(max_length=1024, fail_fast=True)]
 Biases = Annotated[dict[str, float], Constraint(max_length=MOST_BIASES), BeforeValidator(_few)]
 
 
@@ -102,7 +106,7 @@ TABLE: tuple[Field, ...] = (
     # How tokens are chosen.
     row("temperature", float, "0 is greedy", sets="temperature"),
     row("top_p", float, "sample among the best tokens that make up this probability", sets="top_p"),
-    row("top_k", Annotated[int, Constraint(ge=-1, le=2**31 - 1)], "sample among the k best; 0 or -1 is all", sets="top_k"),
+    row("top_k", WholeOrMinusOne, "sample among the k best; 0 or -1 is all", sets="top_k"),
     row("min_p", float, "drop tokens below this share of the best one's probability", sets="min_p"),
     row("seed", int, "the same seed gives the same tokens, whatever else runs", sets="seed"),
     row("frequency_penalty", float, "subtracted from a logit for each time that its token stands in the output",
@@ -110,19 +114,19 @@ TABLE: tuple[Field, ...] = (
     row("presence_penalty", float, "subtracted from the logits of tokens in the output", sets="presence_penalty"),
     row("repetition_penalty", float, "divides the logits of tokens seen before", sets="repetition_penalty"),
     row("logit_bias", Biases, "token id to a number from -100 to 100, added to its logit; at most 1024"),
-    row("allowed_token_ids", Ids, "only these can be generated", sets="allowed_token_ids"),
+    row("allowed_token_ids", AllowedIds, "only these can be generated; at most 262144", sets="allowed_token_ids"),
     row("use_beam_search", bool, f"{BEAMS} as n says; the sampling fields do not apply"),
     row("length_penalty", float, "beams rank by log-probability / length to this power. Needs use_beam_search",
         sets="length_penalty"),
     # Where it ends.
-    row("stop", StopText | Annotated[list[StopText], Constraint(max_length=64), FailFast()], "strings that end it; at most 64"),
-    row("stop_token_ids", Annotated[list[Id], FailFast()], "tokens that end it", sets="stop_token_ids"),
+    row("stop", StopText | StopTexts, "strings that end it; at most 64"),
+    row("stop_token_ids", StopIds, "tokens that end it; at most 1024", sets="stop_token_ids"),
     row("include_stop_str_in_output", bool, "keep the stop string", sets="include_stop_str_in_output"),
     row("ignore_eos", bool, "do not end at the model's end token", sets="ignore_eos"),
     # How a prompt is made.
     row("add_special_tokens", bool, "the tokenizer's own start and end tokens; true for a prompt, false for a chat",
         (*BOTH, EMBEDDINGS, TOKENIZE)),
-    row("truncate_prompt_tokens", Annotated[int, Constraint(ge=-1, le=2**31 - 1)],
+    row("truncate_prompt_tokens", WholeOrMinusOne,
         "keep the last so many tokens of a prompt; -1 is as many as the context holds", PROMPTS),
     row("add_generation_prompt", bool, "end the prompt where the assistant begins; true by default", (CHAT, TOKENIZE)),
     row("continue_final_message", bool, "go on with the last message instead of beginning a new one",
@@ -148,7 +152,7 @@ TABLE: tuple[Field, ...] = (
     row("prompt", str, "the text", (TOKENIZE,)),
     row("messages", Messages, "a conversation, rendered by the chat template", (TOKENIZE,)),
     row("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
-    row("tokens", Annotated[list[Id], FailFast()], "token ids", (DETOKENIZE,), required=True),
+    row("tokens", Annotated[list[Id], Constraint(fail_fast=True)], "token ids", (DETOKENIZE,), required=True),
     # Who it is, and who goes first.
     row("request_id", Name, "becomes part of the answer's id"),
     row("priority", Annotated[int, Constraint(ge=-(2**31), le=2**31 - 1)],
