@@ -28,6 +28,20 @@ soak: $(VENV)/.installed
 matrix: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/invariance -m "matrix or not matrix" $(ARGS)
 
+# Clients of other projects, unchanged, in an environment of their own that git does not see.
+.PHONY: test-clients
+CLIENTS := .venv-clients
+
+$(CLIENTS)/.installed: requirements-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	echo '*' > $(CLIENTS)/.gitignore
+	$(if $(TORCH_INDEX_URL),$(CLIENTS)/bin/pip install -q --index-url $(TORCH_INDEX_URL) torch,)
+	$(CLIENTS)/bin/pip install -q -r requirements-clients.txt
+	touch $@
+
+test-clients: $(VENV)/.installed $(CLIENTS)/.installed
+	HEADRACE_CLIENTS=$(abspath $(CLIENTS))/bin $(BIN)/python -m pytest tests/clients $(ARGS)
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
