@@ -110,8 +110,7 @@ def schedule(rows: Sequence[TraceRow], rate: float, duration: float,
     # The window ends where the next request begins; behind the last one stands a mean distance.
     window = rows[count].time - start if count < len(rows) else (rows[-1].time - start) * count / (count - 1)
     require(window > 0, f"the first {count} requests of the trace come all at once: there is no pace to stretch")
-    factor = count / rate / window
-    return [((row.time - start) * factor, row) for row in rows[:count]]
+    return [((row.time - start) / window * (count / rate), row) for row in rows[:count]]
 
 
 class Prompts:

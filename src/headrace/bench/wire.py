@@ -36,13 +36,14 @@ class Endpoint:
     @classmethod
     def of(cls, url: str, path: str, key: str | None = None) -> Endpoint:
         """`path` of the server at `url`, which may end with /v1 or not."""
-        parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
+        wrong = RequestError(f"--url {url!r} is not an address such as http://127.0.0.1:8000")
         try:
+            parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
             port = parts.port
         except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise RequestError(f"--url {url!r} is not an address such as http://127.0.0.1:8000")
+            raise wrong from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise wrong
         if key is not None and (not key.isascii() or not key.isprintable()):
             raise RequestError("the API key must be printable ASCII: headers carry nothing else")
         secure = parts.scheme == "https"
