@@ -195,6 +195,7 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     flags = [word for size in sizes for word in ("--set", size)]
     code, out, _ = run(capsys, "demo", "--once", *flags)
     assert code == 0 and "32/32 replies bit-identical to solo" in out and "cached " in out and "TTFT" in out
+    assert "playground: http://127.0.0.1:" in out and "/v1/completions -d '{\"model\": \"demo\"" in out
     summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     assert set(summary) == {
         "train_seconds",
@@ -217,7 +218,9 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     )
     reply = tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
     assert summary["reply"][:20] == reply[:20]
+    assert f"↳ {summary['reply'].strip()}" in out
     (tmp_path / "runs/demo/summary.json").unlink()
+    monkeypatch.setattr(demo, "_serve", lambda *_: None)
     code, out, _ = run(capsys, "demo")
     assert code == 0 and "--once trains anew" in out and "Training" not in out
 
@@ -263,6 +266,7 @@ def test_demo_goes_on_after_a_death_and_a_broken_summary(capsys, tmp_path, monke
     (tmp_path / "runs/demo.old/summary.json").write_bytes(summary)
     for part in ("_exam", "_same_bits", "_cache", "_reply"):
         monkeypatch.setattr(demo, part, lambda _, name=part: 1.0 if name == "_exam" else {name: 1})
+    monkeypatch.setattr(demo, "_serve", lambda *_: None)
     code, out, _ = run(capsys, "demo")
     assert code == 0 and "using the model in runs/demo/hf" in out
     assert "runs/demo/summary.json cannot be read: going on without" in out
