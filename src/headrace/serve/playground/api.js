@@ -79,6 +79,7 @@ export async function* events(path, { body, signal } = {}) {
       for (const part of parts) {
         const data = part.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart());
         if (!data.length) continue;
+        signal?.throwIfAborted();  // what had come already is not shown any more
         if (data[0] === "[DONE]") return;
         const event = JSON.parse(data.join("\n"));
         if (event.error) throw new ServerError(event.error.code ?? 500, event.error.message ?? "The server failed.");

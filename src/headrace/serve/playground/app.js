@@ -43,7 +43,7 @@ function explain(error) {
     case 0: return error.message;
     case 401: return "This server asks for an API key.";
     case 429: return `Too many requests wait already.${wait || " Try again in a moment."}`;
-    case 503: return `The engine cannot serve this now: ${error.message}${wait}`;
+    case 503: return `The engine cannot serve this now: ${error.message.replace(/[^.!?]$/, "$&.")}${wait}`;
     default: return error.message;
   }
 }
@@ -76,7 +76,8 @@ function offer() {
 
 function request() {
   const system = at("system").value.trim();
-  const body = { model: model.id, stream: true, stream_options: { include_usage: true }, ...settings.values() };
+  const body = { model: model.id, stream: true, stream_options: { include_usage: true }, explain: true,
+    ...settings.values() };
   const said = transcript.messages.map(({ role, content }) => ({ role, content }));
   if (model.chat) {
     body.messages = system ? [{ role: "system", content: system }, ...said] : said;
@@ -119,13 +120,13 @@ async function send() {
 }
 
 async function answer() {
-  running = new AbortController();
+  const mine = running = new AbortController();
   busy(true);
   const reply = transcript.reply();
   let reason = null, usage = null, explanation = null;
   try {
     const [path, body] = request();
-    for await (const chunk of events(path, { body, signal: running.signal })) {
+    for await (const chunk of events(path, { body, signal: mine.signal })) {
       usage = chunk.usage ?? usage;
       explanation = chunk.explanation ?? explanation;
       for (const choice of chunk.choices ?? []) {
@@ -138,13 +139,16 @@ async function answer() {
   } catch (error) {
     stumble(error, reply, usage);
   } finally {
-    running = null;
-    busy(false);
+    if (running === mine) {
+      running = null;
+      busy(false);
+    }
   }
 }
 
 // A reply that broke off: what came stays; what brought nothing goes back to where it was written.
 function stumble(error, reply, usage) {
+  if (reply.gone) return;  // a new chat has begun
   if (!(error instanceof ServerError) && error.name !== "AbortError") {
     reply.drop();
     throw error;
@@ -194,6 +198,8 @@ function stop() {
 
 function newChat() {
   stop();
+  running = null;
+  busy(false);
   untell();
   transcript.clear();
   prompt.focus();
@@ -206,9 +212,18 @@ function fit() {
   prompt.style.blockSize = `${Math.min(prompt.scrollHeight, innerHeight * 0.4)}px`;
 }
 
-function fold(button, panel, open) {
-  button.setAttribute("aria-expanded", String(open));
-  panel.hidden = !open;
+// On a narrow screen there is room for the sampling or the engine, not for both.
+function showSettings(open) {
+  at("tune").setAttribute("aria-expanded", String(open));
+  at("settings").hidden = !open;
+  if (open) showEngine(false);
+}
+
+function showEngine(open) {
+  document.querySelector(".engine").dataset.open = String(open);
+  at("fold").setAttribute("aria-expanded", String(open));
+  if (open) showSettings(false);
+  picture.draw();
 }
 
 function typing(element) {
@@ -225,7 +240,7 @@ document.addEventListener("keydown", (event) => {
   } else if (event.key === "Escape" && !event.isComposing) {
     if (hideHint()) return;
     if (running) stop();
-    else if (!at("settings").hidden) { fold(at("tune"), at("settings"), false); at("tune").focus(); }
+    else if (!at("settings").hidden) { showSettings(false); at("tune").focus(); }
     else if (!notice.hidden) untell();
   }
 });
@@ -242,7 +257,7 @@ at("composer").addEventListener("submit", (event) => {
   if (running) stop(); else send();
 });
 at("new").addEventListener("click", newChat);
-at("tune").addEventListener("click", () => fold(at("tune"), at("settings"), at("settings").hidden));
+at("tune").addEventListener("click", () => showSettings(at("settings").hidden));
 at("settings").addEventListener("submit", (event) => event.preventDefault());
 at("reset").addEventListener("click", () => { settings.reset(); at("system").value = ""; });
 at("dismiss").addEventListener("click", untell);
@@ -275,13 +290,7 @@ at("theme").addEventListener("click", () => {
 
 // ---- the engine beside it
 
-const aside = document.querySelector(".engine");
-at("fold").addEventListener("click", () => {
-  const open = aside.dataset.open !== "true";
-  aside.dataset.open = String(open);
-  at("fold").setAttribute("aria-expanded", String(open));
-  picture.draw();
-});
+at("fold").addEventListener("click", () => showEngine(at("fold").getAttribute("aria-expanded") !== "true"));
 const picture = new Picture((error) => fail(error, null));
 picture.start();
 findModel().catch((error) => fail(error, () => findModel().catch((failure) => fail(failure, null))));

@@ -70,6 +70,11 @@ class Reply {
     transcript.scroll();
   }
 
+  // Whether the conversation that it belongs to is over.
+  get gone() {
+    return !this.turn.isConnected;
+  }
+
   get empty() {
     return this.tokens.count === 0 && this.tokens.text === "";
   }
