@@ -200,6 +200,7 @@ def test_the_live_picture_moves(browser, server):
             visit.expect(steps).not_to_have_attribute("data-count", first)
             assert all(visit.at(f"#{name}").evaluate(DRAWN) not in drawn for name in ("steps", "blocks"))
         visit.expect(visit.at("#running")).to_have_text("0")
+        visit.expect(visit.at("#tree .channel.held")).to_have_count(0)
         assert int(steps.get_attribute("data-count")) > count
         steps.hover()
         visit.expect(visit.at("#step-line")).to_contain_text("decode")

@@ -43,6 +43,7 @@ class Live:
         """Steps seen, of which the last are in `_steps`."""
         self._tree: dict[str, Any] | None = None
         self._looks = 0
+        self._reports = 0
         self._changed = asyncio.Event()
 
     async def frames(self) -> AsyncIterator[dict[str, Any]]:
@@ -95,6 +96,8 @@ class Live:
     def _enter(self) -> None:
         self.watchers += 1
         if self.watchers == 1:
+            self._steps.clear()  # what was seen long ago is not how it is
+            self._tree = None
             self._tasks = [asyncio.create_task(self._collect()), asyncio.create_task(self._look())]
 
     async def _leave(self) -> None:
@@ -117,17 +120,19 @@ class Live:
                 self._steps.append(
                     (report.prefill_tokens, report.decode_tokens, milliseconds, report.stats["num_running"]))
             self._count += bool(report.prefill_tokens or report.decode_tokens)
+            self._reports += 1
             self._notify()
         self._notify()
 
     async def _look(self) -> None:
-        """The tree as it is, now and after steps."""
+        """The tree as it is, now and after each report, which need not be of a step: blocks are freed without one."""
         while True:
-            seen, changed = self._count, self._changed
+            seen = self._reports
             with contextlib.suppress(UnavailableError):
                 tree = await self._gateway.inspect(NODES)
                 self._tree = {"nodes": tree.nodes, "complete": tree.complete}
                 self._looks += 1
+                self._notify()
             await asyncio.sleep(TREE)
-            if seen == self._count:
-                await changed.wait()
+            if seen == self._reports:
+                await self._changed.wait()

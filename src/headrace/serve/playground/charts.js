@@ -39,7 +39,7 @@ export function drawSteps(canvas, steps, room) {
   context.font = `10px ${getComputedStyle(document.documentElement).getPropertyValue("--mono")}`;
   context.textAlign = "right";
   context.textBaseline = "middle";
-  for (const tokens of [most, nice(most / 4)]) {
+  for (const tokens of steps.length ? [most, nice(most / 4)] : []) {
     context.fillStyle = colour("--line");
     context.fillRect(LEFT, Math.round(y(tokens)), width - LEFT, 1);
     context.fillStyle = colour("--muted");

@@ -109,7 +109,7 @@ export class Tree {
     }
     const group = make("g", { class: `channel ${kind}` });
     const thick = 2.5 + Math.min(Math.log2(1 + channel.held) * 1.4, 5);
-    group.append(make("path", { d: path, "stroke-width": thick.toFixed(1), pathLength: 1 }));
+    group.append(make("path", { d: path, "stroke-width": thick.toFixed(1) }));
     const pitch = (to - from) / channel.blocks;
     for (let i = 1; i < channel.blocks && pitch > 7; i += 1) {
       group.append(make("circle", { cx: (from + i * pitch - 3).toFixed(1), cy: at, r: 2 }));
