@@ -396,7 +396,6 @@ def test_nested_messages_and_variables(attacked, depth):
 
 # ---- work off the loop -----------------------------------------------------------------------------------------
 
-@pytest.mark.xfail(strict=True, reason="the tokenizer's encode holds the interpreter's lock until it is done")
 def test_small_requests_overtake_a_large_one(attacked):
     done = []
     large = threading.Thread(target=lambda: done.append(

@@ -94,7 +94,8 @@ def test_echo_gives_the_prompt_and_its_log_probabilities(client, llm):
 
 def test_a_chat_whole_and_streamed(client, llm):
     prompt = llm.chat_prompt(MESSAGES)
-    expected = llm.generate(prompt, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24, logprobs=3))[0].outputs[0]
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24, logprobs=3)
+    expected = llm.generate(prompt, params)[0].outputs[0]
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=3, **GREEDY)
     message = whole.choices[0].message
     assert (message.role, message.content) == ("assistant", expected.text) and whole.id.startswith("chatcmpl-")
@@ -120,9 +121,11 @@ def test_content_in_parts_and_a_message_to_go_on_with(client, llm):
     begun = [*MESSAGES, {"role": "assistant", "content": "Mia lives at the"}]
     prompt = llm.chat_prompt(MESSAGES)["prompt"] + "Mia lives at the"
     ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
-    expected = llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24))[0]
-    answer = client.chat.completions.create(model="tiny", messages=begun, temperature=0, max_tokens=24, extra_body={
-        "continue_final_message": True, "echo": True, "ignore_eos": True})
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24)
+    expected = llm.generate({"prompt_token_ids": ids}, params)[0]
+    answer = client.chat.completions.create(
+        model="tiny", messages=begun, temperature=0, max_tokens=24,
+        extra_body={"continue_final_message": True, "echo": True, "ignore_eos": True})
     assert answer.choices[0].message.content == "Mia lives at the" + expected.outputs[0].text
 
 

@@ -95,16 +95,31 @@ def test_a_worker_that_dies_is_replaced():
     run(scenario)
 
 
-def test_a_caller_that_leaves_takes_its_template_with_it():
+def test_a_caller_that_leaves_holds_up_others_for_its_limit_at_most():
     async def scenario(worker):
         await worker.start()
         endless = asyncio.create_task(worker.render(job("{% for i in range(99999) %}{% for j in range(99999) %}"
                                                         "{% endfor %}{% endfor %}")))
+        unheard = asyncio.create_task(worker.render(job()))
         waiting = asyncio.create_task(worker.render(job()))
         await asyncio.sleep(0)
-        endless.cancel()
+        endless.cancel(), unheard.cancel()
         assert await waiting == "<user>hello"
-        with pytest.raises(asyncio.CancelledError):
-            await endless
+        assert endless.cancelled() and unheard.cancelled()
 
-    run(scenario, 30.0)
+    run(scenario, 0.5)
+
+
+def test_a_caller_that_leaves_does_not_cost_others_the_process():
+    async def scenario(worker):
+        await worker.start()
+        pid = worker.pid
+        for _ in range(5):
+            leaving = asyncio.create_task(worker.render(job()))
+            waiting = asyncio.create_task(worker.render(job("{{ messages[0].content }}!")))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            assert await waiting == "hello!"
+        assert worker.pid == pid
+
+    run(scenario)

@@ -12,6 +12,8 @@ from headrace.errors import RequestError
 __all__ = ["SamplingParams", "named_parameter"]
 
 MAX_LOGPROBS = 20
+MOST = 2**31 - 1
+"""What a count can be: kernels take 64-bit integers, and nobody means more."""
 
 
 def _check(ok: bool, message: str) -> None:
@@ -86,9 +88,9 @@ class SamplingParams:
 
     def _check_lengths(self) -> None:
         _integer("n", self.n, 1, 256)
-        _integer("min_tokens", self.min_tokens, 0)
+        _integer("min_tokens", self.min_tokens, 0, MOST)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
+            _integer("max_tokens", self.max_tokens, 1, MOST)
             _check(
                 self.min_tokens <= self.max_tokens,
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
@@ -102,7 +104,7 @@ class SamplingParams:
 
     def _check_distribution(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0)
-        _integer("top_k", self.top_k, 0)
+        _integer("top_k", self.top_k, 0, MOST)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, open_low=True)

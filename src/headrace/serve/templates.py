@@ -49,25 +49,35 @@ class TemplateWorker:
     async def render(self, job: Mapping[str, Any]) -> str:
         """The text of a job, as `serve_templates` reads it. `RefusedError` where the template or messages are at fault.
 
-        A caller that leaves while its template runs takes the process with it.
+        Where the caller leaves, what it began goes on to its end or limit: to kill the process would make others wait.
         """
         line = json.dumps(job).encode() + b"\n"
-        async with self._turn:
-            process = await self._running()
-            try:
-                answer = await asyncio.wait_for(self._exchange(process, line), self._seconds)
-            except BaseException as error:
-                await self._kill()
-                if isinstance(error, TimeoutError):
-                    raise RefusedError(f"the chat template took longer than {self._seconds:g} s and was stopped",
-                                       "messages") from None
-                if isinstance(error, (OSError, ValueError)):
-                    raise RefusedError("the chat template broke its process: it asked for too much memory or wrote "
-                                       "too much", "messages") from None
-                raise
+        await self._turn.acquire()
+        work = asyncio.ensure_future(self._work(line))
+        work.add_done_callback(self._done)
+        answer = await asyncio.shield(work)
         if "error" in answer:
             raise RefusedError(answer["error"], answer["param"])
         return str(answer["text"])
+
+    def _done(self, work: asyncio.Future[Any]) -> None:
+        self._turn.release()
+        if not work.cancelled():
+            work.exception()  # its caller may be gone: nobody else would look at it
+
+    async def _work(self, line: bytes) -> dict[str, Any]:
+        process = await self._running()
+        try:
+            return await asyncio.wait_for(self._exchange(process, line), self._seconds)
+        except BaseException as error:
+            await self._kill()
+            if isinstance(error, TimeoutError):
+                raise RefusedError(f"the chat template took longer than {self._seconds:g} s and was stopped",
+                                   "messages") from None
+            if isinstance(error, (OSError, ValueError)):
+                raise RefusedError("the chat template broke its process: it asked for too much memory, or wrote too "
+                                   "much", "messages") from None
+            raise
 
     async def close(self) -> None:
         """End the process."""

@@ -98,14 +98,16 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"prompt must be a string, not {type(text).__name__}")
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # encode would hold the interpreter's lock, of a long text for seconds; encode_batch_fast does not.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):  # lone surrogates cannot cross into the library
             raise RequestError("prompt holds a lone surrogate, which is not a character: send valid Unicode"
                                ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids` on their own. Ids that the tokenizer does not have give nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        [text] = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return text
 
     def token_text(self, token_id: int) -> str:
         """What one token adds in the middle of a text, for showing it beside a log-probability.
