@@ -12,6 +12,8 @@ from headrace.serve.http import unless_gone
 from headrace.serve.parts import Parts
 from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.bodies import Body, Reader
+from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING
+from headrace.serve.protocol.document import answers as documented
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
 from headrace.serve.texts import Prompt, several
@@ -25,7 +27,8 @@ def generation_router(parts: Parts) -> APIRouter:
     answers = Answers(parts.gateway, parts.texts, parts.model_name)
     completion, chat = Reader(COMPLETIONS, "CompletionRequest"), Reader(CHAT, "ChatCompletionRequest")
 
-    @router.post(COMPLETIONS, openapi_extra={"requestBody": completion.schema()}, summary="Continue prompts")
+    @router.post(COMPLETIONS, openapi_extra={"requestBody": completion.schema()}, summary="Continue prompts",
+                 responses=documented(COMPLETION, *GENERATING, stream=True))
     async def completions(request: Request) -> Response:
         body = completion.read(await request.body())
         parts.check_model(body)
@@ -35,7 +38,8 @@ def generation_router(parts: Parts) -> APIRouter:
         prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
         return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, parts) for p in prompts])
 
-    @router.post(CHAT, openapi_extra={"requestBody": chat.schema()}, summary="Answer a conversation")
+    @router.post(CHAT, openapi_extra={"requestBody": chat.schema()}, summary="Answer a conversation",
+                 responses=documented(CHAT_ANSWER, *GENERATING, stream=True))
     async def chat_completions(request: Request) -> Response:
         body = chat.read(await request.body())
         parts.check_model(body)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from headrace import __version__
 from headrace.serve.errors import NotFoundError
 from headrace.serve.http import JSON
 from headrace.serve.metrics import CONTENT_TYPE
 from headrace.serve.parts import Parts
+from headrace.serve.protocol.document import CARD, HEALTH, MODELS, UNHEALTHY, VERSION, answers, text_answers
 
 __all__ = ["PUBLIC_PATHS", "status_router"]
 
 PUBLIC_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/openapi.json"})
 """What monitors read without a key; no prompt and no text is in it."""
+NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
 def status_router(parts: Parts) -> APIRouter:
@@ -31,17 +34,23 @@ def status_router(parts: Parts) -> APIRouter:
             "default_sampling_params": dict(parts.defaults),
         }
 
-    @router.get("/v1/models", summary="The served model, by each of its names")
+    @router.get("/v1/models", summary="The served model, by each of its names", responses=answers(MODELS))
     async def models() -> Response:
         return JSON({"object": "list", "data": [card(name) for name in parts.names]})
 
-    @router.get("/v1/models/{name:path}", summary="One model")
-    async def model(name: str) -> Response:
+    # With `name` as an argument, the document would have FastAPI's own 422, which never comes.
+    @router.get("/v1/models/{name:path}", summary="One model", responses=answers(CARD, 404),
+                openapi_extra={"parameters": [NAME]})
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
         if name not in parts.names:
             raise NotFoundError(parts.not_served(name), "model")
         return JSON(card(name))
 
-    @router.get("/health", summary="200 while the engine can serve, 503 while it cannot")
+    healthy = answers(HEALTH, public=True)
+    healthy[503]["content"] = {"application/json": {"schema": UNHEALTHY}}
+
+    @router.get("/health", summary="200 while the engine can serve, 503 while it cannot", responses=healthy)
     async def health() -> Response:
         state = parts.gateway.state
         return JSON({"status": state, "restarts": parts.gateway.restarts}, 200 if state == "ready" else 503)
@@ -51,11 +60,12 @@ def status_router(parts: Parts) -> APIRouter:
     async def ping() -> Response:
         return await health()
 
-    @router.get("/version", summary="headrace's version")
+    @router.get("/version", summary="headrace's version", responses=answers(VERSION, public=True))
     async def version() -> Response:
         return JSON({"version": __version__})
 
-    @router.get("/metrics", summary="Counters and histograms in Prometheus' text format")
+    @router.get("/metrics", summary="Counters and histograms in Prometheus' text format",
+                responses=text_answers(), response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(parts.metrics.render(), media_type=CONTENT_TYPE)
 

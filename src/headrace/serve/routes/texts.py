@@ -13,6 +13,8 @@ from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
 from headrace.serve.parts import Parts
 from headrace.serve.protocol.bodies import Reader
+from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, TOKENIZED, WITH_MODEL
+from headrace.serve.protocol.document import answers as documented
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
 from headrace.serve.routes.generation import read_chat, truncated
 from headrace.serve.texts import Prompt, several
@@ -30,7 +32,7 @@ def texts_router(parts: Parts) -> APIRouter:
     tokenizing, detokenizing = Reader(TOKENIZE, "TokenizeRequest"), Reader(DETOKENIZE, "DetokenizeRequest")
 
     @router.post(EMBEDDINGS, openapi_extra={"requestBody": embedding.schema()}, summary="Mean-pooled hidden states",
-                 description=EMBEDDING_HELP)
+                 description=EMBEDDING_HELP, responses=documented(EMBEDDED, *GENERATING))
     async def embeddings(request: Request) -> Response:
         body = embedding.read(await request.body())
         parts.check_model(body)
@@ -53,7 +55,8 @@ def texts_router(parts: Parts) -> APIRouter:
             "usage": {"prompt_tokens": count, "total_tokens": count},
         })
 
-    @router.post(TOKENIZE, openapi_extra={"requestBody": tokenizing.schema()}, summary="Text to token ids")
+    @router.post(TOKENIZE, openapi_extra={"requestBody": tokenizing.schema()}, summary="Text to token ids",
+                 responses=documented(TOKENIZED, *WITH_MODEL))
     async def tokenize(request: Request) -> Response:
         body = tokenizing.read(await request.body())
         parts.check_model(body)
@@ -70,7 +73,8 @@ def texts_router(parts: Parts) -> APIRouter:
             answer["token_strs"] = await parts.texts.token_texts(prompt.token_ids)
         return JSON(answer)
 
-    @router.post(DETOKENIZE, openapi_extra={"requestBody": detokenizing.schema()}, summary="Token ids to text")
+    @router.post(DETOKENIZE, openapi_extra={"requestBody": detokenizing.schema()}, summary="Token ids to text",
+                 responses=documented(DETOKENIZED, *WITH_MODEL))
     async def detokenize(request: Request) -> Response:
         body = detokenizing.read(await request.body())
         parts.check_model(body)
