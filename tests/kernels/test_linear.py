@@ -146,8 +146,9 @@ I, YES = numba.types.int64, numba.types.boolean
     (tiles.tile1x8, (FP32, I, FP32, *[I] * 10, FP32, I), "%ymm"),
     (tiles.tile1x8, (FP32, I, BF16, *[I] * 10, FP32, I), "%ymm"),
     (tiles.tile4x2, (FP32, *[I] * 4, FP32, I, I, I, YES, YES, FP32, I, FP32, I, I), "%ymm"),
+    (tiles.tile4x3, (FP32, *[I] * 4, FP32, I, I, I, I, YES, YES, FP32, I, FP32, I, I), "%ymm"),
     (tiles.tile8x4, (FP32, I, FP32, *[I] * 5, YES, YES, FP32, I, FP32, I, I, BF16, I, I, I), "%zmm"),
-], ids=["1x8", "1x8-bf16", "4x2", "8x4"])
+], ids=["1x8", "1x8-bf16", "4x2", "4x3", "8x4"])
 def test_tiles_are_packed_fused_multiply_adds(tile, arguments, register):
     if register == "%zmm" and not linear.WIDE:
         pytest.skip("no AVX-512 here")

@@ -14,7 +14,6 @@ from headrace.kernels.cpu.simd import (
     hmax8,
     hsum8,
     hsum8x8,
-    lane8,
     load1,
     load8,
     load8n,
@@ -24,6 +23,7 @@ from headrace.kernels.cpu.simd import (
     store1,
     store8,
     store8n,
+    store_lanes,
     zero8,
 )
 
@@ -59,8 +59,10 @@ def reduce(x, out):
     p = pointer(x)
     total = hsum8x8(load8(p, 0), load8(p, 8), load8(p, 16), load8(p, 24), load8(p, 32), load8(p, 40), load8(p, 48),
                     load8(p, 56))
+    to = pointer(out)
+    store_lanes(to, 0, total, 0, 4), store_lanes(to, 4, total, 4, 2), store_lanes(to, 6, total, 6, 2)
     for i in range(8):
-        out[0, i], out[1, i], out[2, i] = lane8(total, i), hsum8(load8(p, 8 * i)), hmax8(load8(p, 8 * i))
+        out[1, i], out[2, i] = hsum8(load8(p, 8 * i)), hmax8(load8(p, 8 * i))
 
 
 @numba.njit

@@ -32,7 +32,7 @@ from headrace.kernels.cpu.simd import (
     widest,
 )
 from headrace.kernels.cpu.simd16 import load16, store16
-from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
+from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile4x3, tile8x4
 
 __all__ = ["SHARDS", "linear", "linear_part"]
 
@@ -152,18 +152,26 @@ def _chunk8x4(packed, x0, depth, rows, v, v0, stride, outputs, count, first, las
 
 
 @kernel
-def _chunk4x2(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, sums, to, w, next_w, inputs):
-    """The same in 4 × 2 tiles, straight from x."""
-    end, tile, tiles = x0 + (rows - 1) * inputs, 0, (rows + 3) // 4 * 4
+def _chunk4x3(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, sums, to, w, next_w, inputs):
+    """The same in tiles of 4 × 3, 4 × 3 and 4 × 2, straight from x."""
+    end, tile, tiles = x0 + (rows - 1) * inputs, 0, (rows + 3) // 4 * 3
+    o1, o2 = min(1, outputs - 1) * stride, min(2, outputs - 1) * stride
+    o3, o4 = min(3, outputs - 1) * stride, min(4, outputs - 1) * stride
+    o5, o6, o7 = min(5, outputs - 1) * stride, min(6, outputs - 1) * stride, min(7, outputs - 1) * stride
     for row in range(0, rows, 4):
         r0 = x0 + row * inputs
         r1, r2, r3 = min(r0 + inputs, end), min(r0 + 2 * inputs, end), min(r0 + 3 * inputs, end)
-        for j in range(0, outputs, 2):
-            _ask(w, next_w, inputs, count, tile, tiles)
-            u0, u1 = v0 + j * stride, v0 + min(j + 1, outputs - 1) * stride
-            tile4x2(x, r0, r1, r2, r3, v, u0, u1, count, first, last, carry, row * 64 + j * 32,
-                    sums, to + row * 8 + j, 8)
-            tile += 1
+        _ask(w, next_w, inputs, count, tile, tiles)
+        tile4x3(x, r0, r1, r2, r3, v, v0, v0 + o1, v0 + o2, count, first, last, carry, row * 64, sums, to + row * 8, 8)
+        if outputs > 3:
+            _ask(w, next_w, inputs, count, tile + 1, tiles)
+            tile4x3(x, r0, r1, r2, r3, v, v0 + o3, v0 + o4, v0 + o5, count, first, last, carry, row * 64 + 96,
+                    sums, to + row * 8 + 3, 8)
+        if outputs > 6:
+            _ask(w, next_w, inputs, count, tile + 2, tiles)
+            tile4x2(x, r0, r1, r2, r3, v, v0 + o6, v0 + o7, count, first, last, carry, row * 64 + 192,
+                    sums, to + row * 8 + 6, 8)
+        tile += 3
 
 
 @kernel
@@ -188,7 +196,7 @@ def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, wide, carr
                 _chunk8x4(packed, p, depth, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
                           w, next_w, inputs)
             else:
-                _chunk4x2(x, row * inputs + k, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
+                _chunk4x3(x, row * inputs + k, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
                           w, next_w, inputs)
             p += (count + 7) // 8 * 64
             k += count

@@ -34,9 +34,9 @@ from numba.core import cgutils, types
 from numba.extending import models, register_model
 
 __all__ = [
-    "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8", "lane8",
+    "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8",
     "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "prefetch", "splat8",
-    "store1", "store8", "store8n", "sub8", "widest", "zero8",
+    "store1", "store8", "store8n", "store_lanes", "sub8", "widest", "zero8",
 ]
 
 LANES = 8
@@ -219,16 +219,6 @@ abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
     builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR), f32x8, f32x8)
 
 
-@intrinsic
-def lane8(tyctx: Any, v: Any, i: Any) -> Any:
-    """Lane `i` (0 ≤ i < 8, constant or computed) of a vector."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.extract_element(args[0], builder.trunc(args[1], I32))
-
-    return types.float32(f32x8, types.int64), codegen
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 STORED = {types.float32: FLOAT, types.uint16: I16, types.int16: I16}
@@ -376,6 +366,22 @@ def prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(array, types.int64), codegen
+
+
+@intrinsic
+def store_lanes(tyctx: Any, array: Any, offset: Any, value: Any, first: Any, count: Any) -> Any:
+    """Lanes first … first + count − 1 (literals) to as many fp32 elements at `offset`."""
+    if not isinstance(first, types.IntegerLiteral) or not isinstance(count, types.IntegerLiteral):
+        return None
+    start, some = first.literal_value, ir.VectorType(FLOAT, count.literal_value)
+    lanes = ir.Constant(ir.VectorType(I32, some.count), list(range(start, start + some.count)))
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        piece = builder.shuffle_vector(args[2], ir.Constant(VECTOR, ir.Undefined), lanes)
+        builder.store(piece, address(context, builder, array, args[0], args[1], some), align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, f32x8, first, count), codegen
 
 
 @intrinsic

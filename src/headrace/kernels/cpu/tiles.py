@@ -10,10 +10,10 @@ All arguments are `pointer`s and element offsets. A chunk that is not the last i
 from __future__ import annotations
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.simd import fma8, hsum8x8, lane8, load8, load8n, narrow, prefetch, store1, store8, zero8
+from headrace.kernels.cpu.simd import fma8, hsum8x8, load8, load8n, narrow, prefetch, store8, store_lanes, zero8
 from headrace.kernels.cpu.simd16 import fma16, hsum16x8, load16, store16, store_quarter, twice8, zero16
 
-__all__ = ["tile1x8", "tile4x2", "tile8x4"]
+__all__ = ["tile1x8", "tile4x2", "tile4x3", "tile8x4"]
 
 
 @kernel
@@ -81,13 +81,55 @@ def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to
         r = load8n(x, x3 + k, tail)
         a3, b3 = fma8(r, u, a3), fma8(r, v, b3)
     total = hsum8x8(a0, b0, a1, b1, a2, b2, a3, b3)
-    store1(sums, to, lane8(total, 0)), store1(sums, to + 1, lane8(total, 1))
-    to += pitch
-    store1(sums, to, lane8(total, 2)), store1(sums, to + 1, lane8(total, 3))
-    to += pitch
-    store1(sums, to, lane8(total, 4)), store1(sums, to + 1, lane8(total, 5))
-    to += pitch
-    store1(sums, to, lane8(total, 6)), store1(sums, to + 1, lane8(total, 7))
+    store_lanes(sums, to, total, 0, 2), store_lanes(sums, to + pitch, total, 2, 2)
+    store_lanes(sums, to + 2 * pitch, total, 4, 2), store_lanes(sums, to + 3 * pitch, total, 6, 2)
+
+
+@kernel
+def tile4x3(x, x0, x1, x2, x3, w, w0, w1, w2, count, first, last, carry, c, sums, to, pitch):
+    """Four rows, three outputs: twelve accumulators hide the latency of an FMA, and ask for fewer loads each.
+
+    Of each row a fourth element of `sums` is written too: the tile of the outputs from there comes after this one.
+    """
+    if first:
+        a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
+        b0, b1, b2, b3 = zero8(), zero8(), zero8(), zero8()
+        c0, c1, c2, c3 = zero8(), zero8(), zero8(), zero8()
+    else:
+        a0, a1, a2, a3 = load8(carry, c), load8(carry, c + 8), load8(carry, c + 16), load8(carry, c + 24)
+        b0, b1, b2, b3 = load8(carry, c + 32), load8(carry, c + 40), load8(carry, c + 48), load8(carry, c + 56)
+        c0, c1, c2, c3 = load8(carry, c + 64), load8(carry, c + 72), load8(carry, c + 80), load8(carry, c + 88)
+    tail = count & 7
+    for k in range(0, count - tail, 8):
+        t, u, v = load8(w, w0 + k), load8(w, w1 + k), load8(w, w2 + k)
+        r = load8(x, x0 + k)
+        a0, b0, c0 = fma8(r, t, a0), fma8(r, u, b0), fma8(r, v, c0)
+        r = load8(x, x1 + k)
+        a1, b1, c1 = fma8(r, t, a1), fma8(r, u, b1), fma8(r, v, c1)
+        r = load8(x, x2 + k)
+        a2, b2, c2 = fma8(r, t, a2), fma8(r, u, b2), fma8(r, v, c2)
+        r = load8(x, x3 + k)
+        a3, b3, c3 = fma8(r, t, a3), fma8(r, u, b3), fma8(r, v, c3)
+    if not last:
+        store8(carry, c, a0), store8(carry, c + 8, a1), store8(carry, c + 16, a2), store8(carry, c + 24, a3)
+        store8(carry, c + 32, b0), store8(carry, c + 40, b1), store8(carry, c + 48, b2), store8(carry, c + 56, b3)
+        store8(carry, c + 64, c0), store8(carry, c + 72, c1), store8(carry, c + 80, c2), store8(carry, c + 88, c3)
+        return
+    if tail:
+        k = count - tail
+        t, u, v = load8n(w, w0 + k, tail), load8n(w, w1 + k, tail), load8n(w, w2 + k, tail)
+        r = load8n(x, x0 + k, tail)
+        a0, b0, c0 = fma8(r, t, a0), fma8(r, u, b0), fma8(r, v, c0)
+        r = load8n(x, x1 + k, tail)
+        a1, b1, c1 = fma8(r, t, a1), fma8(r, u, b1), fma8(r, v, c1)
+        r = load8n(x, x2 + k, tail)
+        a2, b2, c2 = fma8(r, t, a2), fma8(r, u, b2), fma8(r, v, c2)
+        r = load8n(x, x3 + k, tail)
+        a3, b3, c3 = fma8(r, t, a3), fma8(r, u, b3), fma8(r, v, c3)
+    total = hsum8x8(a0, b0, c0, c0, a1, b1, c1, c1)
+    store_lanes(sums, to, total, 0, 4), store_lanes(sums, to + pitch, total, 4, 4)
+    total = hsum8x8(a2, b2, c2, c2, a3, b3, c3, c3)
+    store_lanes(sums, to + 2 * pitch, total, 0, 4), store_lanes(sums, to + 3 * pitch, total, 4, 4)
 
 
 @kernel
