@@ -50,4 +50,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix src tests bench
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist src/*.egg-info
