@@ -92,6 +92,17 @@ def test_echo_gives_the_prompt_and_its_log_probabilities(client, llm):
     assert only.text == PROMPT and only.logprobs.token_logprobs == [None, *scores[: len(ids) - 1]]
 
 
+def test_an_echo_is_whole_for_choices_that_are_ahead_of_its_computation(client):
+    """The prompt is cached, so that the other choices begin before the first has computed it again for its scores."""
+    fields = {"model": "tiny", "prompt": [5 + i % 40 for i in range(200)], "max_tokens": 3, "n": 3, "seed": 1}
+    client.completions.create(**fields)
+    whole = client.completions.create(**fields, echo=True, logprobs=1)
+    scores = [[] for _ in whole.choices]
+    for chunk in client.completions.create(**fields, echo=True, logprobs=1, stream=True):
+        scores[chunk.choices[0].index] += chunk.choices[0].logprobs.token_logprobs
+    assert scores == [choice.logprobs.token_logprobs for choice in whole.choices]
+
+
 def test_a_chat_whole_and_streamed(client, llm):
     prompt = llm.chat_prompt(MESSAGES)
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24, logprobs=3)

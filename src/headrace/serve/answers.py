@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.engine.outputs import RequestOutput
-from headrace.instance.wire import Delta, Explanation
+from headrace.instance.wire import ChoiceDelta, Delta, Explanation
 from headrace.serve.errors import RefusedError
 from headrace.serve.gateway import Gateway, Stream
 from headrace.serve.http import JSON, EventStream, unless_gone
@@ -173,6 +173,7 @@ class _Chunker:
         self._begun = [False] * count
         self._generated = 0
         self._cached = [0] * len(job.streams)
+        self._held: list[list[Delta]] = [[] for _ in job.streams]
 
     def opening(self) -> list[Mapping[str, Any]]:
         """The chunks that need no token: who speaks."""
@@ -180,33 +181,46 @@ class _Chunker:
         return [self._chunk(shape) for shape in shapes if shape is not None]
 
     def chunks(self, i: int, delta: Delta) -> list[Mapping[str, Any]]:
-        """What a delta of prompt `i` brings."""
-        job = self._job
-        self._cached[i] = delta.num_cached_tokens
+        """What a delta of prompt `i` brings. It waits for the log-probabilities of an echo, which come before it."""
+        self._held[i].append(delta)
+        if not self._can_echo(i):
+            return []
+        held, self._held[i] = self._held[i], []
         chunks: list[Mapping[str, Any]] = []
-        for new in delta.choices:
-            index = i * job.ask.params.n + new.index
-            part = Part.of_delta(new)
-            if job.ask.only_echo:
-                part = Part(finish_reason=part.finish_reason)
-            self._generated += len(part.token_ids)
-            token_ids, first = part.token_ids, not self._begun[index]
-            self._begun[index] = True
-            if first and job.echoes:
-                part = self._prompt_part(job, i, job.streams[i].output) + part
-            if not (part.text or part.finish_reason or part.rows or (job.ask.token_ids and token_ids)):
-                continue
-            shape = job.form.piece(index, part, job.best, self._offsets[index])
-            if part.rows is not None:
-                self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
-            if job.ask.token_ids:
-                shape["token_ids"] = token_ids
-                if first:
-                    shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
-            chunks.append(self._chunk(shape))
-        if delta.finished and job.ask.explain and chunks:
-            chunks[-1] = {**chunks[-1], "explanation": _explanation(job.streams[0])}
+        for each in held:
+            self._cached[i] = each.num_cached_tokens
+            chunks += [self._chunk(shape) for new in each.choices if (shape := self._shape(i, new)) is not None]
+        if delta.finished and self._job.ask.explain and chunks:
+            chunks[-1] = {**chunks[-1], "explanation": _explanation(self._job.streams[0])}
         return chunks
+
+    def _can_echo(self, i: int) -> bool:
+        """A choice whose prefix was cached may be ahead of the one that computes the prompt again."""
+        output = self._job.streams[i].output
+        known = output.prompt_logprobs
+        return not self._job.echoes or known is None or output.finished or len(known) >= len(output.prompt_token_ids)
+
+    def _shape(self, i: int, new: ChoiceDelta) -> dict[str, Any] | None:
+        """The choice of a chunk; None where it would say nothing."""
+        job, index = self._job, i * self._job.ask.params.n + new.index
+        part = Part.of_delta(new)
+        if job.ask.only_echo:
+            part = Part(finish_reason=part.finish_reason)
+        self._generated += len(part.token_ids)
+        token_ids, first = part.token_ids, not self._begun[index]
+        self._begun[index] = True
+        if first and job.echoes:
+            part = self._prompt_part(job, i, job.streams[i].output) + part
+        if not (part.text or part.finish_reason or part.rows or (job.ask.token_ids and token_ids)):
+            return None
+        shape = job.form.piece(index, part, job.best, self._offsets[index])
+        if part.rows is not None:
+            self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
+        if job.ask.token_ids:
+            shape["token_ids"] = token_ids
+            if first:
+                shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
+        return shape
 
     def usage(self) -> dict[str, Any]:
         """So far."""
