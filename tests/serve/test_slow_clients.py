@@ -98,6 +98,16 @@ def test_a_head_that_never_comes_whole_ends_its_connection(soon, sent, later):
     against(scenario)
 
 
+def test_a_part_of_a_head_behind_a_request_ends_its_connection_too(soon):
+    async def scenario(app, connect):
+        reader, _ = await connect(GET + GET[:-2])
+        await app.called.wait()
+        app.may_answer.set()
+        assert await reader.read() == ANSWER
+
+    against(scenario)
+
+
 def test_a_head_that_trickles_ends_all_the_same(soon):
     async def scenario(app, connect):
         reader, writer = await connect(b"GET / HTTP/1.1\r\nX: ")
