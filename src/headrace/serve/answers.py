@@ -130,7 +130,7 @@ class Answers:
                 if job.ask.token_ids:
                     shape |= {"token_ids": [] if job.ask.only_echo else choice.token_ids,
                               "prompt_token_ids": output.prompt_token_ids}
-                if job.ask.params.prompt_logprobs is not None:
+                if job.ask.prompt_tables:
                     shape["prompt_logprobs"] = prompt_tables(output)
                 choices.append(shape)
         generated = 0 if job.ask.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)

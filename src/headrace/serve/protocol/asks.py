@@ -32,6 +32,8 @@ class Ask:
     """Nothing is to be generated: the echo is all that is wanted."""
     logprobs: int | None = None
     """Best tokens to show beside each, None to show no log-probabilities."""
+    prompt_tables: bool = False
+    """Show `prompt_logprobs`, which an echo computes too."""
     token_ids: bool = False
     explain: bool = False
     request_id: str | None = None
@@ -55,6 +57,7 @@ def read_ask(body: Body, endpoint: str, defaults: Mapping[str, Any], priorities:
         echo=body.get("echo", False),
         only_echo=only_echo,
         logprobs=_logprobs(body, endpoint),
+        prompt_tables="prompt_logprobs" in body,
         token_ids=body.get("return_token_ids", False),
         explain=body.get("explain", False),
         request_id=body.get("request_id"),
