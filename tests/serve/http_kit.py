@@ -6,12 +6,24 @@ import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 
 FLAGS = ("--threads", "1", "--num-kv-blocks", "400", "--max-num-batched-tokens", "48", "--max-num-seqs", "16")
+
+ORDINARY = {"prompt": "Once upon a time, Mia", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+PATIENCE = 120.0
+"""Seconds after which what never comes fails a test."""
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Ask until it is so."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came"
 
 
 class Served:
@@ -28,6 +40,12 @@ class Served:
     def post(self, path: str, **fields: object) -> httpx.Response:
         """A request with JSON fields."""
         return self.client.post(path, json=fields)
+
+    def ordinary_tokens(self) -> list[int]:
+        """What one ordinary request gives: the same after whatever was done to the server."""
+        answer = self.post("/v1/completions", **ORDINARY)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["token_ids"]
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry these labels."""

@@ -5,19 +5,15 @@ import http.client
 import json
 import socket
 import threading
-import time
 
 import pytest
 
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, TOKENIZE
-from serve.http_kit import served
+from serve.http_kit import ORDINARY, PATIENCE, served, until
 
 MIB = 1 << 20
 MESSAGES = [{"role": "user", "content": "Where does Mia live?"}]
-ORDINARY = {"prompt": "Once upon a time, Mia", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
 LONG = {"prompt": "Once upon a time, Mia", "n": 16, "seed": 1, "max_tokens": 480, "ignore_eos": True}
-PATIENCE = 120.0
-"""Seconds after which what never comes fails a test."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +24,7 @@ def attacked(tinyworld_checkpoint):
 
 @pytest.fixture(scope="module")
 def expected(attacked):
-    return tokens(attacked)
+    return attacked.ordinary_tokens()
 
 
 @pytest.fixture(autouse=True)
@@ -39,21 +35,8 @@ def unharmed(request):
         return
     server, before = request.getfixturevalue("attacked"), request.getfixturevalue("expected")
     yield
-    assert tokens(server) == before
+    assert server.ordinary_tokens() == before
     assert server.client.get("/health").json() == {"status": "ready", "restarts": 0}
-
-
-def tokens(server):
-    answer = server.post(COMPLETIONS, **ORDINARY)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["token_ids"]
-
-
-def until(condition):
-    """Ask until it is so."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it never came"
 
 
 def refused(answer, status=400):
@@ -101,7 +84,9 @@ def test_bodies_that_are_no_requests(attacked, path):
                  b'{"prompt":"\xff"}', rb'{"prompt":"\ud800"}', rb'{"\udc00":1}', b'{"prompt":"\xed\xa0\x80"}',
                  b'{"prompt":NaN}', b'{"prompt":"a","temperature":Infinity}', b'{"seed":' + b"9" * 10_000 + b"}",
                  b"\x00" * 1000, *DEEP):
-        refused(attacked.client.post(path, content=body))
+        answer = attacked.client.post(path, content=body)
+        assert answer.status_code == 400, (body[:40], answer.text[:300])
+        refused(answer)
 
 
 def test_of_a_key_that_is_there_twice_the_last_counts(attacked, expected):
@@ -267,7 +252,7 @@ def test_a_thousand_connections_that_say_nothing(attacked, expected):
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
             stack.enter_context(connect(attacked))
-        assert tokens(attacked) == expected
+        assert attacked.ordinary_tokens() == expected
 
 
 # ---- clients that leave ----------------------------------------------------------------------------------------
@@ -329,7 +314,7 @@ def test_clients_that_leave_before_anything_is_done_for_them(attacked):
     with connect(attacked) as connection:
         connection.sendall(head(CHAT, len(body)) + body)
     assert attacked.post(CHAT, messages=MESSAGES, chat_template="hello", max_tokens=2).status_code == 200
-    tokens(attacked)
+    attacked.ordinary_tokens()
     at_rest(attacked)
 
 
@@ -339,7 +324,7 @@ def test_a_client_that_never_reads_holds_up_nobody(attacked, expected):
             connection = stack.enter_context(connect(attacked))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(request(COMPLETIONS, **LONG, stream=True, logprobs=20))
-        assert tokens(attacked) == expected
+        assert attacked.ordinary_tokens() == expected
         at_rest(attacked)  # the engine has done them all, or it would be waiting for the reader
 
 

@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import json
 import socket
-import time
 
 import psutil
 import pytest
@@ -14,10 +13,8 @@ import uvicorn
 from headrace.serve import server as serving
 from headrace.serve.protocol.fields import COMPLETIONS
 from headrace.serve.server import _Protocol, _Uvicorn
-from serve.http_kit import served
+from serve.http_kit import PATIENCE, served, until
 
-PATIENCE = 120.0
-"""Seconds after which what never comes fails a test."""
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone"
 
@@ -130,7 +127,9 @@ def test_a_slow_head_that_comes_in_time_is_served():
         for _ in range(2):
             for byte in GET:
                 writer.write(bytes([byte]))
-                await asyncio.sleep(0)  # the server has a turn
+                turn = asyncio.Event()
+                asyncio.get_running_loop().call_soon(turn.set)
+                await turn.wait()  # the server has read it
             assert await reader.readexactly(len(ANSWER)) == ANSWER
 
     against(scenario)
@@ -183,7 +182,6 @@ def test_a_connection_that_is_kept_may_be_idle_for_longer(soon):
 
 MIB = 1 << 20
 CHOICES = 8
-ORDINARY = {"prompt": "Once upon a time, Mia", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
 UNREAD = {"prompt": "Once upon a time, Mia", "n": CHOICES, "seed": 1, "ignore_eos": True, "logprobs": 20,
           "stream": True, "stream_options": {"continuous_usage_stats": True}, "request_id": "x" * 256}
 """Large events, which fill the sockets soon."""
@@ -195,19 +193,6 @@ WHOLE = 480
 def busy(tinyworld_checkpoint):
     with served(tinyworld_checkpoint, "--served-model-name", "tiny") as running:
         yield running
-
-
-def tokens(server):
-    answer = server.post(COMPLETIONS, **ORDINARY)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["token_ids"]
-
-
-def until(condition):
-    """Ask until it is so."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it never came"
 
 
 def connect(server):
@@ -238,15 +223,15 @@ def at_rest(server):
 
 
 def test_a_client_that_goes_without_having_read_ends_its_request(busy):
-    expected = tokens(busy)
+    expected = busy.ordinary_tokens()
     before, made = busy.metric("headrace:aborts_total"), generated(busy)
     with never_read(busy, max_tokens=WHOLE):
         until(lambda: generated(busy) > made)
-        assert tokens(busy) == expected
+        assert busy.ordinary_tokens() == expected
     until(lambda: busy.metric("headrace:aborts_total") > before)
     until(lambda: at_rest(busy))
     assert busy.metric("headrace:aborts_total") - before == CHOICES
-    assert tokens(busy) == expected
+    assert busy.ordinary_tokens() == expected
 
 
 def unread(server, stack, streams, length):
@@ -258,23 +243,23 @@ def unread(server, stack, streams, length):
 
 
 def test_streams_that_nobody_reads_leave_no_memory_behind(busy):
-    expected, process, sizes = tokens(busy), psutil.Process(busy.process.pid), []
+    expected, process, sizes = busy.ordinary_tokens(), psutil.Process(busy.process.pid), []
     for _ in range(3):
         with contextlib.ExitStack() as stack:
             unread(busy, stack, 70, 16)
-            assert tokens(busy) == expected
-        assert tokens(busy) == expected
+            assert busy.ordinary_tokens() == expected
+        assert busy.ordinary_tokens() == expected
         sizes.append(process.memory_info().rss)
     assert sizes[-1] - sizes[0] < 32 * MIB  # what two rounds brought is more, as objects
 
 
 def test_what_no_socket_holds_waits_for_its_reader_and_is_all_there(busy):
-    expected, process = tokens(busy), psutil.Process(busy.process.pid)
+    expected, process = busy.ordinary_tokens(), psutil.Process(busy.process.pid)
     before = process.memory_info().rss
     with contextlib.ExitStack() as stack:
         first, *_ = unread(busy, stack, 3, WHOLE)  # the engine waits for no reader, or this would not end
         assert process.memory_info().rss - before < 256 * MIB
-        assert tokens(busy) == expected
+        assert busy.ordinary_tokens() == expected
         answer = http.client.HTTPResponse(first, method="POST")
         answer.begin()
         events = answer.read().decode().removesuffix("\n\n").split("\n\n")
@@ -282,16 +267,16 @@ def test_what_no_socket_holds_waits_for_its_reader_and_is_all_there(busy):
     choices = [choice for event in events[:-1] for choice in json.loads(event[6:])["choices"]]
     count = sum(len(choice["logprobs"]["tokens"]) for choice in choices)
     assert count == CHOICES * WHOLE and sum(c["finish_reason"] == "length" for c in choices) == CHOICES
-    assert tokens(busy) == expected
+    assert busy.ordinary_tokens() == expected
 
 
 @pytest.mark.parametrize("sent", [b"", GET[:20]])
 def test_a_thousand_idle_connections_stop_nobody(busy, sent):
-    expected = tokens(busy)
+    expected = busy.ordinary_tokens()
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
             stack.enter_context(connect(busy)).sendall(sent)
-        assert tokens(busy) == expected
+        assert busy.ordinary_tokens() == expected
         with connect(busy) as fresh:
             fresh.sendall(b"GET /version HTTP/1.1\r\nHost: here\r\n\r\n")
             assert fresh.recv(12) == b"HTTP/1.1 200"

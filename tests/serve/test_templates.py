@@ -8,6 +8,7 @@ import pytest
 
 from headrace.serve.errors import RefusedError
 from headrace.serve.templates import TemplateWorker
+from serve.gateway_kit import begun
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -98,11 +99,10 @@ def test_a_worker_that_dies_is_replaced():
 def test_a_caller_that_leaves_holds_up_others_for_its_limit_at_most():
     async def scenario(worker):
         await worker.start()
-        endless = asyncio.create_task(worker.render(job("{% for i in range(99999) %}{% for j in range(99999) %}"
-                                                        "{% endfor %}{% endfor %}")))
-        unheard = asyncio.create_task(worker.render(job()))
-        waiting = asyncio.create_task(worker.render(job()))
-        await asyncio.sleep(0)
+        endless = await begun(worker.render(job("{% for i in range(99999) %}{% for j in range(99999) %}"
+                                                "{% endfor %}{% endfor %}")))
+        unheard = await begun(worker.render(job()))
+        waiting = await begun(worker.render(job()))
         endless.cancel(), unheard.cancel()
         assert await waiting == "<user>hello"
         assert endless.cancelled() and unheard.cancelled()
@@ -115,9 +115,8 @@ def test_a_caller_that_leaves_does_not_cost_others_the_process():
         await worker.start()
         pid = worker.pid
         for _ in range(5):
-            leaving = asyncio.create_task(worker.render(job()))
-            waiting = asyncio.create_task(worker.render(job("{{ messages[0].content }}!")))
-            await asyncio.sleep(0)
+            leaving = await begun(worker.render(job()))
+            waiting = await begun(worker.render(job("{{ messages[0].content }}!")))
             leaving.cancel()
             assert await waiting == "hello!"
         assert worker.pid == pid

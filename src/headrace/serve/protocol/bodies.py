@@ -1,4 +1,4 @@
-"""`read_body`: the bytes of a request to its fields, or an error that names what is wrong with them."""
+"""`Reader`: the bytes of a request to its fields, or an error that names what is wrong with them."""
 
 from __future__ import annotations
 
