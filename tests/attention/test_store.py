@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from headrace.attention.store import LAYOUT_VERSION, KVStore
-from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 from headrace.kernels.ops import load_ops
-
-CONFIG = ModelConfig("LlamaForCausalLM", 100, 64, 128, 3, 4, 2, 16, 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -16,7 +13,7 @@ def test_one_block_is_one_contiguous_range(dtype):
     store = KVStore(5, 3, 2, 8, 16, dtype, "cpu")
     assert LAYOUT_VERSION == 1
     assert store.blocks.shape == (5, 3, 2, 2, 8, 16) and store.blocks.is_contiguous()
-    assert store.block_bytes == store.blocks[0].nbytes == KVStore.bytes_per_block(CONFIG, 8, dtype)
+    assert store.block_bytes == store.blocks[0].nbytes == KVStore.bytes_per_block(3, 2, 8, 16, dtype)
     assert store.blocks.stride(0) * dtype.itemsize == store.block_bytes
     assert not store.blocks[0].any()
 

@@ -6,7 +6,11 @@ import torch
 from headrace.config import ModelConfig
 from headrace.kernels.ops import load_ops
 from headrace.model.layers import Attention, GatedMLP
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.pieces import Streams
 from headrace.parallel.tensor import ColumnParallelLinear, LMHead, RowParallelLinear, VocabParallelEmbedding
+
+ALONE = TensorGroup()
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +19,11 @@ def ops():
 
 
 def test_parts_are_views_in_order(ops):
-    linear = ColumnParallelLinear(ops, 4, (("q_proj", 6), ("k_proj", 2)), bias=True, dtype=torch.bfloat16)
-    tensors = dict(linear.tensors("here."))
+    linear = ColumnParallelLinear(ops, 4, (("q_proj", (0, 3, 6)), ("k_proj", (0, 1, 2))), bias=True,
+                                  dtype=torch.bfloat16, group=ALONE, purpose="test")
+    pieces = dict(linear.tensors("here."))
+    assert all(piece.shape == piece.tensor.shape for piece in pieces.values())
+    tensors = {name: piece.tensor for name, piece in pieces.items()}
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         "here.q_proj.weight": (6, 4), "here.q_proj.bias": (6,),
         "here.k_proj.weight": (2, 4), "here.k_proj.bias": (2,)}
@@ -29,8 +36,9 @@ def test_parts_are_views_in_order(ops):
 
 
 def test_row_parallel_passes_its_bounds(ops):
-    linear = RowParallelLinear(ops, "down_proj", (0, 3, 3, 8), 5, bias=False, dtype=torch.float32)
-    linear.init_(torch.Generator().manual_seed(0), 1.0)
+    linear = RowParallelLinear(ops, "down_proj", (0, 3, 3, 8), 5, bias=False, dtype=torch.float32, group=ALONE,
+                               purpose="test")
+    linear.init_(Streams(0, 3, ALONE), 1.0)
     x = torch.randn(3, 8)
     assert torch.equal(linear(x), ops.linear(x, linear.weight, None, (0, 3, 3, 8)))
     assert [name for name, _ in linear.tensors("mlp.")] == ["mlp.down_proj.weight"]
@@ -41,26 +49,27 @@ def test_row_parallel_passes_its_bounds(ops):
     (8, 4, (0, 32, 64, 96, 128)), (6, 2, (0, 48, 96)), (3, 1, (0, 48)), (12, 4, (0, 48, 96, 144, 192))])
 def test_shards_are_head_groups(ops, heads, kv_heads, offsets):
     config = ModelConfig("LlamaForCausalLM", 100, 64, 172, 1, heads, kv_heads, 16, 32)
-    assert Attention(config, ops, 0, torch.zeros(32, 16)).out.kernel.bounds == offsets
+    assert Attention(config, ops, 0, torch.zeros(32, 16), ALONE).out.kernel.bounds == offsets
     shards = len(offsets) - 1
     expected = {4: (0, 32, 96, 128, 172), 2: (0, 96, 172), 1: (0, 172)}[shards]
-    assert GatedMLP(config, ops, 0).down.kernel.bounds == expected
+    assert GatedMLP(config, ops, 0, ALONE).down.kernel.bounds == expected
 
 
 def test_the_kernel_slot_is_what_computes(ops):
-    linear = ColumnParallelLinear(ops, 4, (("q_proj", 3),), bias=False, dtype=torch.float32)
+    linear = ColumnParallelLinear(ops, 4, (("q_proj", (0, 3)),), bias=False, dtype=torch.float32, group=ALONE,
+                                  purpose="test")
     linear.kernel = lambda x: x.new_full((x.shape[0], 3), 7.0)
     assert linear(torch.zeros(2, 4)).tolist() == [[7.0] * 3] * 2
 
 
 def test_a_tied_head_reads_the_embedding(ops):
-    embedding = VocabParallelEmbedding(ops, 10, 4, torch.float32)
-    embedding.init_(torch.Generator().manual_seed(0), 1.0)
-    tied = LMHead(ops, 10, 4, 4, torch.float32, tied=embedding)
+    embedding = VocabParallelEmbedding(ops, 10, 4, 4, torch.float32, ALONE)
+    embedding.init_(Streams(0, 4, ALONE), 1.0)
+    tied = LMHead(ops, 10, 4, 4, torch.float32, ALONE, tied=embedding)
     before = embedding.weight.clone()
-    tied.init_(torch.Generator().manual_seed(1), 1.0)
+    tied.init_(Streams(1, 4, ALONE), 1.0)
     assert torch.equal(embedding.weight, before)
     assert torch.equal(tied(before[:2]), before[:2] @ before.T)
     assert list(tied.tensors("lm_head")) == []
-    free = LMHead(ops, 10, 4, 4, torch.float32)
+    free = LMHead(ops, 10, 4, 4, torch.float32, ALONE)
     assert [name for name, _ in free.tensors("lm_head")] == ["lm_head.weight"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headrace.config import ModelConfig, require
+from headrace.config import require
 from headrace.errors import ConfigError
 
 __all__ = ["LAYOUT_VERSION", "KVStore"]
@@ -36,7 +36,7 @@ class KVStore:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim)
-        self.block_bytes = num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+        self.block_bytes = self.bytes_per_block(num_layers, num_kv_heads, block_size, head_dim, dtype)
         try:
             self.blocks = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as error:
@@ -46,6 +46,6 @@ class KVStore:
         self.blocks[0].zero_()
 
     @staticmethod
-    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block of `block_size` tokens over all of the model's layers."""
-        return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+    def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one block of `block_size` tokens over all layers."""
+        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize

@@ -43,11 +43,12 @@ def max_length(config: ModelConfig, options: EngineOptions) -> int:
     return options.max_model_len or config.max_position_embeddings
 
 
-def count_blocks(config: ModelConfig, cache: CacheConfig, max_len: int, max_seqs: int) -> int:
+def count_blocks(model: Transformer, cache: CacheConfig, max_len: int, max_seqs: int) -> int:
     """Blocks of the pool, the null block included; raises `ConfigError` where memory holds not even one."""
     if cache.num_blocks:
         return cache.num_blocks
-    block_bytes = KVStore.bytes_per_block(config, cache.block_size, getattr(torch, cache.dtype))
+    config, dtype = model.config, getattr(torch, cache.dtype)
+    block_bytes = KVStore.bytes_per_block(config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype)
     free = free_memory()
     if cache.memory_bytes > free:
         raise ConfigError(
@@ -76,11 +77,11 @@ def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine[Run
     """An engine around a loaded model."""
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
-    blocks = count_blocks(config, cache, length, options.max_num_seqs)
+    blocks = count_blocks(model, cache, length, options.max_num_seqs)
     store = KVStore(
         blocks,
         config.num_layers,
-        config.num_kv_heads,
+        model.kv_heads,
         cache.block_size,
         config.head_dim,
         getattr(torch, cache.dtype),

@@ -93,7 +93,7 @@ class Runner:
     def logits(self, batch: Batch) -> Tensor:
         """The model's raw logits [R, V] for the rows that want them; KV of every row is stored on the way."""
         context = PagedContext(self.ops, self.store, batch.meta, self.model.config)
-        return self.model.forward(batch.ids_T, batch.positions_T, context, batch.rows_R)
+        return self.model.lm_head.gather(self.model.forward(batch.ids_T, batch.positions_T, context, batch.rows_R))
 
     def _resolve_previous(self, batch: Batch) -> None:
         if not batch.previous:

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from headrace.kernels.delegate import DelegatingOps
 from headrace.kernels.ops import AttentionMeta, Ops
+from headrace.kernels.shards import OutputShards, ShardPool, tree
 
 __all__ = ["AutogradOps", "causal_attention", "log_probability"]
 
@@ -27,7 +28,16 @@ PADDING_UNIT = 32
 
 
 class AutogradOps(DelegatingOps):
-    """`Ops` whose forward ops are those of `base` and differentiable; the others are `base`'s own."""
+    """`Ops` whose forward ops are those of `base` and differentiable; the others are `base`'s own.
+
+    Gradients are sums over `shards`, this rank's virtual shards, or over `row_shards`, runs of rows, each summed
+    alone, then in a balanced tree: so they have the same bits at every degree of tensor parallelism.
+    """
+
+    def __init__(self, base: Ops, shards: int = 1, row_shards: int = 1) -> None:
+        super().__init__(base)
+        self.shards, self.row_shards = shards, row_shards
+        self.pool = ShardPool(getattr(base, "threads", 1))
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return _Embedding.apply(self.base, ids_T, table_VD)
@@ -35,6 +45,16 @@ class AutogradOps(DelegatingOps):
     def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
                bounds: Sequence[int] | None = None) -> Tensor:
         return _Linear.apply(self.base, x_TK, weight_NK, bias_N, bounds)
+
+    def sharded_linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, bounds: Sequence[int] | None,
+                       outputs: OutputShards | None) -> Tensor:
+        """`linear` whose gradients are taken by virtual shard: of its inputs, at `bounds`, or of its outputs.
+
+        The result has the columns of `outputs`, which are its rows unless shards share some.
+        """
+        if outputs is None:
+            return _RowLinear.apply(self, x_TK, weight_NK, bias_N, tuple(bounds or (0, x_TK.shape[1])))
+        return _ColumnLinear.apply(self, x_TK, weight_NK, bias_N, outputs)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return _RMSNorm.apply(self.base, x_TD, weight_D, eps)
@@ -101,6 +121,79 @@ class _Linear(Function):
         g_weight = (g_TN.mT @ x_TK).to(weight_NK.dtype) if ctx.needs_input_grad[2] else None
         g_bias = g_TN.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
         return None, g_x, g_weight, g_bias, None
+
+
+class _ColumnLinear(Function):
+    """Outputs split: the gradient by x is a sum over the shards, that by the weight is each shard's own."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: AutogradOps, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
+                outputs: OutputShards) -> Tensor:
+        ctx.save_for_backward(x_TK, weight_NK, bias_N)
+        ctx.pool, ctx.outputs = ops.pool, outputs
+        y_TN = ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N))
+        return y_TN if outputs.spread is None else y_TN.index_select(1, outputs.spread.to(y_TN.device))
+
+    @staticmethod
+    def backward(ctx: Any, g_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, weight_NK, bias_N = ctx.saved_tensors
+        outputs: OutputShards = ctx.outputs
+        _, wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+
+        def shard(i: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            g_Tn = outputs.take(i, g_TN, 1, outputs.columns)
+            g_x = g_Tn @ outputs.take(i, weight_NK, 0, outputs.rows).float() if wants_x else None
+            g_weight = (g_Tn.mT @ x_TK).to(weight_NK.dtype) if wants_weight else None
+            return g_x, g_weight, g_Tn.mT @ g_Tn.new_ones(len(g_Tn)) if wants_bias else None
+
+        g_x, g_weight, g_bias = zip(*ctx.pool.map(shard, range(len(outputs.rows))))
+        return (None, tree(g_x) if wants_x else None, outputs.gather_rows(g_weight, weight_NK) if wants_weight else None,
+                outputs.gather_rows(g_bias, bias_N) if wants_bias else None, None)
+
+
+class _RowLinear(Function):
+    """Inputs split: both gradients are each shard's own."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: AutogradOps, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
+                bounds: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x_TK, weight_NK)
+        ctx.ops, ctx.bounds = ops, bounds
+        return ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N), bounds)
+
+    @staticmethod
+    def backward(ctx: Any, g_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, weight_NK = ctx.saved_tensors
+        _, wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        g_x = torch.empty_like(x_TK) if wants_x else None
+        g_weight = torch.empty_like(weight_NK) if wants_weight else None
+
+        def shard(cut: tuple[int, int]) -> None:
+            columns = slice(*cut)
+            if g_x is not None:
+                g_x[:, columns] = g_TN @ weight_NK[:, columns].float().contiguous()
+            if g_weight is not None:
+                g_weight[:, columns] = g_TN.mT @ x_TK[:, columns].contiguous()
+
+        ctx.ops.pool.map(shard, pairwise(ctx.bounds))
+        return None, g_x, g_weight, _sum_rows(g_TN, ctx.ops) if wants_bias else None, None
+
+
+def _sum_rows(g_TN: Tensor, ops: AutogradOps) -> Tensor:
+    """The sum over T: each row shard's, then a tree."""
+    cuts = row_bounds(len(g_TN), ops.row_shards)
+
+    def shard(cut: tuple[int, int]) -> Tensor:
+        rows_RN = g_TN[slice(*cut)].clone()
+        return rows_RN.mT @ rows_RN.new_ones(len(rows_RN))
+
+    return tree(ops.pool.map(shard, pairwise(cuts)))
+
+
+def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
+    """Offsets of row shards: equal ones, the last ones shorter or empty."""
+    each = -(-rows // shards)
+    return tuple(min(rows, i * each) for i in range(shards + 1))
 
 
 def _rms_norm_backward(g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from headrace.kernels.ops import Ops
 from headrace.model.families import config_from_json, config_to_json
 from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
 from headrace.model.transformer import Transformer
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.pieces import Piece
 
 __all__ = ["load_model", "read_config", "resolve", "save_model"]
 
@@ -64,8 +66,9 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto") -> Transformer:
-    """The model in a folder, on the ops' device, without gradients.
+def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto",
+               group: TensorGroup | None = None) -> Transformer:
+    """The model in a folder, on the ops' device, without gradients; of a group's model, this rank's part.
 
     Matrices keep the dtype they are stored in ("auto"; float32 where they differ) or take `dtype`; norms and
     biases are fp32. Files are mapped and each tensor is copied once, to its place. Raises `CheckpointError`
@@ -78,13 +81,13 @@ def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto") ->
         dtype = _stored_dtype(files)
     config = dataclasses.replace(config, dtype=dtype)
     try:
-        model = Transformer(config, ops)
+        model = Transformer(config, ops, group=group)
     except RuntimeError as error:
         raise CheckpointError(f"no memory on {ops.device} for the model that {folder} describes") from error
     places = dict(model.tensors())
     sources = _match(places, files, config.tie_word_embeddings)
     for name, place in places.items():
-        place.copy_(files.tensor(sources[name]))
+        place.tensor.copy_(place.of(files.tensor(sources[name])))
     return model.requires_grad_(False)
 
 
@@ -100,7 +103,7 @@ def save_model(model: Transformer, folder: str | os.PathLike[str],
     dtype = getattr(torch, model.config.dtype)
     config = {**config_to_json(model.config), **(extra_config or {})}
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    write_tensors(folder / SINGLE, ((name, _narrow(tensor, dtype)) for name, tensor in model.tensors()),
+    write_tensors(folder / SINGLE, ((name, _narrow(piece.tensor, dtype)) for name, piece in model.tensors()),
                   {"format": "pt"})
     for name, content in ((CONFIG, config), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -111,7 +114,7 @@ def _stored_dtype(files: TensorFiles) -> str:
     return str(found.pop() if len(found) == 1 else torch.float32).removeprefix("torch.")
 
 
-def _match(places: Mapping[str, Tensor], files: TensorFiles, tied: bool) -> dict[str, str]:
+def _match(places: Mapping[str, Piece], files: TensorFiles, tied: bool) -> dict[str, str]:
     """Checkpoint tensor to read for every tensor of the model, after every check that needs no data."""
     found = files.names()
     sources = {name: name for name in places}
@@ -129,7 +132,7 @@ def _match(places: Mapping[str, Tensor], files: TensorFiles, tied: bool) -> dict
             raise CheckpointError(f"{min(names)}{more} {wrong} the checkpoint{reason}")
     for name, place in places.items():
         shape = files.shape(sources[name])
-        if shape != tuple(place.shape):
+        if shape != place.shape:
             raise CheckpointError(
                 f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(place.shape)}")
         files.dtype(sources[name])

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from headrace.attention.context import AttentionContext
 from headrace.config import ModelConfig
 from headrace.kernels.ops import Ops, shard_bounds
-from headrace.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.heads import HeadLayout
+from headrace.parallel.pieces import Piece, Streams
+from headrace.parallel.tensor import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 __all__ = ["Attention", "GatedMLP", "RMSNorm", "weight_dtype"]
 
@@ -27,10 +30,11 @@ def weight_dtype(config: ModelConfig) -> torch.dtype:
 class RMSNorm(nn.Module):
     """Adds the block's output to the residual stream and normalises the sum, in one op."""
 
-    def __init__(self, ops: Ops, width: int, eps: float) -> None:
+    def __init__(self, ops: Ops, width: int, eps: float, group: TensorGroup) -> None:
         super().__init__()
         self.ops = ops
         self.eps = eps
+        self.group = group
         self.weight = nn.Parameter(torch.ones(width, device=ops.device))
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,9 +43,9 @@ class RMSNorm(nn.Module):
             return self.ops.rms_norm(x_TD, self.weight, self.eps), x_TD
         return self.ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of the weight, to be read or filled."""
-        yield f"{prefix}.weight", self.weight.detach()
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, piece) of the weight, to be read or filled."""
+        yield f"{prefix}.weight", Piece.whole(self.weight.detach(), self.group)
 
 
 class Attention(nn.Module):
@@ -50,72 +54,67 @@ class Attention(nn.Module):
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, group: TensorGroup) -> None:
         super().__init__()
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        dtype = weight_dtype(config)
+        dim, dtype = config.head_dim, weight_dtype(config)
+        heads = HeadLayout(config, group)
         self.ops = ops
+        self.group = group
         self.layer = layer
         self.rope_Pd = rope_Pd
         self.eps = config.rms_norm_eps
-        self.split = (heads, kv_heads, kv_heads)
-        self.heads_shape = (-1, heads + 2 * kv_heads, dim)
-        self.qkv = ColumnParallelLinear(
-            ops, config.hidden_size,
-            (("q_proj", heads * dim), ("k_proj", kv_heads * dim), ("v_proj", kv_heads * dim)),
-            bias=config.qkv_bias, dtype=dtype)
+        self.qkv = QKVParallelLinear(ops, config.hidden_size, heads, bias=config.qkv_bias, dtype=dtype, group=group,
+                                     purpose="attention")
         # A virtual shard is a group of heads, so a rank that holds those heads holds the whole shard.
-        bounds = tuple(i * heads // config.shards * dim for i in range(config.shards + 1))
-        self.out = RowParallelLinear(ops, "o_proj", bounds, config.hidden_size,
-                                     bias=config.o_bias, dtype=dtype)
+        self.out = RowParallelLinear(ops, "o_proj", heads.q_bounds, config.hidden_size, bias=config.o_bias,
+                                     dtype=dtype, group=group, purpose="attention")
         self.q_norm = nn.Parameter(torch.ones(dim, device=ops.device)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(dim, device=ops.device)) if config.qk_norm else None
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
         """[T, D] → [T, D]."""
-        q_THd, k_TGd, v_TGd = self.qkv(x_TD).view(self.heads_shape).split_with_sizes(self.split, 1)
-        q_THd = self.ops.rotary(q_THd, positions_T, self.rope_Pd, self.q_norm, self.eps)
-        k_TGd = self.ops.rotary(k_TGd, positions_T, self.rope_Pd, self.k_norm, self.eps)
+        q_THd, k_TGd, v_TGd = self.qkv.heads(x_TD)
+        q_THd = self.ops.rotary(q_THd, positions_T, self.rope_Pd, self.qkv.shared(self.q_norm), self.eps)
+        k_TGd = self.ops.rotary(k_TGd, positions_T, self.rope_Pd, self.qkv.shared(self.k_norm), self.eps)
         return self.out(ctx.attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))
 
-    def init_(self, generator: torch.Generator, std: float, out_std: float) -> None:
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights; `out_std` is that of the projection back into the residual stream."""
-        self.qkv.init_(generator, std)
-        self.out.init_(generator, out_std)
+        self.qkv.init_(streams, std)
+        self.out.init_(streams, out_std)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of every tensor, to be read or filled."""
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, piece) of every tensor, to be read or filled."""
         yield from self.qkv.tensors(prefix)
         yield from self.out.tensors(prefix)
         if self.q_norm is not None and self.k_norm is not None:
-            yield f"{prefix}q_norm.weight", self.q_norm.detach()
-            yield f"{prefix}k_norm.weight", self.k_norm.detach()
+            yield f"{prefix}q_norm.weight", Piece.whole(self.q_norm.detach(), self.group)
+            yield f"{prefix}k_norm.weight", Piece.whole(self.k_norm.detach(), self.group)
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, group: TensorGroup) -> None:
         super().__init__()
-        width, dtype = config.intermediate_size, weight_dtype(config)
+        bounds, dtype = shard_bounds(config.intermediate_size, config.shards), weight_dtype(config)
         self.ops = ops
         self.gate_up = ColumnParallelLinear(
-            ops, config.hidden_size, (("gate_proj", width), ("up_proj", width)),
-            bias=config.mlp_bias, dtype=dtype)
-        self.down = RowParallelLinear(
-            ops, "down_proj", shard_bounds(width, config.shards), config.hidden_size,
-            bias=config.mlp_bias, dtype=dtype)
+            ops, config.hidden_size, (("gate_proj", bounds), ("up_proj", bounds)), bias=config.mlp_bias, dtype=dtype,
+            group=group, purpose="mlp")
+        self.down = RowParallelLinear(ops, "down_proj", bounds, config.hidden_size, bias=config.mlp_bias,
+                                      dtype=dtype, group=group, purpose="mlp")
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D]."""
         return self.down(self.ops.silu_mul(self.gate_up(x_TD)))
 
-    def init_(self, generator: torch.Generator, std: float, out_std: float) -> None:
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights; `out_std` is that of the projection back into the residual stream."""
-        self.gate_up.init_(generator, std)
-        self.down.init_(generator, out_std)
+        self.gate_up.init_(streams, std)
+        self.down.init_(streams, out_std)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of every tensor, to be read or filled."""
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, piece) of every tensor, to be read or filled."""
         yield from self.gate_up.tensors(prefix)
         yield from self.down.tensors(prefix)

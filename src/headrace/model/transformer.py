@@ -9,10 +9,8 @@ only, and nothing of caches, batches, ranks or quantization. Between blocks the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from headrace.attention.context import AttentionContext
@@ -20,23 +18,26 @@ from headrace.config import ModelConfig
 from headrace.kernels.ops import Ops
 from headrace.model.layers import Attention, GatedMLP, RMSNorm, weight_dtype
 from headrace.model.rotary import rotary_table
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.pieces import Piece, Streams
 from headrace.parallel.tensor import LMHead, VocabParallelEmbedding
 
 __all__ = ["Block", "Transformer"]
 
-MLPFactory = Callable[[ModelConfig, Ops, int], GatedMLP]
-"""(config, ops, layer) → that layer's feed-forward part."""
+MLPFactory = Callable[[ModelConfig, Ops, int, TensorGroup], GatedMLP]
+"""(config, ops, layer, group) → that layer's feed-forward part."""
 
 
 class Block(nn.Module):
     """Attention and a feed-forward part, each behind a norm."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, mlp: MLPFactory) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, mlp: MLPFactory,
+                 group: TensorGroup) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, ops, layer, rope_Pd)
-        self.mlp_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
-        self.mlp = mlp(config, ops, layer)
+        self.input_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
+        self.attention = Attention(config, ops, layer, rope_Pd, group)
+        self.mlp_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
+        self.mlp = mlp(config, ops, layer, group)
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor,
                 ctx: AttentionContext) -> tuple[Tensor, Tensor]:
@@ -46,13 +47,13 @@ class Block(nn.Module):
         x_TD, residual_TD = self.mlp_norm(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
 
-    def init_(self, generator: torch.Generator, std: float, out_std: float) -> None:
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights; `out_std` is that of the two projections back into the residual stream."""
-        self.attention.init_(generator, std, out_std)
-        self.mlp.init_(generator, std, out_std)
+        self.attention.init_(streams, std, out_std)
+        self.mlp.init_(streams, std, out_std)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of every tensor, to be read or filled."""
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, piece) of every tensor, to be read or filled."""
         yield from self.input_norm.tensors(f"{prefix}input_layernorm")
         yield from self.attention.tensors(f"{prefix}self_attn.")
         yield from self.mlp_norm.tensors(f"{prefix}post_attention_layernorm")
@@ -66,18 +67,28 @@ class Transformer(nn.Module):
     uninitialised: `init_weights` or `headrace.model.huggingface.load_model` fills them.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP,
+                 group: TensorGroup | None = None) -> None:
+        """`group`: the ranks that hold the model together; None for this one alone."""
         super().__init__()
         self.config = config
         self.ops = ops
+        self._mlp = mlp
+        self.group = group = TensorGroup() if group is None else group
         self.rope_Pd = rotary_table(config, ops.device)
         dtype = weight_dtype(config)
-        self.embed = VocabParallelEmbedding(ops, config.vocab_size, config.hidden_size, dtype)
+        self.embed = VocabParallelEmbedding(
+            ops, config.vocab_size, config.hidden_size, config.shards, dtype, group)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(config, ops, layer, self.rope_Pd, mlp) for layer in range(config.num_layers))
-        self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps)
-        self.lm_head = LMHead(ops, config.vocab_size, config.hidden_size, config.shards, dtype,
+            Block(config, ops, layer, self.rope_Pd, mlp, group) for layer in range(config.num_layers))
+        self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
+        self.lm_head = LMHead(ops, config.vocab_size, config.hidden_size, config.shards, dtype, group,
                               tied=self.embed if config.tie_word_embeddings else None)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of this rank's keys and values."""
+        return self.blocks[0].attention.qkv.split[1]
 
     @property
     def vocab_bounds(self) -> tuple[int, ...]:
@@ -86,12 +97,15 @@ class Transformer(nn.Module):
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext,
                 rows_R: Tensor | None = None) -> Tensor:
-        """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; none at all is allowed)."""
+        """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; none at all is allowed).
+
+        V is this rank's part of the vocabulary: `lm_head.gather` puts the parts together.
+        """
         return self.head(*self._trunk(ids_T, positions_T, ctx), rows_R)
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
         """What the head multiplies: the last norm's output [T, D] fp32 of every row."""
-        return self.norm(*self._trunk(ids_T, positions_T, ctx))[0]
+        return self.lm_head.enter(self.norm(*self._trunk(ids_T, positions_T, ctx))[0])
 
     def _trunk(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor | None]:
         x_TD, residual_TD = self.embed(ids_T), None
@@ -103,23 +117,23 @@ class Transformer(nn.Module):
         """The last blocks' (x, residual) → logits [R, V] fp32 of the rows `rows_R` (None: of all)."""
         if rows_R is not None:
             if rows_R.shape[0] == 0:
-                return x_TD.new_empty((0, self.config.vocab_size))
+                return x_TD.new_empty((0, self.lm_head.stop - self.lm_head.start))
             x_TD = self.ops.embedding(rows_R, x_TD)
             residual_TD = None if residual_TD is None else self.ops.embedding(rows_R, residual_TD)
         x_RD, _ = self.norm(x_TD, residual_TD)
-        return self.lm_head(x_RD)
+        return self.lm_head(self.lm_head.enter(x_RD))
 
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Normal random weights; projections into the residual stream are scaled by 1/√(2·layers)."""
-        generator = torch.Generator().manual_seed(seed)
+        streams = Streams(seed, self.config.shards, self.group)
         out_std = std * (2 * self.config.num_layers) ** -0.5
-        self.embed.init_(generator, std)
+        self.embed.init_(streams, std)
         for block in self.blocks:
-            block.init_(generator, std, out_std)
-        self.lm_head.init_(generator, std)
+            block.init_(streams, std, out_std)
+        self.lm_head.init_(streams, std)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face checkpoint name, view) of every tensor, to be read or filled."""
+    def tensors(self) -> Iterator[tuple[str, Piece]]:
+        """(Hugging Face checkpoint name, this rank's piece) of every tensor, to be read or filled."""
         yield from self.embed.tensors("model.embed_tokens")
         for layer, block in enumerate(self.blocks):
             yield from block.tensors(f"model.layers.{layer}.")
@@ -131,7 +145,7 @@ class Transformer(nn.Module):
 
         So an engine may sample from a model while it trains.
         """
-        memo: dict[int, object] = {id(self.ops): ops, id(self.rope_Pd): self.rope_Pd}
-        for weight in self.parameters():
-            memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
-        return copy.deepcopy(self, memo)
+        twin = Transformer(self.config, ops, self._mlp, self.group)
+        for theirs, ours in zip(twin.parameters(), self.parameters(), strict=True):
+            theirs.data = ours.detach()
+        return twin.requires_grad_(False)

@@ -2,7 +2,7 @@
 
 Megatron-LM's pairing (section 3): a column-parallel linear splits its outputs, a row-parallel one its inputs,
 and sums. The sum has one shape at every tensor-parallel degree: V virtual shards, each summed alone, then a
-balanced tree (`bounds` of `Ops.linear`). At degree 1, the only degree so far, the whole tree is local.
+balanced tree (`bounds` of `Ops.linear`), whose lower levels lie inside a rank and whose upper ones are the group's.
 
 What computes a linear is its *kernel slot*, `kernel(x) -> y`; quantization replaces it after loading.
 
@@ -17,9 +17,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.ops import Ops, vocab_bounds
+from headrace.kernels.shards import OutputShards
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.heads import HeadLayout
+from headrace.parallel.operators import f, f_rows, g, g_rows
+from headrace.parallel.pieces import Piece, Streams
 
-__all__ = ["ColumnParallelLinear", "LMHead", "LinearKernel", "RowParallelLinear", "VocabParallelEmbedding"]
+__all__ = ["ColumnParallelLinear", "LMHead", "LinearKernel", "QKVParallelLinear", "RowParallelLinear",
+           "VocabParallelEmbedding"]
 
 
 @dataclass(slots=True)
@@ -36,118 +43,243 @@ class LinearKernel:
         return self.ops.linear(x_TK, self.weight_NK, self.bias_N, self.bounds)
 
 
+@dataclass(slots=True)
+class TrainedKernel:
+    """The slot of a linear that trains: its gradients are taken by virtual shard."""
+
+    ops: AutogradOps
+    weight_NK: Tensor
+    bias_N: Tensor | None
+    bounds: tuple[int, ...] | None
+    outputs: OutputShards | None
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """x @ weight.T + bias, fp32, in the columns that `outputs` says."""
+        return self.ops.sharded_linear(x_TK, self.weight_NK, self.bias_N, self.bounds, self.outputs)
+
+
+def _slot(ops: Ops, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...] | None,
+          outputs: OutputShards | None) -> Callable[[Tensor], Tensor]:
+    if isinstance(ops, AutogradOps):
+        return TrainedKernel(ops, weight, bias, bounds, outputs)
+    return LinearKernel(ops, weight, bias, bounds)
+
+
 class _ParallelLinear(nn.Module):
     """Weight [N, K] in the model's dtype, uninitialised; bias [N] in fp32; and the kernel slot."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    kernel: Callable[[Tensor], Tensor]
 
     def __init__(self, ops: Ops, inputs: int, outputs: int, bias: bool, dtype: torch.dtype,
-                 bounds: tuple[int, ...] | None) -> None:
+                 group: TensorGroup) -> None:
         super().__init__()
+        self.group = group
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=ops.device))
         self.bias = nn.Parameter(torch.zeros(outputs, device=ops.device)) if bias else None
-        self.kernel: Callable[[Tensor], Tensor] = LinearKernel(ops, self.weight, self.bias, bounds)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] → [T, N]. Straight to the kernel slot: module hooks would cost more than the call."""
         return self.kernel(x_TK)
 
-    def init_(self, generator: torch.Generator, std: float) -> None:
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, this rank's piece) of every weight and bias, to be read or filled."""
+        raise NotImplementedError
+
+    def init_(self, streams: Streams, std: float) -> None:
         """Normal weights with standard deviation `std`; zero bias."""
-        _normal_(self.weight, generator, std)
-        if self.bias is not None:
-            self.bias.detach().zero_()
+        for _, piece in self.tensors(""):
+            if piece.tensor.ndim == 2:
+                streams.normal_(piece, std)
+            else:
+                piece.tensor.zero_()
 
 
 class ColumnParallelLinear(_ParallelLinear):
-    """Outputs split over ranks. Linears on one input (q, k and v) are fused, one *part* after another.
+    """Outputs split over ranks. Linears on one input (gate and up) are fused, one *part* after another.
 
-    `parts` are (checkpoint name, outputs): a rank will hold its share of every part.
+    A part is (checkpoint name, offsets of its virtual shards, and its end). The input is whole on every rank.
     """
 
-    def __init__(self, ops: Ops, inputs: int, parts: Sequence[tuple[str, int]], *, bias: bool,
-                 dtype: torch.dtype) -> None:
-        super().__init__(ops, inputs, sum(width for _, width in parts), bias, dtype, bounds=None)
+    def __init__(self, ops: Ops, inputs: int, parts: Sequence[tuple[str, tuple[int, ...]]], *, bias: bool,
+                 dtype: torch.dtype, group: TensorGroup, purpose: str, outputs: OutputShards | None = None) -> None:
+        """`outputs` says how the virtual shards lie, where they are not simply the parts' pieces."""
+        spans = [_span(bounds, group) for _, bounds in parts]
+        super().__init__(ops, inputs, sum(stop - start for start, stop in spans), bias, dtype, group)
         self.parts = tuple(parts)
+        self.purpose = purpose
+        self.kernel = _slot(ops, self.weight, self.bias, None, outputs or OutputShards.of([
+            [[(a - start, b - start)] for a, b in _pairs(bounds, group)]
+            for (_, bounds), (start, _) in zip(parts, spans)]))
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view of its rows) of every part's weight and bias, to be read or filled."""
-        start = 0
-        for name, width in self.parts:
-            yield f"{prefix}{name}.weight", self.weight.detach()[start : start + width]
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """[T, K] → [T, N], N being this rank's outputs."""
+        return self.kernel(_enter(x_TK, self.group, self.purpose))
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, this rank's rows) of every part's weight and bias."""
+        at = 0
+        for name, bounds in self.parts:
+            start, stop = _span(bounds, self.group)
+            rows = slice(at, at + stop - start)
+            yield f"{prefix}{name}.weight", Piece.split(self.weight.detach()[rows], 0, bounds, self.group)
             if self.bias is not None:
-                yield f"{prefix}{name}.bias", self.bias.detach()[start : start + width]
-            start += width
+                yield f"{prefix}{name}.bias", Piece.split(self.bias.detach()[rows], 0, bounds, self.group)
+            at = rows.stop
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Queries, keys and values in one product, as heads. Ranks that share a kv head each hold its rows."""
+
+    def __init__(self, ops: Ops, inputs: int, heads: HeadLayout, *, bias: bool, dtype: torch.dtype,
+                 group: TensorGroup, purpose: str) -> None:
+        parts = (("q_proj", heads.q_bounds), ("k_proj", heads.kv_bounds), ("v_proj", heads.kv_bounds))
+        super().__init__(ops, inputs, parts, bias=bias, dtype=dtype, group=group, purpose=purpose,
+                         outputs=heads.output_shards(group))
+        kv_heads = heads.virtual_kv_heads if isinstance(ops, AutogradOps) else heads.kv_heads
+        self.split = (heads.heads, kv_heads, kv_heads)
+        self.shape = (-1, sum(self.split), heads.dim)
+
+    def heads(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """[T, D] → q [T, H, d], k and v [T, G, d] of this rank's heads, views of one product."""
+        return self(x_TD).view(self.shape).split_with_sizes(self.split, 1)
+
+    def shared(self, weight_d: Tensor | None) -> Tensor | None:
+        """A weight that every head uses: its gradient is summed over the ranks, as each has some of the heads."""
+        if weight_d is None or self.group.size == 1 or not weight_d.requires_grad:
+            return weight_d
+        return f(weight_d, self.group, "qk_norm")
 
 
 class RowParallelLinear(_ParallelLinear):
     """Inputs split over ranks at the virtual shards' offsets, `bounds`; the bias comes after their sum."""
 
     def __init__(self, ops: Ops, name: str, bounds: tuple[int, ...], outputs: int, *, bias: bool,
-                 dtype: torch.dtype) -> None:
-        super().__init__(ops, bounds[-1], outputs, bias, dtype, bounds)
+                 dtype: torch.dtype, group: TensorGroup, purpose: str) -> None:
+        start, stop = _span(bounds, group)
+        super().__init__(ops, stop - start, outputs, bias, dtype, group)
         self.name = name
+        self.bounds = bounds
+        self.purpose = purpose
+        local = tuple(bounds[i] - start for i in range(group.own(len(bounds) - 1).start,
+                                                       group.own(len(bounds) - 1).stop + 1))
+        self.kernel = _slot(ops, self.weight, self.bias if group.size == 1 else None, local, None)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of the weight and the bias, to be read or filled."""
-        yield f"{prefix}{self.name}.weight", self.weight.detach()
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """[T, K], K being this rank's inputs → [T, N], the same on every rank."""
+        y_TN = self.kernel(x_TK)
+        if self.group.size == 1:
+            return y_TN
+        y_TN = _leave(y_TN, self.group, self.purpose)
+        return y_TN if self.bias is None else y_TN + self.bias
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, this rank's columns) of the weight, and the bias."""
+        yield f"{prefix}{self.name}.weight", Piece.split(self.weight.detach(), 1, self.bounds, self.group)
         if self.bias is not None:
-            yield f"{prefix}{self.name}.bias", self.bias.detach()
+            yield f"{prefix}{self.name}.bias", Piece.whole(self.bias.detach(), self.group)
 
 
 class VocabParallelEmbedding(nn.Module):
     """The token table [V, D], split over ranks by vocabulary at `vocab_bounds`."""
 
-    def __init__(self, ops: Ops, vocab_size: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype,
+                 group: TensorGroup) -> None:
         super().__init__()
         self.ops = ops
-        self.weight = nn.Parameter(torch.empty(vocab_size, width, dtype=dtype, device=ops.device))
+        self.group = group
+        self.bounds = vocab_bounds(vocab_size, shards)
+        self.start, self.stop = _span(self.bounds, group)
+        self.weight = nn.Parameter(torch.empty(self.stop - self.start, width, dtype=dtype, device=ops.device))
 
     def __call__(self, ids_T: Tensor) -> Tensor:
         """Token ids [T] → [T, D] fp32."""
-        return self.ops.embedding(ids_T, self.weight)
+        if self.group.size == 1:
+            return self.ops.embedding(ids_T, self.weight)
+        return _leave(self._own_rows(ids_T), self.group, "embedding")
 
-    def init_(self, generator: torch.Generator, std: float) -> None:
+    def _own_rows(self, ids_T: Tensor) -> Tensor:
+        """Rows of tokens that this rank has; −0 elsewhere, to which adding a row gives just that row."""
+        here_T = (ids_T >= self.start) & (ids_T < self.stop)
+        out_TD = torch.full((len(ids_T), self.weight.shape[1]), -0.0, device=ids_T.device)
+        rows_R = here_T.nonzero().squeeze(1)
+        if not len(rows_R):
+            return out_TD
+        return out_TD.index_copy(0, rows_R, self.ops.embedding(ids_T[rows_R] - self.start, self.weight))
+
+    def init_(self, streams: Streams, std: float) -> None:
         """Normal weights with standard deviation `std`."""
-        _normal_(self.weight, generator, std)
+        streams.normal_(self._piece(), std)
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of the table, to be read or filled."""
-        yield f"{prefix}.weight", self.weight.detach()
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, this rank's rows) of the table, to be read or filled."""
+        yield f"{prefix}.weight", self._piece()
+
+    def _piece(self) -> Piece:
+        return Piece.split(self.weight.detach(), 0, self.bounds, self.group)
 
 
 class LMHead(nn.Module):
-    """Hidden rows → logits over the unpadded vocabulary; `bounds` are the shards of its log-sum-exp.
+    """Hidden rows → logits of this rank's part of the unpadded vocabulary, cut at `bounds` for its log-sum-exp.
 
     `tied` is the embedding whose table it reads; without one it owns a table.
     """
 
-    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype,
+    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype, group: TensorGroup,
                  tied: VocabParallelEmbedding | None = None) -> None:
         super().__init__()
+        self.group = group
+        self.bounds = vocab_bounds(vocab_size, shards)
+        self.start, self.stop = _span(self.bounds, group)
         weight = tied.weight if tied is not None else nn.Parameter(
-            torch.empty(vocab_size, width, dtype=dtype, device=ops.device))
+            torch.empty(self.stop - self.start, width, dtype=dtype, device=ops.device))
         self.weight = weight
         self.tied = tied is not None
-        self.bounds = vocab_bounds(vocab_size, shards)
-        self.kernel: Callable[[Tensor], Tensor] = LinearKernel(ops, weight, None, None)
+        self.local_bounds = tuple(b - self.start for b in (self.start, *(b for _, b in _pairs(self.bounds, group))))
+        self.kernel = _slot(ops, weight, None, None, OutputShards.of(
+            [[[(a - self.start, b - self.start)] for a, b in _pairs(self.bounds, group)]]))
 
     def __call__(self, x_RD: Tensor) -> Tensor:
-        """[R, D] → logits [R, V] fp32."""
+        """[R, D] → logits [R, V] fp32, V being this rank's part."""
         return self.kernel(x_RD)
 
-    def init_(self, generator: torch.Generator, std: float) -> None:
+    def enter(self, x_TD: Tensor) -> Tensor:
+        """What stands before the product: all rows, whose gradients are summed over the ranks."""
+        return _enter(x_TD, self.group, "head")
+
+    def gather(self, logits_RV: Tensor) -> Tensor:
+        """On rank 0 the logits of the whole vocabulary; elsewhere as they are."""
+        widths = [_span(self.bounds, self.group, rank) for rank in range(self.group.size)]
+        return self.group.gather_columns(logits_RV, [stop - start for start, stop in widths], "logits")
+
+    def init_(self, streams: Streams, std: float) -> None:
         """Normal weights with standard deviation `std`; a tied table is the embedding's to initialise."""
+        for _, piece in self.tensors(""):
+            streams.normal_(piece, std)
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, this rank's rows) of the table, or nothing where it is the embedding's."""
         if not self.tied:
-            _normal_(self.weight, generator, std)
-
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view) of the table, or nothing where it is the embedding's."""
-        if not self.tied:
-            yield f"{prefix}.weight", self.weight.detach()
+            yield f"{prefix}.weight", Piece.split(self.weight.detach(), 0, self.bounds, self.group)
 
 
-def _normal_(weight: Tensor, generator: torch.Generator, std: float) -> None:
-    # Drawn in fp32 on the host, so that a seed means the same weights on every device.
-    weight.detach().copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+def _enter(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+    if group.size == 1:
+        return x
+    return f_rows(x, group, purpose) if group.sequence else f(x, group, purpose)
+
+
+def _leave(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+    return g_rows(x, group, purpose) if group.sequence else g(x, group, purpose)
+
+
+def _pairs(bounds: Sequence[int], group: TensorGroup) -> list[tuple[int, int]]:
+    """(start, stop) of each piece that this rank holds."""
+    return [(bounds[i], bounds[i + 1]) for i in group.own(len(bounds) - 1)]
+
+
+def _span(bounds: Sequence[int], group: TensorGroup, rank: int | None = None) -> tuple[int, int]:
+    """Where a rank's pieces begin and end; this rank's without one."""
+    own = group.own(len(bounds) - 1, rank)
+    return bounds[own.start], bounds[own.stop]

@@ -1,0 +1,100 @@
+"""Gradients of products, shard by shard: which outputs a virtual shard has, and threads that each take one.
+
+torch's products have the same bits for the same shapes on one thread, and not always on two. So the unit of work in
+backward is a virtual shard's product on one thread, whatever the number of threads and of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["OutputShards", "ShardPool", "tree"]
+
+Range = tuple[int, int]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def tree(parts: Sequence[Tensor]) -> Tensor:
+    """The sum in a balanced binary tree, neighbours first."""
+    parts = list(parts)
+    while len(parts) > 1:
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2])]
+        parts = pairs + parts[2 * len(pairs):]
+    return parts[0]
+
+
+@dataclass(frozen=True)
+class OutputShards:
+    """Where the outputs of each virtual shard of a linear lie: rows of its weight, columns of its result.
+
+    The result has a column for every row, but where shards share rows (a kv head that several read), each of them
+    has columns of its own; `spread` then gives the row of every column.
+    """
+
+    rows: tuple[tuple[Range, ...], ...]
+    columns: tuple[tuple[Range, ...], ...]
+    spread: Tensor | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Sequence[Sequence[Range]]], widths: Sequence[int] | None = None) -> OutputShards:
+        """`parts[part][shard]` are rows within a part; `widths` the parts' rows (None: their shards share none)."""
+        widths = widths or [sum(b - a for shard in part for a, b in shard) for part in parts]
+        shards = len(parts[0])
+        rows: list[list[Range]] = [[] for _ in range(shards)]
+        columns: list[list[Range]] = [[] for _ in range(shards)]
+        start = at = 0
+        for part, width in zip(parts, widths):
+            for shard, ranges in enumerate(part):
+                for a, b in ranges:
+                    rows[shard].append((start + a, start + b))
+                    columns[shard].append((at, at + b - a))
+                    at += b - a
+            start += width
+        spread = None
+        if at != start:
+            by_column = sorted((c, r) for cs, rs in zip(columns, rows) for c, r in zip(cs, rs))
+            spread = torch.cat([torch.arange(*r) for _, r in by_column])
+        return cls(tuple(map(tuple, rows)), tuple(map(tuple, columns)), spread)
+
+    def take(self, shard: int, x: Tensor, axis: int, ranges: Sequence[Sequence[Range]]) -> Tensor:
+        """One shard's part of `x` along `axis`, contiguous: what a product sees never depends on the layout."""
+        parts = [x.narrow(axis, a, b - a) for a, b in ranges[shard]]
+        return torch.cat(parts, axis) if len(parts) > 1 else parts[0].contiguous()
+
+    def gather_rows(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Each shard's gradient of its own rows, put together; rows that shards share are summed in a tree."""
+        owners: dict[Range, list[Tensor]] = {}
+        for ranges, part in zip(self.rows, parts):
+            at = 0
+            for a, b in ranges:
+                owners.setdefault((a, b), []).append(part[at : at + b - a])
+                at += b - a
+        whole = torch.empty_like(like)
+        for (a, b), shares in owners.items():
+            whole[a:b] = tree(shares)
+        return whole
+
+
+class ShardPool:
+    """Runs one job a virtual shard on as many threads as it has; torch uses one thread in each."""
+
+    def __init__(self, threads: int) -> None:
+        self._workers = ThreadPoolExecutor(threads, "shard") if threads > 1 else None
+
+    def map(self, job: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """job(item) for every item, in order."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            if self._workers is None:
+                return [job(item) for item in items]
+            return list(self._workers.map(job, items))
+        finally:
+            torch.set_num_threads(threads)

@@ -1,0 +1,180 @@
+"""`TensorGroup`: the ranks that hold one model's virtual shards together, and their collectives.
+
+Sums have one shape at every degree: a balanced binary tree over the virtual shards, neighbours first. The tree's
+lower levels lie inside a rank; its upper ones are a *butterfly*: at distance 1, 2, 4 … two ranks exchange what they
+have and add. Both add the same two numbers, so all ranks end with the same bits, and with those of one rank alone.
+A large sum is split on the way (halving, then doubling), which moves 2(n−1)/n of it instead of log₂ n times all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ConfigError
+from headrace.parallel.traffic import Traffic
+
+__all__ = ["DistributedGroup", "TensorGroup"]
+
+LARGE = 1 << 15
+"""Elements from which a sum is split: below, fewer rounds are worth more than fewer bytes."""
+
+
+class TensorGroup:
+    """A group of one: every collective returns what it was given. The base of larger groups."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, sequence: bool = False) -> None:
+        """`sequence`: the stream between blocks is split by rows, which are a multiple of the ranks."""
+        self.traffic = Traffic()
+        self.sequence = sequence
+
+    def require_shards(self, shards: int) -> None:
+        """Raise `ConfigError` unless every rank can hold as many of `shards` virtual shards."""
+        if shards % self.size:
+            raise ConfigError(
+                f"tensor parallelism of {self.size} does not divide the model's {shards} virtual shards (the greatest "
+                f"common divisor of virtual_shards and its attention heads): use {_divisors(shards)}")
+
+    def own(self, pieces: int, rank: int | None = None) -> range:
+        """Which of `pieces` consecutive pieces a rank (None: this one) holds; with fewer than ranks, some share one."""
+        rank = self.rank if rank is None else rank
+        if pieces >= self.size:
+            each = pieces // self.size
+            return range(rank * each, (rank + 1) * each)
+        first = rank * pieces // self.size
+        return range(first, first + 1)
+
+    def all_reduce(self, x: Tensor, purpose: str, width: int | None = None) -> Tensor:
+        """The sum over the ranks, or over each run of `width` consecutive ranks. May return x itself, changed."""
+        return x
+
+    def reduce_scatter(self, x_TD: Tensor, purpose: str) -> Tensor:
+        """This rank's rows of the sum over the ranks: rank i gets the i-th of equal parts."""
+        return x_TD
+
+    def all_gather(self, x_RD: Tensor, purpose: str) -> Tensor:
+        """All ranks' rows, in rank order; every rank has as many."""
+        return x_RD
+
+    def gather_columns(self, x_RV: Tensor, widths: Sequence[int], purpose: str) -> Tensor:
+        """On rank 0, all ranks' columns side by side, rank i's having `widths[i]`; elsewhere x as it is."""
+        return x_RV
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+def _divisors(shards: int) -> str:
+    return " or ".join(str(n) for n in (1, 2, 4, 8, 16) if shards % n == 0)
+
+
+class DistributedGroup(TensorGroup):
+    """Ranks that talk over a torch process group: gloo between processes, NCCL between GPUs."""
+
+    def __init__(self, process_group: Any, rank: int, size: int, sequence: bool = False) -> None:
+        """`process_group` has torch's `send`, `recv` and `barrier`; `size` is a power of two."""
+        super().__init__(sequence)
+        if size & (size - 1):
+            raise ConfigError(f"tensor parallelism of {size} is not a power of two")
+        self._pg = process_group
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, x: Tensor, purpose: str, width: int | None = None) -> Tensor:
+        width = self.size if width is None else width
+        began = time.perf_counter()
+        self.traffic.count("all_reduce", purpose, x.numel())
+        x = x.contiguous()
+        if x.numel() < LARGE or width == 2:
+            distance = 1
+            while distance < width:
+                x = x + self._exchange(x, torch.empty_like(x), self.rank ^ distance)
+                distance *= 2
+        else:
+            flat = x.view(-1)
+            cuts = [i * flat.numel() // width for i in range(width + 1)]
+            chunks = [flat[a:b] for a, b in zip(cuts, cuts[1:])]
+            own = self._scatter(chunks, width)
+            x = self._gather(own, [c.numel() for c in chunks], width).view(x.shape)
+        self.traffic.seconds += time.perf_counter() - began
+        return x
+
+    def reduce_scatter(self, x_TD: Tensor, purpose: str) -> Tensor:
+        began = time.perf_counter()
+        self.traffic.count("reduce_scatter", purpose, x_TD.numel())
+        own_RD = self._scatter(x_TD.contiguous().split(len(x_TD) // self.size), self.size)
+        self.traffic.seconds += time.perf_counter() - began
+        return own_RD
+
+    def all_gather(self, x_RD: Tensor, purpose: str) -> Tensor:
+        began = time.perf_counter()
+        self.traffic.count("all_gather", purpose, self.size * x_RD.numel())
+        flat = self._gather(x_RD.reshape(-1), [x_RD.numel()] * self.size, self.size)
+        self.traffic.seconds += time.perf_counter() - began
+        return flat.view(self.size * len(x_RD), *x_RD.shape[1:])
+
+    def gather_columns(self, x_RV: Tensor, widths: Sequence[int], purpose: str) -> Tensor:
+        began = time.perf_counter()
+        rows = x_RV.shape[0]
+        self.traffic.count("gather", purpose, rows * sum(widths))
+        if self.rank:
+            if x_RV.numel():
+                self._send(x_RV.contiguous(), 0).wait()
+            whole = x_RV
+        else:
+            parts = [x_RV, *(x_RV.new_empty(rows, width) for width in widths[1:])]
+            for work in [self._pg.recv([part], i, 0) for i, part in enumerate(parts) if i and part.numel()]:
+                work.wait()
+            whole = torch.cat(parts, 1)
+        self.traffic.seconds += time.perf_counter() - began
+        return whole
+
+    def close(self) -> None:
+        self._pg.shutdown()
+
+    # ---- the butterfly
+
+    def _scatter(self, chunks: Sequence[Tensor], width: int) -> Tensor:
+        """Recursive halving: at each distance half of what is left goes to the partner, and the rest is summed."""
+        base = self.rank // width * width
+        mine = dict(enumerate(chunks))
+        distance = 1
+        while distance < width:
+            keep = [i for i in mine if not (i ^ (self.rank - base)) & distance]
+            give = torch.cat([mine[i] for i in mine if i not in keep])
+            kept = torch.cat([mine[i] for i in keep])
+            total = kept + self._exchange(give, torch.empty_like(kept), self.rank ^ distance)
+            mine = dict(zip(keep, total.split([len(mine[i]) for i in keep])))
+            distance *= 2
+        return mine[self.rank - base]
+
+    def _gather(self, own: Tensor, sizes: Sequence[int], width: int) -> Tensor:
+        """Recursive doubling, back the way that `_scatter` came."""
+        base = self.rank // width * width
+        mine = {self.rank - base: own}
+        distance = width // 2
+        while distance:
+            theirs = sorted(i ^ distance for i in mine)
+            give = torch.cat([mine[i] for i in sorted(mine)])
+            got = self._exchange(give, own.new_empty(sum(sizes[i] for i in theirs)), self.rank ^ distance)
+            mine |= dict(zip(theirs, got.split([sizes[i] for i in theirs])))
+            distance //= 2
+        return torch.cat([mine[i] for i in sorted(mine)])
+
+    def _exchange(self, give: Tensor, take: Tensor, partner: int) -> Tensor:
+        sending = self._send(give, partner) if give.numel() else None
+        if take.numel():
+            self._pg.recv([take], partner, 0).wait()
+        if sending is not None:
+            sending.wait()
+        return take
+
+    def _send(self, x: Tensor, to: int) -> Any:
+        self.traffic.bytes_sent += x.numel() * x.element_size()
+        return self._pg.send([x], to, 0)

@@ -1,0 +1,97 @@
+"""`Piece`: this rank's part of one checkpoint tensor, and how the virtual shards lie in it.
+
+Loading, saving, initialisation, the gradients' norm and snapshots all go by pieces, so none of them knows a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.parallel.group import TensorGroup
+
+__all__ = ["Piece", "Streams"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A view of local memory. `axis` is what ranks split, None where each holds the whole tensor."""
+
+    tensor: Tensor
+    axis: int | None = None
+    bounds: tuple[int, ...] = (0,)
+    """Offsets on the axis, in the checkpoint's tensor, at which its pieces begin, and its end."""
+    own: range = range(0)
+    """Which of those pieces are here."""
+    replicas: int = 1
+    """How many consecutive ranks hold the same; for an unsplit tensor, all of them."""
+
+    @classmethod
+    def split(cls, tensor: Tensor, axis: int, bounds: Sequence[int], group: TensorGroup) -> Piece:
+        """A part along `axis`, cut at `bounds`."""
+        count = len(bounds) - 1
+        return cls(tensor, axis, tuple(bounds), group.own(count), max(1, group.size // count))
+
+    @classmethod
+    def whole(cls, tensor: Tensor, group: TensorGroup) -> Piece:
+        """A tensor that every rank has."""
+        return cls(tensor, replicas=group.size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's tensor."""
+        shape = list(self.tensor.shape)
+        if self.axis is not None:
+            shape[self.axis] = self.bounds[-1]
+        return tuple(shape)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's part of the checkpoint's tensor."""
+        if self.axis is None:
+            return whole
+        start, stop = self.bounds[self.own.start], self.bounds[self.own.stop]
+        return whole.narrow(self.axis, start, stop - start)
+
+    def shards(self, local: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(number, view) of each of the pieces of `local`, which is shaped like `tensor`."""
+        if self.axis is None:
+            yield 0, local
+            return
+        start = self.bounds[self.own.start]
+        for i in self.own:
+            yield i, local.narrow(self.axis, self.bounds[i] - start, self.bounds[i + 1] - self.bounds[i])
+
+    def is_first(self, group: TensorGroup) -> bool:
+        """Whether this rank is the first of those that hold the same: it speaks for them."""
+        return group.rank % self.replicas == 0
+
+
+class Streams:
+    """The random streams of initialisation (Megatron-LM §3): one that all ranks share, and one a virtual shard.
+
+    A rank has the streams of its own shards only, so the same weights come at every degree.
+    """
+
+    def __init__(self, seed: int, shards: int, group: TensorGroup) -> None:
+        """`shards` is V."""
+        self._outer = _generator(seed, 0)
+        self._inner = {i: _generator(seed, 1 + i) for i in group.own(shards)}
+        self._count = shards
+
+    def normal_(self, piece: Piece, std: float) -> None:
+        """Fill a piece with normal numbers, drawn in fp32 on the host: a seed means the same on every device."""
+        if piece.axis is not None and len(piece.bounds) - 1 == self._count:
+            for shard, view in piece.shards(piece.tensor):
+                view.copy_(torch.empty(view.shape).normal_(0.0, std, generator=self._inner[shard]))
+        else:
+            piece.tensor.copy_(piece.of(torch.empty(piece.shape).normal_(0.0, std, generator=self._outer)))
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    # torch's generator looks at 32 bits of its seed.
+    state = np.random.SeedSequence([seed, stream]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(state))
