@@ -12,24 +12,50 @@ from typing import Any
 
 from headrace.config import DTYPES, ModelConfig, one_of, require
 from headrace.errors import ConfigError
+from headrace.train.corpus.index import read_index
 
 __all__ = ["DataConfig", "Recipe", "TrainConfig", "load_recipe"]
 
-SOURCES = ("tinyworld",)
+SHUFFLES = ("documents", "pieces")
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """What to train on. `seed` says which texts; `vocab_size` is the tokenizer's and the model's."""
+    """What to train on: "tinyworld", or a folder that `headrace data build` wrote.
+
+    `seed` says which texts of tinyworld, or in which order a folder's documents come. `vocab_size` is the model's;
+    0 takes the folder's, see `resolved`. A model may have more tokens than the tokenizer, never fewer.
+    `shuffle` "documents" keeps the pieces of a long document together; "pieces" spreads them, which suits books.
+    """
 
     source: str = "tinyworld"
     vocab_size: int = 512
     seed: int = 0
+    shuffle: str = "documents"
 
     def __post_init__(self) -> None:
-        one_of("data.source", self.source, SOURCES)
-        _integer("data.vocab_size", self.vocab_size, 1)
+        require(isinstance(self.source, str) and bool(self.source), f"data.source={self.source!r} must be a string")
+        _integer("data.vocab_size", self.vocab_size, 0)
         _integer("data.seed", self.seed, 0)
+        one_of("data.shuffle", self.shuffle, SHUFFLES)
+        if self.source == "tinyworld":
+            require(self.vocab_size > 0, "data.vocab_size=0 must be an integer of at least 1 for tinyworld")
+            return
+        require(Path(self.source).is_dir(), f"data.source={self.source!r} is not one of tinyworld and the folders "
+                "that `headrace data build` wrote")
+        tokens = self._folder_vocabulary()
+        require(self.vocab_size == 0 or self.vocab_size >= tokens, f"data.vocab_size={self.vocab_size} differs from "
+                f"the {tokens} tokens of {self.source}: set data.vocab_size={tokens}, or 0 to take the folder's")
+
+    def resolved(self) -> DataConfig:
+        """The same with a `vocab_size` of 0 replaced by the folder's."""
+        return self if self.vocab_size else dataclasses.replace(self, vocab_size=self._folder_vocabulary())
+
+    def _folder_vocabulary(self) -> int:
+        try:
+            return read_index(self.source).vocab_size
+        except ConfigError as error:
+            raise ConfigError(f"data.source: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
