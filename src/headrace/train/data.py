@@ -1,118 +1,205 @@
 """From texts to batches: tokens, targets, which of them count, and where each text begins.
 
-    T tokens of a batch, those of all its texts in a row   R rows that count in the loss
+    T tokens of a batch, those of all its sequences one after another   R tokens whose prediction counts
+    A batch is rows, a row is sequences: whole documents while they fit, or a piece of a longer one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.errors import ConfigError
+from headrace.config import require
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import DataConfig
-from headrace.train.tinyworld import Document, build_tokenizer, documents, exam
+from headrace.train.corpus.folder import Corpus
+from headrace.train.corpus.pieces import Held, Piece, Pieces
+from headrace.train.corpus.world import World, encode_document
+from headrace.train.tinyworld import Document, documents, exam
 
-__all__ = ["Batch", "Source", "batches", "collate"]
+__all__ = ["Batch", "BatchStream", "Source", "batches", "collate", "open_source"]
 
 
 @dataclass(slots=True)
 class Batch:
-    """Packed texts. Each is a sequence of its own: its positions start at 0 and it attends to itself only."""
+    """Packed sequences. The positions of each start at 0 and it attends to itself only."""
 
     ids_T: Tensor
     """int64"""
     positions_T: Tensor
     """int32"""
     lengths: list[int]
-    """Tokens of each text; they sum to T."""
+    """Tokens of each sequence; they sum to T."""
     rows_R: Tensor
-    """int64: the rows whose prediction counts."""
+    """int64: which of the T tokens' predictions count."""
     targets_R: Tensor
     """int64: what they should predict."""
+    row_of: list[int]
+    """The row of each sequence: 0, …, `num_rows` - 1, ascending."""
+    tokens_T: Tensor
+    """int64: each token's number in the batch that this is a part of; 0, …, T-1 in a whole batch."""
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return self.ids_T.shape[0]
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.row_of[-1] + 1
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    ids: list[int]
-    counts: list[bool]
-    """Whether each of `ids` counts in the loss."""
+    def share(self, rank: int, ranks: int) -> Batch:
+        """Rows rank, rank + ranks, …: the part of one of `ranks`. It may be that nothing in it counts.
+
+        Raises `ConfigError` where there are fewer rows than ranks. `share(r, n).share(i, k)` is
+        `share(r + n * i, n * k)`: however a batch is divided, by rank and by micro-batch, its parts are the same.
+        """
+        require(0 <= rank < ranks <= self.num_rows,
+                f"a batch of {self.num_rows} rows has no part {rank} of {ranks}: raise train.batch_size")
+        mine = np.array(self.row_of) % ranks == rank
+        lengths = np.array(self.lengths)
+        keep_T = torch.from_numpy(np.repeat(mine, lengths))
+        place_T = torch.cumsum(keep_T, dim=0) - 1
+        keep_R = keep_T[self.rows_R]
+        return Batch(self.ids_T[keep_T], self.positions_T[keep_T], lengths[mine].tolist(),
+                     place_T[self.rows_R[keep_R]], self.targets_R[keep_R],
+                     (np.array(self.row_of)[mine] // ranks).tolist(), self.tokens_T[keep_T])
+
+    def split(self, parts: int) -> list[Batch]:
+        """`share` for every one of `parts`: micro-batches whose union is this batch."""
+        return [self.share(part, parts) for part in range(parts)]
+
+
+class BatchStream:
+    """Batches without end. They depend on the data, `data.seed`, `batch_size` and `seq_length` alone."""
+
+    def __init__(self, pieces: Pieces, batch_size: int, seq_length: int) -> None:
+        self._pieces = pieces
+        self._batch_size = batch_size
+        self._seq_length = seq_length
+
+    def next(self) -> Batch:
+        """The next batch of `batch_size` rows: the global one, of which `Batch.share` takes a rank's part."""
+        return _pack(_fill(self._pieces, self._batch_size, self._seq_length))
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins, in plain JSON values: for `Source.stream`, with any `batch_size`."""
+        return self._pieces.state()
+
+
+class _Texts(Protocol):
+    """What a kind of data must tell."""
+
+    tokenizer: Tokenizer
+
+    def pieces(self, seq_length: int, state: dict[str, Any] | None) -> Pieces:
+        """The training pieces, from `state` on."""
+
+    def held_out(self, seq_length: int) -> Iterator[Piece]:
+        """The held-out pieces."""
+
+    def prompts(self, n: int) -> list[str]:
+        """Texts to go on from."""
 
 
 class Source:
-    """A recipe's data: its tokenizer, its endless training texts, its held-out ones."""
+    """A recipe's data: its tokenizer, its endless training batches, its held-out ones."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self.tokenizer: Tokenizer = build_tokenizer(config.vocab_size, config.seed)
+        self._texts: _Texts = (World(config.vocab_size, config.seed) if config.source == "tinyworld"
+                               else Corpus(config.source, config.seed, config.shuffle))
+        self.tokenizer: Tokenizer = self._texts.tokenizer
+
+    def stream(self, batch_size: int, seq_length: int, state: dict[str, Any] | None = None) -> BatchStream:
+        """Training batches of `batch_size` rows of up to `seq_length` tokens, from a `BatchStream.state` on.
+
+        Raises `ConfigError` where `state` is of other data or settings, and names the one that differs.
+        """
+        return BatchStream(self._texts.pieces(seq_length, state), batch_size, seq_length)
+
+    @overload
+    def validation(self, seq_length: int) -> list[Document]: ...
+
+    @overload
+    def validation(self, seq_length: int, batch_size: int, limit: int = 0) -> list[Batch]: ...
+
+    def validation(self, seq_length: int, batch_size: int = 0, limit: int = 0) -> list[Batch] | list[Document]:
+        """Batches of the first `limit` held-out sequences, or of all for 0; the last may have fewer rows.
+
+        Empty where the data holds nothing out. The older form `validation(n)` gives `n` texts of tinyworld.
+        """
+        if batch_size == 0:
+            return [Document(((prompt, answer),)) for _, prompt, answer in exam(self._config.seed, seq_length)]
+        pieces = self._texts.held_out(seq_length)
+        held = Held(piece for _, piece in zip(range(limit), pieces)) if limit else Held(pieces)
+        found = []
+        while held.peek() is not None:
+            found.append(_pack(_fill(held, batch_size, seq_length)))
+        return found
+
+    def prompts(self, n: int) -> list[str]:
+        """Up to `n` prompts that suit the data, for samples during training."""
+        return self._texts.prompts(n)
 
     def training(self) -> Iterator[Document]:
-        """Training texts, without end, the same for the same recipe."""
+        """The older form of `stream`: tinyworld's texts."""
         return documents(self._config.seed)
 
-    def validation(self, n: int) -> list[Document]:
-        """`n` held-out texts."""
-        return [Document(((prompt, answer),)) for _, prompt, answer in exam(self._config.seed, n)]
+
+def open_source(config: DataConfig) -> Source:
+    """A recipe's data. Raises `ConfigError` that names the `data.` key or the file at fault."""
+    return Source(config)
 
 
 def batches(texts: Iterable[Document], tokenizer: Tokenizer, batch_size: int,
             seq_length: int) -> Iterator[Batch]:
-    """Batches of `batch_size` rows. A row takes texts while they fit `seq_length`; a longer text is cut."""
-    rows: list[list[_Sample]] = [[]]
-    room = seq_length
-    for text in texts:
-        sample = _sample(text, tokenizer, seq_length)
-        if len(sample.ids) - 1 > room:
-            if len(rows) == batch_size:
-                yield _pack([sample for row in rows for sample in row])
-                rows = []
-            rows.append([])
-            room = seq_length
-        rows[-1].append(sample)
-        room -= len(sample.ids) - 1
-    if rows[-1]:
-        yield _pack([sample for row in rows for sample in row])
+    """Batches of `batch_size` rows. A row takes texts while they fit `seq_length`; a longer text is cut short."""
+    held = Held(_head(text, tokenizer, seq_length) for text in texts)
+    while held.peek() is not None:
+        yield _pack(_fill(held, batch_size, seq_length))
 
 
 def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) -> Batch:
-    """One batch of all of `texts`."""
-    return _pack([_sample(text, tokenizer, seq_length) for text in texts])
+    """One batch of all of `texts`, a row for each; a text longer than `seq_length` is cut short."""
+    return _pack([[_head(text, tokenizer, seq_length)] for text in texts])
 
 
-def _sample(text: Document, tokenizer: Tokenizer, seq_length: int) -> _Sample:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ConfigError("the tokenizer has no end token: training needs one to end each text")
-    ids: list[int] = []
-    counts: list[bool] = []
-    for prompt, reply in text.turns:
-        for part, counted in ((tokenizer.encode(prompt), False), ([*tokenizer.encode(reply), eos], True)):
-            ids += part
-            counts += [counted] * len(part)
-    return _Sample(ids[: seq_length + 1], counts[: seq_length + 1])
+def _head(text: Document, tokenizer: Tokenizer, seq_length: int) -> Piece:
+    ids, counts = encode_document(text, tokenizer)
+    return Piece(ids[: seq_length + 1], counts[: seq_length + 1])
 
 
-def _pack(samples: Sequence[_Sample]) -> Batch:
-    ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    lengths: list[int] = []
-    for sample in samples:
-        start, length = len(ids), len(sample.ids) - 1
-        ids += sample.ids[:-1]
-        positions += range(length)
-        counted = [i for i in range(length) if sample.counts[i + 1]]
-        rows += [start + i for i in counted]
-        targets += [sample.ids[i + 1] for i in counted]
-        lengths.append(length)
-    return Batch(torch.tensor(ids), torch.tensor(positions, dtype=torch.int32), lengths, torch.tensor(rows),
-                 torch.tensor(targets))
+def _fill(pieces: Pieces, batch_size: int, seq_length: int) -> list[list[Piece]]:
+    """The next rows: each takes pieces while they fit."""
+    rows: list[list[Piece]] = [[]]
+    room = seq_length
+    while (piece := pieces.peek()) is not None:
+        if piece.length > room:
+            if len(rows) == batch_size:
+                break
+            rows.append([])
+            room = seq_length
+        rows[-1].append(piece)
+        room -= piece.length
+        pieces.advance()
+    return rows
+
+
+def _pack(rows: Sequence[Sequence[Piece]]) -> Batch:
+    pieces = [piece for row in rows for piece in row]
+    lengths = [piece.length for piece in pieces]
+    counts_T = np.concatenate([piece.counts[1:] for piece in pieces])
+    next_T = np.concatenate([piece.ids[1:] for piece in pieces])
+    rows_R = np.flatnonzero(counts_T)
+    return Batch(
+        torch.from_numpy(np.concatenate([piece.ids[:-1] for piece in pieces])),
+        torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
+        lengths, torch.from_numpy(rows_R), torch.from_numpy(next_T[rows_R]),
+        [number for number, row in enumerate(rows) for _ in row], torch.arange(len(next_T)))

@@ -16,11 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from headrace.config import require
 from headrace.text.tokenizer import Tokenizer
+from headrace.train.corpus.bpe import learn_tokenizer
 
 __all__ = [
     "CATEGORIES",
@@ -60,15 +57,8 @@ HELD_OUT_ONE_IN = 6
 TRIES = 200
 """Draws without a new question after which a category of the exam has no more."""
 
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('role ' + message.role + ' is not one of system, user, assistant') }}{% endif %}"
-    "{{ '<|' + message.role + '|>' + message.content + eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-SPECIAL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+END = "<|end|>"
+"""The token that ends a text and a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,19 +192,9 @@ def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 
     Digits are single tokens; `<|end|>` ends a text and a turn. Equal arguments give equal tokenizers.
     """
-    require(vocab_size >= 256 + len(SPECIAL_TOKENS),
-            f"data.vocab_size={vocab_size} must be at least {256 + len(SPECIAL_TOKENS)}: "
-            "one token for every byte, and the special ones")
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     texts = islice(documents(seed), 4000)
-    backend.train_from_iterator((part for text in texts for turn in text.turns for part in turn), trainer)
-    return Tokenizer(backend, {"eos_token": SPECIAL_TOKENS[0]}, CHAT_TEMPLATE, source="tinyworld")
+    return learn_tokenizer((part for text in texts for turn in text.turns for part in turn), vocab_size, END,
+                           "data.vocab_size", "tinyworld")
 
 
 def exam(seed: int, n: int) -> list[tuple[str, str, str]]:
