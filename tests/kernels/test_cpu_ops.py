@@ -46,6 +46,13 @@ def test_warm_up_compiles_everything_and_tells(ops):
     assert heard[-1] == (total, total, "") and all(name for _, _, name in heard[:-1])
 
 
+def test_warm_up_for_training_compiles_more(ops):
+    served, trained = [], []
+    ops.warm_up(progress=lambda done, total, name: served.append(name))
+    ops.warm_up(progress=lambda done, total, name: trained.append(name), training=True)
+    assert trained[:len(served) - 1] == served[:-1] and "adamw" in trained
+
+
 def test_a_view_follows_its_weight(ops):
     x, weight = torch.ones(1, 8), torch.nn.Parameter(torch.ones(4, 8))
     assert ops.linear(x, weight).tolist() == [[8.0] * 4]

@@ -20,6 +20,7 @@ from headrace.kernels.cpu.simd import (
     log1,
     log8,
     pointer,
+    sqrt8,
     store1,
     store8,
     store8n,
@@ -80,6 +81,12 @@ def move1(source, target, count):
 
 
 @numba.njit
+def roots8(x, out):
+    for i in range(0, x.size, 8):
+        store8(out, i, sqrt8(load8(x, i)))
+
+
+@numba.njit
 def fuse(a, b, c):
     return fma1(a, b, c)
 
@@ -120,6 +127,13 @@ def test_scalar_and_vector_forms_have_equal_bits(points):
     apply8(points, eights[0], eights[1])
     apply1(points, ones[0], ones[1])
     assert np.array_equal(bits(eights), bits(ones))
+
+
+def test_a_root_is_the_nearest(points):
+    roots = np.empty_like(points)
+    roots8(points, roots)
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(bits(roots), bits(np.sqrt(points)))
 
 
 def test_fma_rounds_once():

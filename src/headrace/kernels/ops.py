@@ -21,7 +21,8 @@ from torch import Tensor
 
 from headrace.errors import ConfigError
 
-__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams", "load_ops", "shard_bounds", "vocab_bounds"]
+__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams", "dropout_bar", "load_ops", "shard_bounds", "signed64",
+           "vocab_bounds"]
 
 SPLIT = 256
 """Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
@@ -40,6 +41,18 @@ def vocab_bounds(vocab_size: int, shards: int) -> tuple[int, ...]:
     """Shard offsets over the vocabulary padded to a multiple of 128·shards, clipped to what exists."""
     padded = -(-vocab_size // (128 * shards)) * 128
     return tuple(min(vocab_size, i * padded) for i in range(shards + 1))
+
+
+def dropout_bar(rate: float) -> int:
+    """What 31 bits of an element's hash must reach for dropout to keep it: about rate · 2³¹."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"a dropout rate of {rate} is not in [0, 1)")
+    return round(rate * 2**31)
+
+
+def signed64(key: int) -> int:
+    """The int64 with the bits of `key` modulo 2⁶⁴."""
+    return (key + 2**63) % 2**64 - 2**63
 
 
 @dataclass(slots=True)
@@ -88,8 +101,11 @@ class Ops(Protocol):
         ...
 
     def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
-                progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Compile ahead what a model with these dtypes needs; progress(done, total, name) as it goes."""
+                progress: Callable[[int, int, str], None] | None = None, training: bool = False) -> None:
+        """Compile ahead what serving a model with these dtypes needs, and training it, where `training` says so.
+
+        progress(done, total, name) is told as it goes. Gradients have the weights' dtype.
+        """
         ...
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
@@ -178,6 +194,64 @@ class Ops(Protocol):
 
     def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks source[i] → target[j] in order (copy-on-write, swap)."""
+        ...
+
+    # ---- what training adds ------------------------------------------------------------------------------------
+    # g_… is the gradient of the loss by …. An element's bits never depend on where it stands: a range of columns,
+    # or of a flat tensor, computed alone equals that range of the whole.
+
+    def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float,
+                          bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(g_x [T, D], g_weight [S, D] fp32) of `rms_norm`; any leading axes count as T rows.
+
+        `bounds` = (0, …, T) cuts the rows into S shards, each summed alone for the weight's gradient (an empty one is
+        zeros): chunks of 64 rows counted from the shard's first, each in order, then a balanced tree over the chunks,
+        neighbours first, an odd one passing up. The caller adds the shards.
+        """
+        ...
+
+    def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
+        """g_gate_up [T, 2I] of `silu_mul`."""
+        ...
+
+    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        """[R, S, 2] fp32: (m, e) = (max, Σ exp(z − m)) of every vocabulary shard; an empty one is (-inf, 0)."""
+        ...
+
+    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
+        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first.
+
+        `logsumexp` is this of `logsumexp_parts`, to the bit.
+        """
+        ...
+
+    def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
+        """logits[r, v] ← g[r] · ([v = target] − exp(z − lse)): the gradient of Σ g · log p(target).
+
+        Target -1 says that a row's target is elsewhere, in another vocabulary shard.
+        """
+        ...
+
+    def adamw_(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, stored: Tensor | None, *,
+               rate: float, beta1: float, beta2: float, eps: float, decay: float, step: int, scale: float) -> None:
+        """One step of AdamW on flat contiguous tensors of one length; `step` counts from 1.
+
+        master and the moments are fp32, grad fp32, bf16 or fp16, and so is `stored`, which receives the master,
+        rounded. With g = grad · scale: first += (1 − β1)·(g − first), second = β2·second + (1 − β2)·g², and
+        master = master·(1 − rate·decay) − rate/(1 − β1ᵗ) · first / (√second/√(1 − β2ᵗ) + eps).
+        """
+        ...
+
+    def sum_of_squares(self, flat: Tensor, chunk: int) -> Tensor:
+        """Σ x² in fp64 of every `chunk` elements from the start of a flat fp32, bf16 or fp16 tensor."""
+        ...
+
+    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+        """x / (1 − rate) where kept, else 0; rate 0 returns x itself, and 1 is refused.
+
+        Whether x[t, j] is kept is a function of (key modulo 2⁶⁴, row_T[t], first_feature + j) and `rate`, and of
+        nothing else: the gradient of dropout is dropout of the gradient.
+        """
         ...
 
 

@@ -31,11 +31,12 @@ from headrace.kernels.cpu.simd import (
     zero8,
 )
 
-__all__ = ["add_rms_norm", "edit_logits", "embedding", "mask_logits", "rms_norm", "rotary", "silu_mul", "store_kv"]
+__all__ = ["add_rms_norm", "edit_logits", "embedding", "inverse_rms", "mask_logits", "rms_norm", "rotary", "share",
+           "silu_mul", "store_kv"]
 
 
 @kernel
-def _share(rows, task, tasks):
+def share(rows, task, tasks):
     """Where the rows of `task` start. (A prange index is unsigned: uncast, it would compile the callee once more.)"""
     return rows * np.int64(task) // tasks
 
@@ -51,7 +52,7 @@ def _copy(source, start, target, to, count):
 
 
 @kernel
-def _inverse_rms(x, start, width, eps):
+def inverse_rms(x, start, width, eps):
     """1 / sqrt(mean(x²) + eps) of the `width` elements from `start`."""
     acc = zero8()
     tail = width & 7
@@ -67,7 +68,7 @@ def _inverse_rms(x, start, width, eps):
 @kernel
 def _normalize(x, start, width, weight, eps, out, to):
     """out[to …] = x[start …] · inverse rms · weight."""
-    scale = splat8(_inverse_rms(x, start, width, eps))
+    scale = splat8(inverse_rms(x, start, width, eps))
     tail = width & 7
     whole = width - tail
     for k in range(0, whole, 8):
@@ -96,7 +97,7 @@ def embedding(ids, table, vocab, width, out, tasks):
         _embedding_rows(ids, table, width, out, 0, rows)
     else:
         for task in prange(tasks):
-            _embedding_rows(ids, table, width, out, _share(rows, task, tasks), _share(rows, task + 1, tasks))
+            _embedding_rows(ids, table, width, out, share(rows, task, tasks), share(rows, task + 1, tasks))
     return -1
 
 
@@ -115,7 +116,7 @@ def rms_norm(x, rows, width, weight, eps, out, tasks):
         _rms_norm_rows(x, weight, width, eps, out, 0, rows)
     else:
         for task in prange(tasks):
-            _rms_norm_rows(x, weight, width, eps, out, _share(rows, task, tasks), _share(rows, task + 1, tasks))
+            _rms_norm_rows(x, weight, width, eps, out, share(rows, task, tasks), share(rows, task + 1, tasks))
 
 
 @kernel
@@ -138,7 +139,7 @@ def add_rms_norm(x, residual, rows, width, weight, eps, out, total, tasks):
     else:
         for task in prange(tasks):
             _add_rms_norm_rows(x, residual, weight, width, eps, out, total,
-                               _share(rows, task, tasks), _share(rows, task + 1, tasks))
+                               share(rows, task, tasks), share(rows, task + 1, tasks))
 
 
 # ---- rotary positions ------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def rotary(x, x_token, x_head, heads, dim, positions, table, limit, weight, eps,
     else:
         for task in prange(tasks):
             _rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, eps, out,
-                         _share(rows, task, tasks), _share(rows, task + 1, tasks))
+                         share(rows, task, tasks), share(rows, task + 1, tasks))
     return -1
 
 
@@ -221,7 +222,7 @@ def silu_mul(gate_up, rows, width, out, tasks):
         _silu_mul_rows(gate_up, width, out, 0, rows)
     else:
         for task in prange(tasks):
-            _silu_mul_rows(gate_up, width, out, _share(rows, task, tasks), _share(rows, task + 1, tasks))
+            _silu_mul_rows(gate_up, width, out, share(rows, task, tasks), share(rows, task + 1, tasks))
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ def store_kv(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, tasks
     else:
         for task in prange(tasks):
             _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots,
-                           _share(rows, task, tasks), _share(rows, task + 1, tasks))
+                           share(rows, task, tasks), share(rows, task + 1, tasks))
     return -1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.cpu import attention as paged
-from headrace.kernels.cpu import elementwise, launch
+from headrace.kernels.cpu import backward, elementwise, launch, optimizer
 from headrace.kernels.cpu import sample as sampling
 from headrace.kernels.cpu.linear import SHARDS, linear, linear_part
 from headrace.kernels.cpu.warmup import Progress, warm_up
-from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.ops import AttentionMeta, SampleParams, dropout_bar, signed64
 
 __all__ = ["CpuOps"]
 
@@ -42,6 +43,19 @@ def _bounds(bounds: tuple[int, ...], width: int) -> np.ndarray:
     return np.asarray(bounds, np.int64)
 
 
+@functools.lru_cache(maxsize=64)
+def _row_chunks(bounds: tuple[int, ...], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first and last row of every chunk, where each row shard's chunks start) for sums over rows."""
+    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"bounds={bounds} must rise from 0 to {rows} rows")
+    chunks: list[tuple[int, int]] = []
+    shards = [0]
+    for first, last in pairwise(bounds):
+        chunks += [(row, min(row + backward.ROWS, last)) for row in range(first, last, backward.ROWS)]
+        shards.append(len(chunks))
+    return np.asarray(chunks, np.int64).reshape(-1, 2), np.asarray(shards, np.int64)
+
+
 def _integers(values: Tensor, dtype: torch.dtype = torch.int64) -> np.ndarray:
     return (values if values.dtype == dtype else values.to(dtype)).contiguous().numpy()
 
@@ -51,6 +65,18 @@ def _dense(x: Tensor) -> np.ndarray:
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"an activation must be contiguous float32, not {x.dtype} with strides {x.stride()}")
     return x.detach().numpy()
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    """numpy's view of a flat contiguous fp32 tensor."""
+    if x.ndim != 1:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} is not flat")
+    return _dense(x)
+
+
+def _alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.shape != y.shape:
+        raise ValueError(f"{name} is {tuple(x.shape)} and {other} {tuple(y.shape)}")
 
 
 def _strided(x: Tensor) -> np.ndarray:
@@ -80,12 +106,12 @@ class CpuOps:
                 f"/llvmlite-{llvmlite.__version__}")
 
     def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
-                progress: Progress | None = None) -> None:
+                progress: Progress | None = None, training: bool = False) -> None:
         """Compile, or load from disk, what a model with these dtypes needs; progress(done, total, name) as it goes.
 
         Without it each kernel is compiled at its first call, once per dtype and machine.
         """
-        warm_up(self, weights, cache, progress)
+        warm_up(self, weights, cache, progress, training)
 
     # ---- views and work ----------------------------------------------------------------------------------------
 
@@ -222,10 +248,19 @@ class CpuOps:
             raise IndexError(f"mask {bad} names row {rows_E[bad]} of {tuple(logits_RV.shape)}")
 
     def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        out_R = torch.empty(logits_RV.shape[0])
-        cuts = _bounds(tuple(bounds), logits_RV.shape[1]).tolist()
+        return self._merge(self._parts(logits_RV, bounds))
+
+    def _parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> np.ndarray:
+        cuts = _bounds(tuple(bounds), logits_RV.shape[1])
+        parts_RS2 = np.empty((logits_RV.shape[0], cuts.size - 1, 2), np.float32)
         launch.set_threads(self.threads)
-        sampling.logsumexp(_dense(logits_RV), cuts, out_R.numpy())
+        sampling.logsumexp_parts(_dense(logits_RV), cuts, parts_RS2)
+        return parts_RS2
+
+    @staticmethod
+    def _merge(parts_RS2: np.ndarray) -> Tensor:
+        out_R = torch.empty(len(parts_RS2))
+        sampling.merge_logsumexp(parts_RS2, out_R.numpy())
         return out_R
 
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,3 +284,75 @@ class CpuOps:
                         params.min_p_R.numpy(), params.seed_R.numpy(), params.choice_R.numpy(),
                         params.position_R.numpy(), out_R.numpy())
         return out_R
+
+    # ---- what training adds ------------------------------------------------------------------------------------
+
+    def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float,
+                          bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        _alike("the gradient", g_TD, "x", x_TD)
+        width = x_TD.shape[-1]
+        chunks, shards = _row_chunks(tuple(bounds), x_TD.numel() // width)
+        g_x_TD, g_weight_SD = torch.empty_like(x_TD), torch.empty(len(shards) - 1, width)
+        backward.rms_norm_backward(_dense(g_TD).reshape(-1), _dense(x_TD).reshape(-1), width, self._stored(weight_D),
+                                   np.float32(eps), chunks, shards, g_x_TD.numpy().reshape(-1),
+                                   np.empty(len(chunks) * width, np.float32), g_weight_SD.numpy(),
+                                   self._tasks(len(chunks), x_TD.numel()))
+        return g_x_TD, g_weight_SD
+
+    def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
+        rows, width = g_TI.shape
+        if gate_up_T2I.shape != (rows, 2 * width):
+            raise ValueError(f"the gradient is {tuple(g_TI.shape)} and gate_up {tuple(gate_up_T2I.shape)}")
+        g_gate_up_T2I = torch.empty_like(gate_up_T2I)
+        backward.silu_mul_backward(_dense(g_TI), _dense(gate_up_T2I), rows, width, g_gate_up_T2I.numpy(),
+                                   self._tasks(rows, 4 * g_TI.numel()))
+        return g_gate_up_T2I
+
+    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._parts(logits_RV, bounds))
+
+    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
+        shards = parts_RS2.shape[1]
+        if shards.bit_count() != 1:
+            raise ValueError(f"{shards} shards: a balanced tree needs a power of two of them")
+        return self._merge(_dense(parts_RS2).copy())
+
+    def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
+        rows, width = logits_RV.shape
+        targets = _integers(targets_R)
+        if not rows == lse_R.numel() == targets.size == g_R.numel():
+            raise ValueError(f"{rows} rows of logits with {lse_R.numel()} sums, {targets.size} targets and "
+                             f"{g_R.numel()} gradients")
+        bad = backward.cross_entropy_backward(_dense(logits_RV), rows, width, _dense(lse_R), targets, _dense(g_R),
+                                              self._tasks(rows, 4 * logits_RV.numel()))
+        if bad >= 0:
+            raise IndexError(f"target {targets[bad]} is not one of {width} tokens")
+
+    def adamw_(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, stored: Tensor | None, *,
+               rate: float, beta1: float, beta2: float, eps: float, decay: float, step: int, scale: float) -> None:
+        for name, tensor in (("grad", grad), ("first", first), ("second", second), ("stored", stored)):
+            if tensor is not None:
+                _alike("the master", master, name, tensor)
+        factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / math.sqrt(1 - beta2**step), eps, 1 - rate * decay,
+                   -rate / (1 - beta1**step))
+        optimizer.adamw(_flat(master), self._stored(grad), _flat(first), _flat(second),
+                        NOTHING if stored is None else self._stored(stored),
+                        tuple(np.float32(factor) for factor in factors), self._tasks(master.numel(), master.numel()))
+
+    def sum_of_squares(self, flat: Tensor, chunk: int) -> Tensor:
+        if flat.ndim != 1 or chunk < 1:
+            raise ValueError(f"a tensor {tuple(flat.shape)} in chunks of {chunk}: it must be flat, and they at least 1")
+        sums = torch.empty(-(-flat.numel() // chunk), dtype=torch.float64)
+        optimizer.sum_of_squares(self._stored(flat), chunk, sums.numpy(), self._tasks(len(sums), flat.numel()))
+        return sums
+
+    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+        bar = dropout_bar(rate)
+        if rate == 0:
+            return x_TD
+        if row_T.shape != x_TD.shape[:1] or x_TD.ndim != 2:
+            raise ValueError(f"x is {tuple(x_TD.shape)} and its rows' numbers {tuple(row_T.shape)}")
+        out_TD = torch.empty_like(x_TD)
+        backward.dropout(_dense(x_TD), signed64(key), _integers(row_T), first_feature, bar, np.float32(1 / (1 - rate)),
+                         out_TD.numpy(), self._tasks(len(x_TD), 4 * x_TD.numel()))
+        return out_TD

@@ -8,7 +8,6 @@ passes over the row find the shortest prefix of (logit descending, id ascending)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ from headrace.kernels.cpu.simd import (
     zero8,
 )
 
-__all__ = ["gumbel", "logsumexp", "sample", "score", "top_logprobs"]
+__all__ = ["STEP", "gumbel", "logsumexp_parts", "merge_logsumexp", "mix", "sample", "score", "top_logprobs"]
 
 NEVER = np.float32(-np.inf)
 GREATEST = np.finfo(np.float32).max
@@ -66,7 +65,7 @@ def _bits(tyctx: Any, x: Any) -> Any:
 # ---- noise -----------------------------------------------------------------------------------------------------
 
 @kernel
-def _mix(x):
+def mix(x):
     """splitmix64's finalizer: a bijection of 64 bits."""
     x = (x ^ (x >> np.uint64(30))) * MULTIPLY_1
     x = (x ^ (x >> np.uint64(27))) * MULTIPLY_2
@@ -75,16 +74,16 @@ def _mix(x):
 
 @kernel
 def _row_key(seed, choice, position):
-    key = _mix(np.uint64(seed) + STEP)
-    key = _mix((key ^ np.uint64(choice)) + STEP)
-    return _mix((key ^ np.uint64(position)) + STEP)
+    key = mix(np.uint64(seed) + STEP)
+    key = mix((key ^ np.uint64(choice)) + STEP)
+    return mix((key ^ np.uint64(position)) + STEP)
 
 
 @kernel
 def _uniform(key, out_V):
     """v in (0, 1) for every token, from 31 bits of its hash: the small ones are fine-grained."""
     for i in range(out_V.size):
-        bits = np.int32(_mix(key + np.uint64(i + 1) * STEP) >> np.uint64(33))
+        bits = np.int32(mix(key + np.uint64(i + 1) * STEP) >> np.uint64(33))
         out_V[i] = min((np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-31), np.float32(1.0 - 2.0**-24))
 
 
@@ -131,35 +130,35 @@ def _shard(logits, first, last):
 
 
 @kernel(parallel=True)
-def _logsumexp(logits_RV, bounds, partials, out_R):
-    """Shards in parallel, then a balanced tree over each row's, a power of two of them."""
+def logsumexp_parts(logits_RV, bounds, out_RS2):
+    """See `Ops.logsumexp_parts`. logits are C-contiguous fp32."""
     rows, vocab_size = logits_RV.shape
     shards = bounds.size - 1
     for item in prange(rows * shards):
         row, shard = item // shards, item % shards
         start = row * vocab_size
         m, e = _shard(logits_RV, start + bounds[shard], start + bounds[shard + 1])
-        partials[row, shard, 0] = m
-        partials[row, shard, 1] = e
+        out_RS2[row, shard, 0] = m
+        out_RS2[row, shard, 1] = e
+
+
+@kernel
+def merge_logsumexp(parts_RS2, out_R):
+    """See `Ops.merge_logsumexp`; the parts are spoilt. A row of nothing but -inf gives -inf."""
+    rows, shards = parts_RS2.shape[:2]
     for row in range(rows):
         count = shards
         while count > 1:
             count //= 2
             for i in range(count):
-                left, right = partials[row, 2 * i], partials[row, 2 * i + 1]
+                left, right = parts_RS2[row, 2 * i], parts_RS2[row, 2 * i + 1]
                 m = max(left[0], right[0])
                 e = np.float32(0.0)
                 if m != NEVER:
                     e = left[1] * exp1(left[0] - m) + right[1] * exp1(right[0] - m)
-                partials[row, i, 0] = m
-                partials[row, i, 1] = e
-        out_R[row] = partials[row, 0, 0] + log1(partials[row, 0, 1])
-
-
-def logsumexp(logits_RV: np.ndarray, bounds: Sequence[int], out_R: np.ndarray) -> None:
-    """See `Ops.logsumexp`. logits are C-contiguous fp32. A row of nothing but -inf gives -inf."""
-    cuts = np.asarray(bounds, np.int64)
-    _logsumexp(logits_RV, cuts, np.empty((len(logits_RV), len(cuts) - 1, 2), np.float32), out_R)
+                parts_RS2[row, i, 0] = m
+                parts_RS2[row, i, 1] = e
+        out_R[row] = parts_RS2[row, 0, 0] + log1(parts_RS2[row, 0, 1])
 
 
 @kernel

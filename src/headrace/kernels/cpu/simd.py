@@ -36,7 +36,7 @@ from numba.extending import models, register_model
 __all__ = [
     "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8",
     "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "prefetch", "splat8",
-    "store1", "store8", "store8n", "store_lanes", "sub8", "widest", "zero8",
+    "sqrt8", "store1", "store8", "store8n", "store_lanes", "sub8", "widest", "zero8",
 ]
 
 LANES = 8
@@ -126,7 +126,7 @@ def emit_splat(builder: ir.IRBuilder, x: ir.Value, lanes: int = LANES) -> ir.Val
     return builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), mask(*[0] * lanes))
 
 
-def _fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
+def emit_fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
     """Combine the lanes at distance 4, then 2, then 1."""
 
     def emit(builder: ir.IRBuilder, v: ir.Value) -> ir.Value:
@@ -208,12 +208,14 @@ max8 = operator("max8", 2, emit_select(">"), f32x8, f32x8)
 min8 = operator("min8", 2, emit_select("<"), f32x8, f32x8)
 fma8 = operator("fma8", 3, emit_fma, f32x8, f32x8)
 fma1 = operator("fma1", 3, emit_fma, types.float32, types.float32)
+sqrt8 = operator("sqrt8", 1, lambda builder, a: builder.call(cgutils.get_or_insert_function(
+    builder.module, ir.FunctionType(VECTOR, [VECTOR]), "llvm.sqrt.v8f32"), [a]), f32x8, f32x8)
 exp8 = operator("exp8", 1, emit_exp, f32x8, f32x8)
 exp1 = operator("exp1", 1, emit_exp, types.float32, types.float32)
 log8 = operator("log8", 1, _log, f32x8, f32x8)
 log1 = operator("log1", 1, _log, types.float32, types.float32)
-hsum8 = operator("hsum8", 1, _fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
-hmax8 = operator("hmax8", 1, _fold(emit_select(">")), f32x8, types.float32)
+hsum8 = operator("hsum8", 1, emit_fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
+hmax8 = operator("hmax8", 1, emit_fold(emit_select(">")), f32x8, types.float32)
 hsum8x8 = operator("hsum8x8", 8, _hsum8x8, f32x8, f32x8)
 abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
     builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR), f32x8, f32x8)

@@ -1,4 +1,4 @@
-"""Compiling ahead: every kernel that serving a model will call, run once on a few numbers."""
+"""Compiling ahead: every kernel that serving a model, or training it, will call, run once on a few numbers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ Progress = Callable[[int, int, str], None]
 WIDTH = 1024  # of a product large enough for the threads
 
 
-def warm_up(ops: CpuOps, weights: torch.dtype, cache: torch.dtype, progress: Progress | None) -> None:
+def warm_up(ops: CpuOps, weights: torch.dtype, cache: torch.dtype, progress: Progress | None,
+            training: bool) -> None:
     """Call each operation of `ops` once, with weights and cache of these dtypes. What is on disk is only loaded."""
     steps = [*_model_steps(ops, weights, cache), *_logit_steps(ops)]
+    if training:
+        steps += _training_steps(ops, weights)
     for done, (name, run) in enumerate(steps):
         if progress is not None:
             progress(done, len(steps), name)
@@ -59,3 +62,16 @@ def _logit_steps(ops: CpuOps) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "score", lambda: ops.score(logits, lse, at)
     yield "top_logprobs", lambda: ops.top_logprobs(logits, lse, 2)
     yield "sample", lambda: ops.sample(logits, params)
+
+
+def _training_steps(ops: CpuOps, weights: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    x, at, one = torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    master, first, second, grad = torch.zeros(16), torch.zeros(16), torch.zeros(16), torch.zeros(16, dtype=weights)
+    stored = None if weights == torch.float32 else torch.zeros(16, dtype=weights)
+    yield "rms_norm_backward", lambda: ops.rms_norm_backward(x, x, torch.ones(16, dtype=weights), 1.0, (0, 1))
+    yield "silu_mul_backward", lambda: ops.silu_mul_backward(x[:, :8].contiguous(), x)
+    yield "cross_entropy_backward", lambda: ops.cross_entropy_backward_(x.clone(), one, at, one)
+    yield "adamw", lambda: ops.adamw_(master, grad, first, second, stored, rate=0.0, beta1=0.9, beta2=0.9, eps=1.0,
+                                      decay=0.0, step=1, scale=1.0)
+    yield "sum_of_squares", lambda: ops.sum_of_squares(grad, 8)
+    yield "dropout", lambda: ops.dropout(x, 0, at, 0, 0.5)

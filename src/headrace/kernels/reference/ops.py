@@ -6,6 +6,7 @@ across batches here: torch's matrix products choose their reduction by shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.ops import AttentionMeta, SampleParams, dropout_bar, signed64
 from headrace.kernels.reference import sample as sampling
 
 __all__ = ["ReferenceOps"]
@@ -42,7 +43,7 @@ class ReferenceOps:
         return f"reference/torch-{torch.__version__}/{place}"
 
     def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
-                progress: Callable[[int, int, str], None] | None = None) -> None:
+                progress: Callable[[int, int, str], None] | None = None, training: bool = False) -> None:
         """Nothing is compiled here."""
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
@@ -126,11 +127,7 @@ class ReferenceOps:
         return (weights @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
 
     def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        shards = [logits_RV[:, a:b] for a, b in pairwise(bounds) if b > a]
-        best_R = torch.stack([x.amax(dim=1) for x in shards]).amax(dim=0)
-        shift_R1 = torch.where(best_R == -torch.inf, 0.0, best_R)[:, None]
-        total_R = _tree([torch.exp(x.float() - shift_R1).sum(dim=1) for x in shards])
-        return shift_R1[:, 0] + torch.log(total_R)
+        return self.merge_logsumexp(self.logsumexp_parts(logits_RV, bounds))
 
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         target_R1 = targets_R.to(logits_RV.device, torch.int64)[:, None]
@@ -168,6 +165,72 @@ class ReferenceOps:
     def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         for i, j in pairs:
             target[j].copy_(source[i])
+
+    # ---- what training adds ------------------------------------------------------------------------------------
+
+    def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float,
+                          bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        r_T1 = torch.rsqrt(x_TD.square().mean(dim=-1, keepdim=True) + eps)
+        normed_TD = x_TD * r_T1
+        g_normed_TD = g_TD * weight_D.float()
+        along_T1 = (g_normed_TD * normed_TD).mean(dim=-1, keepdim=True)
+        g_weight_TD = (g_TD * normed_TD).flatten(0, -2)
+        return ((g_normed_TD - normed_TD * along_T1) * r_T1,
+                torch.stack([g_weight_TD[a:b].sum(dim=0) for a, b in pairwise(bounds)]))
+
+    def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
+        gate, up = gate_up_T2I.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        return torch.cat((g_TI * up * (sigmoid + silu * (1 - sigmoid)), g_TI * silu), dim=-1)
+
+    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        parts = []
+        for a, b in pairwise(bounds):
+            z = F.pad(logits_RV[:, a:b].float(), (0, 1), value=-torch.inf)  # an empty shard has a maximum too
+            m_R = z.amax(dim=1)
+            parts.append(torch.stack((m_R, torch.exp(z - _shift(m_R)[:, None]).sum(dim=1)), dim=1))
+        return torch.stack(parts, dim=1)
+
+    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
+        m_RS, e_RS = parts_RS2.unbind(dim=2)
+        while m_RS.shape[1] > 1:
+            best_RS = torch.maximum(m_RS[:, ::2], m_RS[:, 1::2])
+            shift_RS = _shift(best_RS)
+            e_RS = (e_RS[:, ::2] * torch.exp(m_RS[:, ::2] - shift_RS)
+                    + e_RS[:, 1::2] * torch.exp(m_RS[:, 1::2] - shift_RS))
+            m_RS = best_RS
+        return m_RS[:, 0] + torch.log(e_RS[:, 0])
+
+    def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
+        ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+        hit_RV = targets_R.to(logits_RV.device)[:, None] == ids_V
+        logits_RV.copy_(g_R[:, None] * (hit_RV.float() - torch.exp(logits_RV - lse_R[:, None])))
+
+    def adamw_(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, stored: Tensor | None, *,
+               rate: float, beta1: float, beta2: float, eps: float, decay: float, step: int, scale: float) -> None:
+        g = grad.float() * scale
+        first.add_((1 - beta1) * (g - first))
+        second.mul_(beta2).add_((1 - beta2) * g * g)
+        under = second.sqrt() / math.sqrt(1 - beta2**step) + eps
+        master.mul_(1 - rate * decay).sub_(rate / (1 - beta1**step) * first / under)
+        if stored is not None:
+            stored.copy_(master)
+
+    def sum_of_squares(self, flat: Tensor, chunk: int) -> Tensor:
+        return F.pad(flat, (0, -flat.numel() % chunk)).view(-1, chunk).double().square().sum(dim=1)
+
+    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+        bar = dropout_bar(rate)
+        if rate == 0:
+            return x_TD
+        keep_TD = sampling.kept(signed64(key), row_T.to(x_TD.device), first_feature, x_TD.shape[1], bar)
+        return torch.where(keep_TD, x_TD * (1 / (1 - rate)), 0.0)
+
+
+def _shift(m: Tensor) -> Tensor:
+    """A maximum that may be subtracted: 0 where it is -inf."""
+    return torch.where(m == -torch.inf, 0.0, m)
 
 
 def _logprob(z_RN: Tensor, lse_R: Tensor) -> Tensor:

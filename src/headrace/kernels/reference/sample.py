@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.kernels.ops import SampleParams
 
-__all__ = ["FIXED_POINT", "gumbel", "ordered", "row_keys", "sample"]
+__all__ = ["FIXED_POINT", "gumbel", "kept", "mix", "ordered", "row_keys", "sample"]
 
 FIXED_POINT = 2.0**40
 """Probability weights are summed as integers of 2⁻⁴⁰ of the best token's."""
@@ -28,7 +28,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """splitmix64's finalizer: a bijection of 64 bits."""
     x = (x ^ _shift(x, 30)) * _MULTIPLY_1
     x = (x ^ _shift(x, 27)) * _MULTIPLY_2
@@ -37,9 +37,17 @@ def _mix(x: Tensor) -> Tensor:
 
 def row_keys(seed_R: Tensor, choice_R: Tensor, position_R: Tensor) -> Tensor:
     """The 64-bit key of each row's noise, from its seed, choice index and absolute position."""
-    key_R = _mix(seed_R.long() + _STEP)
-    key_R = _mix((key_R ^ choice_R.long()) + _STEP)
-    return _mix((key_R ^ position_R.long()) + _STEP)
+    key_R = mix(seed_R.long() + _STEP)
+    key_R = mix((key_R ^ choice_R.long()) + _STEP)
+    return mix((key_R ^ position_R.long()) + _STEP)
+
+
+def kept(key: int, row_T: Tensor, first_feature: int, width: int, bar: int) -> Tensor:
+    """Which of the elements first_feature … of each row dropout keeps, bool [T, width]: 31 bits reach `bar`."""
+    key_T = mix(torch.tensor(key, device=row_T.device) + _STEP)
+    key_T = mix((key_T ^ row_T.long()) + _STEP)
+    count_D = first_feature + torch.arange(1, width + 1, dtype=torch.int64, device=row_T.device)
+    return _shift(mix(key_T[:, None] + count_D * _STEP), 33) >= bar
 
 
 def gumbel(key_R: Tensor, vocab_size: int) -> Tensor:
@@ -49,7 +57,7 @@ def gumbel(key_R: Tensor, vocab_size: int) -> Tensor:
     −log(−log(1 − v)), so a large draw (v near 0) is as exact as fp32 allows.
     """
     count_V = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=key_R.device)
-    bits_RV = _shift(_mix(key_R[:, None] + count_V * _STEP), 33)
+    bits_RV = _shift(mix(key_R[:, None] + count_V * _STEP), 33)
     v_RV = ((bits_RV.float() + 0.5) * 2.0**-31).clamp_(max=1.0 - 2.0**-24)
     return -torch.log(-torch.log1p(-v_RV))
 
