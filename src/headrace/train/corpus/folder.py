@@ -14,7 +14,7 @@ import numpy as np
 from headrace.config import require
 from headrace.errors import ConfigError
 from headrace.text.tokenizer import Tokenizer
-from headrace.train.corpus.index import INDEX, OFFSETS, VALIDATION, read_index, sha256
+from headrace.train.corpus.index import INDEX, OFFSETS, VALIDATION, Index, read_index, sha256
 from headrace.train.corpus.order import permutation
 from headrace.train.corpus.pieces import Piece, same_data
 
@@ -175,7 +175,7 @@ class CorpusPieces:
         return self._corpus.piece(int(self._corpus.training[document]), start, self._seq_length)
 
 
-def check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path) -> Index:
     """Read every file of a built folder and compare its hash. Raises `ConfigError` that names the damaged one."""
     corpus = Corpus(folder)
     named = {**corpus.index.files}
@@ -184,3 +184,4 @@ def check_folder(folder: str | Path) -> None:
     for name, expected in named.items():
         require(sha256(Path(folder) / name) == expected,
                 f"{Path(folder) / name} is damaged: its bytes are not those that were built; build it again")
+    return corpus.index
