@@ -6,6 +6,7 @@ logits of prompt i must be the same bits in every cell.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import random
@@ -22,6 +23,7 @@ import torch
 from headrace.engine.assemble import assemble
 from headrace.engine.engine import Engine
 from headrace.engine.options import EngineOptions
+from headrace.engine.ranks import Ranks
 from headrace.engine.request import Request
 from headrace.engine.sampling import SamplingParams
 from headrace.kernels.ops import load_ops
@@ -56,6 +58,7 @@ class Cell:
     threads: int = 2
     resumed: bool = False
     depth: int = 1
+    ranks: int = 1
 
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -70,6 +73,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "threads": (2, 1),
     "resumed": (False, True),
     "depth": (1, 2),
+    "ranks": (1, 2, 4),
 }
 
 
@@ -106,9 +110,17 @@ def request(number: int, prompt: list[int], sampling: str) -> Request:
 
 
 @lru_cache
-def loaded(folder: Path, threads: int) -> tuple[Any, Any]:
+def others(folder: Path, ranks: int) -> Ranks:
+    """The processes that hold the rest of a model, kept for all cells; each has one thread."""
+    started = Ranks.start(ranks, folder, "cpu", [{"threads": 1}] * ranks, "auto", torch.device("cpu"))
+    atexit.register(started.close)
+    return started
+
+
+@lru_cache
+def loaded(folder: Path, threads: int, ranks: int = 1) -> tuple[Any, Any]:
     ops = load_ops("cpu", threads=threads)
-    return load_model(folder, ops), ops
+    return load_model(folder, ops, group=others(folder, ranks).group), ops
 
 
 class Recorder:
@@ -137,7 +149,7 @@ class Recorder:
 
 def engine_for(cell: Cell, folder: Path, longest: int) -> Engine:
     """A fresh engine, arranged as the cell says. Preemption comes from a pool too small for the load."""
-    model, ops = loaded(folder, cell.threads)
+    model, ops = loaded(folder, cell.threads, cell.ranks)
     blocks = 1 + (PROMPTS + 8) * -(-(longest + TOKENS) // cell.block_size)
     if cell.preemption != "never":
         blocks = 1 + -(-(longest + TOKENS) // cell.block_size) + 64 // cell.block_size
@@ -154,6 +166,7 @@ def engine_for(cell: Cell, folder: Path, longest: int) -> Engine:
             prefix_caching=cell.prefix != "cold",
             max_num_seqs=PROMPTS,
         ),
+        others(folder, cell.ranks),
     )
     return engine
 

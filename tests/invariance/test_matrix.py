@@ -8,7 +8,14 @@ import pytest
 from invariance.harness import AXES, Cell, first_difference, full_product, pairwise, run_cell
 from invariance.selection import PRODUCT, cell_at, selected
 
-CELLS = pairwise(AXES)
+QUICK = {**AXES, "ranks": (1, 2)}
+FOUR_RANKS = [
+    Cell("gqa-qknorm", "seeded", load=16, ranks=4),
+    Cell("bf16", load=2, chunk=64, prefix="warm", ranks=4),
+    Cell("tinyworld", "penalised", load=2, preemption="swap", depth=2, ranks=4),
+]
+"""More processes than a small machine has cores: few of them stand for all but in the full product."""
+CELLS = [*pairwise(QUICK), *FOUR_RANKS]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: "-".join(str(v) for v in vars(c).values()))
@@ -18,9 +25,9 @@ def test_same_bits(cell, folders, alone, worker):
 
 
 def test_every_pair_is_covered():
-    for a, b in ((a, b) for a in AXES for b in AXES if a < b):
+    for a, b in ((a, b) for a in QUICK for b in QUICK if a < b):
         seen = {(getattr(c, a), getattr(c, b)) for c in CELLS}
-        assert seen == {(x, y) for x in AXES[a] for y in AXES[b]}
+        assert seen >= {(x, y) for x in QUICK[a] for y in QUICK[b]}
 
 
 def test_cells_have_numbers():

@@ -146,6 +146,16 @@ def mixes_up_previous(patch):
     patch.setattr(Runner, "_resolve_previous", resolve)
 
 
+def sums_what_it_holds_at_once(patch):
+    """A rank that does not keep its virtual shards apart; alone, with all four, it does."""
+    right = CpuOps.linear
+
+    def linear(self, x, weight, bias=None, bounds=None):
+        return right(self, x, weight, bias, bounds if bounds is None or len(bounds) > 3 else None)
+
+    patch.setattr(CpuOps, "linear", linear)
+
+
 class Here:
     """Resumes in this process, where the mutant lives."""
 
@@ -165,6 +175,7 @@ MUTANTS = [
     ("threads", sums_by_thread_count, {"threads": 1}),
     ("resumed", forgets_what_is_output, {"load": 16, "sampling": "penalised", "resumed": True}),
     ("depth", mixes_up_previous, {"load": 16, "depth": 2}),
+    ("ranks", sums_what_it_holds_at_once, {"load": 2, "ranks": 2}),
 ]
 
 

@@ -14,9 +14,11 @@ from headrace.config import CacheConfig, ModelConfig
 from headrace.engine.engine import Engine
 from headrace.engine.options import EngineOptions, free_memory
 from headrace.engine.plan import Plan, Slice
+from headrace.engine.ranks import Ranks
 from headrace.engine.runner import Runner
 from headrace.engine.sampling import SamplingParams
 from headrace.engine.scheduler import Scheduler
+from headrace.engine.shard import ModelShard
 from headrace.errors import ConfigError
 from headrace.kernels.ops import Ops
 from headrace.model.transformer import Transformer
@@ -44,11 +46,15 @@ def max_length(config: ModelConfig, options: EngineOptions) -> int:
 
 
 def count_blocks(model: Transformer, cache: CacheConfig, max_len: int, max_seqs: int) -> int:
-    """Blocks of the pool, the null block included; raises `ConfigError` where memory holds not even one."""
+    """Blocks of the pool, the null block included. Memory is that of all ranks together.
+
+    Raises `ConfigError` where it holds not even one.
+    """
     if cache.num_blocks:
         return cache.num_blocks
     config, dtype = model.config, getattr(torch, cache.dtype)
-    block_bytes = KVStore.bytes_per_block(config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype)
+    block_bytes = model.group.size * KVStore.bytes_per_block(
+        config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype)
     free = free_memory()
     if cache.memory_bytes > free:
         raise ConfigError(
@@ -73,8 +79,9 @@ def host_slots(cache: CacheConfig, options: EngineOptions, store: KVStore) -> in
     return cache.swap_bytes // store.block_bytes if cache.swap_bytes else store.num_blocks - 1
 
 
-def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine[Runner]:
-    """An engine around a loaded model."""
+def assemble(model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None) -> Engine[Runner]:
+    """An engine around a loaded model; `ranks` are those that hold the rest of it."""
+    ranks = Ranks() if ranks is None else ranks
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
     blocks = count_blocks(model, cache, length, options.max_num_seqs)
@@ -88,7 +95,8 @@ def assemble(model: Transformer, ops: Ops, options: EngineOptions) -> Engine[Run
         ops.device,
     )
     slots = host_slots(cache, options, store)
-    runner = Runner(model, ops, store, slots)
+    ranks.begin(num_blocks=blocks, block_size=cache.block_size, cache_dtype=cache.dtype, host_slots=slots)
+    runner = Runner(ModelShard(model, ops, store, slots), ranks)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
     scheduler = Scheduler(
         options.scheduler_config(budget), replace(cache, num_blocks=blocks), length, config.eos_token_ids, slots

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headrace.engine.plan import PREVIOUS, SAMPLE, Plan, Slice
+from headrace.engine.shard import Inputs
 from headrace.kernels.ops import AttentionMeta, SampleParams
 
 __all__ = ["Batch", "BatchBuilder"]
@@ -20,12 +21,9 @@ WORD = 0xFFFFFFFFFFFFFFFF
 
 @dataclass(slots=True)
 class Batch:
-    """One step, packed. T tokens, R rows with logits, E edits, all on the ops' device except `params`."""
+    """One step, packed. R rows with logits, E edits, all on the ops' device except `params`."""
 
-    ids_T: Tensor
-    positions_T: Tensor
-    meta: AttentionMeta
-    rows_R: Tensor
+    inputs: Inputs
     targets: list[int]
     """Per row with logits: `SAMPLE` or the known token to score."""
     sample_rows: list[int]
@@ -74,10 +72,8 @@ class BatchBuilder:
         rows = [end - len(s.targets) + i for s, end in zip(slices, ends) for i in range(len(s.targets))]
         sampled = [s for s in slices if s.targets and s.targets[-1] == SAMPLE]
         return Batch(
-            ids_T=self._tensor(ids),
-            positions_T=self._tensor(positions.astype(np.int64)),
-            meta=meta,
-            rows_R=self._tensor(np.asarray(rows, np.int64)),
+            inputs=Inputs(self._tensor(ids), self._tensor(positions.astype(np.int64)), meta,
+                          self._tensor(np.asarray(rows, np.int64))),
             targets=targets,
             sample_rows=[i for i, t in enumerate(targets) if t == SAMPLE],
             sampled_requests=[s.request_id for s in sampled],

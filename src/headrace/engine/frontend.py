@@ -16,6 +16,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.options import EngineOptions
 from headrace.engine.outputs import RequestOutput
 from headrace.engine.processor import Group
+from headrace.engine.ranks import Ranks
 from headrace.engine.records import plain_output, plain_prompt_logprobs, read_output, read_table
 from headrace.engine.request import Request, RequestUpdate
 from headrace.engine.runner import Runner
@@ -25,6 +26,8 @@ from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import load_model, read_config, resolve
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.heads import HeadLayout
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Frontend", "Prompt"]
@@ -37,11 +40,12 @@ Progress = Callable[[int, int, str], None]
 class Frontend:
     """One engine with its tokenizer. Prompts are checked here; a request is a `Group` of one or more choices."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions,
+                 ranks: Ranks | None = None) -> None:
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self.engine: Engine[Runner] = assemble(model, ops, options)
+        self.engine: Engine[Runner] = assemble(model, ops, options, ranks)
         self.fingerprint = fingerprint(ops, model.config, options.cache_config())
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
@@ -58,14 +62,21 @@ class Frontend:
         config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
         tokenizer.check_vocabulary(config.vocab_size)
-        own: dict[str, dict[str, Any]] = {
-            "cpu": {"threads": options.threads or None},
-            "reference": {"device": options.device},
-        }
-        ops = load_ops(options.kernel_set, **own.get(options.kernel_set, {}))
-        model = load_model(folder, ops, options.dtype)
-        ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
-        return cls(model, tokenizer, ops, options)
+        HeadLayout(config, TensorGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
+        each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
+        ops = load_ops(options.kernel_set, **each[0])
+        ranks = Ranks.start(len(each), folder, options.kernel_set, each, options.dtype, ops.device)
+        try:
+            model = load_model(folder, ops, options.dtype, ranks.group)
+            ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
+            return cls(model, tokenizer, ops, options, ranks)
+        except BaseException:
+            ranks.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes of other ranks. Nothing can be computed afterwards where there were any."""
+        self.engine.runner.ranks.close()
 
     def add(
         self,

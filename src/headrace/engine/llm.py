@@ -56,6 +56,16 @@ class LLM:
         self.fingerprint = frontend.fingerprint
         self._defaults = defaults
 
+    def close(self) -> None:
+        """End the processes that tensor parallelism started. Afterwards the engine can do nothing."""
+        self.frontend.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def default_sampling_params(self) -> dict[str, Any]:
         """What the model's own generation_config.json says of sampling."""
         return dict(self._defaults)

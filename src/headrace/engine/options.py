@@ -46,7 +46,9 @@ class EngineOptions:
         "as the checkpoint has them",
         ("auto", "float32", "bfloat16", "float16"),
     )
-    threads: int = option(0, "CPU threads", "all of them")
+    threads: int = option(0, "CPU threads, of all ranks together", "all of them")
+    tensor_parallel_size: int = option(1, "processes that hold the model together: 1, 2, 4, 8 or 16",
+                                       "on one machine, threads do as well")
     max_model_len: int = option(0, "longest sequence in tokens", "the model's own")
     block_size: int = option(16, "tokens in a KV cache block", "less waste than 32, and no slower")
     kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB", "chosen from free memory", parse=parse_bytes)
@@ -83,6 +85,8 @@ class EngineOptions:
             self._check_field(item.name, item.default, item.metadata)
         cores = os.cpu_count() or 1
         require(0 <= self.threads <= cores, f"threads={self.threads} must be from 0 to this machine's {cores}")
+        require(self.tensor_parallel_size in (1, 2, 4, 8, 16),
+                f"tensor_parallel_size={self.tensor_parallel_size} must be 1, 2, 4, 8 or 16")
         require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must not be negative")
         require(0.0 <= self.slo_tbt < math.inf, f"slo_tbt={self.slo_tbt} must be a time in ms")
         if self.max_num_batched_tokens == "auto":
@@ -128,6 +132,14 @@ class EngineOptions:
                 isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool),
                 f"{name}={value!r} must be a {'number' if isinstance(default, float) else type(default).__name__}",
             )
+
+    def ops_options(self, rank: int) -> dict[str, Any]:
+        """What the ops of a rank are made with: its share of the threads, or its GPU."""
+        size = self.tensor_parallel_size
+        if self.kernel_set == "cpu":
+            all_threads = self.threads or os.cpu_count() or 1
+            return {"threads": max(1, all_threads // size) if size > 1 else self.threads or None}
+        return {"device": f"{self.device}:{rank}" if self.device == "cuda" and size > 1 else self.device}
 
     @property
     def kernel_set(self) -> str:

@@ -1,4 +1,4 @@
-"""`Runner`: turns a plan into tokens. It owns the model, the KV store and the host slots of swapped blocks."""
+"""`Runner`: turns a plan into tokens. It packs a step for every rank, and samples from what rank 0 gets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.attention.paged import PagedContext
-from headrace.attention.store import KVStore
 from headrace.engine.batch import Batch, BatchBuilder
+from headrace.engine.frames import frame, step_frame
 from headrace.engine.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
-from headrace.kernels.ops import Ops
-from headrace.model.transformer import Transformer
+from headrace.engine.ranks import Ranks
+from headrace.engine.shard import ModelShard, Moves
 
 __all__ = ["Handle", "Runner"]
 
@@ -41,28 +40,26 @@ class _Logprobs:
 class Runner:
     """Executes plans in the order they are submitted. One thread owns it: kernels are not re-entrant."""
 
-    def __init__(self, model: Transformer, ops: Ops, store: KVStore, host_slots: int = 0) -> None:
-        self.model = model
-        self.ops = ops
-        self.store = store
-        self._host = torch.empty((host_slots, *store.blocks.shape[1:]), dtype=store.blocks.dtype)
-        self._builder = BatchBuilder(store.block_size, model.config.vocab_size, ops.device)
+    def __init__(self, shard: ModelShard, ranks: Ranks) -> None:
+        """`shard` is rank 0's; the others do with theirs what `ranks` hears."""
+        self.model, self.ops, self.store = shard.model, shard.ops, shard.store
+        self._shard = shard
+        self.ranks = ranks
+        self._builder = BatchBuilder(shard.store.block_size, shard.model.config.vocab_size, shard.ops.device)
         self._sampled: dict[int, int] = {}
         self._last: Tensor | None = None
 
     def submit(self, plan: Plan) -> Handle:
         """Start one step. Blocks move first: out to the host, in from it, then copy-on-write."""
-        ops, blocks = self.ops, self.store.blocks
-        if plan.swap_out:
-            ops.copy_blocks_(blocks, self._host, plan.swap_out)
-        if plan.swap_in:
-            ops.copy_blocks_(self._host, blocks, plan.swap_in)
-        if plan.copies:
-            ops.copy_blocks_(blocks, blocks, plan.copies)
-        if not plan.slices:
+        moves = Moves(plan.swap_out, plan.swap_in, plan.copies)
+        batch = self._builder.build(plan) if plan.slices else None
+        if batch is not None:
+            self._resolve_previous(batch)
+        if self.ranks.size > 1:
+            self.ranks.send(step_frame(moves, None if batch is None else batch.inputs))
+        self._shard.move(moves)
+        if batch is None:
             return Handle(plan, None, None, None)
-        batch = self._builder.build(plan)
-        self._resolve_previous(batch)
         logits_RV = self.logits(batch)
         sampled, logprobs = self._finish(batch, logits_RV, plan.slices)
         self._sampled = {request: row for row, request in enumerate(batch.sampled_requests)}
@@ -92,8 +89,16 @@ class Runner:
 
     def logits(self, batch: Batch) -> Tensor:
         """The model's raw logits [R, V] for the rows that want them; KV of every row is stored on the way."""
-        context = PagedContext(self.ops, self.store, batch.meta, self.model.config)
-        return self.model.lm_head.gather(self.model.forward(batch.ids_T, batch.positions_T, context, batch.rows_R))
+        try:
+            return self._shard.logits(batch.inputs)
+        except RuntimeError as error:
+            raise self.ranks.explain(error) from error
+
+    def hidden(self, ids: Sequence[int]) -> Tensor:
+        """What the head would read [T, D] fp32, for one sequence by itself; it does not touch the cache."""
+        if self.ranks.size > 1:
+            self.ranks.send(frame("hidden", {"ids": list(ids)}))
+        return self._shard.hidden(ids)
 
     def _resolve_previous(self, batch: Batch) -> None:
         if not batch.previous:
@@ -101,7 +106,7 @@ class Runner:
         if self._last is None:
             raise RuntimeError("a plan refers to the previous step's tokens, and there was none")
         rows = [row for row, _ in batch.previous]
-        batch.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
+        batch.inputs.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
 
     def _finish(
         self, batch: Batch, logits_RV: Tensor, slices: Sequence[Slice]

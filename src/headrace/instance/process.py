@@ -45,6 +45,7 @@ def main() -> int:
 
     try:
         llm = LLM(start["model"], progress=lambda *at: send(Progress(*at)), **start["options"])
+        llm.frontend.engine.runner.ranks.watch(_die_too)
         instance = Instance(llm, send)
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()
@@ -66,6 +67,12 @@ def _receive(commands: zmq.Socket[bytes], instance: Instance) -> None:
     while not isinstance(command, Stop):
         command = decode_command(commands.recv())
         instance.post(command)
+
+
+def _die_too(obituary: str) -> None:
+    """A rank has ended: so has the model. The gateway sees this process end, and starts another."""
+    print(f"headrace: {obituary}", file=sys.stderr)
+    _leave(1)
 
 
 def _outlive_nobody(stdin: IO[bytes], folder: Path) -> None:

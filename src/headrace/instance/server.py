@@ -12,8 +12,6 @@ from dataclasses import fields
 
 import torch
 
-from headrace.attention.context import packed_positions
-from headrace.attention.dense import DenseContext
 from headrace.engine.llm import LLM
 from headrace.engine.loop import EngineLoop
 from headrace.engine.sampling import SamplingParams, named_parameter
@@ -183,17 +181,12 @@ class Instance:
         """Rows of the embedding table."""
         return self._frontend.model_config.vocab_size
 
-    @torch.no_grad()
     def _embed(self, name: str, ids: list[int]) -> None:
         """The mean over positions of the last norm's output, which is what the head reads: fp32 [D].
 
         Positions are added one after another in fp64, so that the number of threads is nowhere in the sum.
         """
-        model, ops = self._frontend.engine.runner.model, self._frontend.engine.runner.ops
-        dtype = self._frontend.engine.runner.store.blocks.dtype
-        ctx = DenseContext(ops, model.config, [len(ids)], dtype)
-        positions_T = packed_positions([len(ids)], ops.device)
-        hidden_TD = model.hidden(torch.tensor(ids, device=ops.device), positions_T, ctx)
+        hidden_TD = self._frontend.engine.runner.hidden(ids)
         total_D = torch.zeros(hidden_TD.shape[1], dtype=torch.float64)
         for hidden_D in hidden_TD.cpu().double():
             total_D += hidden_D

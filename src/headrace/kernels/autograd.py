@@ -147,7 +147,8 @@ class _ColumnLinear(Function):
             return g_x, g_weight, g_Tn.mT @ g_Tn.new_ones(len(g_Tn)) if wants_bias else None
 
         g_x, g_weight, g_bias = zip(*ctx.pool.map(shard, range(len(outputs.rows))))
-        return (None, tree(g_x) if wants_x else None, outputs.gather_rows(g_weight, weight_NK) if wants_weight else None,
+        return (None, tree(g_x) if wants_x else None,
+                outputs.gather_rows(g_weight, weight_NK) if wants_weight else None,
                 outputs.gather_rows(g_bias, bias_N) if wants_bias else None, None)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.errors import ConfigError
+from headrace.parallel.links import Link
 from headrace.parallel.traffic import Traffic
 
 __all__ = ["DistributedGroup", "TensorGroup"]
@@ -34,6 +34,13 @@ class TensorGroup:
         """`sequence`: the stream between blocks is split by rows, which are a multiple of the ranks."""
         self.traffic = Traffic()
         self.sequence = sequence
+
+    @classmethod
+    def of_size(cls, size: int, rank: int = 0) -> TensorGroup:
+        """Rank `rank` of a group of `size`, without the others: for layouts that are only looked at."""
+        group = cls()
+        group.rank, group.size = rank, size
+        return group
 
     def require_shards(self, shards: int) -> None:
         """Raise `ConfigError` unless every rank can hold as many of `shards` virtual shards."""
@@ -76,14 +83,14 @@ def _divisors(shards: int) -> str:
 
 
 class DistributedGroup(TensorGroup):
-    """Ranks that talk over a torch process group: gloo between processes, NCCL between GPUs."""
+    """Ranks that talk over a link."""
 
-    def __init__(self, process_group: Any, rank: int, size: int, sequence: bool = False) -> None:
-        """`process_group` has torch's `send`, `recv` and `barrier`; `size` is a power of two."""
+    def __init__(self, link: Link, rank: int, size: int, sequence: bool = False) -> None:
+        """`size` is a power of two."""
         super().__init__(sequence)
         if size & (size - 1):
             raise ConfigError(f"tensor parallelism of {size} is not a power of two")
-        self._pg = process_group
+        self._link = link
         self.rank, self.size = rank, size
 
     def all_reduce(self, x: Tensor, purpose: str, width: int | None = None) -> Tensor:
@@ -125,18 +132,20 @@ class DistributedGroup(TensorGroup):
         self.traffic.count("gather", purpose, rows * sum(widths))
         if self.rank:
             if x_RV.numel():
-                self._send(x_RV.contiguous(), 0).wait()
+                self._sent(x_RV)
+                self._link.send(x_RV.contiguous(), 0)
             whole = x_RV
         else:
             parts = [x_RV, *(x_RV.new_empty(rows, width) for width in widths[1:])]
-            for work in [self._pg.recv([part], i, 0) for i, part in enumerate(parts) if i and part.numel()]:
-                work.wait()
+            for source, part in enumerate(parts):
+                if source and part.numel():
+                    self._link.receive(part, source)
             whole = torch.cat(parts, 1)
         self.traffic.seconds += time.perf_counter() - began
         return whole
 
     def close(self) -> None:
-        self._pg.shutdown()
+        self._link.close()
 
     # ---- the butterfly
 
@@ -168,13 +177,9 @@ class DistributedGroup(TensorGroup):
         return torch.cat([mine[i] for i in sorted(mine)])
 
     def _exchange(self, give: Tensor, take: Tensor, partner: int) -> Tensor:
-        sending = self._send(give, partner) if give.numel() else None
-        if take.numel():
-            self._pg.recv([take], partner, 0).wait()
-        if sending is not None:
-            sending.wait()
+        self._sent(give)
+        self._link.exchange(give, take, partner)
         return take
 
-    def _send(self, x: Tensor, to: int) -> Any:
+    def _sent(self, x: Tensor) -> None:
         self.traffic.bytes_sent += x.numel() * x.element_size()
-        return self._pg.send([x], to, 0)

@@ -1,0 +1,72 @@
+"""`ModelShard`: one rank's part of the model and of the KV cache, and what a step does to both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headrace.attention.context import packed_positions
+from headrace.attention.dense import DenseContext
+from headrace.attention.paged import PagedContext
+from headrace.attention.store import KVStore
+from headrace.kernels.ops import AttentionMeta, Ops
+from headrace.model.transformer import Transformer
+
+__all__ = ["Inputs", "ModelShard", "Moves"]
+
+Pairs = Sequence[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class Moves:
+    """Blocks that move before a step is computed: out to the host, in from it, then copy-on-write."""
+
+    swap_out: Pairs = field(default_factory=list)
+    swap_in: Pairs = field(default_factory=list)
+    copies: Pairs = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What the model reads of a step: T tokens, and the R rows that get logits."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    meta: AttentionMeta
+    rows_R: Tensor
+
+
+class ModelShard:
+    """Every rank has one and does the same to it; rank 0 alone gets whole logits. One thread owns it."""
+
+    def __init__(self, model: Transformer, ops: Ops, store: KVStore, host_slots: int = 0) -> None:
+        self.model = model
+        self.ops = ops
+        self.store = store
+        self._host = torch.empty((host_slots, *store.blocks.shape[1:]), dtype=store.blocks.dtype)
+
+    def move(self, moves: Moves) -> None:
+        """Move blocks."""
+        copy, blocks = self.ops.copy_blocks_, self.store.blocks
+        if moves.swap_out:
+            copy(blocks, self._host, moves.swap_out)
+        if moves.swap_in:
+            copy(self._host, blocks, moves.swap_in)
+        if moves.copies:
+            copy(blocks, blocks, moves.copies)
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """The model's raw logits [R, V] for the rows that want them; KV of every row is stored on the way."""
+        context = PagedContext(self.ops, self.store, inputs.meta, self.model.config)
+        logits_RV = self.model.forward(inputs.ids_T, inputs.positions_T, context, inputs.rows_R)
+        return self.model.lm_head.gather(logits_RV)
+
+    @torch.no_grad()
+    def hidden(self, ids: Sequence[int]) -> Tensor:
+        """What the head would read [T, D] fp32, for one sequence by itself; it does not touch the cache."""
+        context = DenseContext(self.ops, self.model.config, [len(ids)], self.store.blocks.dtype)
+        return self.model.hidden(torch.tensor(ids, device=self.ops.device),
+                                 packed_positions([len(ids)], self.ops.device), context)

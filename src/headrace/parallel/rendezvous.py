@@ -1,0 +1,58 @@
+"""How ranks find each other: a store that one of them keeps, then a process group over the loopback or a link."""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from headrace.errors import ConfigError
+from headrace.parallel.group import DistributedGroup
+from headrace.parallel.links import Link, ProcessGroupLink, SocketLink
+
+__all__ = ["LOOPBACK", "connect", "join", "keep_store"]
+
+LOOPBACK = "127.0.0.1"
+
+
+def keep_store(size: int, timeout: float) -> dist.TCPStore:
+    """A store on the loopback at a free port, for `size` ranks of this machine; whoever keeps it is rank 0."""
+    return dist.TCPStore(LOOPBACK, 0, size, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+
+
+def join(port: int, size: int, timeout: float) -> dist.TCPStore:
+    """The store that another rank keeps at `port`."""
+    return dist.TCPStore(LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=timeout))
+
+
+def connect(store: Any, rank: int, size: int, device: torch.device, timeout: float, sequence: bool = False,
+            link: str = "auto") -> DistributedGroup:
+    """The group of `size` ranks that meet at `store`. `link` is "socket", "gloo", "nccl" or what suits ("auto").
+
+    Every rank says that it is there first, so that one that is missing after `timeout` seconds is named in the
+    `ConfigError`. The same timeout bounds every later exchange.
+    """
+    wait = timedelta(seconds=timeout)
+    store.set(f"here/{rank}", socket.gethostname())
+    missing = [i for i in range(size) if not _came(store, f"here/{i}", wait)]
+    if missing:
+        names = " and ".join(str(i) for i in missing)
+        raise ConfigError(f"rank {names} of {size} did not come within {timeout:g} s: see whether its process started, "
+                          "and what it said")
+    near = len({store.get(f"here/{i}") for i in range(size)}) == 1
+    if link == "auto":
+        link = "nccl" if device.type == "cuda" else "socket" if near else "gloo"
+    made: Link = (SocketLink.meet(store, rank, size, timeout) if link == "socket"
+                  else ProcessGroupLink(store, rank, size, device, timeout, LOOPBACK if near else socket.gethostname()))
+    return DistributedGroup(made, rank, size, sequence)
+
+
+def _came(store: Any, key: str, wait: timedelta) -> bool:
+    try:
+        store.wait([key], wait)
+    except (RuntimeError, dist.DistStoreError):
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""Functions run by several processes that form one tensor-parallel group; each returns what JSON can hold."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from headrace.parallel.group import TensorGroup
+from headrace.parallel.rendezvous import connect, join, keep_store
+
+TESTS = Path(__file__).parents[1]
+SECONDS = 120.0
+
+
+class RankPool:
+    """`size` processes that wait for jobs, a line of JSON each; they meet anew for every job."""
+
+    def __init__(self, size: int) -> None:
+        self._store = keep_store(size, SECONDS)
+        self._jobs = 0
+        self._processes = [
+            subprocess.Popen([sys.executable, "-m", "parallel.rank_kit", str(rank), str(size), str(self._store.port)],
+                             cwd=TESTS, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for rank in range(size)]
+        atexit.register(self.close)
+
+    def run(self, job: dict[str, Any]) -> list[Any]:
+        self._jobs += 1
+        for process in self._processes:
+            process.stdin.write(json.dumps({**job, "number": self._jobs}) + "\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline() for process in self._processes]
+        assert all(answers), "a rank failed: see standard error"
+        return [json.loads(answer) for answer in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.stdin.close()
+            process.stdout.close()
+            process.wait()
+
+
+pool = lru_cache(RankPool)
+
+
+def run_ranks(function: str, size: int, *arguments: Any, link: str = "auto", sequence: bool = False) -> list[Any]:
+    """What `function` ("module:name") gives as f(group, *arguments) on each of `size` processes, in rank order."""
+    if size == 1:
+        return [_load(function)(TensorGroup(), *arguments)]
+    return pool(size).run({"function": function, "arguments": arguments, "link": link, "sequence": sequence})
+
+
+def _load(name: str) -> Any:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    rank, size, port = map(int, sys.argv[1:])
+    store = join(port, size, SECONDS)
+    for line in sys.stdin:
+        job = json.loads(line)
+        group = connect(dist.PrefixStore(f"job {job['number']}", store), rank, size, torch.device("cpu"), SECONDS,
+                        job["sequence"], job["link"])
+        out.write(json.dumps(_load(job["function"])(group, *job["arguments"])) + "\n")
+        out.flush()
+        group.close()
+
+
+if __name__ == "__main__":
+    main()
