@@ -132,6 +132,21 @@ def test_gradients_of_silu_at_extremes():
         ONE.silu_mul_backward(gate, gate)
 
 
+# ---- rotary positions ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dim", [2, 20, 64])
+def test_the_gradient_of_rotary_is_rotary_with_the_sine_negated(dim):
+    g, x, table, positions = normal(9, 3, dim), normal(9, 3, dim, seed=1), normal(40, dim, seed=2), torch.arange(9) * 4
+    back = torch.cat((table[:, :dim // 2], -table[:, dim // 2:]), 1)
+    cos, sin = table.double()[positions].unsqueeze(1).chunk(2, -1)
+
+    def turn(x):
+        low, high = x.chunk(2, -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+    close(ONE.rotary(g, positions, back), *gradients(turn, g, x))
+
+
 # ---- the loss --------------------------------------------------------------------------------------------------
 
 def logits(rows: int, vocab: int) -> Tensor:

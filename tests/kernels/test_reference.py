@@ -183,3 +183,5 @@ def test_the_gpu_agrees_with_the_cpu():
     assert torch.equal(gpu.sample(z.cuda(), params).cpu(), OPS.sample(z, params))
     x, w = normal(5, 100), normal(100, seed=1)
     torch.testing.assert_close(gpu.rms_norm(x.cuda(), w.cuda(), 1e-6).cpu(), OPS.rms_norm(x, w, 1e-6))
+    rows = torch.arange(5)
+    assert torch.equal(gpu.dropout(x.cuda(), 7, rows, 3, 0.5).cpu(), OPS.dropout(x, 7, rows, 3, 0.5))
