@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from headrace.attention.context import packed_meta
-from headrace.kernels.autograd import AutogradOps, causal_attention, log_probability
+from headrace.kernels.autograd import AutogradOps, VocabPart, causal_attention, head_loss, log_probability
 from headrace.kernels.ops import load_ops, vocab_bounds
 from headrace.kernels.reference import ReferenceOps
+from headrace.parallel.group import TensorGroup
 
 T, D, H, G, d, P = 21, 24, 4, 2, 8, 64
 
@@ -97,8 +98,27 @@ def test_silu_mul_and_embedding(base):
 def test_log_probability(base):
     targets = torch.arange(T) * 5 % 130
     bounds = vocab_bounds(130, 2)
-    check(lambda z: log_probability(AutogradOps(base), z, targets, bounds),
+    part = VocabPart(0, bounds, TensorGroup())
+    check(lambda z: log_probability(AutogradOps(base), z, targets, part),
           lambda z: F.log_softmax(z, -1)[torch.arange(T), targets], normal(T, 130) * 4)
+
+
+def test_the_head_s_loss_is_never_all_logits_at_once(base, monkeypatch):
+    monkeypatch.setattr("headrace.kernels.autograd.entropy.CHUNK", 8)
+    rows = []
+    linear = base.linear
+    monkeypatch.setattr(base, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
+    targets, weights = torch.arange(T) * 5 % 130, normal(T)
+    part = VocabPart(0, vocab_bounds(130, 2), TensorGroup())
+    check(lambda x, w: head_loss(AutogradOps(base), x, w, targets, weights, part)[0],
+          lambda x, w: (F.log_softmax((x @ w.T).double(), -1)[torch.arange(T), targets] * weights).sum(),
+          normal(T, D), normal(130, D))
+    assert rows == [8, 8, 5]
+    with torch.no_grad():
+        _, logprob = head_loss(base, normal(T, D), normal(130, D), targets, weights, part)
+    whole = linear(normal(T, D), normal(130, D))
+    expected = base.score(whole, base.logsumexp(whole, part.bounds), targets)[0]
+    torch.testing.assert_close(logprob, expected, rtol=0, atol=0 if base.name == "cpu" else 1e-4)
 
 
 def plain_attention(q, k, v, lengths, scale, window):

@@ -15,6 +15,7 @@ from headrace.config import ModelConfig
 from headrace.kernels.ops import Ops, shard_bounds
 from headrace.parallel.group import TensorGroup
 from headrace.parallel.heads import HeadLayout
+from headrace.parallel.operators import shared
 from headrace.parallel.pieces import Piece, Streams
 from headrace.parallel.tensor import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
@@ -39,9 +40,10 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual), where no residual (None) starts the stream with x."""
+        weight_D = shared(self.weight, self.group, self.group.sequence, "norm")
         if residual_TD is None:
-            return self.ops.rms_norm(x_TD, self.weight, self.eps), x_TD
-        return self.ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
+            return self.ops.rms_norm(x_TD, weight_D, self.eps), x_TD
+        return self.ops.add_rms_norm(x_TD, residual_TD, weight_D, self.eps)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, piece) of the weight, to be read or filled."""
@@ -74,9 +76,13 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
         """[T, D] → [T, D]."""
         q_THd, k_TGd, v_TGd = self.qkv.heads(x_TD)
-        q_THd = self.ops.rotary(q_THd, positions_T, self.rope_Pd, self.qkv.shared(self.q_norm), self.eps)
-        k_TGd = self.ops.rotary(k_TGd, positions_T, self.rope_Pd, self.qkv.shared(self.k_norm), self.eps)
+        q_THd = self.ops.rotary(q_THd, positions_T, self.rope_Pd, self._of_heads(self.q_norm), self.eps)
+        k_TGd = self.ops.rotary(k_TGd, positions_T, self.rope_Pd, self._of_heads(self.k_norm), self.eps)
         return self.out(ctx.attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))
+
+    def _of_heads(self, weight_d: Tensor | None) -> Tensor | None:
+        """A weight that every head uses, of which this rank has some."""
+        return None if weight_d is None else shared(weight_d, self.group, True, "qk_norm")
 
     def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights; `out_std` is that of the projection back into the residual stream."""

@@ -8,10 +8,11 @@ head of its own, and their gradients meet in one tree whatever the degree.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
-from headrace.kernels.shards import OutputShards
+from headrace.kernels.autograd import OutputShards
 from headrace.parallel.group import TensorGroup
 
 __all__ = ["HeadLayout"]
@@ -49,4 +50,9 @@ class HeadLayout:
             read = [q // self._per_kv for q in range(first, first + self._shard_heads, self._unit)]
             keys.append([(head * self.dim - first_kv, (head + 1) * self.dim - first_kv) for head in read])
         widths = [self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * self.dim]
-        return OutputShards.of([queries, keys, keys], widths)
+        shards = OutputShards.of([queries, keys, keys], widths)
+        replicas = group.size // math.gcd(group.size, len(self.kv_bounds) - 1)
+        if replicas == 1:
+            return shards
+        return replace(shards, shared_from=widths[0],
+                       sum_shared=lambda g: group.all_reduce(g, "kv_gradient", width=replicas))

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from headrace.parallel.group import TensorGroup
 
-__all__ = ["f", "f_rows", "g", "g_rows"]
+__all__ = ["f", "f_rows", "g", "g_rows", "shared"]
 
 
 def f(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
@@ -39,6 +39,11 @@ def f_rows(x_RD: Tensor, group: TensorGroup, purpose: str) -> Tensor:
 def g_rows(x_TD: Tensor, group: TensorGroup, purpose: str) -> Tensor:
     """This rank's rows of the sum over the ranks; T is a multiple of their number."""
     return _GRows.apply(x_TD, group, purpose)
+
+
+def shared(weight: Tensor, group: TensorGroup, partial: bool, purpose: str) -> Tensor:
+    """A weight that all ranks hold. Where each sees a part of what it is used on (`partial`), gradients are summed."""
+    return f(weight, group, purpose) if partial and group.size > 1 and weight.requires_grad else weight
 
 
 class _F(Function):

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.autograd import AutogradOps, OutputShards, VocabPart, add_bias, head_loss, log_probability
 from headrace.kernels.ops import Ops, vocab_bounds
-from headrace.kernels.shards import OutputShards
 from headrace.parallel.group import TensorGroup
 from headrace.parallel.heads import HeadLayout
-from headrace.parallel.operators import f, f_rows, g, g_rows
+from headrace.parallel.operators import f, f_rows, g, g_rows, shared
 from headrace.parallel.pieces import Piece, Streams
 
 __all__ = ["ColumnParallelLinear", "LMHead", "LinearKernel", "QKVParallelLinear", "RowParallelLinear",
@@ -55,7 +54,9 @@ class TrainedKernel:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """x @ weight.T + bias, fp32, in the columns that `outputs` says."""
-        return self.ops.sharded_linear(x_TK, self.weight_NK, self.bias_N, self.bounds, self.outputs)
+        if self.outputs is None:
+            return self.ops.linear(x_TK, self.weight_NK, self.bias_N, self.bounds)
+        return self.ops.column_linear(x_TK, self.weight_NK, self.bias_N, self.outputs)
 
 
 def _slot(ops: Ops, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...] | None,
@@ -145,12 +146,6 @@ class QKVParallelLinear(ColumnParallelLinear):
         """[T, D] → q [T, H, d], k and v [T, G, d] of this rank's heads, views of one product."""
         return self(x_TD).view(self.shape).split_with_sizes(self.split, 1)
 
-    def shared(self, weight_d: Tensor | None) -> Tensor | None:
-        """A weight that every head uses: its gradient is summed over the ranks, as each has some of the heads."""
-        if weight_d is None or self.group.size == 1 or not weight_d.requires_grad:
-            return weight_d
-        return f(weight_d, self.group, "qk_norm")
-
 
 class RowParallelLinear(_ParallelLinear):
     """Inputs split over ranks at the virtual shards' offsets, `bounds`; the bias comes after their sum."""
@@ -159,6 +154,7 @@ class RowParallelLinear(_ParallelLinear):
                  dtype: torch.dtype, group: TensorGroup, purpose: str) -> None:
         start, stop = _span(bounds, group)
         super().__init__(ops, stop - start, outputs, bias, dtype, group)
+        self.ops = ops
         self.name = name
         self.bounds = bounds
         self.purpose = purpose
@@ -172,7 +168,9 @@ class RowParallelLinear(_ParallelLinear):
         if self.group.size == 1:
             return y_TN
         y_TN = _leave(y_TN, self.group, self.purpose)
-        return y_TN if self.bias is None else y_TN + self.bias
+        if self.bias is None:
+            return y_TN
+        return add_bias(self.ops, y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's columns) of the weight, and the bias."""
@@ -204,8 +202,6 @@ class VocabParallelEmbedding(nn.Module):
         here_T = (ids_T >= self.start) & (ids_T < self.stop)
         out_TD = torch.full((len(ids_T), self.weight.shape[1]), -0.0, device=ids_T.device)
         rows_R = here_T.nonzero().squeeze(1)
-        if not len(rows_R):
-            return out_TD
         return out_TD.index_copy(0, rows_R, self.ops.embedding(ids_T[rows_R] - self.start, self.weight))
 
     def init_(self, streams: Streams, std: float) -> None:
@@ -236,7 +232,9 @@ class LMHead(nn.Module):
             torch.empty(self.stop - self.start, width, dtype=dtype, device=ops.device))
         self.weight = weight
         self.tied = tied is not None
-        self.local_bounds = tuple(b - self.start for b in (self.start, *(b for _, b in _pairs(self.bounds, group))))
+        local = (0, *(b - self.start for _, b in _pairs(self.bounds, group)))
+        self.part = VocabPart(self.start, local, group)
+        self.ops = ops
         self.kernel = _slot(ops, weight, None, None, OutputShards.of(
             [[[(a - self.start, b - self.start)] for a, b in _pairs(self.bounds, group)]]))
 
@@ -247,6 +245,15 @@ class LMHead(nn.Module):
     def enter(self, x_TD: Tensor) -> Tensor:
         """What stands before the product: all rows, whose gradients are summed over the ranks."""
         return _enter(x_TD, self.group, "head")
+
+    def log_probabilities(self, x_RD: Tensor, targets_R: Tensor) -> Tensor:
+        """log p(target) [R] fp32, differentiable: the bits that a server computes for them."""
+        return log_probability(self.ops, self(x_RD), targets_R, self.part)
+
+    def loss(self, x_RD: Tensor, targets_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(−Σ weight · log p(target) in fp64, log p(target) [R]); the logits never exist all at once."""
+        total, logprob_R = head_loss(self.ops, x_RD, self.weight, targets_R, weight_R.neg(), self.part)
+        return total.neg(), logprob_R
 
     def gather(self, logits_RV: Tensor) -> Tensor:
         """On rank 0 the logits of the whole vocabulary; elsewhere as they are."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["OutputShards", "ShardPool", "tree"]
+__all__ = ["OutputShards", "ShardPool", "row_bounds", "tree"]
 
 Range = tuple[int, int]
 T = TypeVar("T")
@@ -30,6 +30,12 @@ def tree(parts: Sequence[Tensor]) -> Tensor:
     return parts[0]
 
 
+def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
+    """Offsets of row shards: equal ones, the last ones shorter or empty."""
+    each = -(-rows // shards)
+    return tuple(min(rows, i * each) for i in range(shards + 1))
+
+
 @dataclass(frozen=True)
 class OutputShards:
     """Where the outputs of each virtual shard of a linear lie: rows of its weight, columns of its result.
@@ -41,6 +47,9 @@ class OutputShards:
     rows: tuple[tuple[Range, ...], ...]
     columns: tuple[tuple[Range, ...], ...]
     spread: Tensor | None
+    shared_from: int = 0
+    """Rows from here on are on other ranks too; `sum_shared` adds the ranks' gradients of them."""
+    sum_shared: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, parts: Sequence[Sequence[Sequence[Range]]], widths: Sequence[int] | None = None) -> OutputShards:
@@ -68,17 +77,19 @@ class OutputShards:
         parts = [x.narrow(axis, a, b - a) for a, b in ranges[shard]]
         return torch.cat(parts, axis) if len(parts) > 1 else parts[0].contiguous()
 
-    def gather_rows(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Each shard's gradient of its own rows, put together; rows that shards share are summed in a tree."""
+    def gather_rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Each shard's fp32 gradient of its own rows, put together; rows that shards share are summed in a tree."""
         owners: dict[Range, list[Tensor]] = {}
         for ranges, part in zip(self.rows, parts):
             at = 0
             for a, b in ranges:
                 owners.setdefault((a, b), []).append(part[at : at + b - a])
                 at += b - a
-        whole = torch.empty_like(like)
+        whole = parts[0].new_empty((max(b for _, b in owners), *parts[0].shape[1:]))
         for (a, b), shares in owners.items():
             whole[a:b] = tree(shares)
+        if self.sum_shared is not None:
+            whole[self.shared_from :] = self.sum_shared(whole[self.shared_from :])
         return whole
 
 

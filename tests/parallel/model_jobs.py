@@ -1,0 +1,62 @@
+"""A model's loss and gradients on one rank, told by checkpoint tensor and virtual shard."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from headrace.attention.context import packed_positions
+from headrace.attention.dense import DenseContext
+from headrace.config import ModelConfig
+from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.ops import load_ops
+from headrace.model.transformer import Transformer
+
+LENGTHS = (37, 1, 90, 64, 8)
+
+
+def build(group, changes):
+    shape = {"architecture": "Qwen3ForCausalLM", "vocab_size": 300, "hidden_size": 40, "intermediate_size": 172,
+             "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+             "qk_norm": True}
+    config = ModelConfig(**{**shape, **changes})
+    local = config.shards // group.size
+    ops = AutogradOps(load_ops("cpu", threads=1 if group.size > 1 else 2), local,
+                      local if group.sequence else config.shards)
+    model = Transformer(config, ops, group=group)
+    model.init_weights(7, 0.3)
+    return model
+
+
+def digest(tensor):
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def loss_and_gradients(group, changes, cache="float32"):
+    model = build(group, changes)
+    draw = torch.Generator().manual_seed(1)
+    total = sum(LENGTHS)
+    ids = torch.randint(0, model.config.vocab_size, (total,), generator=draw)
+    targets = torch.randint(0, model.config.vocab_size, (total,), generator=draw)
+    rows = torch.arange(3, total)
+    group.traffic.clear()
+    ctx = DenseContext(model.ops, model.config, LENGTHS, getattr(torch, cache))
+    hidden = model.hidden(ids, packed_positions(LENGTHS, model.ops.device), ctx)
+    weights = torch.full((len(rows),), 1 / len(rows))
+    loss, logprob = model.lm_head.loss(model.ops.embedding(rows, hidden), targets[rows], weights)
+    forward = dict(group.traffic.messages)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    by_memory = {p.data_ptr(): g for p, g in zip(model.parameters(), grads)}
+    told = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data.copy_(by_memory[parameter.data_ptr()])
+    for name, piece in model.tensors():
+        for shard, view in piece.shards(piece.tensor):
+            told[f"{name} {shard}"] = digest(view)
+    messages = {" ".join(key): [forward.get(key, 0), count - forward.get(key, 0)]
+                for key, count in group.traffic.messages.items()}
+    elements = {" ".join(key): count for key, count in group.traffic.elements.items()}
+    return {"loss": loss.item(), "logprob": digest(logprob), "gradients": told, "messages": messages,
+            "elements": elements}
