@@ -22,10 +22,10 @@ def data_dir() -> Path:
 def tinyworld_checkpoint(tmp_path_factory) -> Path:
     """A small model trained on tinyworld for a moment, as a Hugging Face folder."""
     from headrace.train.config import load_recipe
-    from headrace.train.trainer import train
+    from headrace.train.run import train
 
     recipe = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
     sizes = {"model.hidden_size": 64, "model.intermediate_size": 172, "model.num_layers": 2, "model.head_dim": 16,
-             "train.steps": 60, "train.batch_size": 2, "train.warmup_steps": 5, "train.sample_every": 0}
+             "train.steps": 60, "train.batch_size": 2, "optimizer.warmup_steps": 5, "train.sample_every": 0}
     out = tmp_path_factory.mktemp("tinyworld")
     return train(load_recipe(recipe, [f"{name}={value}" for name, value in sizes.items()]), out).checkpoint

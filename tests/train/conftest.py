@@ -21,13 +21,16 @@ qk_norm = true
 [data]
 vocab_size = 320
 
+[optimizer]
+learning_rate = 1e-2
+warmup_steps = 2
+
 [train]
 steps = 6
 batch_size = 2
 seq_length = 96
-learning_rate = 1e-2
-warmup_steps = 2
 init_std = 0.1
+peak_flops = 1e11
 """
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from headrace.train.config import TrainConfig
-from headrace.train.optimizer import NORM_CHUNK, AdamW, global_norm
+from headrace.train.config import OptimizerConfig
+from headrace.train.optimizer import NORM_CHUNK, AdamW, PairwiseSum, global_norm
 
 
 def tensors(*shapes, seed=0):
@@ -17,13 +17,17 @@ def tensors(*shapes, seed=0):
 SHAPES = ((5, 7), (7,), (3 * NORM_CHUNK + 5,), (1, 1))
 
 
-def test_adamw_equals_torch():
-    config = TrainConfig(steps=10, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
+def named(parameters):
+    return {f"p{i}": parameter for i, parameter in enumerate(parameters)}
+
+
+def test_adamw_equals_torch(cpu_ops):
+    config = OptimizerConfig(weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
     ours, theirs = tensors(*SHAPES), tensors(*SHAPES)
     groups = [{"params": [p for p in theirs if p.ndim >= 2], "weight_decay": 0.1},
               {"params": [p for p in theirs if p.ndim < 2], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
-    optimizer = AdamW(ours, config)
+    optimizer = AdamW(named(ours), config, cpu_ops)
     for step, rate in enumerate((0.1, 0.03, 0.01)):
         grads = tensors(*SHAPES, seed=step + 1)
         optimizer.step(grads, rate, scale=0.5)
@@ -36,25 +40,55 @@ def test_adamw_equals_torch():
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_the_norm_is_the_norm_in_fp64():
+def test_only_matrices_decay(cpu_ops):
+    matrix, norm = torch.ones(2, 3), torch.ones(3)
+    optimizer = AdamW(named([matrix, norm]), OptimizerConfig(weight_decay=0.5), cpu_ops)
+    optimizer.step([torch.zeros(2, 3), torch.zeros(3)], rate=0.1)
+    assert matrix.unique().tolist() == pytest.approx([0.95]) and norm.unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_too_small_for_sixteen_bits_add_up_in_the_master(cpu_ops, dtype):
+    """A step of 1e-5 is less than half of what either dtype can tell from 1."""
+    weight = torch.ones(1, 40, dtype=dtype)
+    optimizer = AdamW(named([weight]), OptimizerConfig(weight_decay=0.0), cpu_ops)
+    for step in range(1000):
+        optimizer.step([torch.ones(1, 40, dtype=dtype)], rate=1e-5)
+        assert step > 10 or weight.eq(1).all()
+    assert {name for name, _ in optimizer.tensors()} == {"master/p0", "first/p0", "second/p0"}
+    assert dict(optimizer.tensors())["master/p0"].mean().item() == pytest.approx(0.99, abs=1e-4)
+    assert torch.equal(weight.view(-1), dict(optimizer.tensors())["master/p0"].to(dtype))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 8])
+def test_micro_batches_gradients_are_added_in_one_balanced_tree(count):
+    parts, total = tensors(*[(33,)] * count), PairwiseSum()
+    for part in parts:
+        total.add([part.clone()])
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2])] + parts[len(parts) // 2 * 2 :]
+    assert torch.equal(total.total()[0], parts[0])
+
+
+def test_the_norm_is_the_norm_in_fp64(cpu_ops):
     grads = tensors(*SHAPES)
     together = torch.cat([grad.flatten() for grad in grads]).double()
-    assert global_norm(grads) == pytest.approx(together.norm().item(), rel=1e-14)
-    assert global_norm([]) == 0.0
+    assert global_norm(grads, cpu_ops) == pytest.approx(together.norm().item(), rel=1e-14)
+    assert global_norm([], cpu_ops) == 0.0
 
 
-def test_the_norm_does_not_depend_on_threads_or_on_who_holds_which_chunk():
+def test_the_norm_does_not_depend_on_threads_or_on_who_holds_which_chunk(cpu_ops):
     grads = tensors((64 * NORM_CHUNK + 100,), (300, 70))
     threads, norms = torch.get_num_threads(), set()
     for count in (1, 2):
         torch.set_num_threads(count)
-        norms.add(global_norm(grads))
+        norms.add(global_norm(grads, cpu_ops))
     torch.set_num_threads(threads)
     cut = 17 * NORM_CHUNK
-    norms.add(global_norm([grads[1], grads[0][cut:], grads[0][:cut]]))
+    norms.add(global_norm([grads[1], grads[0][cut:], grads[0][:cut]], cpu_ops))
     assert len(norms) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_norm_of_what_is_no_number_is_nan(bad):
-    assert math.isnan(global_norm([torch.ones(3), torch.tensor([1.0, bad])]))
+def test_a_norm_of_what_is_no_number_is_nan(cpu_ops, bad):
+    assert math.isnan(global_norm([torch.ones(3), torch.tensor([1.0, bad])], cpu_ops))

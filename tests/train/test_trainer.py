@@ -1,7 +1,6 @@
 """Training learns, twice the same, with the server's bits, into a folder that others can read."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -12,12 +11,9 @@ from headrace.attention.paged import PagedContext
 from headrace.attention.store import KVStore
 from headrace.errors import ConfigError
 from headrace.kernels.ops import AttentionMeta
-from headrace.model.huggingface import load_model
-from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import load_recipe
-from headrace.train.data import batches, collate
-from headrace.train.tinyworld import Document
-from headrace.train.trainer import Trainer, train
+from headrace.train.flops import model_flops
+from headrace.train.trainer import Trainer
 
 
 def test_training_reduces_the_loss(recipe_file, cpu_ops):
@@ -58,7 +54,7 @@ def paged_log_probabilities(model, ops, batch, chunk, cache_dtype):
 def test_log_probabilities_are_the_servers_to_the_bit(recipe_file, cpu_ops, chunk, cache):
     trainer = Trainer(load_recipe(recipe_file, [f"train.kv_cache_dtype={cache}"]), cpu_ops)
     trainer.step()
-    batch = collate(trainer.source.validation(4), trainer.tokenizer, 96)
+    [batch] = trainer.source.validation(96, 4, 4)
     ours = trainer.log_probabilities(batch)
     assert ours.requires_grad
     with torch.no_grad():
@@ -69,10 +65,12 @@ def test_log_probabilities_are_the_servers_to_the_bit(recipe_file, cpu_ops, chun
 
 def test_a_text_has_the_same_bits_whatever_it_is_packed_with(recipe, cpu_ops):
     trainer = Trainer(recipe, cpu_ops)
-    texts = trainer.source.validation(5)
-    together = trainer.log_probabilities(collate(texts, trainer.tokenizer, 96)).detach()
-    alone = [trainer.log_probabilities(collate([text], trainer.tokenizer, 96)).detach() for text in texts]
-    assert torch.equal(together, torch.cat(alone))
+    batch = trainer.source.validation(96, 5, 40)[0]
+    together = trainer.log_probabilities(batch).detach()
+    assert batch.num_rows == 5 and len(batch.lengths) > 5
+    for part in batch.split(5):
+        mine = torch.isin(batch.tokens_T[batch.rows_R], part.tokens_T[part.rows_R])
+        assert torch.equal(together[mine], trainer.log_probabilities(part).detach())
 
 
 def run(recipe, ops, steps):
@@ -92,7 +90,7 @@ def test_the_same_recipe_trains_to_the_same_bits(recipe_file, cpu_ops):
 def test_gradients_are_those_of_plain_torch(recipe, cpu_ops):
     """The loss's gradient by every parameter, against finite differences along a random direction."""
     trainer = Trainer(recipe, cpu_ops)
-    batch = collate(trainer.source.validation(6), trainer.tokenizer, 96)
+    [batch] = trainer.source.validation(96, 6, 6)
 
     def loss():
         return -trainer.log_probabilities(batch).double().mean()
@@ -113,77 +111,85 @@ def test_gradients_are_those_of_plain_torch(recipe, cpu_ops):
         assert (grad * direction).sum().item() == pytest.approx(expected, abs=2e-3, rel=0.05)
 
 
-def test_a_run_leaves_metrics_and_a_folder(recipe_file, tmp_path, cpu_ops):
-    recipe = load_recipe(recipe_file, ["train.sample_every=4"])
-    seen, sampled = [], []
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("of an earlier run\n")
-    result = train(recipe, tmp_path / "run", seen.append,
-                   lambda model, tokenizer, step: sampled.append((step, tokenizer.vocab_size)), ops=cpu_ops)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [dataclasses.asdict(record) for record in seen]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens"}
-    assert (result.first_loss, result.final_loss) == (lines[0]["loss"], lines[-1]["loss"])
-    assert result.tokens == sum(line["tokens"] for line in lines)
-    assert sampled == [(4, 320)]
-    assert math.isfinite(result.validation_loss)
-    assert result.checkpoint == tmp_path / "run" / "hf"
-
-
-def test_the_folder_loads_here_and_in_transformers(recipe, tmp_path, cpu_ops):
-    transformers = pytest.importorskip("transformers")
-    checkpoint = train(recipe, tmp_path / "run", ops=cpu_ops).checkpoint
-    names = {file.name for file in checkpoint.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                     "generation_config.json"}
-    ours, theirs = Tokenizer.from_folder(checkpoint), transformers.AutoTokenizer.from_pretrained(checkpoint)
-    chat = [{"role": "user", "content": "What is 3+4?"}]
-    text = ours.apply_chat_template(chat)
-    assert text == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    for prompt in (text, "Once upon a time, Mia", "漢 😀 12"):
-        assert ours.encode(prompt) == theirs(prompt)["input_ids"]
-    assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_token_id, theirs.bos_token_id)
-    model = load_model(checkpoint, cpu_ops)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    ids = torch.tensor(ours.encode(text))
-    with torch.no_grad():
-        logits = model(ids, torch.arange(len(ids), dtype=torch.int32),
-                       DenseContext(cpu_ops, model.config, [len(ids)]))
-        expected = peer(ids[None]).logits[0]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    assert model.config.eos_token_ids == (0,)
-
-
 def test_divergence_is_a_clear_error(recipe_file, cpu_ops):
-    trainer = Trainer(load_recipe(recipe_file, ["train.learning_rate=1e30", "train.warmup_steps=0",
-                                                "train.grad_clip=0"]), cpu_ops)
-    with pytest.raises(ConfigError, match=r"at step [23].*lower train\.learning_rate"):
+    trainer = Trainer(load_recipe(recipe_file, ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0",
+                                                "optimizer.grad_clip=0"]), cpu_ops)
+    with pytest.raises(ConfigError, match=r"at step [23], whose batch begins at .*documents.*lower optimizer\.learn"):
         for _ in range(3):
             trainer.step()
 
 
-def test_the_cli_may_stop_a_run_and_keep_what_was_measured(recipe, tmp_path, cpu_ops):
-    def interrupt(record):
-        if record.step == 3:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_micro_batches_change_nothing_but_the_order_of_sums(recipe_file, cpu_ops, parts):
+    rows = ["train.batch_size=4", "train.steps=4"]
+    whole = Trainer(load_recipe(recipe_file, rows), cpu_ops)
+    cut = Trainer(load_recipe(recipe_file, [*rows, f"train.micro_batches={parts}"]), cpu_ops)
+    first, second = whole.step(), cut.step()
+    assert first.loss == second.loss and first.tokens == second.tokens and first.flops == second.flops
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
+    for _ in range(3):
+        first, second = whole.step(), cut.step()
+    assert first.loss == pytest.approx(second.loss, rel=1e-3)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path, interrupt, ops=cpu_ops)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+def saved_bytes(trainer, batch):
+    """(log-probabilities, bytes that forward keeps for backward, parameters not counted)."""
+    parameters = {p.untyped_storage().data_ptr() for p in trainer.parameters}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logprob_R = trainer.log_probabilities(batch)
+    return logprob_R, sum(kept.values())
 
 
-def test_batches_hold_whole_texts_and_count_replies_only(recipe, cpu_ops):
+def test_recomputation_keeps_less_and_has_the_same_bits(recipe_file, cpu_ops):
+    kept, grads, losses = {}, {}, {}
+    for what in ("none", "selective", "full"):
+        trainer = Trainer(load_recipe(recipe_file, [f"train.recompute={what}", "model.num_layers=4"]), cpu_ops)
+        batch = trainer.source.validation(96, 8, 60)[0]
+        logprob_R, kept[what] = saved_bytes(trainer, batch)
+        grads[what] = torch.autograd.grad(logprob_R.sum(), trainer.parameters)
+        losses[what] = [dataclasses.astuple(trainer.step()) for _ in range(3)]
+    for what in ("selective", "full"):
+        assert all(map(torch.equal, grads[what], grads["none"])) and losses[what] == losses["none"]
+    assert kept["full"] < 0.6 * kept["selective"] and kept["selective"] < 0.8 * kept["none"]
+
+
+def test_a_recomputing_trainer_is_sampled_and_validated_as_any(recipe_file, cpu_ops):
+    trainer, plain = (Trainer(load_recipe(recipe_file, [f"train.recompute={what}"]), cpu_ops)
+                      for what in ("full", "none"))
+    assert trainer.validation_loss(8) == plain.validation_loss(8)
+    ids, ctx = torch.tensor([5, 6, 7]), DenseContext(cpu_ops, trainer.config, [3])
+    positions = torch.arange(3, dtype=torch.int32)
+    twin = trainer.model.with_ops(cpu_ops)
+    assert torch.equal(twin(ids, positions, ctx), plain.model.with_ops(cpu_ops)(ids, positions, ctx))
+
+
+def test_the_operations_of_a_step_are_those_of_its_products(recipe, cpu_ops):
     trainer = Trainer(recipe, cpu_ops)
-    tokenizer = trainer.tokenizer
-    texts = [Document((("<|user|>hi<|end|><|assistant|>", "yes"), ("<|user|>x<|end|><|assistant|>", "no"))),
-             Document((("", "story " * 200),)), Document((("", "end"),)), Document((("", "fin"),))]
-    got = list(batches(texts, tokenizer, 2, 40))
-    assert [batch.lengths[1:] == [40] or len(batch.lengths) for batch in got] == [True, 2]
-    first = got[0]
-    assert first.num_tokens == sum(first.lengths) == len(first.positions_T)
-    assert first.positions_T.tolist()[: first.lengths[0]] == list(range(first.lengths[0]))
-    counted = [tokenizer.token_text(i) for i in first.targets_R[first.rows_R < first.lengths[0]].tolist()]
-    assert "".join(counted) == "yes<|end|>no<|end|>"
-    inside = [row for row in first.rows_R.tolist() if row + 1 < first.lengths[0]]
-    assert first.ids_T[[row + 1 for row in inside]].tolist() == first.targets_R[: len(inside)].tolist()
+    batch = trainer.source.validation(96, 2, 20)[0]
+    blocks = sum(p.numel() for p in trainer.model.blocks.parameters())
+    expected = 6 * blocks * batch.num_tokens + 6 * 320 * 32 * len(batch.rows_R)
+    expected += 12 * 2 * 4 * 8 * sum(n * (n + 1) // 2 for n in batch.lengths)
+    assert model_flops(trainer.model, batch) == expected
+
+
+def test_a_window_bounds_the_operations_of_attention(recipe_file, cpu_ops):
+    flops = []
+    for window in (0, 5, 96):
+        trainer = Trainer(load_recipe(recipe_file, [f"model.sliding_window={window}"]), cpu_ops)
+        batch = trainer.source.validation(96, 2, 20)[0]
+        flops.append(model_flops(trainer.model, batch))
+    seen = sum(sum(min(i + 1, 5) - (i + 1) for i in range(n)) for n in batch.lengths)
+    assert flops[2] == flops[0] and flops[1] - flops[0] == 12 * 2 * 4 * 8 * seen
+
+
+def test_ranks_that_are_not_there_are_asked_for(recipe_file, cpu_ops):
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        Trainer(load_recipe(recipe_file, ["parallel.tensor=2"]), cpu_ops)

@@ -140,11 +140,10 @@ def _train(overrides: list[str]) -> dict[str, Any]:
 
 
 def _fit(recipe: Any, ops: Any) -> Any:
-    from headrace.train import tinyworld
-    from headrace.train.trainer import train
+    from headrace.train.run import train
 
-    with TrainingView(recipe.train.steps, ops, tinyworld.prompts(1)[0], SAMPLE_SECONDS) as view:
-        return train(recipe, NEW, view.step, view.sample, ops=ops)
+    with TrainingView(recipe, ops, SAMPLE_SECONDS) as view:
+        return train(recipe, NEW, view.step, view.sample, ops=ops, warn=view.warn)
 
 
 def _exam(llm: Any) -> float:

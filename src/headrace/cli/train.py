@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train a model by a recipe",
-        description="Train by a TOML recipe. Writes DIR/metrics.jsonl, a line a step, and DIR/hf/.",
+        description="Train by a TOML recipe. Writes DIR/metrics.jsonl, a line a step, DIR/snapshots/ and DIR/hf/.",
     )
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/demo.toml")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where to write; an earlier run is replaced"
+        "--out", type=Path, required=True, metavar="DIR", help="where to write; it must not hold a run already"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR, from its newest whole snapshot"
     )
     add_overrides(parser)
     parser.set_defaults(run=run)
@@ -41,44 +45,48 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, with a progress bar and a sample now and then."""
-    from headrace.train import tinyworld
     from headrace.train.config import load_recipe
-    from headrace.train.trainer import train
+    from headrace.train.run import train
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     ops = kernels(recipe.train.kernels)
-    with TrainingView(recipe.train.steps, ops, tinyworld.prompts(1)[0]) as view:
-        result = train(recipe, arguments.out, view.step, view.sample, ops=ops)
-    print(
-        f"loss {result.first_loss:.3f} → {result.final_loss:.3f}, held out {result.validation_loss:.3f}, "
-        f"{result.tokens} tokens"
-    )
+    with TrainingView(recipe, ops) as view:
+        result = train(recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume, warn=view.warn)
+    held_out = "" if result.validation_loss is None else f", held out {result.validation_loss:.3f}"
+    print(f"loss {result.first_loss:.3f} → {result.final_loss:.3f}{held_out}, {result.tokens} tokens")
     print(f"headrace generate {result.checkpoint} --prompt …")
 
 
 class TrainingView:
-    """A progress bar with the loss, and samples from the model as it learns. The trainer itself reads no clock."""
+    """A progress bar with the loss and the speed, and samples from the model as it learns."""
 
-    def __init__(self, steps: int, ops: Any, prompt: str, every_seconds: float = 0.0) -> None:
+    def __init__(self, recipe: Any, ops: Any, every_seconds: float = 0.0) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._ops = ops
         self._every = every_seconds
-        self._prompt = prompt
+        self._prompt: str | None = None
         self._last = time.monotonic()
-        self._tokens = 0
-        self._began = time.monotonic()
         self._console = Console(highlight=False)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=self._console,
         )
-        self._task = self._progress.add_task("", total=steps)
+        self._task = self._progress.add_task("", total=recipe.train.steps)
 
     def __enter__(self) -> TrainingView:
         self._progress.start()
@@ -87,21 +95,36 @@ class TrainingView:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def step(self, record: Any) -> None:
-        """Show one step's loss."""
-        self._tokens += record.tokens
-        speed = self._tokens / max(time.monotonic() - self._began, 1e-9)
-        self._progress.update(self._task, advance=1, description=f"loss {record.loss:.3f} · {speed:,.0f} tokens/s")
+    def step(self, line: Mapping[str, Any]) -> None:
+        """Show one step's line of metrics.jsonl."""
+        self._progress.update(
+            self._task,
+            completed=line["step"],
+            description=f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s · "
+            f"mfu {line['mfu']:.0%} · {line['memory_bytes'] / 2**20:,.0f} MiB",
+        )
+        if "val_loss" in line:
+            self._console.print(f"  step {line['step']:4d} │ held out {line['val_loss']:.3f}")
 
-    def sample(self, model: Any, tokenizer: Any, step: int) -> None:
+    def warn(self, message: str) -> None:
+        """Show a warning above the bar."""
+        self._console.print(f"warning: {message}", markup=False, soft_wrap=True)
+
+    def sample(self, trainer: Any) -> None:
         """Generate from the model as it is, through the engine; at most every so many seconds."""
         if time.monotonic() - self._last < self._every:
             return
         from headrace.engine.llm import LLM
         from headrace.engine.sampling import SamplingParams
 
-        llm = LLM.from_model(model.with_ops(self._ops), tokenizer, self._ops, kv_cache_memory="16MiB")
+        if self._prompt is None:
+            self._prompt = "".join(trainer.source.prompts(1))
+        if not self._prompt:
+            return
+        llm = LLM.from_model(
+            trainer.model.with_ops(self._ops), trainer.tokenizer, self._ops, kv_cache_memory="16MiB"
+        )
         output = llm.generate(self._prompt, SamplingParams(temperature=0.0, max_tokens=40))[0]
         text = " ".join(f"{self._prompt}{output.outputs[0].text}".split())
-        self._console.print(f"  step {step:4d} │ {text}", markup=False, soft_wrap=True)
+        self._console.print(f"  step {trainer.steps:4d} │ {text}", markup=False, soft_wrap=True)
         self._last = time.monotonic()

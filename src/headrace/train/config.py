@@ -1,21 +1,25 @@
-"""Recipes: a TOML file with what to train, on what, and how. Unknown fields are refused by name."""
+"""Recipes: a TOML file with what to train, on what, and how. Unknown keys are refused with the nearest right one."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headrace.config import DTYPES, ModelConfig, one_of, require
 from headrace.errors import ConfigError
+from headrace.model.huggingface import read_config, resolve
 from headrace.train.corpus.index import read_index
 
-__all__ = ["DataConfig", "Recipe", "TrainConfig", "load_recipe"]
+__all__ = ["DataConfig", "OptimizerConfig", "ParallelConfig", "Recipe", "TrainConfig", "load_recipe", "recipe_keys"]
 
+SCHEDULES = ("cosine", "wsd")
+RECOMPUTE = ("none", "selective", "full")
 SHUFFLES = ("documents", "pieces")
 
 
@@ -59,72 +63,141 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """How to train. A step takes `batch_size` rows, each filled with whole texts up to `seq_length` tokens.
+class OptimizerConfig:
+    """AdamW and its learning rate.
 
-    The learning rate rises linearly for `warmup_steps`, then falls as a cosine to `final_lr_ratio` of itself at
-    the last step. `weight_decay` applies to matrices. `grad_clip` bounds the global norm; 0 does not.
-    `sample_every` steps, the trainer calls the sampler, if it was given one; 0 never. K and V are rounded to
-    `kv_cache_dtype` in attention, as the server that will serve the model does.
+    The rate rises linearly for `warmup_steps`. Then, by `schedule`: "cosine" falls to `final_lr_ratio` of it at the
+    last step; "wsd" (warm up, stay, decay) stays, and falls linearly to that in the last `decay_ratio` of the steps.
+    `weight_decay` applies to matrices, not to norms and biases. `grad_clip` bounds the global norm; 0 does not.
     """
 
-    steps: int
-    batch_size: int = 8
-    seq_length: int = 256
     learning_rate: float = 1e-3
     warmup_steps: int = 0
+    schedule: str = "cosine"
+    decay_ratio: float = 0.2
     final_lr_ratio: float = 0.1
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     grad_clip: float = 1.0
-    init_std: float = 0.02
-    seed: int = 0
-    sample_every: int = 0
-    kernels: str = "cpu"
-    kv_cache_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("seq_length", 2), ("warmup_steps", 0),
-                          ("seed", 0), ("sample_every", 0)):
-            _integer(f"train.{name}", getattr(self, name), low)
-        for name in ("learning_rate", "eps", "init_std"):
-            _number(f"train.{name}", getattr(self, name), 0.0, math.inf, open_low=True)
+        _integer("optimizer.warmup_steps", self.warmup_steps, 0)
+        one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "eps"):
+            _number(f"optimizer.{name}", getattr(self, name), 0.0, math.inf, open_low=True)
         for name in ("weight_decay", "grad_clip"):
-            _number(f"train.{name}", getattr(self, name), 0.0, math.inf)
-        for name in ("final_lr_ratio", "beta1", "beta2"):
-            _number(f"train.{name}", getattr(self, name), 0.0, 1.0)
-        require(self.beta1 < 1.0 and self.beta2 < 1.0, "train.beta1 and train.beta2 must be less than 1")
-        require(self.warmup_steps <= self.steps,
-                f"train.warmup_steps={self.warmup_steps} is more than train.steps={self.steps}")
+            _number(f"optimizer.{name}", getattr(self, name), 0.0, math.inf)
+        for name in ("final_lr_ratio", "beta1", "beta2", "decay_ratio"):
+            _number(f"optimizer.{name}", getattr(self, name), 0.0, 1.0)
+        require(self.beta1 < 1.0 and self.beta2 < 1.0, "optimizer.beta1 and optimizer.beta2 must be less than 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to train. A step takes `batch_size` rows, each filled with whole texts up to `seq_length` tokens.
+
+    `micro_batches` parts of them are computed one after another and their gradients added. `recompute` says what
+    backward computes again instead of keeping: "none", "selective" (attention) or "full" (every block). K and V are
+    rounded to `kv_cache_dtype` in attention, as the server that will serve the model does.
+
+    Every `validate_every` steps and at the end, the loss of `validation_sequences` held-out sequences is taken; every
+    `sample_every` steps the sampler is called, if there is one; every `snapshot_every` steps and at the end a snapshot
+    is written, of which the newest `keep_snapshots` stay. 0 is never (0 validation sequences are all there are).
+
+    In float16 the loss is multiplied by a scale: it begins at `loss_scale`, doubles after every `loss_scale_steps` in
+    a row whose gradients are finite, and is halved by one whose gradients are not, which changes nothing else.
+    `peak_flops` is what mfu is a share of, in operations per second; 0 measures this machine's matrix product.
+    """
+
+    steps: int
+    batch_size: int = 8
+    seq_length: int = 256
+    micro_batches: int = 1
+    recompute: str = "none"
+    validate_every: int = 0
+    validation_sequences: int = 256
+    sample_every: int = 0
+    snapshot_every: int = 0
+    keep_snapshots: int = 2
+    loss_scale: float = 65536.0
+    loss_scale_steps: int = 2000
+    init_std: float = 0.02
+    seed: int = 0
+    kernels: str = "cpu"
+    kv_cache_dtype: str = "float32"
+    peak_flops: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("seq_length", 2), ("micro_batches", 1),
+                          ("validate_every", 0), ("validation_sequences", 0), ("sample_every", 0),
+                          ("snapshot_every", 0), ("keep_snapshots", 1), ("loss_scale_steps", 1), ("seed", 0)):
+            _integer(f"train.{name}", getattr(self, name), low)
+        one_of("train.recompute", self.recompute, RECOMPUTE)
+        _number("train.init_std", self.init_std, 0.0, math.inf, open_low=True)
+        _number("train.peak_flops", self.peak_flops, 0.0, math.inf)
+        _number("train.loss_scale", self.loss_scale, 1.0, 2.0**120)
+        require(math.frexp(self.loss_scale)[0] == 0.5, f"train.loss_scale={self.loss_scale:g} must be a power of two, "
+                "which rounds nothing")
+        require(self.micro_batches <= self.batch_size, f"train.micro_batches={self.micro_batches} is more than "
+                f"the rows of a batch, train.batch_size={self.batch_size}")
         one_of("train.kv_cache_dtype", self.kv_cache_dtype, DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How the model is spread. `tensor` ranks hold its virtual shards together: a power of two."""
+
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _integer("parallel.tensor", self.tensor, 1)
+        require(self.tensor & (self.tensor - 1) == 0, f"parallel.tensor={self.tensor} must be a power of two")
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole recipe. `model.vocab_size` is the data's."""
+    """A whole recipe. `model.vocab_size` is the data's. `init` is the folder whose weights training starts from."""
 
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    init: str = ""
 
     def __post_init__(self) -> None:
-        require(self.train.seq_length <= self.model.max_position_embeddings,
-                f"train.seq_length={self.train.seq_length} is more than "
+        train, warmup = self.train, self.optimizer.warmup_steps
+        require(train.seq_length <= self.model.max_position_embeddings,
+                f"train.seq_length={train.seq_length} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}")
         require(self.model.vocab_size == self.data.vocab_size, f"model.vocab_size={self.model.vocab_size} "
                 f"differs from data.vocab_size={self.data.vocab_size}")
+        require(warmup <= train.steps, f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}")
 
 
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig,
+    "parallel": ParallelConfig}
 FROM_DATA = ("vocab_size", "bos_token_id", "eos_token_ids")
 """Fields of `ModelConfig` that the data decides."""
+NOT_OF_THE_WEIGHTS = ("dtype", "virtual_shards", "dropout")
+"""Fields of `ModelConfig` that may differ from those of the folder that training starts from."""
+
+
+def recipe_keys() -> dict[str, list[str]]:
+    """Every section of a recipe and the keys it may have."""
+    keys = {name: [item.name for item in dataclasses.fields(kind)] for name, kind in SECTIONS.items()}
+    keys["model"] = ["init", *(key for key in keys["model"] if key not in FROM_DATA)]
+    return keys
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe. An override is `section.key=value`, the value as in TOML; a bare word is a string.
 
-    Raises `ConfigError` that names the file, the key and the keys there are.
+    With `model.init`, the model is the one in that folder. Raises `ConfigError` that names the file, the key and
+    the nearest right one, `CheckpointError` for a folder that cannot be read.
     """
     try:
         sections: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -135,13 +208,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         section, key, value = _parse_override(override)
         sections.setdefault(section, {})[key] = value
-    known = ("model", "data", "train")
-    for name, section in sections.items():
-        require(name in known, f"{path}: {name!r} is not a section of a recipe; there are {', '.join(known)}")
-        require(isinstance(section, dict), f"{path}: {name} must be a section, [{name}]")
-    data = _build(DataConfig, "data", sections.get("data", {}))
-    model = _build(ModelConfig, "model", sections.get("model", {}), {"vocab_size": data.vocab_size})
-    return Recipe(model, data, _build(TrainConfig, "train", sections.get("train", {})))
+    _refuse_unknown(sections, str(path))
+    given = {name: dict(sections.get(name, {})) for name in SECTIONS}
+    init = given["model"].pop("init", "")
+    require(isinstance(init, str), f"model.init={init!r} must be a folder or a Hugging Face id")
+    if init:
+        model = _initial_model(init, given["model"])
+        data = _data_of_model(given["data"], model, init)
+    else:
+        data = _build("data", given["data"]).resolved()
+        model = _build("model", given["model"], {"vocab_size": data.vocab_size})
+    return Recipe(model, data, _build("train", given["train"]), _build("optimizer", given["optimizer"]),
+                  _build("parallel", given["parallel"]), init)
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
@@ -154,20 +232,67 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
         return section, key, value.strip()
 
 
-def _build(kind: type[Any], section: str, values: Mapping[str, Any],
-           given: Mapping[str, Any] | None = None) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    known = sorted(name for name in fields if kind is not ModelConfig or name not in FROM_DATA)
-    for name in values:
-        require(name in known, f"{section}.{name} does not exist; [{section}] has {', '.join(known)}")
-    missing = [name for name, field in fields.items() if name not in values and name not in (given or {})
-               and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+def _refuse_unknown(sections: Mapping[str, Any], path: str) -> None:
+    known = recipe_keys()
+    for name, section in sections.items():
+        require(name in known, f"{path}: [{name}] is not a section of a recipe; did you mean "
+                f"[{_nearest(name, known)}]? There are {', '.join(known)}")
+        require(isinstance(section, dict), f"{path}: {name} must be a section, [{name}]")
+        for key in section:
+            require(key in known[name], f"{path}: {name}.{key} does not exist; did you mean {_meant(name, key)}?")
+
+
+def _meant(section: str, key: str) -> str:
+    """The key of that very name in another section, or the nearest one in this."""
+    known = recipe_keys()
+    elsewhere = [name for name, keys in known.items() if key in keys]
+    return f"{elsewhere[0]}.{key}" if elsewhere else f"{section}.{_nearest(key, known[section])}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), 1, cutoff=0.0)[0]
+
+
+def _initial_model(init: str, given: Mapping[str, Any]) -> ModelConfig:
+    """The model in a folder; the recipe may repeat what it is, and say what its weights do not."""
+    config = read_config(resolve(init))
+    free = {}
+    for key, value in _plain(given).items():
+        if key in NOT_OF_THE_WEIGHTS:
+            free[key] = value
+            continue
+        theirs = getattr(config, key)
+        require(theirs == value, f"model.{key}={value!r} differs from {theirs!r} of {init}, which model.init starts "
+                "from: leave it out")
+    return dataclasses.replace(config, **free)
+
+
+def _data_of_model(given: Mapping[str, Any], model: ModelConfig, init: str) -> DataConfig:
+    """The data of a recipe whose vocabulary is a given model's."""
+    asked = given.get("vocab_size") or model.vocab_size
+    require(asked == model.vocab_size, f"data.vocab_size={asked} differs from the {model.vocab_size} tokens of {init}, "
+            "which model.init starts from: leave it out")
+    if given.get("source", "tinyworld") != "tinyworld":
+        tokens = _build("data", {**given, "vocab_size": 0}).resolved().vocab_size
+        require(tokens <= model.vocab_size, f"data.source={given['source']!r} has {tokens} tokens, more than the "
+                f"{model.vocab_size} of {init}: build it with the tokenizer that is there")
+    data: DataConfig = _build("data", {**given, "vocab_size": model.vocab_size})
+    return data
+
+
+def _build(section: str, values: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
+    kind = SECTIONS[section]
+    missing = [item.name for item in dataclasses.fields(kind) if item.name not in {**values, **(given or {})}
+               and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING]
     require(not missing, f"[{section}] lacks {', '.join(missing)}")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        return kind(**plain, **(given or {}))
+        return kind(**_plain(values), **(given or {}))
     except TypeError as error:
         raise ConfigError(f"[{section}] has a value of the wrong type: {error}") from None
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _integer(name: str, value: object, low: int) -> None:

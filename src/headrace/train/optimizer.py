@@ -1,75 +1,107 @@
-"""AdamW, its learning rate and the gradients' norm, each with one fixed order of arithmetic."""
+"""AdamW and the gradients' norm, each with one fixed order of arithmetic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headrace.train.config import TrainConfig
+from headrace.kernels.ops import Ops
+from headrace.train.config import OptimizerConfig
 
-__all__ = ["NORM_CHUNK", "AdamW", "global_norm", "learning_rate"]
+__all__ = ["NORM_CHUNK", "AdamW", "Moments", "PairwiseSum", "global_norm"]
 
 NORM_CHUNK = 4096
 """Gradient elements whose squares are summed together, counted from each parameter's start."""
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step `step`, counted from 1: a linear warm-up, then a cosine down to the last step."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    low = config.final_lr_ratio
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def global_norm(grads: Sequence[Tensor]) -> float:
-    """The norm of all gradients together, in fp64.
+def global_norm(grads: Sequence[Tensor], ops: Ops) -> float:
+    """The norm of all gradients together, in fp64; NaN where one is not finite.
 
     Each gradient is cut into chunks of `NORM_CHUNK`; a chunk is summed alone and the chunks' sums are added
     exactly, so it does not depend on who holds which chunk.
     """
     sums: list[float] = []
     for grad in grads:
-        flat = grad.flatten()
-        whole = flat.numel() // NORM_CHUNK * NORM_CHUNK
-        for part in (flat[:whole].view(-1, NORM_CHUNK), flat[whole:].view(1, -1)):
-            sums += part.double().square().sum(dim=1).tolist()
+        sums += ops.sum_of_squares(grad.reshape(-1), NORM_CHUNK).tolist()
     return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
+
+
+class PairwiseSum:
+    """Adds lists of gradients in a balanced tree, neighbours first, holding log₂ of them at a time."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[int, list[Tensor]]] = []
+
+    def add(self, grads: Sequence[Tensor]) -> None:
+        """Take the next list; its tensors may be changed."""
+        self._held.append((1, list(grads)))
+        while len(self._held) > 1 and self._held[-2][0] == self._held[-1][0]:
+            self._merge()
+
+    def total(self) -> list[Tensor]:
+        """The sum of all lists, at least one."""
+        while len(self._held) > 1:
+            self._merge()
+        return self._held[0][1]
+
+    def _merge(self) -> None:
+        count, last = self._held.pop()
+        before, grads = self._held.pop()
+        self._held.append((before + count, [a.add_(b) for a, b in zip(grads, last)]))
+
+
+@dataclass(slots=True)
+class Moments:
+    """What AdamW knows of one parameter, flat and fp32. `master` is the parameter itself where that is fp32."""
+
+    master: Tensor
+    first: Tensor
+    second: Tensor
+    stored: Tensor | None
+    """The parameter, where it is 16 bits wide: it receives the rounded master."""
+    decay: float
 
 
 class AdamW:
     """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter).
 
-    The moments are fp32, each in one flat tensor over all parameters in their order: a dozen passes over memory
-    a step, whatever the number of parameters. Decay applies to parameters of two axes or more.
+    State is kept by parameter, under its name. Decay applies to parameters of two axes or more. Parameters stored
+    in 16 bits have an fp32 master, which is what the updates add up in.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], config: TrainConfig) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, ops: Ops) -> None:
         self._config = config
-        self._parameters = [parameter.detach() for parameter in parameters]
-        self._sizes = [parameter.numel() for parameter in parameters]
-        device = parameters[0].device
-        self._first = torch.zeros(sum(self._sizes), device=device)
-        self._second = torch.zeros(sum(self._sizes), device=device)
-        self._steps = 0
+        self._ops = ops
+        self.steps = 0
+        self.state = {name: _moments(parameter.detach(), config.weight_decay)
+                      for name, parameter in parameters.items()}
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rate: float, scale: float = 1.0) -> None:
-        """Update every parameter from its gradient times `scale`."""
+        """Update every parameter from its gradient times `scale`; gradients are in the parameters' order."""
         config = self._config
-        self._steps += 1
-        flat = torch.cat([grad.flatten().float() for grad in grads])
-        if scale != 1.0:
-            flat.mul_(scale)
-        self._first.lerp_(flat, 1 - config.beta1)
-        self._second.mul_(config.beta2).addcmul_(flat, flat, value=1 - config.beta2)
-        correction = math.sqrt(1 - config.beta2**self._steps)
-        denominator = torch.sqrt(self._second, out=flat).div_(correction).add_(config.eps)
-        update = torch.div(self._first, denominator, out=flat).mul_(-rate / (1 - config.beta1**self._steps))
-        for parameter, part in zip(self._parameters, update.split(self._sizes)):
-            if parameter.ndim >= 2:
-                parameter.mul_(1 - rate * config.weight_decay)
-            parameter.add_(part.view(parameter.shape))
+        self.steps += 1
+        for moments, grad in zip(self.state.values(), grads, strict=True):
+            self._ops.adamw_(moments.master, grad.reshape(-1), moments.first, moments.second, moments.stored, rate=rate,
+                             beta1=config.beta1, beta2=config.beta2, eps=config.eps, decay=moments.decay,
+                             step=self.steps, scale=scale)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all state that is not in the parameters, to be read or filled."""
+        for name, moments in self.state.items():
+            if moments.stored is not None:
+                yield f"master/{name}", moments.master
+            yield f"first/{name}", moments.first
+            yield f"second/{name}", moments.second
+
+
+def _moments(parameter: Tensor, weight_decay: float) -> Moments:
+    flat = parameter.view(-1)
+    narrow = flat.dtype != torch.float32
+    master = flat.float() if narrow else flat
+    return Moments(master, torch.zeros_like(master), torch.zeros_like(master), flat if narrow else None,
+                   weight_decay if parameter.ndim >= 2 else 0.0)

@@ -1,0 +1,49 @@
+"""How much arithmetic a step is, and how much this machine does: what `mfu` is made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from headrace.model.transformer import Transformer
+from headrace.train.data import Batch
+
+__all__ = ["matrix_rate", "model_flops"]
+
+SIDE, REPEATS = 1024, 5
+
+
+def model_flops(model: Transformer, batch: Batch) -> float:
+    """Operations of one step's forward and backward, without recomputation.
+
+    6 for every parameter of the blocks and token, 6 for every parameter of the head and predicted token, and
+    12 · layers · heads · head_dim for every token and position that it sees. Looking embeddings up costs nothing.
+    """
+    config = model.config
+    blocks = sum(p.numel() for p in model.blocks.parameters())  # type: ignore[attr-defined]
+    body = 6.0 * blocks * batch.num_tokens
+    head = 6.0 * config.vocab_size * config.hidden_size * len(batch.rows_R)
+    seen = 0.0
+    for layer in range(config.num_layers):
+        window = config.window(layer)
+        seen += sum(_positions_seen(length, window) for length in batch.lengths)
+    return body + head + 12.0 * config.num_heads * config.head_dim * seen
+
+
+def _positions_seen(length: int, window: int) -> float:
+    """By all tokens of a sequence together, each itself included."""
+    reach = min(length, window) if window else length
+    return reach * (reach + 1) / 2 + (length - reach) * reach
+
+
+def matrix_rate(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Operations per second of this machine's fp32 matrix product: the best of a few short ones."""
+    x = torch.full((SIDE, SIDE), 0.5, device=device)
+    best = 0.0
+    for _ in range(REPEATS):
+        began = clock()
+        torch.mm(x, x)[0, 0].item()
+        best = max(best, 2.0 * SIDE**3 / max(clock() - began, 1e-9))
+    return best

@@ -1,0 +1,210 @@
+"""A run: the trainer's steps, and all that they leave on the disk.
+
+    OUT/metrics.jsonl   an object a step     OUT/tensorboard/   the same for TensorBoard     OUT/loss.png
+    OUT/snapshots/      to go on from        OUT/hf/            the model, when it is done
+    OUT/run.json        who began the run
+
+A run that was cut off and resumed leaves the files of one that was not, but for the times in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.config import require
+from headrace.errors import ConfigError
+from headrace.kernels.ops import Ops
+from headrace.train.config import Recipe
+from headrace.train.flops import matrix_rate
+from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_metrics
+from headrace.train.snapshot import Snapshot, clear_after, newest_whole, prune, snapshots, write_snapshot
+from headrace.train.trainer import StepRecord, Trainer
+
+__all__ = ["Sampler", "TrainResult", "train"]
+
+METRICS, SNAPSHOTS, RUN = "metrics.jsonl", "snapshots", "run.json"
+
+Sampler = Callable[[Trainer], None]
+"""May generate from the trainer's model as it is; `Transformer.with_ops` shares its weights."""
+OnStep = Callable[[Mapping[str, Any]], None]
+"""Sees each line of metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run leaves behind. `checkpoint` is the Hugging Face folder."""
+
+    checkpoint: Path
+    first_loss: float
+    final_loss: float
+    validation_loss: float | None
+    """Mean loss of held-out texts, after the last step; None where the data holds nothing out."""
+    tokens: int
+
+
+def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sampler: Sampler | None = None,
+          ops: Ops | None = None, *, resume: bool = False, warn: Callable[[str], None] = print,
+          clock: Callable[[], float] = time.perf_counter) -> TrainResult:
+    """Train by `recipe` into folder `out`.
+
+    `on_step` sees every step's line of metrics.jsonl. `sampler` is called every `train.sample_every` steps. `ops`
+    overrides the recipe's kernels. With `resume`, or started again by torchrun, the run goes on from its newest whole
+    snapshot, or from the beginning if there is none. Raises `ConfigError` where `out` holds a run otherwise, where
+    training diverges, and where the disk does not take a file: what was there stays, and can be resumed.
+    """
+    out = Path(out)
+    with _disk(out):
+        resume = _goes_on(out, resume)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / RUN).write_text(json.dumps({"launcher": _launcher()}) + "\n", encoding="utf-8")
+        run = _Run(recipe, out, ops, clock, warn)
+        if resume:
+            run.restore()
+        run.go(on_step, sampler)
+        run.trainer.save(out / "hf")
+        return run.result()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, out: Path, ops: Ops | None, clock: Callable[[], float],
+                 warn: Callable[[str], None]) -> None:
+        self.recipe, self.out = recipe, out
+        self.trainer = Trainer(recipe, ops)
+        self._clock, self._warn = clock, warn
+        self._peak = recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock)
+
+    def restore(self) -> None:
+        """Go on from the newest whole snapshot; without one, begin."""
+        folder = self.out / SNAPSHOTS
+        snapshot = newest_whole(folder, self._warn)
+        clear_after(folder, snapshot.step if snapshot else -1)
+        if snapshot is None:
+            return
+        snapshot.require_same(self._record(), {"layout": "of another layout", "model": "of another model"})
+        self._warn_of_changes(snapshot)
+        snapshot.read(self.trainer.tensors())
+        self.trainer.restore(dict(snapshot.record["state"]))
+
+    def go(self, on_step: OnStep | None, sampler: Sampler | None) -> None:
+        """All steps that are left."""
+        train, trainer = self.recipe.train, self.trainer
+        with contextlib.ExitStack() as files:
+            metrics = Metrics(self.out / METRICS, trainer.steps)
+            files.callback(metrics.close)
+            events = Events(self.out / "tensorboard", trainer.steps)
+            files.callback(events.close)
+            while trainer.steps < train.steps:
+                line = self._step()
+                metrics.write(line)
+                events.write(line)
+                if on_step is not None:
+                    on_step(line)
+                if self._due(train.snapshot_every) or trainer.steps == train.steps:
+                    metrics.sync()
+                    events.sync()
+                    self._snapshot()
+                if sampler is not None and self._due(train.sample_every):
+                    sampler(trainer)
+
+    def result(self) -> TrainResult:
+        """What metrics.jsonl says of the whole run."""
+        lines = read_metrics(self.out / METRICS)
+        return TrainResult(self.out / "hf", lines[0]["loss"], lines[-1]["loss"], lines[-1].get("val_loss"),
+                           sum(line["tokens"] for line in lines))
+
+    def _step(self) -> dict[str, Any]:
+        """Do one step, and say how it was."""
+        train = self.recipe.train
+        began = self._clock()
+        try:
+            record = self.trainer.step()
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {_last(self.out)}") from None
+        line = self._line(record, max(self._clock() - began, 1e-9))
+        if self._due(train.validate_every) or record.step == train.steps:
+            held_out = self.trainer.validation_loss()
+            line |= {} if held_out is None else {"val_loss": held_out}
+        return line
+
+    def _line(self, record: StepRecord, seconds: float) -> dict[str, Any]:
+        line = {"step": record.step, "loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr,
+                "tokens": record.tokens, "tokens_per_second": record.tokens / seconds,
+                "mfu": record.flops / seconds / self._peak,
+                "memory_bytes": memory_bytes(self.trainer.ops.device)}
+        if record.loss_scale is not None:
+            line |= {"loss_scale": record.loss_scale, "skipped": record.skipped}
+        return line
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.trainer.steps % every == 0
+
+    def _snapshot(self) -> None:
+        folder = self.out / SNAPSHOTS
+        write_snapshot(folder, self._record(), self.trainer.tensors())
+        prune(folder, self.recipe.train.keep_snapshots)
+        draw(read_metrics(self.out / METRICS), self.out / "loss.png")
+
+    def _record(self) -> dict[str, Any]:
+        """What a snapshot says of its run."""
+        recipe = dataclasses.asdict(self.recipe)
+        return {"layout": recipe.pop("parallel"), "model": dataclasses.asdict(self.trainer.config), "recipe": recipe,
+                "fingerprint": self.trainer.ops.fingerprint(), "state": self.trainer.state()}
+
+    def _warn_of_changes(self, snapshot: Snapshot) -> None:
+        ours, theirs = json.loads(json.dumps(self._record())), snapshot.record
+        if theirs["fingerprint"] != ours["fingerprint"]:
+            self._warn(f"{snapshot.folder} was written under {theirs['fingerprint']}, this is {ours['fingerprint']}: "
+                       "the run goes on, but not with the bits that it would have had there")
+        for section in ("optimizer", "train"):
+            for key, value in ours["recipe"][section].items():
+                was = theirs["recipe"][section].get(key)
+                if was != value:
+                    self._warn(f"{section}.{key} was {was!r} until step {snapshot.step} and is {value!r} from here on")
+
+
+@contextlib.contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """What the disk refuses becomes one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror or error}; {_last(out)}. "
+                          "Make room, then go on with --resume") from None
+
+
+def _last(out: Path) -> str:
+    """The snapshot that is left."""
+    found = snapshots(out / SNAPSHOTS)
+    return f"the last good snapshot is {found[-1]}" if found else "there is no snapshot yet"
+
+
+def _goes_on(out: Path, resume: bool) -> bool:
+    """Whether to resume what `out` holds. Raises `ConfigError` where nobody said so."""
+    require(not out.exists() or out.is_dir(), f"--out {out} is a file: name a folder")
+    if not any((out / name).exists() for name in (METRICS, SNAPSHOTS, RUN, "hf")):
+        return False
+    require(resume or _restarted(out), f"{out} holds a run: go on with it by --resume, or give another --out")
+    return True
+
+
+def _restarted(out: Path) -> bool:
+    """Whether torchrun starts this process again, after it began this very run."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    try:
+        return bool(json.loads((out / RUN).read_text(encoding="utf-8"))["launcher"] == _launcher())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _launcher() -> str:
+    """Who started this process: the same for all that one torchrun starts, one after another."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}:{os.getppid()}"

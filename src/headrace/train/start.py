@@ -1,0 +1,65 @@
+"""The model that training starts from: random weights, or those of a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.config import ModelConfig
+from headrace.errors import ConfigError
+from headrace.kernels.autograd import AutogradOps
+from headrace.model.huggingface import load_model, resolve
+from headrace.model.transformer import Transformer
+from headrace.text.tokenizer import Tokenizer
+from headrace.train.config import Recipe
+
+__all__ = ["initial_model"]
+
+
+def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps) -> Transformer:
+    """The recipe's model with its first weights. A text's end token is among those that end a generation.
+
+    Raises `ConfigError` where the data's tokenizer is not that of the folder that `model.init` names.
+    """
+    tokenizer.check_vocabulary(recipe.model.vocab_size)
+    model = Transformer(_with_end(recipe.model, tokenizer), ops)
+    if not recipe.init:
+        model.init_weights(recipe.train.seed, recipe.train.init_std)
+        return model
+    folder = resolve(recipe.init)
+    _check_tokenizer(tokenizer, Tokenizer.from_folder(folder), recipe)
+    read = load_model(folder, ops.base, recipe.model.dtype)
+    with torch.no_grad():
+        for (_, ours), (_, theirs) in zip(model.tensors(), read.tensors(), strict=True):
+            ours.tensor.copy_(ours.of(theirs.tensor))
+    return model
+
+
+def _with_end(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    eos = tokenizer.eos_token_id
+    if eos is None or eos in config.eos_token_ids:
+        return config
+    return dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, eos))
+
+
+def _check_tokenizer(data: Tokenizer, model: Tokenizer, recipe: Recipe) -> None:
+    advice = f"build the data with --tokenizer {recipe.init}"
+    if data.vocab_size != model.vocab_size:
+        raise ConfigError(f"data.source={recipe.data.source!r} was made with a tokenizer of {data.vocab_size} tokens, "
+                          f"model.init={recipe.init!r} has one of {model.vocab_size}: {advice}")
+    if _meaning(data) != _meaning(model):
+        raise ConfigError(f"data.source={recipe.data.source!r} was made with another tokenizer than that of "
+                          f"model.init={recipe.init!r}, though both have {data.vocab_size} tokens: {advice}")
+
+
+def _meaning(tokenizer: Tokenizer) -> Any:
+    """What a tokenizer's ids stand for, in a form that can be compared."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        file = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    return file["model"], sorted((token["id"], token["content"]) for token in file["added_tokens"])
