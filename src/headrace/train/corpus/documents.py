@@ -150,7 +150,7 @@ def _joined(parts: Iterator[Part]) -> Iterator[Part]:
 
 
 def _encode_parts(parts: Iterator[Part], tokenizer: Tokenizer, eos: int) -> Iterator[Encoded]:
-    """Tokens of texts; a text of white space alone is skipped."""
+    """Tokens of texts; a text of white space, or of an end token, alone is skipped."""
     begun = False
     for part in parts:
         if not begun and not part.text.strip():
@@ -160,6 +160,9 @@ def _encode_parts(parts: Iterator[Part], tokenizer: Tokenizer, eos: int) -> Iter
         ids = tokenizer.encode(_characters(part.text, part.where), add_special_tokens=not begun)
         if part.last and ids[-1:] != [eos]:
             ids = [*ids, eos]
+        if not begun and ids == [eos]:
+            yield SKIPPED
+            continue
         begun = not part.last
         yield Encoded(np.array(ids, dtype=np.int64), last=part.last)
 
