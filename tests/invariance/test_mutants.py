@@ -173,7 +173,7 @@ MUTANTS = [
     ("block_size", attends_by_block, {"block_size": 8}),
     ("order", noise_by_arrival, {"load": 16, "sampling": "seeded", "order": "reverse"}),
     ("threads", sums_by_thread_count, {"threads": 1}),
-    ("resumed", forgets_what_is_output, {"load": 16, "sampling": "penalised", "resumed": True}),
+    ("resumed", forgets_what_is_output, {"load": 64, "sampling": "penalised", "resumed": True}),
     ("depth", mixes_up_previous, {"load": 16, "depth": 2}),
     ("ranks", sums_what_it_holds_at_once, {"load": 2, "ranks": 2}),
 ]

@@ -1,5 +1,6 @@
 """Collectives between real processes: the balanced tree's bits, what is counted, and a rank that leaves or is late."""
 
+import socket
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import tree
 from headrace.parallel.group import TensorGroup
+from headrace.parallel.links import LinkError, SocketLink
 from headrace.parallel.rendezvous import connect, join, keep_store
 from parallel.group_jobs import SIZES, numbers
 from parallel.rank_kit import run_ranks
@@ -83,6 +85,19 @@ def test_f_and_g_are_conjugate(size):
 def test_a_rank_that_leaves_is_missed_at_once():
     answers = run_ranks("parallel.group_jobs:lonely", 2)
     assert answers[1] == "left" and answers[0].startswith("rank 1 has gone")
+
+
+def test_a_rank_that_is_silent_is_not_waited_for_for_ever():
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    link = SocketLink({1: ours}, 0.1)
+    with pytest.raises(LinkError, match=r"rank 1 is silent for 0\.1 s"):
+        link.receive(torch.empty(3), 1)
+    with pytest.raises(LinkError, match=r"rank 1 takes nothing for 0\.1 s"):
+        link.send(torch.empty(10**7), 1)
+    theirs.close()
+    with pytest.raises(LinkError, match="rank 1 has gone"):
+        link.exchange(torch.empty(3), torch.empty(3), 1)
+    link.close()
 
 
 def test_a_rank_that_does_not_come_is_named():
