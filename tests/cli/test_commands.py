@@ -152,30 +152,25 @@ def test_chat_keeps_the_conversation(capsys, tinyworld_checkpoint, monkeypatch):
 
 
 def test_train_writes_metrics_and_a_checkpoint(capsys, tmp_path):
-    code, out, _ = run(
-        capsys,
-        "train",
-        "recipes/demo.toml",
-        "--out",
-        tmp_path,
-        "--set",
-        "train.steps=3",
-        "--set",
-        "train.warmup_steps=1",
-        "--set",
-        "train.batch_size=1",
-        "--set",
-        "train.sample_every=2",
-    )
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    sizes = ["train.steps=3", "optimizer.warmup_steps=1", "train.batch_size=1", "train.sample_every=2",
+             "train.validate_every=2"]
+    command = ["train", "recipes/demo.toml", "--out", tmp_path / "run"]
+    flags = [word for size in sizes for word in ("--set", size)]
+    code, out, _ = run(capsys, *command, *flags)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (
         code == 0
         and [line["step"] for line in lines] == [1, 2, 3]
         and all(math.isfinite(line["loss"]) for line in lines)
     )
-    assert (tmp_path / "hf" / "model.safetensors").is_file() and "step    2" in out
-    code, _, err = run(capsys, "train", "recipes/demo.toml", "--out", tmp_path, "--set", "train.stepz=3")
-    assert code == 2 and "stepz" in err and len(err.strip().splitlines()) == 1
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file() and "step    2" in out
+    assert f"held out {lines[1]['val_loss']:.3f}" in out
+    for wrong, message in ((["--set", "train.stepz=3"], "did you mean train.steps?"), ([], "--resume")):
+        code, _, err = run(capsys, *command, *wrong)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    code, out, _ = run(capsys, *command, *flags, "--set", "train.steps=4", "--resume")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0 and len(lines) == 4 and "warning: train.steps was 3 until step 3 and is 4 from here on" in out
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -187,7 +182,7 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     sizes = [
         "train.steps=40",
         "train.batch_size=2",
-        "train.warmup_steps=5",
+        "optimizer.warmup_steps=5",
         "model.hidden_size=64",
         "model.head_dim=16",
         "model.num_layers=2",

@@ -34,6 +34,11 @@ peak_flops = 1e11
 """
 
 
+@pytest.fixture(scope="session")
+def recipe_text():
+    return RECIPE
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     file = tmp_path / "recipe.toml"

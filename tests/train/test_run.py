@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import json
 import math
 import struct
 import subprocess
@@ -19,14 +18,7 @@ from headrace.train import tinyworld
 from headrace.train.config import load_recipe
 from headrace.train.metrics import Metrics, draw
 from headrace.train.run import train
-
-TIMES = ("tokens_per_second", "mfu", "memory_bytes")
-
-
-def lines_of(out, *, timed=True):
-    """metrics.jsonl, with or without what depends on the machine."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timed or k not in TIMES} for line in lines]
+from train.run_kit import TIMES, lines_of
 
 
 def test_a_run_leaves_metrics_and_a_folder(recipe_file, tmp_path, cpu_ops):

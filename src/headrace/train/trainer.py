@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headrace.attention.dense import DenseContext
 from headrace.errors import ConfigError
-from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.autograd import AutogradOps, head_loss
 from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import save_model
 from headrace.train.config import Recipe
@@ -66,7 +66,7 @@ class Trainer:
         self.recipe = recipe
         self.source = open_source(recipe.data)
         self.tokenizer = self.source.tokenizer
-        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels))
+        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels), recipe.model.shards, recipe.model.shards)
         self.model = initial_model(recipe, self.tokenizer, self.ops)
         self.config = self.model.config
         recompute_(self.model, recipe.train.recompute)
@@ -82,10 +82,7 @@ class Trainer:
 
     def log_probabilities(self, batch: Batch) -> Tensor:
         """log p [R] of the batch's targets: the bits that the server computes for them."""
-        ctx = DenseContext(self.ops, self.config, batch.lengths,
-                           getattr(torch, self.recipe.train.kv_cache_dtype))
-        hidden_TD = self.model.hidden(batch.ids_T, batch.positions_T, ctx)
-        return self.model.lm_head.log_probabilities(self.ops.embedding(batch.rows_R, hidden_TD), batch.targets_R)
+        return self.model.lm_head.log_probabilities(self._hidden(batch), batch.targets_R)
 
     def step(self) -> StepRecord:
         """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
@@ -159,15 +156,21 @@ class Trainer:
 
     def _gradients(self, batch: Batch, factor: float) -> tuple[float, list[Tensor]]:
         """(mean loss over the batch, its gradients times `factor`), micro-batch by micro-batch."""
-        parts = self.recipe.train.micro_batches
-        total, losses = PairwiseSum(), []
+        parts, head = self.recipe.train.micro_batches, self.model.lm_head
+        total, values = PairwiseSum(), []
         for part in batch.split(parts) if parts > 1 else [batch]:
             if not len(part.rows_R):
                 continue
-            logprob_R = self.log_probabilities(part)
-            losses += logprob_R.tolist()
+            weight_R = torch.full(part.rows_R.shape, -factor / len(batch.rows_R), device=self.ops.device)
+            loss, logprob_R = head_loss(self.ops, self._hidden(part), head.weight, part.targets_R, weight_R, head.part)
+            values += logprob_R.tolist()
             if not torch.isfinite(logprob_R).all():
                 raise ConfigError("the loss is not finite")
-            total.add(torch.autograd.grad(logprob_R, self.parameters,
-                                          torch.full_like(logprob_R, -factor / len(batch.rows_R))))
-        return -math.fsum(losses) / len(losses), total.total()
+            total.add(torch.autograd.grad(loss, self.parameters))
+        return -math.fsum(values) / len(values), total.total()
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """What the head multiplies [R, D], of the tokens whose prediction counts."""
+        ctx = DenseContext(self.ops, self.config, batch.lengths,
+                           getattr(torch, self.recipe.train.kv_cache_dtype))
+        return self.ops.embedding(batch.rows_R, self.model.hidden(batch.ids_T, batch.positions_T, ctx))
