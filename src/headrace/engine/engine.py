@@ -72,6 +72,14 @@ class Engine(Generic[R]):
         self.last_plan = plan
         return self.scheduler.update(plan, self.runner.result(handle))
 
+    def settle(self) -> list[RequestUpdate]:
+        """Wait for all that is in flight, and plan nothing."""
+        updates: list[RequestUpdate] = []
+        while self._in_flight:
+            plan, handle = self._in_flight.popleft()
+            updates += self.scheduler.update(plan, self.runner.result(handle))
+        return updates
+
     @property
     def has_work(self) -> bool:
         """Whether another `step` may bring something."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headrace.engine.assemble import assemble, fingerprint
 from headrace.engine.beam import BeamSearch
@@ -30,11 +31,13 @@ from headrace.parallel.group import TensorGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Frontend", "Prompt"]
+__all__ = ["Frontend", "Prompt", "WeightSource"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
 Progress = Callable[[int, int, str], None]
+WeightSource = str | Path | Transformer | Mapping[str, Tensor]
+"""A checkpoint folder or hub id, a model, or tensors by checkpoint name."""
 
 
 class Frontend:
@@ -54,6 +57,8 @@ class Frontend:
         """What each beam search began from: it is resumed by beginning again."""
         self._by_id: dict[int, Group] = {}
         """Group by the group id of its requests."""
+        self.weights_version = 0
+        """How often the weights have changed, or what `update_weights` was told."""
 
     @classmethod
     def from_folder(cls, path_or_id: str | Path, options: EngineOptions, progress: Progress | None = None) -> Frontend:
@@ -74,6 +79,24 @@ class Frontend:
             ranks.close()
             raise
 
+    def update_weights(self, source: WeightSource, version: int | None = None) -> int:
+        """Put other weights of the same shape into the running model; returns their version (None: the next one).
+
+        `source` is a checkpoint folder or hub id, a model, or tensors by checkpoint name. Requests that run compute
+        what they know again under the new weights, and go on. Raises `CheckpointError` before anything has changed
+        where a tensor is missing, left over or misshapen.
+        """
+        folder = resolve(source) if isinstance(source, (str, Path)) else None
+        touched = [update for update in self.engine.settle() if update.group_id in self._by_id]
+        for update in touched:
+            self._take(self._by_id[update.group_id], update)
+        self.engine.runner.load(source if folder is None else folder)  # type: ignore[arg-type]
+        self.weights_version = self.weights_version + 1 if version is None else version
+        self.engine.scheduler.change_weights(self.weights_version)
+        for group in self._groups.values():
+            group.output.weights_version = self.weights_version
+        return self.weights_version
+
     def close(self) -> None:
         """End the processes of other ranks. Nothing can be computed afterwards where there were any."""
         self.engine.runner.ranks.close()
@@ -90,7 +113,8 @@ class Frontend:
         text, ids = self._read(prompt)
         self._check(ids, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        first = Request(next(self._ids), ids, params, seed=seed, priority=priority, namespace=namespace)
+        first = Request(next(self._ids), ids, params, seed=seed, priority=priority,
+                        namespace=(self.weights_version, *namespace))
         numbers = [first.request_id, *(next(self._ids) for _ in range(1, params.n))]
         requests = [first]
         if not params.beam_width:
@@ -112,6 +136,7 @@ class Frontend:
         else:
             for request in requests:
                 scheduler.add(request)
+        group.output.weights_version = self.weights_version
         self._groups[group.name] = group
         self._by_id |= {request.group_id: group for request in requests}
         return group.name

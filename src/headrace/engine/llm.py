@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from headrace.engine.frontend import Frontend, Prompt
+from headrace.engine.frontend import Frontend, Prompt, WeightSource
 from headrace.engine.options import EngineOptions
 from headrace.engine.outputs import RequestOutput
 from headrace.engine.sampling import SamplingParams
@@ -55,6 +55,15 @@ class LLM:
         self.tokenizer = frontend.tokenizer
         self.fingerprint = frontend.fingerprint
         self._defaults = defaults
+
+    def update_weights(self, source: WeightSource, version: int | None = None) -> int:
+        """Put other weights of the same shape into the running model; returns their version (None: the next one).
+
+        `source` is a checkpoint folder or hub id, a model (a trainer's `model`), or tensors by checkpoint name. What
+        was cached is of the old weights and is never matched again; requests that run compute what they know anew,
+        and go on. Raises `CheckpointError` before anything has changed where a tensor does not fit.
+        """
+        return self.frontend.update_weights(source, version)
 
     def close(self) -> None:
         """End the processes that tensor parallelism started. Afterwards the engine can do nothing."""

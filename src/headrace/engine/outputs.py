@@ -43,3 +43,5 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the cache."""
+    weights_version: int = 0
+    """Of the weights that gave its last token."""

@@ -20,7 +20,7 @@ from headrace.engine.frames import read_frame, read_step
 from headrace.engine.shard import ModelShard
 from headrace.errors import HeadraceError
 from headrace.kernels.ops import load_ops
-from headrace.model.huggingface import load_model
+from headrace.model.huggingface import load_model, load_weights
 from headrace.model.layers import weight_dtype
 from headrace.parallel.rendezvous import connect, join
 
@@ -82,6 +82,8 @@ def _follow(start: dict[str, Any], frames: IO[bytes], say: Any) -> None:
                 shard.logits(inputs)
         elif kind == "hidden":
             shard.hidden(values["ids"])
+        elif kind == "weights":
+            load_weights(model, values["folder"])
         elif kind == "stop":
             return
 

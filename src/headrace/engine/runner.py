@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from headrace.engine.frames import frame, step_frame
 from headrace.engine.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
 from headrace.engine.ranks import Ranks
 from headrace.engine.shard import ModelShard, Moves
+from headrace.errors import ConfigError
+from headrace.model.huggingface import check_weights, fill_weights, load_weights
+from headrace.model.transformer import Transformer
 
 __all__ = ["Handle", "Runner"]
 
@@ -65,6 +69,19 @@ class Runner:
         self._sampled = {request: row for row, request in enumerate(batch.sampled_requests)}
         self._last = sampled
         return Handle(plan, batch, sampled, logprobs)
+
+    def load(self, source: Path | Transformer | Mapping[str, Tensor]) -> None:
+        """Fill the model with other weights, on every rank: from a folder, or (one rank) from memory."""
+        if isinstance(source, Path):
+            check_weights(self.model, source)  # before any rank changes anything
+            if self.ranks.size > 1:
+                self.ranks.send(frame("weights", {"folder": str(source.absolute())}))
+            load_weights(self.model, source)
+            return
+        if self.ranks.size > 1:
+            raise ConfigError("with tensor parallelism, weights come from a checkpoint folder: save them, and name it")
+        pieces = {name: piece.tensor for name, piece in source.tensors()} if isinstance(source, Transformer) else source
+        fill_weights(self.model, pieces)
 
     def result(self, handle: Handle) -> StepResult:
         """Wait for a submitted step and give its tokens by request."""

@@ -149,6 +149,25 @@ class Scheduler:
         """Forget every cached prefix that no running request holds; returns the blocks freed."""
         return self.cache.reset()
 
+    def change_weights(self, version: int) -> None:
+        """The model's weights are others from here on: what was computed counts no more, and nothing matches it.
+
+        Running requests keep their seats' order and compute all they know again. No plan may be in flight.
+        """
+        if self._flights:
+            raise ValueError("weights cannot change while a plan is in flight: take its results first")
+        for request in tuple(self.running):
+            self.running.remove(request)
+            request.status = Status.PREEMPTED
+            request.epoch += 1
+            insort(self.waiting, request, key=self.policy.key)
+        for request in self.waiting:
+            self.cache.release(request.kv)
+            request.num_computed_tokens = 0
+            request.spec_token_ids = []
+            request.kv.namespace = request.namespace = (version, *request.namespace[1:])
+        self.cache.reset()
+
     # ---- one step
 
     def schedule(self) -> Plan:

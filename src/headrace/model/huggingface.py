@@ -21,7 +21,7 @@ from headrace.model.transformer import Transformer
 from headrace.parallel.group import TensorGroup
 from headrace.parallel.pieces import Piece
 
-__all__ = ["load_model", "read_config", "resolve", "save_model"]
+__all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "read_config", "resolve", "save_model"]
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -84,11 +84,40 @@ def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto",
         model = Transformer(config, ops, group=group)
     except RuntimeError as error:
         raise CheckpointError(f"no memory on {ops.device} for the model that {folder} describes") from error
-    places = dict(model.tensors())
-    sources = _match(places, files, config.tie_word_embeddings)
-    for name, place in places.items():
-        place.tensor.copy_(place.of(files.tensor(sources[name])))
+    _fill(model, files)
     return model.requires_grad_(False)
+
+
+def check_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
+    """Raise `CheckpointError` unless the folder holds just the tensors that `model` has, in their shapes."""
+    _match(dict(model.tensors()), TensorFiles(Path(folder)), model.config.tie_word_embeddings)
+
+
+def load_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
+    """Fill `model` with the weights in a folder, in the dtypes that it has."""
+    _fill(model, TensorFiles(Path(folder)))
+
+
+def fill_weights(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `model` from tensors by checkpoint name. Raises `CheckpointError`, with nothing changed, if any misfits."""
+    places = dict(model.tensors())
+    for wrong, names in (("is missing", places.keys() - tensors.keys()), ("is none of it", tensors.keys() - places)):
+        if names:
+            raise CheckpointError(f"{min(names)} {wrong}: give every tensor of the model by its checkpoint name")
+    for name, place in places.items():
+        if tuple(tensors[name].shape) != place.shape:
+            raise CheckpointError(f"{name} has shape {list(tensors[name].shape)}, the model's is {list(place.shape)}")
+    with torch.no_grad():
+        for name, place in places.items():
+            place.tensor.copy_(place.of(tensors[name]))
+
+
+def _fill(model: Transformer, files: TensorFiles) -> None:
+    places = dict(model.tensors())
+    sources = _match(places, files, model.config.tie_word_embeddings)
+    with torch.no_grad():
+        for name, place in places.items():
+            place.tensor.copy_(place.of(files.tensor(sources[name])))
 
 
 def save_model(model: Transformer, folder: str | os.PathLike[str],

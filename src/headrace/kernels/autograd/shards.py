@@ -101,11 +101,13 @@ class ShardPool:
 
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """job(item) for every item, in order."""
+        def without_gradients(item: T) -> R:
+            with torch.no_grad():  # which is a thread's own setting
+                return job(item)
+
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            if self._workers is None:
-                return [job(item) for item in items]
-            return list(self._workers.map(job, items))
+            return list((map if self._workers is None else self._workers.map)(without_gradients, items))
         finally:
             torch.set_num_threads(threads)
