@@ -89,6 +89,22 @@ def test_a_folder_that_holds_a_run_is_left_alone(recipe, tmp_path, cpu_ops):
         train(recipe, tmp_path / "file", ops=cpu_ops)
 
 
+def test_a_run_that_did_not_begin_may_be_begun_again(recipe_file, tmp_path, cpu_ops):
+    wrong = load_recipe(recipe_file, ["parallel.tensor=2"])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="torchrun"):
+            train(wrong, tmp_path / "run", ops=cpu_ops)
+    assert train(load_recipe(recipe_file), tmp_path / "run", ops=cpu_ops).checkpoint.is_dir()
+
+
+def test_a_reader_that_has_left_is_no_fault_of_the_disk(recipe, tmp_path, cpu_ops):
+    def left(line):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        train(recipe, tmp_path / "run", left, ops=cpu_ops)
+
+
 def test_divergence_names_the_last_good_snapshot(recipe_file, tmp_path, cpu_ops):
     wild = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "optimizer.grad_clip=0"]
     with pytest.raises(ConfigError, match=r"at step \d.*there is no snapshot yet"):

@@ -119,6 +119,17 @@ def test_divergence_is_a_clear_error(recipe_file, cpu_ops):
             trainer.step()
 
 
+def test_a_steps_gradient_is_that_of_the_log_probabilities(recipe_file, cpu_ops):
+    """The fused loss of a step, which never holds all logits, against the plain way."""
+    trainer, plain = (Trainer(load_recipe(recipe_file, ["optimizer.grad_clip=0"]), cpu_ops) for _ in range(2))
+    batch = plain.source.stream(2, 96).next()
+    logprob_R = plain.log_probabilities(batch)
+    grads = torch.autograd.grad(-logprob_R.double().mean(), plain.parameters)
+    record = trainer.step()
+    assert record.loss == pytest.approx(-logprob_R.double().mean().item(), rel=1e-12)
+    assert record.grad_norm == pytest.approx(math.sqrt(sum(g.double().square().sum().item() for g in grads)), rel=1e-6)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_micro_batches_change_nothing_but_the_order_of_sums(recipe_file, cpu_ops, parts):
     rows = ["train.batch_size=4", "train.steps=4"]

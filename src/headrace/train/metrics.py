@@ -22,7 +22,6 @@ class Metrics:
     """metrics.jsonl, open to be appended to. Lines of steps after `step`, of a run that was cut off, are removed."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self._file = None
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
         partial = path.with_name(path.name + ".partial")
         with partial.open("w", encoding="utf-8") as file:
@@ -33,19 +32,16 @@ class Metrics:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one step; whoever reads the file sees whole lines."""
-        assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Wait until all of it is on the disk."""
-        assert self._file is not None
         _settle(self._file)
 
     def close(self) -> None:
         """End it."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

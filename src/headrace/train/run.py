@@ -175,6 +175,8 @@ def _disk(out: Path) -> Iterator[None]:
     """What the disk refuses becomes one clear line."""
     try:
         yield
+    except (ConnectionError, TimeoutError):  # of a pipe or another process
+        raise
     except OSError as error:
         raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror or error}; {_last(out)}. "
                           "Make room, then go on with --resume") from None
@@ -189,8 +191,10 @@ def _last(out: Path) -> str:
 def _goes_on(out: Path, resume: bool) -> bool:
     """Whether to resume what `out` holds. Raises `ConfigError` where nobody said so."""
     require(not out.exists() or out.is_dir(), f"--out {out} is a file: name a folder")
-    if not any((out / name).exists() for name in (METRICS, SNAPSHOTS, RUN, "hf")):
-        return False
+    metrics = out / METRICS
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    if not measured and not any((out / name).exists() for name in (SNAPSHOTS, "hf")):
+        return False  # a run that did not come to its first step leaves nothing to go on with
     require(resume or _restarted(out), f"{out} holds a run: go on with it by --resume, or give another --out")
     return True
 

@@ -82,7 +82,7 @@ class Trainer:
 
     def log_probabilities(self, batch: Batch) -> Tensor:
         """log p [R] of the batch's targets: the bits that the server computes for them."""
-        return self.model.lm_head.log_probabilities(self._hidden(batch), batch.targets_R)
+        return self.model.lm_head.log_probabilities(self._hidden(batch), batch.targets_R.to(self.ops.device))
 
     def step(self) -> StepRecord:
         """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
@@ -162,7 +162,8 @@ class Trainer:
             if not len(part.rows_R):
                 continue
             weight_R = torch.full(part.rows_R.shape, -factor / len(batch.rows_R), device=self.ops.device)
-            loss, logprob_R = head_loss(self.ops, self._hidden(part), head.weight, part.targets_R, weight_R, head.part)
+            loss, logprob_R = head_loss(self.ops, self._hidden(part), head.weight, part.targets_R.to(self.ops.device),
+                                        weight_R, head.part)
             values += logprob_R.tolist()
             if not torch.isfinite(logprob_R).all():
                 raise ConfigError("the loss is not finite")
@@ -173,4 +174,5 @@ class Trainer:
         """What the head multiplies [R, D], of the tokens whose prediction counts."""
         ctx = DenseContext(self.ops, self.config, batch.lengths,
                            getattr(torch, self.recipe.train.kv_cache_dtype))
-        return self.ops.embedding(batch.rows_R, self.model.hidden(batch.ids_T, batch.positions_T, ctx))
+        ids_T, positions_T, rows_R = (x.to(self.ops.device) for x in (batch.ids_T, batch.positions_T, batch.rows_R))
+        return self.ops.embedding(rows_R, self.model.hidden(ids_T, positions_T, ctx))
