@@ -10,7 +10,7 @@ from headrace.attention.context import packed_meta
 from headrace.kernels.autograd import AutogradOps, VocabPart, causal_attention, head_loss, log_probability
 from headrace.kernels.ops import load_ops, vocab_bounds
 from headrace.kernels.reference import ReferenceOps
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 
 T, D, H, G, d, P = 21, 24, 4, 2, 8, 64
 
@@ -98,7 +98,7 @@ def test_silu_mul_and_embedding(base):
 def test_log_probability(base):
     targets = torch.arange(T) * 5 % 130
     bounds = vocab_bounds(130, 2)
-    part = VocabPart(0, bounds, TensorGroup())
+    part = VocabPart(0, bounds, RankGroup())
     check(lambda z: log_probability(AutogradOps(base), z, targets, part),
           lambda z: F.log_softmax(z, -1)[torch.arange(T), targets], normal(T, 130) * 4)
 
@@ -109,7 +109,7 @@ def test_the_head_s_loss_is_never_all_logits_at_once(base, monkeypatch):
     linear = base.linear
     monkeypatch.setattr(base, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
     targets, weights = torch.arange(T) * 5 % 130, normal(T)
-    part = VocabPart(0, vocab_bounds(130, 2), TensorGroup())
+    part = VocabPart(0, vocab_bounds(130, 2), RankGroup())
     check(lambda x, w: head_loss(AutogradOps(base), x, w, targets, weights, part)[0],
           lambda x, w: (F.log_softmax((x @ w.T).double(), -1)[torch.arange(T), targets] * weights).sum(),
           normal(T, D), normal(130, D))

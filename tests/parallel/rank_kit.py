@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.rendezvous import connect, join, keep_store
 
 TESTS = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ pool = lru_cache(RankPool)
 def run_ranks(function: str, size: int, *arguments: Any, link: str = "auto", sequence: bool = False) -> list[Any]:
     """What `function` ("module:name") gives as f(group, *arguments) on each of `size` processes, in rank order."""
     if size == 1:
-        return [_load(function)(TensorGroup(), *arguments)]
+        return [_load(function)(RankGroup(), *arguments)]
     return pool(size).run({"function": function, "arguments": arguments, "link": link, "sequence": sequence})
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import tree
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.links import LinkError, SocketLink
 from headrace.parallel.rendezvous import connect, join, keep_store
 from parallel.group_jobs import SIZES, numbers
@@ -119,6 +119,6 @@ def _try(port, rank):
 
 def test_a_layout_that_cannot_be_is_refused_with_the_numbers():
     with pytest.raises(ConfigError, match="tensor parallelism of 4 does not divide the model's 2 virtual shards"):
-        TensorGroup.of_size(4).require_shards(2)
-    assert [list(TensorGroup.of_size(4, rank).own(2)) for rank in range(4)] == [[0], [0], [1], [1]]
-    assert list(TensorGroup.of_size(2, 1).own(8)) == [4, 5, 6, 7]
+        RankGroup.of_size(4).require_shards(2)
+    assert [list(RankGroup.of_size(4, rank).own(2)) for rank in range(4)] == [[0], [0], [1], [1]]
+    assert list(RankGroup.of_size(2, 1).own(8)) == [4, 5, 6, 7]

@@ -6,11 +6,11 @@ import torch
 from headrace.config import ModelConfig
 from headrace.kernels.ops import load_ops
 from headrace.model.layers import Attention, GatedMLP
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Streams
 from headrace.parallel.tensor import ColumnParallelLinear, LMHead, RowParallelLinear, VocabParallelEmbedding
 
-ALONE = TensorGroup()
+ALONE = RankGroup()
 
 
 @pytest.fixture(scope="module")

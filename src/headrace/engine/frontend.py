@@ -27,7 +27,7 @@ from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import load_model, read_config, resolve
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.text.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ class Frontend:
         config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
         tokenizer.check_vocabulary(config.vocab_size)
-        HeadLayout(config, TensorGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
+        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
         each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
         ops = load_ops(options.kernel_set, **each[0])
         ranks = Ranks.start(len(each), folder, options.kernel_set, each, options.dtype, ops.device)

@@ -21,7 +21,7 @@ import torch
 
 from headrace.engine.frames import frame
 from headrace.errors import ConfigError, HeadraceError
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.rendezvous import connect, keep_store
 
 __all__ = ["RankDiedError", "Ranks"]
@@ -40,7 +40,7 @@ class Ranks:
 
     def __init__(self, size: int = 1) -> None:
         self.size = size
-        self.group: TensorGroup = TensorGroup()
+        self.group: RankGroup = RankGroup()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._store: Any = None
         self._closing = False

@@ -18,7 +18,7 @@ from headrace.kernels.ops import Ops
 from headrace.model.families import config_from_json, config_to_json
 from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
 from headrace.model.transformer import Transformer
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece
 
 __all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "read_config", "resolve", "save_model"]
@@ -67,7 +67,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto",
-               group: TensorGroup | None = None) -> Transformer:
+               group: RankGroup | None = None) -> Transformer:
     """The model in a folder, on the ops' device, without gradients; of a group's model, this rank's part.
 
     Matrices keep the dtype they are stored in ("auto"; float32 where they differ) or take `dtype`; norms and

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headrace.attention.context import AttentionContext
 from headrace.config import ModelConfig
 from headrace.kernels.ops import Ops, shard_bounds
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.parallel.operators import shared
 from headrace.parallel.pieces import Piece, Streams
@@ -31,7 +31,7 @@ def weight_dtype(config: ModelConfig) -> torch.dtype:
 class RMSNorm(nn.Module):
     """Adds the block's output to the residual stream and normalises the sum, in one op."""
 
-    def __init__(self, ops: Ops, width: int, eps: float, group: TensorGroup) -> None:
+    def __init__(self, ops: Ops, width: int, eps: float, group: RankGroup) -> None:
         super().__init__()
         self.ops = ops
         self.eps = eps
@@ -56,7 +56,7 @@ class Attention(nn.Module):
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, group: TensorGroup) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, group: RankGroup) -> None:
         super().__init__()
         dim, dtype = config.head_dim, weight_dtype(config)
         heads = HeadLayout(config, group)
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, group: TensorGroup) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, group: RankGroup) -> None:
         super().__init__()
         bounds, dtype = shard_bounds(config.intermediate_size, config.shards), weight_dtype(config)
         self.ops = ops

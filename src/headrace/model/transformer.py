@@ -18,13 +18,13 @@ from headrace.config import ModelConfig
 from headrace.kernels.ops import Ops
 from headrace.model.layers import Attention, GatedMLP, RMSNorm, weight_dtype
 from headrace.model.rotary import rotary_table
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece, Streams
 from headrace.parallel.tensor import LMHead, VocabParallelEmbedding
 
 __all__ = ["Block", "Transformer"]
 
-MLPFactory = Callable[[ModelConfig, Ops, int, TensorGroup], GatedMLP]
+MLPFactory = Callable[[ModelConfig, Ops, int, RankGroup], GatedMLP]
 """(config, ops, layer, group) → that layer's feed-forward part."""
 
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
     """Attention and a feed-forward part, each behind a norm."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, mlp: MLPFactory,
-                 group: TensorGroup) -> None:
+                 group: RankGroup) -> None:
         super().__init__()
         self.input_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
         self.attention = Attention(config, ops, layer, rope_Pd, group)
@@ -68,13 +68,13 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP,
-                 group: TensorGroup | None = None) -> None:
+                 group: RankGroup | None = None) -> None:
         """`group`: the ranks that hold the model together; None for this one alone."""
         super().__init__()
         self.config = config
         self.ops = ops
         self._mlp = mlp
-        self.group = group = TensorGroup() if group is None else group
+        self.group = group = RankGroup() if group is None else group
         self.rope_Pd = rotary_table(config, ops.device)
         dtype = weight_dtype(config)
         self.embed = VocabParallelEmbedding(

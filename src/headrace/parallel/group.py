@@ -1,4 +1,4 @@
-"""`TensorGroup`: the ranks that hold one model's virtual shards together, and their collectives.
+"""`RankGroup`: the ranks that hold one model's virtual shards together, and their collectives.
 
 Sums have one shape at every degree: a balanced binary tree over the virtual shards, neighbours first. The tree's
 lower levels lie inside a rank; its upper ones are a *butterfly*: at distance 1, 2, 4 … two ranks exchange what they
@@ -18,13 +18,13 @@ from headrace.errors import ConfigError
 from headrace.parallel.links import Link
 from headrace.parallel.traffic import Traffic
 
-__all__ = ["DistributedGroup", "TensorGroup"]
+__all__ = ["DistributedGroup", "RankGroup"]
 
 LARGE = 1 << 15
 """Elements from which a sum is split: below, fewer rounds are worth more than fewer bytes."""
 
 
-class TensorGroup:
+class RankGroup:
     """A group of one: every collective returns what it was given. The base of larger groups."""
 
     rank = 0
@@ -36,7 +36,7 @@ class TensorGroup:
         self.sequence = sequence
 
     @classmethod
-    def of_size(cls, size: int, rank: int = 0) -> TensorGroup:
+    def of_size(cls, size: int, rank: int = 0) -> RankGroup:
         """Rank `rank` of a group of `size`, without the others: for layouts that are only looked at."""
         group = cls()
         group.rank, group.size = rank, size
@@ -82,7 +82,7 @@ def _divisors(shards: int) -> str:
     return " or ".join(str(n) for n in (1, 2, 4, 8, 16) if shards % n == 0)
 
 
-class DistributedGroup(TensorGroup):
+class DistributedGroup(RankGroup):
     """Ranks that talk over a link."""
 
     def __init__(self, link: Link, rank: int, size: int, sequence: bool = False) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import OutputShards
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 
 __all__ = ["HeadLayout"]
 
@@ -21,7 +21,7 @@ __all__ = ["HeadLayout"]
 class HeadLayout:
     """The heads of this rank: `heads` query heads and `kv_heads` kv heads, or `virtual_kv_heads` in training."""
 
-    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, config: ModelConfig, group: RankGroup) -> None:
         """Raises `ConfigError` where the heads cannot be divided so."""
         n, heads, kv_heads, shards = group.size, config.num_heads, config.num_kv_heads, config.shards
         group.require_shards(shards)
@@ -39,7 +39,7 @@ class HeadLayout:
         pieces = math.gcd(shards, kv_heads)
         self.kv_bounds = tuple(i * kv_heads // pieces * self.dim for i in range(pieces + 1))
 
-    def output_shards(self, group: TensorGroup) -> OutputShards:
+    def output_shards(self, group: RankGroup) -> OutputShards:
         """How this rank's virtual shards lie in the fused product, a virtual kv head for each run of its readers."""
         own = group.own(self._shards)
         first_q, first_kv = self.q_bounds[own.start], self.kv_bounds[group.own(len(self.kv_bounds) - 1).start]

@@ -16,39 +16,39 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 
 __all__ = ["f", "f_rows", "g", "g_rows", "shared"]
 
 
-def f(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+def f(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """x, whose gradient is summed over the ranks."""
     return _F.apply(x, group, purpose)
 
 
-def g(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+def g(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """x summed over the ranks."""
     return _G.apply(x, group, purpose)
 
 
-def f_rows(x_RD: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+def f_rows(x_RD: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """All ranks' rows in rank order; every rank has as many."""
     return _FRows.apply(x_RD, group, purpose)
 
 
-def g_rows(x_TD: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+def g_rows(x_TD: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """This rank's rows of the sum over the ranks; T is a multiple of their number."""
     return _GRows.apply(x_TD, group, purpose)
 
 
-def shared(weight: Tensor, group: TensorGroup, partial: bool, purpose: str) -> Tensor:
+def shared(weight: Tensor, group: RankGroup, partial: bool, purpose: str) -> Tensor:
     """A weight that all ranks hold. Where each sees a part of what it is used on (`partial`), gradients are summed."""
     return f(weight, group, purpose) if partial and group.size > 1 and weight.requires_grad else weight
 
 
 class _F(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: RankGroup, purpose: str) -> Tensor:
         ctx.group, ctx.purpose = group, purpose
         return x.view_as(x)
 
@@ -59,7 +59,7 @@ class _F(Function):
 
 class _G(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: RankGroup, purpose: str) -> Tensor:
         return group.all_reduce(x.detach(), purpose)
 
     @staticmethod
@@ -69,7 +69,7 @@ class _G(Function):
 
 class _FRows(Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, group: RankGroup, purpose: str) -> Tensor:
         ctx.group, ctx.purpose = group, purpose
         return group.all_gather(x_RD.detach(), purpose)
 
@@ -80,7 +80,7 @@ class _FRows(Function):
 
 class _GRows(Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, group: RankGroup, purpose: str) -> Tensor:
         ctx.group, ctx.purpose = group, purpose
         return group.reduce_scatter(x_TD.detach(), purpose)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 
 __all__ = ["Piece", "Streams"]
 
@@ -31,13 +31,13 @@ class Piece:
     """How many consecutive ranks hold the same; for an unsplit tensor, all of them."""
 
     @classmethod
-    def split(cls, tensor: Tensor, axis: int, bounds: Sequence[int], group: TensorGroup) -> Piece:
+    def split(cls, tensor: Tensor, axis: int, bounds: Sequence[int], group: RankGroup) -> Piece:
         """A part along `axis`, cut at `bounds`."""
         count = len(bounds) - 1
         return cls(tensor, axis, tuple(bounds), group.own(count), max(1, group.size // count))
 
     @classmethod
-    def whole(cls, tensor: Tensor, group: TensorGroup) -> Piece:
+    def whole(cls, tensor: Tensor, group: RankGroup) -> Piece:
         """A tensor that every rank has."""
         return cls(tensor, replicas=group.size)
 
@@ -65,7 +65,7 @@ class Piece:
         for i in self.own:
             yield i, local.narrow(self.axis, self.bounds[i] - start, self.bounds[i + 1] - self.bounds[i])
 
-    def is_first(self, group: TensorGroup) -> bool:
+    def is_first(self, group: RankGroup) -> bool:
         """Whether this rank is the first of those that hold the same: it speaks for them."""
         return group.rank % self.replicas == 0
 
@@ -76,7 +76,7 @@ class Streams:
     A rank has the streams of its own shards only, so the same weights come at every degree.
     """
 
-    def __init__(self, seed: int, shards: int, group: TensorGroup) -> None:
+    def __init__(self, seed: int, shards: int, group: RankGroup) -> None:
         """`shards` is V."""
         self._outer = _generator(seed, 0)
         self._inner = {i: _generator(seed, 1 + i) for i in group.own(shards)}

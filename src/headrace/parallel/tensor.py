@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headrace.kernels.autograd import AutogradOps, OutputShards, VocabPart, add_bias, head_loss, log_probability
 from headrace.kernels.ops import Ops, vocab_bounds
-from headrace.parallel.group import TensorGroup
+from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.parallel.operators import f, f_rows, g, g_rows, shared
 from headrace.parallel.pieces import Piece, Streams
@@ -74,7 +74,7 @@ class _ParallelLinear(nn.Module):
     kernel: Callable[[Tensor], Tensor]
 
     def __init__(self, ops: Ops, inputs: int, outputs: int, bias: bool, dtype: torch.dtype,
-                 group: TensorGroup) -> None:
+                 group: RankGroup) -> None:
         super().__init__()
         self.group = group
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=ops.device))
@@ -104,7 +104,7 @@ class ColumnParallelLinear(_ParallelLinear):
     """
 
     def __init__(self, ops: Ops, inputs: int, parts: Sequence[tuple[str, tuple[int, ...]]], *, bias: bool,
-                 dtype: torch.dtype, group: TensorGroup, purpose: str, outputs: OutputShards | None = None) -> None:
+                 dtype: torch.dtype, group: RankGroup, purpose: str, outputs: OutputShards | None = None) -> None:
         """`outputs` says how the virtual shards lie, where they are not simply the parts' pieces."""
         spans = [_span(bounds, group) for _, bounds in parts]
         super().__init__(ops, inputs, sum(stop - start for start, stop in spans), bias, dtype, group)
@@ -134,7 +134,7 @@ class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one product, as heads. Ranks that share a kv head each hold its rows."""
 
     def __init__(self, ops: Ops, inputs: int, heads: HeadLayout, *, bias: bool, dtype: torch.dtype,
-                 group: TensorGroup, purpose: str) -> None:
+                 group: RankGroup, purpose: str) -> None:
         parts = (("q_proj", heads.q_bounds), ("k_proj", heads.kv_bounds), ("v_proj", heads.kv_bounds))
         super().__init__(ops, inputs, parts, bias=bias, dtype=dtype, group=group, purpose=purpose,
                          outputs=heads.output_shards(group))
@@ -151,7 +151,7 @@ class RowParallelLinear(_ParallelLinear):
     """Inputs split over ranks at the virtual shards' offsets, `bounds`; the bias comes after their sum."""
 
     def __init__(self, ops: Ops, name: str, bounds: tuple[int, ...], outputs: int, *, bias: bool,
-                 dtype: torch.dtype, group: TensorGroup, purpose: str) -> None:
+                 dtype: torch.dtype, group: RankGroup, purpose: str) -> None:
         start, stop = _span(bounds, group)
         super().__init__(ops, stop - start, outputs, bias, dtype, group)
         self.ops = ops
@@ -183,7 +183,7 @@ class VocabParallelEmbedding(nn.Module):
     """The token table [V, D], split over ranks by vocabulary at `vocab_bounds`."""
 
     def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype,
-                 group: TensorGroup) -> None:
+                 group: RankGroup) -> None:
         super().__init__()
         self.ops = ops
         self.group = group
@@ -222,7 +222,7 @@ class LMHead(nn.Module):
     `tied` is the embedding whose table it reads; without one it owns a table.
     """
 
-    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype, group: TensorGroup,
+    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype, group: RankGroup,
                  tied: VocabParallelEmbedding | None = None) -> None:
         super().__init__()
         self.group = group
@@ -271,22 +271,22 @@ class LMHead(nn.Module):
             yield f"{prefix}.weight", Piece.split(self.weight.detach(), 0, self.bounds, self.group)
 
 
-def _enter(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+def _enter(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
     if group.size == 1:
         return x
     return f_rows(x, group, purpose) if group.sequence else f(x, group, purpose)
 
 
-def _leave(x: Tensor, group: TensorGroup, purpose: str) -> Tensor:
+def _leave(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
     return g_rows(x, group, purpose) if group.sequence else g(x, group, purpose)
 
 
-def _pairs(bounds: Sequence[int], group: TensorGroup) -> list[tuple[int, int]]:
+def _pairs(bounds: Sequence[int], group: RankGroup) -> list[tuple[int, int]]:
     """(start, stop) of each piece that this rank holds."""
     return [(bounds[i], bounds[i + 1]) for i in group.own(len(bounds) - 1)]
 
 
-def _span(bounds: Sequence[int], group: TensorGroup, rank: int | None = None) -> tuple[int, int]:
+def _span(bounds: Sequence[int], group: RankGroup, rank: int | None = None) -> tuple[int, int]:
     """Where a rank's pieces begin and end; this rank's without one."""
     own = group.own(len(bounds) - 1, rank)
     return bounds[own.start], bounds[own.stop]

@@ -23,7 +23,7 @@ CHUNK = 512
 
 
 class Sharing(Protocol):
-    """What is needed of a group of ranks: `headrace.parallel.group.TensorGroup`."""
+    """What is needed of a group of ranks: `headrace.parallel.group.RankGroup`."""
 
     def all_reduce(self, x: Tensor, purpose: str, width: int | None = None) -> Tensor: ...
 
