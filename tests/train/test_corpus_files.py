@@ -45,7 +45,7 @@ def test_any_block_size_reads_the_same_documents(tmp_path_factory, pieces, marke
     found = documents(parts)
     if block >= len(text.encode()):
         assert found == expected
-    # In small blocks a line break at the end may already have been handed out.
+    # Where a text without white space was cut by force, line breaks after that may already have been handed out.
     assert [one.rstrip("\r\n") for one in found] == [one.rstrip("\r\n") for one in expected]
 
 

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from headrace.train.config import DataConfig
 from headrace.train.corpus.folder import Corpus
 from headrace.train.corpus.pieces import Held, Piece, Pieces
 from headrace.train.corpus.world import World, encode_document
-from headrace.train.tinyworld import Document, documents, exam
+from headrace.train.tinyworld import Document
 
-__all__ = ["Batch", "BatchStream", "Source", "batches", "collate", "open_source"]
+__all__ = ["Batch", "BatchStream", "Source", "collate", "open_source"]
 
 
 @dataclass(slots=True)
@@ -112,7 +112,6 @@ class Source:
     """A recipe's data: its tokenizer, its endless training batches, its held-out ones."""
 
     def __init__(self, config: DataConfig) -> None:
-        self._config = config
         self._texts: _Texts = (World(config.vocab_size, config.seed) if config.source == "tinyworld"
                                else Corpus(config.source, config.seed, config.shuffle))
         self.tokenizer: Tokenizer = self._texts.tokenizer
@@ -124,19 +123,11 @@ class Source:
         """
         return BatchStream(self._texts.pieces(seq_length, state), batch_size, seq_length)
 
-    @overload
-    def validation(self, seq_length: int) -> list[Document]: ...
-
-    @overload
-    def validation(self, seq_length: int, batch_size: int, limit: int = 0) -> list[Batch]: ...
-
-    def validation(self, seq_length: int, batch_size: int = 0, limit: int = 0) -> list[Batch] | list[Document]:
+    def validation(self, seq_length: int, batch_size: int, limit: int = 0) -> list[Batch]:
         """Batches of the first `limit` held-out sequences, or of all for 0; the last may have fewer rows.
 
-        Empty where the data holds nothing out. The older form `validation(n)` gives `n` texts of tinyworld.
+        Empty where the data holds nothing out.
         """
-        if batch_size == 0:
-            return [Document(((prompt, answer),)) for _, prompt, answer in exam(self._config.seed, seq_length)]
         pieces = self._texts.held_out(seq_length)
         held = Held(piece for _, piece in zip(range(limit), pieces)) if limit else Held(pieces)
         found = []
@@ -148,32 +139,16 @@ class Source:
         """Up to `n` prompts that suit the data, for samples during training."""
         return self._texts.prompts(n)
 
-    def training(self) -> Iterator[Document]:
-        """The older form of `stream`: tinyworld's texts."""
-        return documents(self._config.seed)
-
 
 def open_source(config: DataConfig) -> Source:
     """A recipe's data. Raises `ConfigError` that names the `data.` key or the file at fault."""
     return Source(config)
 
 
-def batches(texts: Iterable[Document], tokenizer: Tokenizer, batch_size: int,
-            seq_length: int) -> Iterator[Batch]:
-    """Batches of `batch_size` rows. A row takes texts while they fit `seq_length`; a longer text is cut short."""
-    held = Held(_head(text, tokenizer, seq_length) for text in texts)
-    while held.peek() is not None:
-        yield _pack(_fill(held, batch_size, seq_length))
-
-
 def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) -> Batch:
     """One batch of all of `texts`, a row for each; a text longer than `seq_length` is cut short."""
-    return _pack([[_head(text, tokenizer, seq_length)] for text in texts])
-
-
-def _head(text: Document, tokenizer: Tokenizer, seq_length: int) -> Piece:
-    ids, counts = encode_document(text, tokenizer)
-    return Piece(ids[: seq_length + 1], counts[: seq_length + 1])
+    encoded = [encode_document(text, tokenizer) for text in texts]
+    return _pack([[Piece(ids[: seq_length + 1], counts[: seq_length + 1])] for ids, counts in encoded])
 
 
 def _fill(pieces: Pieces, batch_size: int, seq_length: int) -> list[list[Piece]]:

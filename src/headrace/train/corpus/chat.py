@@ -54,9 +54,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], whe
                 f"{where}: message {turn}: the chat template writes the conversation up to here otherwise than it "
                 "writes it in the whole, so what the assistant said cannot be told apart: take a template that does "
                 "not change earlier turns")
-        begin, end = (_common(ids, _encode(tokenizer, text, where))
-                      for text in (asked, _without_tail(answered, asked, tokenizer)))
-        counts[begin:end] = True
+        begin, end = (_common(ids, _encode(tokenizer, text, where)) for text in (asked, answered))
+        counts[begin : _without_tail(tokenizer, ids, begin, end)] = True
     last = int(np.flatnonzero(counts)[-1]) + 1 if counts[1:].any() else 0
     require(last > 0, f"{where}: the chat template leaves nothing of what the assistant said")
     return _ended(tokenizer, ids[:last], counts[:last])
@@ -76,11 +75,16 @@ def _encode(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _without_tail(answered: str, asked: str, tokenizer: Tokenizer) -> str:
-    """A turn without the white space that a template writes after its end token, which no model has to say."""
-    eos = tokenizer.special_tokens.get("eos_token")
-    bare = answered.rstrip()
-    return bare if eos and bare.endswith(eos) and len(bare) > len(asked) else answered
+def _without_tail(tokenizer: Tokenizer, ids: np.ndarray, begin: int, end: int) -> int:
+    """Where a turn ends without the white space that a template writes after its end token: no model has to say it."""
+    bare = end
+    while bare > begin and not tokenizer.decode([int(ids[bare - 1])], skip_special_tokens=False).strip():
+        bare -= 1
+    return bare if bare > begin and _special(tokenizer, int(ids[bare - 1])) else end
+
+
+def _special(tokenizer: Tokenizer, token: int) -> bool:
+    return tokenizer.decode([token]) == "" != tokenizer.decode([token], skip_special_tokens=False)
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
@@ -92,8 +96,6 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 def _ended(tokenizer: Tokenizer, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     eos = tokenizer.eos_token_id
-    last = [int(ids[-1])]
-    special = tokenizer.decode(last) == "" and tokenizer.decode(last, skip_special_tokens=False) != ""
-    if eos is None or special:
+    if eos is None or _special(tokenizer, int(ids[-1])):
         return ids, counts
     return np.append(ids, eos), np.append(counts, True)

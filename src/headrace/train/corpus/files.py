@@ -143,7 +143,7 @@ class _TextReader:
         cut = max((match.end() for match in near), default=0)
         if cut:
             yield from self._take(cut, last=False)
-        elif len(self._buffer) >= FORCED:
+        elif self._limit() >= FORCED:
             yield from self._take(self._limit(), last=False)
 
     def end(self) -> Iterator[Part]:
