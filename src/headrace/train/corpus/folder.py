@@ -41,7 +41,8 @@ class Corpus:
         require(len(lengths) == self.index.documents and self._offsets[0] == 0 and int(lengths.min()) >= 2
                 and int(self._offsets[-1]) == self.index.tokens, f"{self._folder / OFFSETS} is damaged: build it again")
         held_out = np.zeros(len(lengths), dtype=bool)
-        require(len(self.validation) == self.index.validation and bool(np.all((self.validation >= 0) & (self.validation < len(lengths)))),
+        known = bool(np.all((self.validation >= 0) & (self.validation < len(lengths))))
+        require(len(self.validation) == self.index.validation and known,
                 f"{self._folder / VALIDATION} is damaged: build it again")
         held_out[self.validation] = True
         self.training = np.flatnonzero(~held_out)
