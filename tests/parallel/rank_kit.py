@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 from headrace.parallel.group import RankGroup
+from headrace.parallel.mesh import Mesh
 from headrace.parallel.rendezvous import connect, join, keep_store
 
 TESTS = Path(__file__).parents[1]
 SECONDS = 120.0
+CPU = torch.device("cpu")
 
 
 class RankPool:
@@ -60,6 +62,13 @@ def run_ranks(function: str, size: int, *arguments: Any, link: str = "auto", seq
     return pool(size).run({"function": function, "arguments": arguments, "link": link, "sequence": sequence})
 
 
+def run_mesh(function: str, size: int, tensor: int, *arguments: Any, sequence: bool = False) -> list[Any]:
+    """The same as f(mesh, *arguments), `tensor` of the `size` processes to a copy of the model."""
+    if size == 1:
+        return [_load(function)(Mesh(), *arguments)]
+    return pool(size).run({"function": function, "arguments": arguments, "tensor": tensor, "sequence": sequence})
+
+
 def _load(name: str) -> Any:
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)
@@ -73,11 +82,15 @@ def main() -> None:
     store = join(port, size, SECONDS)
     for line in sys.stdin:
         job = json.loads(line)
-        group = connect(dist.PrefixStore(f"job {job['number']}", store), rank, size, torch.device("cpu"), SECONDS,
-                        job["sequence"], job["link"])
-        out.write(json.dumps(_load(job["function"])(group, *job["arguments"])) + "\n")
+        here = dist.PrefixStore(f"job {job['number']}", store)
+        place: Any
+        if "tensor" in job:
+            place = Mesh.meet(here, rank, size, job["tensor"], CPU, job["sequence"], SECONDS)
+        else:
+            place = connect(here, rank, size, CPU, SECONDS, job["sequence"], job["link"])
+        out.write(json.dumps(_load(job["function"])(place, *job["arguments"])) + "\n")
         out.flush()
-        group.close()
+        place.close()
 
 
 if __name__ == "__main__":

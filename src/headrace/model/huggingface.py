@@ -19,7 +19,7 @@ from headrace.model.families import config_from_json, config_to_json
 from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
-from headrace.parallel.pieces import Piece
+from headrace.parallel.pieces import Piece, gathered
 
 __all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "read_config", "resolve", "save_model"]
 
@@ -124,15 +124,19 @@ def save_model(model: Transformer, folder: str | os.PathLike[str],
                extra_config: Mapping[str, Any] | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors, for `transformers` and `load_model`.
 
+    Every rank of the model's group calls it; rank 0 gathers the tensors, and writes.
     Tensors are stored in the model's dtype, except norms and biases that it could not hold exactly.
     `extra_config` is added to config.json.
     """
     folder = Path(folder)
+    whole = [(name, gathered(piece, model.group)) for name, piece in model.tensors()]
+    if model.group.rank:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, model.config.dtype)
     config = {**config_to_json(model.config), **(extra_config or {})}
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    write_tensors(folder / SINGLE, ((name, _narrow(piece.tensor, dtype)) for name, piece in model.tensors()),
+    write_tensors(folder / SINGLE, ((name, _narrow(tensor, dtype)) for name, tensor in whole if tensor is not None),
                   {"format": "pt"})
     for name, content in ((CONFIG, config), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`RankGroup`: the ranks that hold one model's virtual shards together, and their collectives.
+"""`RankGroup`: ranks that hold one model's virtual shards together, or its copies, and their collectives.
 
 Sums have one shape at every degree: a balanced binary tree over the virtual shards, neighbours first. The tree's
 lower levels lie inside a rank; its upper ones are a *butterfly*: at distance 1, 2, 4 … two ranks exchange what they
@@ -8,6 +8,7 @@ A large sum is split on the way (halving, then doubling), which moves 2(n−1)/n
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -70,9 +71,32 @@ class RankGroup:
         """All ranks' rows, in rank order; every rank has as many."""
         return x_RD
 
+    def all_gather_uneven(self, x_N: Tensor, purpose: str) -> Tensor:
+        """All ranks' numbers, in rank order; ranks may have different counts, which they tell each other first."""
+        if self.size == 1:
+            return x_N
+        counts = self.all_gather(torch.tensor([len(x_N)]), purpose).tolist()
+        padded = x_N.new_zeros(max(counts))
+        padded[: len(x_N)] = x_N
+        parts = self.all_gather(padded, purpose).split(max(counts)) if max(counts) else []
+        return torch.cat([part[:count] for part, count in zip(parts, counts)]) if parts else x_N
+
+    def gather(self, x: Tensor, shapes: Sequence[Sequence[int]], purpose: str) -> list[Tensor] | None:
+        """On rank 0 every rank's tensor, rank i's of `shapes[i]`, in rank order; None elsewhere."""
+        return [x]
+
     def gather_columns(self, x_RV: Tensor, widths: Sequence[int], purpose: str) -> Tensor:
         """On rank 0, all ranks' columns side by side, rank i's having `widths[i]`; elsewhere x as it is."""
-        return x_RV
+        parts = self.gather(x_RV, [(len(x_RV), width) for width in widths], purpose)
+        return x_RV if parts is None else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def share(self, data: bytes | None) -> bytes:
+        """Rank 0's `data`, on every rank."""
+        assert data is not None
+        return data
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
 
     def close(self) -> None:
         """Leave the group."""
@@ -126,23 +150,42 @@ class DistributedGroup(RankGroup):
         self.traffic.seconds += time.perf_counter() - began
         return flat.view(self.size * len(x_RD), *x_RD.shape[1:])
 
-    def gather_columns(self, x_RV: Tensor, widths: Sequence[int], purpose: str) -> Tensor:
+    def gather(self, x: Tensor, shapes: Sequence[Sequence[int]], purpose: str) -> list[Tensor] | None:
         began = time.perf_counter()
-        rows = x_RV.shape[0]
-        self.traffic.count("gather", purpose, rows * sum(widths))
+        self.traffic.count("gather", purpose, sum(math.prod(shape) for shape in shapes))
+        parts = None
         if self.rank:
-            if x_RV.numel():
-                self._sent(x_RV)
-                self._link.send(x_RV.contiguous(), 0)
-            whole = x_RV
+            if x.numel():
+                self._sent(x)
+                self._link.send(x.contiguous(), 0)
         else:
-            parts = [x_RV, *(x_RV.new_empty(rows, width) for width in widths[1:])]
+            parts = [x, *(x.new_empty(tuple(shape)) for shape in shapes[1:])]
             for source, part in enumerate(parts):
                 if source and part.numel():
                     self._link.receive(part, source)
-            whole = torch.cat(parts, 1)
         self.traffic.seconds += time.perf_counter() - began
-        return whole
+        return parts
+
+    def share(self, data: bytes | None) -> bytes:
+        if self.rank == 0:
+            assert data is not None
+            for rank in range(1, self.size):
+                self._link.send(torch.tensor([len(data)]), rank)
+                if data:
+                    self._link.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank)
+            return data
+        length = torch.empty(1, dtype=torch.int64)
+        self._link.receive(length, 0)
+        received = torch.empty(int(length), dtype=torch.uint8)
+        if len(received):
+            self._link.receive(received, 0)
+        return received.numpy().tobytes()
+
+    def barrier(self) -> None:
+        distance = 1
+        while distance < self.size:
+            self._link.exchange(torch.zeros(1), torch.empty(1), self.rank ^ distance)
+            distance *= 2
 
     def close(self) -> None:
         self._link.close()

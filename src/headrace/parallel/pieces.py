@@ -5,8 +5,8 @@ Loading, saving, initialisation, the gradients' norm and snapshots all go by pie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.parallel.group import RankGroup
 
-__all__ = ["Piece", "Streams"]
+__all__ = ["Piece", "Streams", "gathered", "in_place_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,19 @@ class Piece:
         return group.rank % self.replicas == 0
 
 
+def in_place_of(pieces: Iterable[tuple[str, Piece]], parameters: Sequence[Tensor],
+                others: Sequence[Tensor]) -> Iterator[tuple[str, Piece]]:
+    """The pieces as views of tensors that stand in the parameters' places, such as their gradients."""
+    places = {p.untyped_storage().data_ptr(): (p, other) for p, other in zip(parameters, others, strict=True)}
+    for name, piece in pieces:
+        view = piece.tensor
+        if view.numel():
+            parameter, other = places[view.untyped_storage().data_ptr()]
+            other = other.contiguous()
+            at = other.storage_offset() + view.storage_offset() - parameter.storage_offset()
+            yield name, replace(piece, tensor=other.as_strided(view.shape, view.stride(), at))
+
+
 class Streams:
     """The random streams of initialisation (Megatron-LM §3): one that all ranks share, and one a virtual shard.
 
@@ -95,3 +108,19 @@ def _generator(seed: int, stream: int) -> torch.Generator:
     # torch's generator looks at 32 bits of its seed.
     state = np.random.SeedSequence([seed, stream]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+def gathered(piece: Piece, group: RankGroup) -> Tensor | None:
+    """On rank 0 the checkpoint's whole tensor; None elsewhere. Every rank calls it."""
+    if piece.axis is None or group.size == 1:
+        return piece.tensor if group.rank == 0 else None
+    shapes, count = [], len(piece.bounds) - 1
+    for rank in range(group.size):
+        own = group.own(count, rank)
+        shape = list(piece.tensor.shape)
+        # Of ranks that hold the same, the first one speaks.
+        shape[piece.axis] = piece.bounds[own.stop] - piece.bounds[own.start] if rank % piece.replicas == 0 else 0
+        shapes.append(shape)
+    mine = piece.tensor if piece.is_first(group) else piece.tensor.new_empty(shapes[group.rank])
+    parts = group.gather(mine, shapes, "save")
+    return None if parts is None else torch.cat(parts, piece.axis)

@@ -13,7 +13,7 @@ from headrace.errors import ConfigError
 from headrace.parallel.group import DistributedGroup
 from headrace.parallel.links import Link, ProcessGroupLink, SocketLink
 
-__all__ = ["LOOPBACK", "connect", "join", "keep_store"]
+__all__ = ["LOOPBACK", "connect", "join", "keep_store", "roll_call"]
 
 LOOPBACK = "127.0.0.1"
 
@@ -35,6 +35,16 @@ def connect(store: Any, rank: int, size: int, device: torch.device, timeout: flo
     Every rank says that it is there first, so that one that is missing after `timeout` seconds is named in the
     `ConfigError`. The same timeout bounds every later exchange.
     """
+    near = roll_call(store, rank, size, timeout)
+    if link == "auto":
+        link = "nccl" if device.type == "cuda" else "socket" if near else "gloo"
+    made: Link = (SocketLink.meet(store, rank, size, timeout) if link == "socket"
+                  else ProcessGroupLink(store, rank, size, device, timeout, LOOPBACK if near else socket.gethostname()))
+    return DistributedGroup(made, rank, size, sequence)
+
+
+def roll_call(store: Any, rank: int, size: int, timeout: float) -> bool:
+    """Wait for every rank; whether all are on one machine. Raises `ConfigError` naming those that do not come."""
     wait = timedelta(seconds=timeout)
     store.set(f"here/{rank}", socket.gethostname())
     missing = [i for i in range(size) if not _came(store, f"here/{i}", wait)]
@@ -42,12 +52,7 @@ def connect(store: Any, rank: int, size: int, device: torch.device, timeout: flo
         names = " and ".join(str(i) for i in missing)
         raise ConfigError(f"rank {names} of {size} did not come within {timeout:g} s: see whether its process started, "
                           "and what it said")
-    near = len({store.get(f"here/{i}") for i in range(size)}) == 1
-    if link == "auto":
-        link = "nccl" if device.type == "cuda" else "socket" if near else "gloo"
-    made: Link = (SocketLink.meet(store, rank, size, timeout) if link == "socket"
-                  else ProcessGroupLink(store, rank, size, device, timeout, LOOPBACK if near else socket.gethostname()))
-    return DistributedGroup(made, rank, size, sequence)
+    return len({store.get(f"here/{i}") for i in range(size)}) == 1
 
 
 def _came(store: Any, key: str, wait: timedelta) -> bool:

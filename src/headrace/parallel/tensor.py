@@ -252,8 +252,7 @@ class LMHead(nn.Module):
 
     def loss(self, x_RD: Tensor, targets_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
         """(−Σ weight · log p(target) in fp64, log p(target) [R]); the logits never exist all at once."""
-        total, logprob_R = head_loss(self.ops, x_RD, self.weight, targets_R, weight_R.neg(), self.part)
-        return total.neg(), logprob_R
+        return head_loss(self.ops, x_RD, self.weight, targets_R, weight_R.neg(), self.part)
 
     def gather(self, logits_RV: Tensor) -> Tensor:
         """On rank 0 the logits of the whole vocabulary; elsewhere as they are."""

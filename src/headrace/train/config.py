@@ -98,7 +98,8 @@ class OptimizerConfig:
 class TrainConfig:
     """How to train. A step takes `batch_size` rows, each filled with whole texts up to `seq_length` tokens.
 
-    `micro_batches` parts of them are computed one after another and their gradients added. `recompute` says what
+    The batch is cut into `micro_batches` parts, at least one for each copy of the model, which computes its parts one
+    after another; gradients are added in one tree, so who computes which part changes no bit. `recompute` says what
     backward computes again instead of keeping: "none", "selective" (attention) or "full" (every block). K and V are
     rounded to `kv_cache_dtype` in attention, as the server that will serve the model does.
 
@@ -147,13 +148,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How the model is spread. `tensor` ranks hold its virtual shards together: a power of two."""
+    """How the model is spread. `tensor` ranks hold its virtual shards together: a power of two.
+
+    As many copies of the model train as torchrun's processes allow. `sequence` splits the rows of norms and of the
+    stream between blocks over the tensor ranks too. A rank that is silent for `timeout` seconds is given up.
+    """
 
     tensor: int = 1
+    sequence: bool = False
+    timeout: float = 300.0
 
     def __post_init__(self) -> None:
         _integer("parallel.tensor", self.tensor, 1)
         require(self.tensor & (self.tensor - 1) == 0, f"parallel.tensor={self.tensor} must be a power of two")
+        require(isinstance(self.sequence, bool), f"parallel.sequence={self.sequence!r} must be true or false")
+        _number("parallel.timeout", self.timeout, 0.0, math.inf, open_low=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ def model_flops(model: Transformer, batch: Batch) -> float:
     12 · layers · heads · head_dim for every token and position that it sees. Looking embeddings up costs nothing.
     """
     config = model.config
-    blocks = sum(p.numel() for p in model.blocks.parameters())  # type: ignore[attr-defined]
+    blocks = sum(math.prod(piece.shape) for block in model.blocks for _, piece in block.tensors(""))
     body = 6.0 * blocks * batch.num_tokens
     head = 6.0 * config.vocab_size * config.hidden_size * len(batch.rows_R)
     seen = 0.0

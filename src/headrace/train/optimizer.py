@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headrace.kernels.ops import Ops
+from headrace.parallel.group import RankGroup
 from headrace.train.config import OptimizerConfig
 
 __all__ = ["NORM_CHUNK", "AdamW", "Moments", "PairwiseSum", "global_norm"]
@@ -18,15 +19,15 @@ NORM_CHUNK = 4096
 """Gradient elements whose squares are summed together, counted from each parameter's start."""
 
 
-def global_norm(grads: Sequence[Tensor], ops: Ops) -> float:
+def global_norm(grads: Iterable[Tensor], ops: Ops, group: RankGroup | None = None) -> float:
     """The norm of all gradients together, in fp64; NaN where one is not finite.
 
     Each gradient is cut into chunks of `NORM_CHUNK`; a chunk is summed alone and the chunks' sums are added
-    exactly, so it does not depend on who holds which chunk.
+    exactly, so it does not depend on who holds which chunk. The ranks of `group` each give what they have.
     """
-    sums: list[float] = []
-    for grad in grads:
-        sums += ops.sum_of_squares(grad.reshape(-1), NORM_CHUNK).tolist()
+    own = [ops.sum_of_squares(grad.reshape(-1), NORM_CHUNK).cpu() for grad in grads]
+    sums_N = torch.cat(own) if own else torch.zeros(0, dtype=torch.float64)
+    sums = (sums_N if group is None else group.all_gather_uneven(sums_N, "norm")).tolist()
     return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
 
 

@@ -8,35 +8,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
-from headrace.model.huggingface import load_model, resolve
+from headrace.model.huggingface import load_weights, resolve
 from headrace.model.transformer import Transformer
+from headrace.parallel.group import RankGroup
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import Recipe
 
 __all__ = ["initial_model"]
 
 
-def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps) -> Transformer:
+def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps, group: RankGroup) -> Transformer:
     """The recipe's model with its first weights. A text's end token is among those that end a generation.
 
     Raises `ConfigError` where the data's tokenizer is not that of the folder that `model.init` names.
     """
     tokenizer.check_vocabulary(recipe.model.vocab_size)
-    model = Transformer(_with_end(recipe.model, tokenizer), ops)
+    model = Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
     if not recipe.init:
         model.init_weights(recipe.train.seed, recipe.train.init_std)
         return model
     folder = resolve(recipe.init)
     _check_tokenizer(tokenizer, Tokenizer.from_folder(folder), recipe)
-    read = load_model(folder, ops.base, recipe.model.dtype)
-    with torch.no_grad():
-        for (_, ours), (_, theirs) in zip(model.tensors(), read.tensors(), strict=True):
-            ours.tensor.copy_(ours.of(theirs.tensor))
+    load_weights(model, folder)
     return model
 
 

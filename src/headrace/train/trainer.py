@@ -18,9 +18,12 @@ from torch import Tensor
 
 from headrace.attention.dense import DenseContext
 from headrace.errors import ConfigError
-from headrace.kernels.autograd import AutogradOps, head_loss
+from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import save_model
+from headrace.parallel.group import RankGroup
+from headrace.parallel.mesh import Mesh, launched
+from headrace.parallel.pieces import in_place_of
 from headrace.train.config import Recipe
 from headrace.train.data import Batch, open_source
 from headrace.train.flops import model_flops
@@ -59,15 +62,18 @@ class StepRecord:
 class Trainer:
     """Model, data and optimizer of one run. `step()` does one step; `log_probabilities(batch)` is its forward."""
 
-    def __init__(self, recipe: Recipe, ops: Ops | None = None) -> None:
-        if recipe.parallel.tensor > 1:
-            raise ConfigError(f"parallel.tensor={recipe.parallel.tensor} needs as many processes: start them with "
-                              f"torchrun --nproc-per-node {recipe.parallel.tensor} -m headrace train …")
+    def __init__(self, recipe: Recipe, ops: Ops | None = None, mesh: Mesh | None = None) -> None:
+        """`mesh`: the ranks that train together; None for this one alone."""
+        self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe
         self.source = open_source(recipe.data)
         self.tokenizer = self.source.tokenizer
-        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels), recipe.model.shards, recipe.model.shards)
-        self.model = initial_model(recipe, self.tokenizer, self.ops)
+        shards = recipe.model.shards
+        mesh.tensor.require_shards(shards)
+        local = shards // mesh.tensor.size
+        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels), local,
+                               local if mesh.tensor.sequence else shards)
+        self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
         recompute_(self.model, recipe.train.recompute)
         named = dict(self.model.named_parameters())
@@ -75,14 +81,22 @@ class Trainer:
         self.steps = 0
         """Steps done."""
         self._names = list(named)
+        self._parts = _parts(recipe, mesh)
         self._optimizer = AdamW(named, recipe.optimizer, self.ops)
         self._scale = LossScale(recipe.train, active=self.config.dtype == "float16")
         self._stream = self.source.stream(recipe.train.batch_size, recipe.train.seq_length)
         self._held_out: dict[int, list[Batch]] = {}
 
     def log_probabilities(self, batch: Batch) -> Tensor:
-        """log p [R] of the batch's targets: the bits that the server computes for them."""
-        return self.model.lm_head.log_probabilities(self._hidden(batch), batch.targets_R.to(self.ops.device))
+        """log p [R] of the batch's targets, with gradients: the bits that the server computes for them."""
+        return self.model.lm_head.log_probabilities(self._predicting(batch), batch.targets_R)
+
+    def _predicting(self, batch: Batch) -> Tensor:
+        """What the head reads of the batch's counting tokens [R, D]."""
+        rows = self.config.shards if self.mesh.tensor.sequence else 1
+        ids_T, positions_T, lengths = _padded(batch, rows)
+        ctx = DenseContext(self.ops, self.config, lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
+        return self.ops.embedding(batch.rows_R, self.model.hidden(ids_T, positions_T, ctx))
 
     def step(self) -> StepRecord:
         """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
@@ -93,7 +107,7 @@ class Trainer:
         factor = self._scale.value
         try:
             loss, grads = self._gradients(batch, factor)
-            norm = global_norm(grads, self.ops) / factor
+            norm = self._norm(grads) / factor
             finite = math.isfinite(norm)
             if finite:
                 scale = config.grad_clip / norm if config.grad_clip and norm > config.grad_clip else 1.0
@@ -117,14 +131,19 @@ class Trainer:
         limit = train.validation_sequences if sequences is None else sequences
         if limit not in self._held_out:
             self._held_out[limit] = self.source.validation(train.seq_length, train.batch_size, limit)
+        values: list[float] = []
         with torch.no_grad():
-            values = [x for batch in self._held_out[limit] for x in self.log_probabilities(batch).tolist()]
+            for batch in self._held_out[limit]:
+                values += self._loss(batch, 1.0)[1].tolist()
         return -math.fsum(values) / len(values) if values else None
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder: weights, configuration, tokenizer with its chat template."""
-        save_model(self.model, folder)
-        self.tokenizer.save(folder)
+        """Write a Hugging Face folder: weights, configuration, tokenizer and chat template. Every rank calls it."""
+        if self.mesh.data.rank == 0:
+            save_model(self.model, folder)
+        if self.mesh.rank == 0:
+            self.tokenizer.save(folder)
+        self.mesh.barrier()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of weights and optimizer state: what a snapshot reads, and fills."""
@@ -154,25 +173,68 @@ class Trainer:
         raise ConfigError(f"data.source={self.recipe.data.source!r} has nothing to learn in {EMPTY_BATCHES} batches in "
                           "a row: no token counts in the loss")
 
-    def _gradients(self, batch: Batch, factor: float) -> tuple[float, list[Tensor]]:
-        """(mean loss over the batch, its gradients times `factor`), micro-batch by micro-batch."""
-        parts, head = self.recipe.train.micro_batches, self.model.lm_head
-        total, values = PairwiseSum(), []
-        for part in batch.split(parts) if parts > 1 else [batch]:
-            if not len(part.rows_R):
-                continue
-            weight_R = torch.full(part.rows_R.shape, -factor / len(batch.rows_R), device=self.ops.device)
-            loss, logprob_R = head_loss(self.ops, self._hidden(part), head.weight, part.targets_R.to(self.ops.device),
-                                        weight_R, head.part)
-            values += logprob_R.tolist()
-            if not torch.isfinite(logprob_R).all():
-                raise ConfigError("the loss is not finite")
-            total.add(torch.autograd.grad(loss, self.parameters))
-        return -math.fsum(values) / len(values), total.total()
+    def _loss(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+        """(the sum over targets of −weight · log p, log p [R] without gradients)."""
+        weight_R = torch.full((len(batch.rows_R),), weight, device=self.ops.device)
+        return self.model.lm_head.loss(self._predicting(batch), batch.targets_R, weight_R)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """What the head multiplies [R, D], of the tokens whose prediction counts."""
-        ctx = DenseContext(self.ops, self.config, batch.lengths,
-                           getattr(torch, self.recipe.train.kv_cache_dtype))
-        ids_T, positions_T, rows_R = (x.to(self.ops.device) for x in (batch.ids_T, batch.positions_T, batch.rows_R))
-        return self.ops.embedding(rows_R, self.model.hidden(ids_T, positions_T, ctx))
+    def _gradients(self, batch: Batch, factor: float) -> tuple[float, list[Tensor]]:
+        """(mean loss over the batch, its gradients times `factor`).
+
+        Part i of the batch is computed by copy i modulo their number; neighbours' gradients are added first, so the
+        sum is one tree over the parts, whoever computes them.
+        """
+        copies, count = self.mesh.data, len(batch.rows_R)
+        total, own = PairwiseSum(), [torch.zeros(0)]
+        for i in range(copies.rank, self._parts, copies.size):
+            part = batch.share(i, self._parts) if self._parts > 1 else batch
+            grads = [torch.zeros_like(p) for p in self.parameters]
+            if len(part.rows_R):
+                loss, logprob_R = self._loss(part, factor / count)
+                own.append(logprob_R)
+                grads = list(torch.autograd.grad(loss, self.parameters))
+            total.add(_over_copies(grads, copies))
+        logprob_R = copies.all_gather_uneven(torch.cat(own), "loss")
+        if not torch.isfinite(logprob_R).all():
+            raise ConfigError("the loss is not finite")
+        return -math.fsum(logprob_R.tolist()) / count, total.total()
+
+    def _norm(self, grads: list[Tensor]) -> float:
+        group = self.model.group
+        pieces = in_place_of(self.model.tensors(), self.parameters, grads)
+        parts = (part for _, piece in pieces if piece.is_first(group) for _, part in piece.shards(piece.tensor))
+        return global_norm(parts, self.ops, group)
+
+
+def _parts(recipe: Recipe, mesh: Mesh) -> int:
+    """Into how many parts a batch is cut: for micro-batches, and for the copies of the model."""
+    asked, copies = recipe.train.micro_batches, mesh.data.size
+    parts = max(asked, copies)
+    if parts % copies:
+        raise ConfigError(f"train.micro_batches={asked} is no multiple of the {copies} copies of the model that "
+                          f"{mesh.size} processes are with parallel.tensor={mesh.tensor.size}")
+    if parts > recipe.train.batch_size:
+        raise ConfigError(f"train.batch_size={recipe.train.batch_size} rows are too few for {parts} parts: "
+                          f"{mesh.size} processes are {copies} copies of the model")
+    return parts
+
+
+def _over_copies(grads: list[Tensor], copies: RankGroup) -> list[Tensor]:
+    """The sum over the copies of the model, as one message for each dtype."""
+    if copies.size == 1:
+        return grads
+    for dtype in {grad.dtype for grad in grads}:
+        some = [i for i, grad in enumerate(grads) if grad.dtype == dtype]
+        flat = copies.all_reduce(torch.cat([grads[i].reshape(-1) for i in some]), "gradients")
+        for i, part in zip(some, flat.split([grads[i].numel() for i in some])):
+            grads[i] = part.view(grads[i].shape)
+    return grads
+
+
+def _padded(batch: Batch, rows: int) -> tuple[Tensor, Tensor, list[int]]:
+    """(ids, positions, lengths) with a sequence after the last that makes T a multiple of `rows`: nobody sees it."""
+    lack = -batch.num_tokens % rows
+    if not lack:
+        return batch.ids_T, batch.positions_T, batch.lengths
+    return (torch.cat((batch.ids_T, batch.ids_T.new_zeros(lack))),
+            torch.cat((batch.positions_T, torch.arange(lack, dtype=batch.positions_T.dtype))), [*batch.lengths, lack])

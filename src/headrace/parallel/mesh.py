@@ -1,0 +1,91 @@
+"""`Mesh`: a run's ranks as tensor-parallel groups side by side, each with a copy of the model (Megatron-LM §3).
+
+    rank = data · tensor_size + tensor        a tensor group's ranks are neighbours; a data group has one of each
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from headrace.errors import ConfigError
+from headrace.parallel.group import RankGroup
+from headrace.parallel.rendezvous import connect, roll_call
+
+__all__ = ["Mesh", "launched"]
+
+TIMEOUT = 300.0
+"""Seconds for a rank to come, and for an exchange with it."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's two groups."""
+
+    tensor: RankGroup = field(default_factory=RankGroup)
+    data: RankGroup = field(default_factory=RankGroup)
+
+    @property
+    def rank(self) -> int:
+        """Among all ranks of the run."""
+        return self.data.rank * self.tensor.size + self.tensor.rank
+
+    @property
+    def size(self) -> int:
+        """Ranks of the run."""
+        return self.data.size * self.tensor.size
+
+    def share(self, data: bytes | None) -> bytes:
+        """What rank 0 of the run has, on every rank."""
+        if self.tensor.rank == 0:
+            data = self.data.share(data)
+        return self.tensor.share(data)
+
+    def barrier(self) -> None:
+        """Wait for every rank of the run."""
+        self.tensor.barrier()
+        self.data.barrier()
+
+    def close(self) -> None:
+        """Leave both groups."""
+        self.tensor.close()
+        self.data.close()
+
+    @classmethod
+    def meet(cls, store: Any, rank: int, size: int, tensor: int, device: torch.device, sequence: bool = False,
+             timeout: float = TIMEOUT) -> Mesh:
+        """The mesh of `size` ranks that meet at `store`, `tensor` of them to a model."""
+        if size % tensor:
+            raise ConfigError(f"{size} processes are no multiple of parallel.tensor={tensor}")
+        copies = size // tensor
+        if copies & (copies - 1):
+            raise ConfigError(f"{size} processes with parallel.tensor={tensor} are {copies} copies of the model, which "
+                              "is not a power of two")
+        roll_call(dist.PrefixStore("run", store), rank, size, timeout)
+        mine, copy = rank % tensor, rank // tensor
+        return cls(
+            connect(dist.PrefixStore(f"tensor {copy}", store), mine, tensor, device, timeout, sequence)
+            if tensor > 1 else RankGroup(sequence),
+            connect(dist.PrefixStore(f"data {mine}", store), copy, copies, device, timeout)
+            if copies > 1 else RankGroup())
+
+
+def launched(tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT) -> Mesh:
+    """The mesh of the processes that torchrun started; of this one alone where it did not.
+
+    Raises `ConfigError` where `tensor` ranks cannot be had, or one does not come.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        if tensor > 1:
+            raise ConfigError(f"parallel.tensor={tensor} needs as many processes: start them with "
+                              f"torchrun --nproc-per-node {tensor} -m headrace train …")
+        return Mesh(RankGroup(sequence))
+    store, rank, size = next(dist.rendezvous("env://"))
+    # A restart meets at the same store: it must not read what the ranks before it left there.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Mesh.meet(dist.PrefixStore(f"attempt {attempt}", store), rank, size, tensor, device, sequence, timeout)

@@ -1,0 +1,35 @@
+"""A few steps of a real trainer on one rank of a mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headrace.kernels.ops import load_ops
+from headrace.train.config import load_recipe
+from headrace.train.trainer import Trainer
+from parallel.model_jobs import digest
+
+
+def trainer_of(mesh, recipe, changes):
+    ops = load_ops("cpu", threads=1 if mesh.size > 1 else 2)
+    return Trainer(load_recipe(recipe, changes), ops, mesh)
+
+
+def told(trainer):
+    return {f"{name} {shard}": digest(view) for name, piece in trainer.model.tensors()
+            for shard, view in piece.shards(piece.tensor)}
+
+
+def curve(mesh, recipe, changes, steps):
+    """Every step's loss and gradient norm, the held-out loss, and the weights at the end."""
+    trainer = trainer_of(mesh, recipe, changes)
+    records = [trainer.step() for _ in range(steps)]
+    return {"curve": [[r.loss, r.grad_norm, r.lr, r.tokens, r.flops, r.loss_scale, r.skipped] for r in records],
+            "held out": trainer.validation_loss(20), "weights": told(trainer)}
+
+
+def export(mesh, recipe, changes, folder):
+    trainer = trainer_of(mesh, recipe, changes)
+    trainer.step()
+    trainer.save(Path(folder))
+    return told(trainer)
