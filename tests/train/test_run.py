@@ -151,17 +151,23 @@ def test_the_cli_may_stop_a_run_and_keep_what_was_measured(recipe, tmp_path, cpu
 FULL = """
 import resource, sys
 from headrace.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-raise SystemExit(main(sys.argv[2:]))
+from headrace.train import run
+
+def full(*args, write=run.write_snapshot, **options):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    return write(*args, **options)
+
+run.write_snapshot = full
+raise SystemExit(main(sys.argv[1:]))
 """
 
 
 def test_a_disk_that_takes_no_more_is_a_clear_error_and_the_last_snapshot_stays(recipe_file, tmp_path, cpu_ops):
-    """Files may grow to what the metrics need, and not to a snapshot; then the disk is large again."""
+    """Files may not grow to a snapshot's size; then the disk is large again."""
     out, overrides = tmp_path / "run", ["train.snapshot_every=3"]
     train(load_recipe(recipe_file, [*overrides, "train.steps=3"]), out, ops=cpu_ops)
     [snapshot] = (out / "snapshots").iterdir()
-    command = [sys.executable, "-c", FULL, "50000", "train", str(recipe_file), "--out", str(out), "--resume",
+    command = [sys.executable, "-c", FULL, "train", str(recipe_file), "--out", str(out), "--resume",
                "--set", overrides[0]]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
