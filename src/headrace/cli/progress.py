@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 __all__ = ["compiling", "kernels", "load", "status"]
@@ -33,11 +34,12 @@ def load(model: str, options: dict[str, Any]) -> Any:
         return LLM(model, progress=compiling(line), **options)
 
 
-def kernels(name: str) -> Any:
-    """The op set called `name`, compiled."""
+def kernels(name: str, ranks: int = 1) -> Any:
+    """The op set called `name`, compiled; its threads are this process's share where `ranks` share the machine."""
     with status("loading kernels …") as line:
         from headrace.kernels.ops import load_ops
 
-        ops = load_ops(name)
+        share = {"threads": max(1, (os.cpu_count() or 1) // ranks)} if name == "cpu" and ranks > 1 else {}
+        ops = load_ops(name, **share)
         ops.warm_up(progress=compiling(line))
         return ops

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from headrace.cli.progress import kernels
+from headrace.errors import HeadraceError
 
 __all__ = ["TrainingView", "add", "add_overrides"]
+
+BAR = 10
+"""Its width: all of the line together fits into 80 columns."""
 
 
 def add(commands: Any) -> None:
@@ -44,32 +49,33 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, with a progress bar and a sample now and then."""
+    """Train, with a progress bar and a sample now and then; under torchrun, rank 0 alone shows them."""
     from headrace.train.config import load_recipe
     from headrace.train.run import train
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    ops = kernels(recipe.train.kernels)
-    with TrainingView(recipe, ops) as view:
-        result = train(recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume, warn=view.warn)
-    held_out = "" if result.validation_loss is None else f", held out {result.validation_loss:.3f}"
-    print(f"loss {result.first_loss:.3f} → {result.final_loss:.3f}{held_out}, {result.tokens} tokens")
-    print(f"headrace generate {result.checkpoint} --prompt …")
+    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        ops = kernels(recipe.train.kernels, ranks=local)
+        with TrainingView(recipe, ops, shown=rank == 0) as view:
+            result = train(recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume,
+                           warn=view.warn)
+    except HeadraceError as error:
+        if rank == 0:
+            raise
+        raise type(error)(f"rank {rank}: {error}") from None
+    if rank == 0:
+        held_out = "" if result.validation_loss is None else f", held out {result.validation_loss:.3f}"
+        print(f"loss {result.first_loss:.3f} → {result.final_loss:.3f}{held_out}, {result.tokens} tokens")
+        print(f"headrace generate {result.checkpoint} --prompt …")
 
 
 class TrainingView:
     """A progress bar with the loss and the speed, and samples from the model as it learns."""
 
-    def __init__(self, recipe: Any, ops: Any, every_seconds: float = 0.0) -> None:
+    def __init__(self, recipe: Any, ops: Any, every_seconds: float = 0.0, shown: bool = True) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._ops = ops
         self._every = every_seconds
@@ -77,14 +83,12 @@ class TrainingView:
         self._last = time.monotonic()
         self._console = Console(highlight=False)
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(BAR),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("left · {task.description}"),
             console=self._console,
+            disable=not shown,
         )
         self._task = self._progress.add_task("", total=recipe.train.steps)
 
@@ -100,7 +104,7 @@ class TrainingView:
         self._progress.update(
             self._task,
             completed=line["step"],
-            description=f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s · "
+            description=f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tok/s · "
             f"mfu {line['mfu']:.0%} · {line['memory_bytes'] / 2**20:,.0f} MiB",
         )
         if "val_loss" in line:
@@ -111,20 +115,30 @@ class TrainingView:
         self._console.print(f"warning: {message}", markup=False, soft_wrap=True)
 
     def sample(self, trainer: Any) -> None:
-        """Generate from the model as it is, through the engine; at most every so many seconds."""
-        if time.monotonic() - self._last < self._every:
+        """Generate from the model as it is, through the engine; at most every so many seconds.
+
+        Ranks that hold the model together do it together; of its copies, the first.
+        """
+        mesh = trainer.mesh
+        if mesh.data.rank or mesh.tensor.share(b"1" if self._is_time(trainer) else b"0") == b"0":
             return
+        from headrace.engine.follower import GroupRanks, follow
         from headrace.engine.llm import LLM
         from headrace.engine.sampling import SamplingParams
 
-        if self._prompt is None:
-            self._prompt = "".join(trainer.source.prompts(1))
-        if not self._prompt:
-            return
-        llm = LLM.from_model(
-            trainer.model.with_ops(self._ops), trainer.tokenizer, self._ops, kv_cache_memory="16MiB"
-        )
-        output = llm.generate(self._prompt, SamplingParams(temperature=0.0, max_tokens=40))[0]
+        model = trainer.model.with_ops(self._ops)
+        if mesh.tensor.rank:
+            return follow(model, self._ops)
+        ranks = GroupRanks(mesh.tensor) if mesh.tensor.size > 1 else None
+        with LLM.from_model(model, trainer.tokenizer, self._ops, ranks, kv_cache_memory="16MiB") as llm:
+            output = llm.generate(self._prompt or "", SamplingParams(temperature=0.0, max_tokens=40))[0]
         text = " ".join(f"{self._prompt}{output.outputs[0].text}".split())
         self._console.print(f"  step {trainer.steps:4d} │ {text}", markup=False, soft_wrap=True)
         self._last = time.monotonic()
+
+    def _is_time(self, trainer: Any) -> bool:
+        if time.monotonic() - self._last < self._every:
+            return False
+        if self._prompt is None:
+            self._prompt = "".join(trainer.source.prompts(1))
+        return bool(self._prompt)

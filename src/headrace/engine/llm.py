@@ -10,6 +10,7 @@ from typing import Any, cast
 from headrace.engine.frontend import Frontend, Prompt, WeightSource
 from headrace.engine.options import EngineOptions
 from headrace.engine.outputs import RequestOutput
+from headrace.engine.ranks import Ranks
 from headrace.engine.sampling import SamplingParams
 from headrace.errors import RequestError
 from headrace.kernels.ops import Ops
@@ -42,10 +43,14 @@ class LLM:
         self._start(frontend, _sampling_defaults(folder), folder)
 
     @classmethod
-    def from_model(cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, **options: Any) -> LLM:
-        """Around a model that is in memory already; its weights are used as they are, not copied."""
+    def from_model(cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, ranks: Ranks | None = None,
+                   **options: Any) -> LLM:
+        """Around a model that is in memory already; its weights are used as they are, not copied.
+
+        `ranks` are those that hold the rest of it.
+        """
         llm = cls.__new__(cls)
-        llm._start(Frontend(model, tokenizer, ops, EngineOptions(**options)), {})
+        llm._start(Frontend(model, tokenizer, ops, EngineOptions(**options), ranks), {})
         return llm
 
     def _start(self, frontend: Frontend, defaults: dict[str, Any], folder: Path | None = None) -> None:

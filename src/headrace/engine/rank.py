@@ -15,13 +15,11 @@ from typing import IO, Any
 
 import torch
 
-from headrace.attention.store import KVStore
-from headrace.engine.frames import read_frame, read_step
-from headrace.engine.shard import ModelShard
+from headrace.engine.follower import Follower
+from headrace.engine.frames import read_frame
 from headrace.errors import HeadraceError
 from headrace.kernels.ops import load_ops
-from headrace.model.huggingface import load_model, load_weights
-from headrace.model.layers import weight_dtype
+from headrace.model.huggingface import load_model
 from headrace.parallel.rendezvous import connect, join
 
 __all__ = ["main"]
@@ -62,30 +60,9 @@ def _follow(start: dict[str, Any], frames: IO[bytes], say: Any) -> None:
     ops = load_ops(start["kernels"], **start["options"])
     say(here=rank)
     group = connect(join(start["port"], size, start["timeout"]), rank, size, ops.device, start["timeout"])
-    model = load_model(start["folder"], ops, start["dtype"], group)
-    shard: ModelShard | None = None
-    while (message := read_frame(frames)) is not None:
-        kind, values, arrays = message
-        if kind == "begin":
-            dtype = getattr(torch, values["cache_dtype"])
-            ops.warm_up(weight_dtype(model.config), dtype)
-            store = KVStore(values["num_blocks"], model.config.num_layers, model.kv_heads, values["block_size"],
-                            model.config.head_dim, dtype, ops.device)
-            shard = ModelShard(model, ops, store, values["host_slots"])
-            say(ready=rank)
-            continue
-        assert shard is not None
-        if kind == "step":
-            moves, inputs = read_step(values, arrays, ops.device)
-            shard.move(moves)
-            if inputs is not None:
-                shard.logits(inputs)
-        elif kind == "hidden":
-            shard.hidden(values["ids"])
-        elif kind == "weights":
-            load_weights(model, values["folder"])
-        elif kind == "stop":
-            return
+    follower = Follower(load_model(start["folder"], ops, start["dtype"], group), ops, lambda: say(ready=rank))
+    while (message := read_frame(frames)) is not None and follower.obey(*message):
+        pass
 
 
 if __name__ == "__main__":

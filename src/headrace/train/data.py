@@ -22,7 +22,7 @@ from headrace.train.corpus.pieces import Held, Piece, Pieces
 from headrace.train.corpus.world import World, encode_document
 from headrace.train.tinyworld import Document
 
-__all__ = ["Batch", "BatchStream", "Source", "collate", "open_source"]
+__all__ = ["Batch", "BatchStream", "Source", "batch_of", "collate", "open_source"]
 
 
 @dataclass(slots=True)
@@ -149,6 +149,17 @@ def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) ->
     """One batch of all of `texts`, a row for each; a text longer than `seq_length` is cut short."""
     encoded = [encode_document(text, tokenizer) for text in texts]
     return _pack([[Piece(ids[: seq_length + 1], counts[: seq_length + 1])] for ids, counts in encoded])
+
+
+def batch_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Batch:
+    """One batch of token sequences, a row for each; `counts[i]` says whether token i counts in the loss.
+
+    What a policy has sampled, say: prompt and completion, of which the completion counts.
+    """
+    for number, (ids, counts) in enumerate(sequences):
+        require(len(ids) == len(counts) >= 2, f"sequence {number} has {len(ids)} tokens and {len(counts)} marks: it "
+                "needs as many, and two at least, as the first is only read")
+    return _pack([[Piece(np.asarray(ids, np.int64), np.asarray(counts, bool))] for ids, counts in sequences])
 
 
 def _fill(pieces: Pieces, batch_size: int, seq_length: int) -> list[list[Piece]]:

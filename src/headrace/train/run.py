@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headrace.config import require
 from headrace.errors import ConfigError
 from headrace.kernels.ops import Ops
+from headrace.parallel.links import LinkError
+from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
 from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_metrics
@@ -51,21 +55,23 @@ class TrainResult:
 
 
 def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sampler: Sampler | None = None,
-          ops: Ops | None = None, *, resume: bool = False, warn: Callable[[str], None] = print,
-          clock: Callable[[], float] = time.perf_counter) -> TrainResult:
+          ops: Ops | None = None, *, mesh: Mesh | None = None, resume: bool = False,
+          warn: Callable[[str], None] = print, clock: Callable[[], float] = time.perf_counter) -> TrainResult:
     """Train by `recipe` into folder `out`.
 
-    `on_step` sees every step's line of metrics.jsonl. `sampler` is called every `train.sample_every` steps. `ops`
-    overrides the recipe's kernels. With `resume`, or started again by torchrun, the run goes on from its newest whole
-    snapshot, or from the beginning if there is none. Raises `ConfigError` where `out` holds a run otherwise, where
-    training diverges, and where the disk does not take a file: what was there stays, and can be resumed.
+    `on_step` sees every step's line of metrics.jsonl, on rank 0. `sampler` is called every `train.sample_every` steps,
+    on every rank. `ops` overrides the recipe's kernels, `mesh` the ranks that torchrun started. With `resume`, or
+    started again by torchrun, the run goes on from its newest whole snapshot, or from the beginning if there is none.
+    Raises `ConfigError` where `out` holds a run otherwise, where training diverges, where a rank is lost, and where the
+    disk does not take a file: what was there stays, and can be resumed.
     """
     out = Path(out)
+    if mesh is None:
+        parallel = recipe.parallel
+        mesh = launched(parallel.tensor, torch.device("cpu"), parallel.sequence, parallel.timeout)
     with _disk(out):
-        resume = _goes_on(out, resume)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RUN).write_text(json.dumps({"launcher": _launcher()}) + "\n", encoding="utf-8")
-        run = _Run(recipe, out, ops, clock, warn)
+        resume = _agreed(mesh, lambda: _begin(out, resume))
+        run = _Run(recipe, out, ops, mesh, clock, warn)
         if resume:
             run.restore()
         run.go(on_step, sampler)
@@ -74,42 +80,45 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, out: Path, ops: Ops | None, clock: Callable[[], float],
+    """Every rank has one; rank 0 alone writes what is not a snapshot, and speaks."""
+
+    def __init__(self, recipe: Recipe, out: Path, ops: Ops | None, mesh: Mesh, clock: Callable[[], float],
                  warn: Callable[[str], None]) -> None:
         self.recipe, self.out = recipe, out
-        self.trainer = Trainer(recipe, ops)
-        self._clock, self._warn = clock, warn
-        self._peak = recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock)
+        self.trainer = Trainer(recipe, ops, mesh)
+        self._mesh, self._speaks = mesh, mesh.rank == 0
+        self._clock = clock
+        self._warn = warn if self._speaks else _say_nothing
+        self._peak = mesh.size * (recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock))
 
     def restore(self) -> None:
         """Go on from the newest whole snapshot; without one, begin."""
         folder = self.out / SNAPSHOTS
         snapshot = newest_whole(folder, self._warn)
-        clear_after(folder, snapshot.step if snapshot else -1)
+        self._mesh.barrier()  # all have looked
+        if self._speaks:
+            clear_after(folder, snapshot.step if snapshot else -1)
         if snapshot is None:
             return
         snapshot.require_same(self._record(), {"layout": "of another layout", "model": "of another model"})
         self._warn_of_changes(snapshot)
-        snapshot.read(self.trainer.tensors())
+        snapshot.read(self.trainer.tensors(), self._mesh.tensor.rank)
         self.trainer.restore(dict(snapshot.record["state"]))
 
     def go(self, on_step: OnStep | None, sampler: Sampler | None) -> None:
         """All steps that are left."""
         train, trainer = self.recipe.train, self.trainer
         with contextlib.ExitStack() as files:
-            metrics = Metrics(self.out / METRICS, trainer.steps)
-            files.callback(metrics.close)
-            events = Events(self.out / "tensorboard", trainer.steps)
-            files.callback(events.close)
+            record = _Record(self.out, trainer.steps, files) if self._speaks else None
             while trainer.steps < train.steps:
                 line = self._step()
-                metrics.write(line)
-                events.write(line)
-                if on_step is not None:
-                    on_step(line)
+                if record is not None:
+                    record.write(line)
+                    if on_step is not None:
+                        on_step(line)
                 if self._due(train.snapshot_every) or trainer.steps == train.steps:
-                    metrics.sync()
-                    events.sync()
+                    if record is not None:
+                        record.sync()
                     self._snapshot()
                 if sampler is not None and self._due(train.sample_every):
                     sampler(trainer)
@@ -148,14 +157,18 @@ class _Run:
 
     def _snapshot(self) -> None:
         folder = self.out / SNAPSHOTS
-        write_snapshot(folder, self._record(), self.trainer.tensors())
-        prune(folder, self.recipe.train.keep_snapshots)
-        draw(read_metrics(self.out / METRICS), self.out / "loss.png")
+        tensor, copies = self._mesh.tensor, self._mesh.data
+        write_snapshot(folder, self._record(), self.trainer.tensors(), rank=tensor.rank, ranks=tensor.size,
+                       barrier=self._mesh.barrier, copy=copies.rank)
+        if self._speaks:
+            prune(folder, self.recipe.train.keep_snapshots)
+            draw(read_metrics(self.out / METRICS), self.out / "loss.png")
 
     def _record(self) -> dict[str, Any]:
         """What a snapshot says of its run."""
         recipe = dataclasses.asdict(self.recipe)
-        return {"layout": recipe.pop("parallel"), "model": dataclasses.asdict(self.trainer.config), "recipe": recipe,
+        layout = {"tensor": recipe.pop("parallel")["tensor"]}
+        return {"layout": layout, "model": dataclasses.asdict(self.trainer.config), "recipe": recipe,
                 "fingerprint": self.trainer.ops.fingerprint(), "state": self.trainer.state()}
 
     def _warn_of_changes(self, snapshot: Snapshot) -> None:
@@ -170,11 +183,55 @@ class _Run:
                     self._warn(f"{section}.{key} was {was!r} until step {snapshot.step} and is {value!r} from here on")
 
 
+class _Record:
+    """The two accounts of a run's steps, a line each."""
+
+    def __init__(self, out: Path, steps: int, files: contextlib.ExitStack) -> None:
+        self._accounts = (Metrics(out / METRICS, steps), Events(out / "tensorboard", steps))
+        for account in self._accounts:
+            files.callback(account.close)
+
+    def write(self, line: dict[str, Any]) -> None:
+        for account in self._accounts:
+            account.write(line)
+
+    def sync(self) -> None:
+        for account in self._accounts:
+            account.sync()
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _agreed(mesh: Mesh, ask: Callable[[], bool]) -> bool:
+    """What rank 0 finds, on every rank; its `ConfigError` too."""
+    said: dict[str, Any] = {}
+    if mesh.rank == 0:
+        try:
+            said = {"answer": ask()}
+        except ConfigError as error:
+            said = {"error": str(error)}
+    said = json.loads(mesh.share(json.dumps(said).encode() if mesh.rank == 0 else None))
+    require("error" not in said, said.get("error", ""))
+    return bool(said["answer"])
+
+
+def _begin(out: Path, resume: bool) -> bool:
+    """Whether to resume what `out` holds; who begins the run is written down there."""
+    resume = _goes_on(out, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RUN).write_text(json.dumps({"launcher": _launcher()}) + "\n", encoding="utf-8")
+    return resume
+
+
 @contextlib.contextmanager
 def _disk(out: Path) -> Iterator[None]:
-    """What the disk refuses becomes one clear line."""
+    """What the disk refuses, and a rank that is lost, become one clear line."""
     try:
         yield
+    except LinkError as error:
+        raise ConfigError(f"{error}: see what it said; {_last(out)}. Go on with --resume") from None
     except (ConnectionError, TimeoutError):  # of a pipe or another process
         raise
     except OSError as error:

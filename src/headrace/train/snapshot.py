@@ -73,22 +73,25 @@ class Snapshot:
 
 
 def write_snapshot(folder: Path, record: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], *, rank: int = 0,
-                   ranks: int = 1, barrier: Callable[[], None] = lambda: None) -> Path:
+                   ranks: int = 1, barrier: Callable[[], None] = lambda: None, copy: int = 0) -> Path:
     """Write a snapshot of `record["state"]["step"]` into `folder` and return its own folder.
 
-    Every rank calls it, with its own tensors; `barrier` waits for all of them. Rank 0's `record` is kept. Raises
-    `OSError` where the disk does not take it; what stood there before is then untouched.
+    Every rank calls it, with its own tensors; `barrier` waits for all of them. Rank 0's `record` is kept, and of the
+    model's copies, which have the same tensors, copy 0 writes. Raises `OSError` where the disk does not take it; what
+    stood there before is then untouched.
     """
     final = folder / f"step-{record['state']['step']:08d}"
     partial = folder / f".{final.name}.partial"
-    if rank == 0:
+    first = rank == 0 and copy == 0
+    if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
     try:
-        _write_tensors(partial / _file(rank, ranks), tensors)
+        if copy == 0:
+            _write_tensors(partial / _file(rank, ranks), tensors)
         barrier()
-        if rank == 0:
+        if first:
             files = {_file(i, ranks): _hash(partial / _file(i, ranks)) for i in range(ranks)}
             _write_record(partial / RECORD, {"version": VERSION, **record, "files": files})
             _take_name(partial, final)

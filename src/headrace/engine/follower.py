@@ -1,0 +1,81 @@
+"""`Follower`: what a rank above 0 does with rank 0's frames, in a process of its own or inside a trainer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from headrace.attention.store import KVStore
+from headrace.engine.frames import frame, read_frame, read_step
+from headrace.engine.ranks import Ranks
+from headrace.engine.shard import ModelShard
+from headrace.kernels.ops import Ops
+from headrace.model.huggingface import load_weights
+from headrace.model.layers import weight_dtype
+from headrace.model.transformer import Transformer
+from headrace.parallel.group import RankGroup
+
+__all__ = ["Follower", "GroupRanks", "follow"]
+
+
+class Follower:
+    """One rank's part of the model, and of a KV cache once it is told how large."""
+
+    def __init__(self, model: Transformer, ops: Ops, ready: Callable[[], None] = lambda: None) -> None:
+        """`ready` is called when there is a KV cache."""
+        self._model, self._ops, self._ready = model, ops, ready
+        self._shard: ModelShard | None = None
+
+    def obey(self, kind: str, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
+        """Do what a frame says; whether there will be another."""
+        model, ops = self._model, self._ops
+        if kind == "begin":
+            dtype = getattr(torch, values["cache_dtype"])
+            ops.warm_up(weight_dtype(model.config), dtype)
+            store = KVStore(values["num_blocks"], model.config.num_layers, model.kv_heads, values["block_size"],
+                            model.config.head_dim, dtype, ops.device)
+            self._shard = ModelShard(model, ops, store, values["host_slots"])
+            self._ready()
+        elif kind == "weights":
+            load_weights(model, values["folder"])
+        elif kind == "stop":
+            return False
+        else:
+            assert self._shard is not None
+            if kind == "step":
+                moves, inputs = read_step(values, arrays, ops.device)
+                self._shard.move(moves)
+                if inputs is not None:
+                    self._shard.logits(inputs)
+            elif kind == "hidden":
+                self._shard.hidden(values["ids"])
+        return True
+
+
+class GroupRanks(Ranks):
+    """Ranks that are there already, a trainer's: frames go through their group to those that `follow`."""
+
+    def __init__(self, group: RankGroup) -> None:
+        super().__init__(group.size)
+        self.group = group
+
+    def begin(self, **values: Any) -> None:
+        self.send(frame("begin", values))
+
+    def send(self, message: bytes) -> None:
+        self.group.share(message)
+
+    def close(self) -> None:
+        """Let the others go on with what they were doing; the group stays."""
+        self.send(frame("stop"))
+
+
+def follow(model: Transformer, ops: Ops) -> None:
+    """Do what rank 0 of the model's group says through its `GroupRanks`, until it closes them."""
+    follower = Follower(model, ops)
+    while (message := read_frame(io.BytesIO(model.group.share(None)))) is not None and follower.obey(*message):
+        pass

@@ -1,0 +1,106 @@
+"""`torchrun … -m headrace train`: the run of one process, to the bit, and after a rank is killed too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from headrace.train.config import load_recipe
+from headrace.train.run import train
+from headrace.train.trainer import Trainer
+from serve.http_kit import served, until
+from train.run_kit import lines_of
+
+CHANGES = ["train.steps=8", "train.batch_size=4", "train.micro_batches=2", "train.snapshot_every=2",
+           "train.validate_every=4", "train.sample_every=4"]
+
+
+def torchrun(processes, recipe_file, out, *changes, restarts=0):
+    """The command as users write it, on a port of its own."""
+    sets = [part for change in changes for part in ("--set", change)]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "--max-restarts", str(restarts), "-m", "headrace", "train", str(recipe_file), "--out", str(out), *sets]
+
+
+@pytest.fixture
+def undisturbed(recipe_file, tmp_path, cpu_ops):
+    train(load_recipe(recipe_file, CHANGES), tmp_path / "alone", ops=cpu_ops)
+    return tmp_path / "alone"
+
+
+def same_run(out, undisturbed):
+    assert lines_of(out, timed=False) == lines_of(undisturbed, timed=False)
+    for file in (undisturbed / "hf").iterdir():
+        assert (out / "hf" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(("processes", "tensor"), [(2, 2), (4, 2)])
+def test_ranks_leave_what_one_process_leaves(recipe_file, tmp_path, undisturbed, processes, tensor):
+    out = tmp_path / "ranks"
+    done = subprocess.run(torchrun(processes, recipe_file, out, *CHANGES, f"parallel.tensor={tensor}"),
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    same_run(out, undisturbed)
+    assert done.stdout.count("held out") == 3 and done.stdout.count("step    4 │ ") == 2
+    assert {file.name for file in (out / "snapshots" / "step-00000008").iterdir()} == {
+        "snapshot.json", *(f"rank-{i:05d}-of-{tensor:05d}.safetensors" for i in range(tensor))}
+
+
+def test_a_killed_rank_is_started_again_and_the_run_is_the_same(recipe_file, tmp_path, undisturbed):
+    out = tmp_path / "ranks"
+    command = torchrun(2, recipe_file, out, *CHANGES, "parallel.tensor=2", restarts=2)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
+        until(lambda: (out / "metrics.jsonl").exists() and len(lines_of(out)) >= 3)
+        [second] = [child for child in psutil.Process(launcher.pid).children(recursive=True)
+                    if child.environ().get("RANK") == "1"]
+        os.kill(second.pid, signal.SIGKILL)
+        _, said = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, said
+    assert "rank 1 has gone" in said or "Signal 9" in said
+    same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize(("processes", "changes", "said"), [
+    (2, ["parallel.tensor=4"], "2 processes are no multiple of parallel.tensor=4"),
+    (2, ["train.micro_batches=3", "train.batch_size=3"], "train.micro_batches=3 is no multiple of the 2 copies"),
+    (2, ["parallel.tensor=2", "model.num_heads=3", "model.num_kv_heads=1"], "does not divide the model's 1 virtual"),
+])
+def test_a_layout_that_cannot_be_is_refused_by_every_rank(recipe_file, tmp_path, processes, changes, said):
+    done = subprocess.run(torchrun(processes, recipe_file, tmp_path / "out", *changes), capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode != 0 and said in done.stderr
+    assert "headrace: rank 1:" in done.stderr and 'File "/' not in done.stderr.split("headrace:")[1].splitlines()[0]
+
+
+def test_a_snapshot_of_another_layout_is_refused(recipe_file, tmp_path, undisturbed):
+    command = [*torchrun(2, recipe_file, undisturbed, *CHANGES, "parallel.tensor=2"), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "is of another layout: tensor=1, this run has tensor=2" in done.stderr
+
+
+def test_the_trainer_s_log_probabilities_are_the_server_s(recipe_file, tmp_path, undisturbed, cpu_ops):
+    """Packed in one batch in the trainer; alone, over HTTP, on one rank and on two, in the server."""
+    folder = undisturbed / "hf"
+    trainer = Trainer(load_recipe(recipe_file, [f"model.init={folder}", *CHANGES]), cpu_ops)
+    [batch] = trainer.source.validation(96, 8, 6)
+    with torch.no_grad():
+        packed = trainer.log_probabilities(batch)
+    assert len(batch.lengths) == 6
+    for ranks in ("1", "2"):
+        with served(folder, "--tensor-parallel-size", ranks, "--max-num-batched-tokens", "20") as server:
+            start, got = 0, []
+            for length in batch.lengths:
+                counting = batch.rows_R[(batch.rows_R >= start) & (batch.rows_R < start + length)]
+                last = batch.targets_R[batch.rows_R == counting[-1]].item()
+                ids = [*batch.ids_T[start : start + length].tolist(), last]
+                asked = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+                tables = server.post("/v1/completions", **asked).json()["choices"][0]["prompt_logprobs"]
+                got += [tables[row - start + 1][str(ids[row - start + 1])]["logprob"] for row in counting.tolist()]
+                start += length
+        assert json.loads(json.dumps(packed.tolist())) == got
