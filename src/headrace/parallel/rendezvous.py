@@ -18,9 +18,9 @@ __all__ = ["LOOPBACK", "connect", "join", "keep_store", "roll_call"]
 LOOPBACK = "127.0.0.1"
 
 
-def keep_store(size: int, timeout: float) -> dist.TCPStore:
-    """A store on the loopback at a free port, for `size` ranks of this machine; whoever keeps it is rank 0."""
-    return dist.TCPStore(LOOPBACK, 0, size, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+def keep_store(size: int, timeout: float, port: int = 0) -> dist.TCPStore:
+    """A store on the loopback, at a free port if 0, for `size` ranks of this machine; whoever keeps it is rank 0."""
+    return dist.TCPStore(LOOPBACK, port, size, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
 
 
 def join(port: int, size: int, timeout: float) -> dist.TCPStore:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -50,7 +49,7 @@ class CausalAttention(Function):
             for group in groups:
                 parts = group.attention_gradients(q, k, v, g, ctx.scale, ctx.window)
                 for grad, part in zip(grads, parts):
-                    _heads(grad, i, ctx.shards)[group.row_R] = part.flatten(0, 1)[group.place_R]
+                    group.put(_heads(grad, i, ctx.shards), part)
 
         ctx.pool.map(shard, range(ctx.shards))
         return None, None, None, *grads, None, None, None, None, None
@@ -61,32 +60,33 @@ def _heads(x_THd: Tensor, shard: int, shards: int) -> Tensor:
     return x_THd.narrow(1, shard * each, each)
 
 
-@dataclass(slots=True)
-class _Group:
-    """Sequences of nearly the same length L, as one dense batch of S.
+class _Run:
+    """`count` sequences of one length that lie side by side from row `start`: a dense batch as they are."""
 
-    Rows beyond a sequence's end are padding. No real query sees them and the gradient that arrives at them is
-    zeroed, so they give and take nothing.
-    """
+    def __init__(self, start: int, count: int, length: int) -> None:
+        self.length = length
+        self._rows = slice(start, start + count * length)
+        self._shape = (count, length)
 
-    row_SL: Tensor
-    """Row in the packed step; padding repeats the sequence's last row."""
-    real_SL: Tensor
-    """Whether it is not padding."""
-    row_R: Tensor
-    place_R: Tensor
-    """Where in S·L the group's real rows are, in the order of `row_R`."""
+    def take(self, x_THd: Tensor) -> Tensor:
+        """[S, L, heads, d]"""
+        return x_THd[self._rows].unflatten(0, self._shape)
+
+    take_gradient = take
+
+    def put(self, x_THd: Tensor, part_SLHd: Tensor) -> None:
+        """Fill these sequences' rows."""
+        x_THd[self._rows] = part_SLHd.flatten(0, 1)
 
     def attention_gradients(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, g_THd: Tensor, scale: float,
                             window: int) -> list[Tensor]:
         """Gradients [S, L, heads, d] by q, k and v of dense causal attention."""
         # Contiguous, so that what torch sees does not depend on how many heads stand side by side.
-        q, k, v = dense = [x[self.row_SL].transpose(1, 2).contiguous().requires_grad_() for x in (q_THd, k_TGd, v_TGd)]
-        g_SHLd = (g_THd[self.row_SL] * self.real_SL[..., None, None]).transpose(1, 2).contiguous()
-        length = self.row_SL.shape[1]
+        q, k, v = dense = [self.take(x).transpose(1, 2).contiguous().requires_grad_() for x in (q_THd, k_TGd, v_TGd)]
+        g_SHLd = self.take_gradient(g_THd).transpose(1, 2).contiguous()
         mask = None
         if window:
-            at = torch.arange(length, device=q_THd.device)
+            at = torch.arange(self.length, device=q_THd.device)
             back = at[:, None] - at
             mask = (back >= 0) & (back < window)
         with torch.enable_grad():
@@ -96,18 +96,42 @@ class _Group:
             return [x.transpose(1, 2) for x in torch.autograd.grad(out_SHLd, dense, g_SHLd)]
 
 
+class _Padded(_Run):
+    """Sequences of nearly the same length, wherever they lie, padded to the longest.
+
+    No real query sees padding and the gradient that arrives at it is zeroed, so it gives and takes nothing.
+    """
+
+    def __init__(self, sequences: list[tuple[int, int]], device: torch.device) -> None:
+        self.length = max(stop - start for start, stop in sequences)
+        bounds = torch.tensor(sequences, device=device)
+        row_SL = bounds[:, :1] + torch.arange(self.length, device=device)
+        self._real_SL = row_SL < bounds[:, 1:]
+        self._row_SL = row_SL.minimum(bounds[:, 1:] - 1)  # padding repeats the sequence's last row
+        self._row_R = self._row_SL[self._real_SL]
+        self._place_R = self._real_SL.flatten().nonzero().squeeze(1)
+
+    def take(self, x_THd: Tensor) -> Tensor:
+        return x_THd[self._row_SL]
+
+    def take_gradient(self, x_THd: Tensor) -> Tensor:
+        return x_THd[self._row_SL] * self._real_SL[..., None, None]
+
+    def put(self, x_THd: Tensor, part_SLHd: Tensor) -> None:
+        x_THd[self._row_R] = part_SLHd.flatten(0, 1)[self._place_R]
+
+
 @functools.lru_cache(maxsize=4)
-def _groups(starts: tuple[int, ...], device: torch.device) -> tuple[_Group, ...]:
+def _groups(starts: tuple[int, ...], device: torch.device) -> tuple[_Run, ...]:
     """The groups of sequences that begin at `starts`. Remembered, as every layer of a step asks for the same."""
     by_length: dict[int, list[tuple[int, int]]] = {}
     for start, stop in pairwise(starts):
         by_length.setdefault(-(-(stop - start) // PADDING_UNIT), []).append((start, stop))
-    groups = []
-    for sequences in by_length.values():
-        longest = max(stop - start for start, stop in sequences)
-        bounds = torch.tensor(sequences, device=device)
-        row_SL = bounds[:, :1] + torch.arange(longest, device=device)
-        real_SL = row_SL < bounds[:, 1:]
-        row_SL = row_SL.minimum(bounds[:, 1:] - 1)
-        groups.append(_Group(row_SL, real_SL, row_SL[real_SL], real_SL.flatten().nonzero().squeeze(1)))
-    return tuple(groups)
+    return tuple(_group(sequences, device) for sequences in by_length.values())
+
+
+def _group(sequences: list[tuple[int, int]], device: torch.device) -> _Run:
+    lengths = {stop - start for start, stop in sequences}
+    if len(lengths) == 1 and all(a[1] == b[0] for a, b in pairwise(sequences)):
+        return _Run(sequences[0][0], len(sequences), lengths.pop())
+    return _Padded(sequences, device)
