@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.config import ModelConfig
-from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.autograd import AutogradOps, linear
 from headrace.kernels.ops import load_ops
 from headrace.model.transformer import Transformer
+from headrace.train.recompute import recompute_
 
 LENGTHS = (37, 1, 90, 64, 8)
 
@@ -33,15 +36,16 @@ def digest(tensor):
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def loss_and_gradients(group, changes, cache="float32"):
+def loss_and_gradients(group, changes, recompute="none"):
     model = build(group, changes)
+    recompute_(model, recompute)
     draw = torch.Generator().manual_seed(1)
     total = sum(LENGTHS)
     ids = torch.randint(0, model.config.vocab_size, (total,), generator=draw)
     targets = torch.randint(0, model.config.vocab_size, (total,), generator=draw)
     rows = torch.arange(3, total)
     group.traffic.clear()
-    ctx = DenseContext(model.ops, model.config, LENGTHS, getattr(torch, cache))
+    ctx = DenseContext(model.ops, model.config, LENGTHS, torch.float32)
     hidden = model.hidden(ids, packed_positions(LENGTHS, model.ops.device), ctx)
     weights = torch.full((len(rows),), 1 / len(rows))
     loss, logprob = model.lm_head.loss(model.ops.embedding(rows, hidden), targets[rows], weights)
@@ -60,3 +64,29 @@ def loss_and_gradients(group, changes, cache="float32"):
     elements = {" ".join(key): count for key, count in group.traffic.elements.items()}
     return {"loss": loss.item(), "logprob": digest(logprob), "gradients": told, "messages": messages,
             "elements": elements}
+
+
+def recomputed_to_the_end(group, changes):
+    """The same where backward repeats all of a block's forward, the last sum too."""
+    with set_checkpoint_early_stop(False):
+        return loss_and_gradients(group, changes, "full")
+
+
+def adds_left_to_right(group, changes):
+    """A wrong trainer: gradients of shards are added one after another, not in a tree."""
+    right = linear.tree
+    linear.tree = lambda parts: functools.reduce(torch.add, parts)
+    try:
+        return loss_and_gradients(group, changes)
+    finally:
+        linear.tree = right
+
+
+def rounds_before_it_adds(group, changes):
+    """A wrong all-reduce: sums over ranks are rounded to bf16, though those inside a rank are not."""
+    right = type(group).all_reduce
+    type(group).all_reduce = lambda self, x, *rest, **more: right(self, x, *rest, **more).bfloat16().to(x.dtype)
+    try:
+        return loss_and_gradients(group, changes)
+    finally:
+        type(group).all_reduce = right

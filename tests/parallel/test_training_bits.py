@@ -13,7 +13,8 @@ MODELS = {
     "bf16": {"dtype": "bfloat16", "tie_word_embeddings": True},
     "window": {"sliding_window": 20, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8},
 }
-JOB = "parallel.model_jobs:loss_and_gradients"
+MODULE = "parallel.model_jobs"
+JOB = f"{MODULE}:loss_and_gradients"
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -58,3 +59,22 @@ def test_sequence_parallel_norms_move_as_much():
     for purpose in ("attention", "mlp"):
         assert split[f"reduce_scatter {purpose}"] + split[f"all_gather {purpose}"] == 2 * plain[f"all_reduce {purpose}"]
         assert f"all_reduce {purpose}" not in split
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_recomputation_repeats_the_forward_s_sums(size):
+    """The paper's 2 more a layer; backward that stops when it has what it needs spares the last one."""
+    layers = 2
+    whole = f"{MODULE}:recomputed_to_the_end"
+    for job, arguments, more in ((JOB, ["full"], (layers, 0)), (whole, [], (layers, layers))):
+        for answer in run_ranks(job, size, {}, *arguments):
+            for purpose, extra in zip(("attention", "mlp"), more):
+                assert answer["messages"][f"all_reduce {purpose}"] == [layers, layers + extra]
+
+
+@pytest.mark.parametrize(("mutant", "wrong_size"), [("adds_left_to_right", 2), ("rounds_before_it_adds", 2)])
+def test_a_mutant_is_noticed(mutant, wrong_size):
+    job = f"{MODULE}:{mutant}"
+    alone, ranks = run_ranks(job, 1, {})[0], run_ranks(job, wrong_size, {})
+    assert any(bits != alone["gradients"][name] for answer in ranks for name, bits in answer["gradients"].items())
+
