@@ -11,6 +11,7 @@ from headrace.errors import CheckpointError, ConfigError
 from headrace.model.huggingface import load_model
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import load_recipe
+from headrace.train.corpus.build import BuildConfig, build
 from headrace.train.run import train
 from headrace.train.trainer import Trainer
 
@@ -72,10 +73,22 @@ def test_a_tokenizer_that_is_not_the_datas_is_refused(load, tinyworld_checkpoint
     first, second = [token for token in vocab if len(token) == 1][:2]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (other / "tokenizer.json").write_text(json.dumps(file))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Once upon a time there was a world, and then there was another. " * 20)
+    build(BuildConfig((str(texts),), tmp_path / "data", tokenizer=tinyworld_checkpoint))
+    built = f"data.source={tmp_path / 'data'}"
     with pytest.raises(ConfigError, match=r"another tokenizer than that of .*other.*512 tokens.*--tokenizer"):
-        Trainer(load(f"model.init={other}"), cpu_ops)
+        Trainer(load(f"model.init={other}", built), cpu_ops)
     file["added_tokens"].append({**file["added_tokens"][0], "id": 512, "content": "<|new|>"})
     (other / "tokenizer.json").write_text(json.dumps(file))
     assert Tokenizer.from_folder(other).vocab_size == 513
     with pytest.raises(ConfigError, match=r"a tokenizer of 512 tokens, .*has one of 513"):
-        Trainer(load(f"model.init={other}"), cpu_ops)
+        Trainer(load(f"model.init={other}", built), cpu_ops)
+
+
+def test_tinyworld_is_read_with_the_folder_s_tokenizer(load, data_dir, cpu_ops):
+    """So that any model can be trained further at once."""
+    folder = data_dir / "checkpoints" / "stories260K"
+    trainer = Trainer(load(f"model.init={folder}"), cpu_ops)
+    assert trainer.tokenizer.vocab_size == Tokenizer.from_folder(folder).vocab_size
+    assert 0 < trainer.step().loss < 20

@@ -20,7 +20,8 @@ LOOPBACK = "127.0.0.1"
 
 def keep_store(size: int, timeout: float, port: int = 0) -> dist.TCPStore:
     """A store on the loopback, at a free port if 0, for `size` ranks of this machine; whoever keeps it is rank 0."""
-    return dist.TCPStore(LOOPBACK, port, size, is_master=True, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    wait = timedelta(seconds=timeout)
+    return dist.TCPStore(LOOPBACK, port, size, is_master=True, timeout=wait, wait_for_workers=False)
 
 
 def join(port: int, size: int, timeout: float) -> dist.TCPStore:

@@ -111,8 +111,8 @@ class _Texts(Protocol):
 class Source:
     """A recipe's data: its tokenizer, its endless training batches, its held-out ones."""
 
-    def __init__(self, config: DataConfig) -> None:
-        self._texts: _Texts = (World(config.vocab_size, config.seed) if config.source == "tinyworld"
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
+        self._texts: _Texts = (World(config.vocab_size, config.seed, tokenizer) if config.source == "tinyworld"
                                else Corpus(config.source, config.seed, config.shuffle))
         self.tokenizer: Tokenizer = self._texts.tokenizer
 
@@ -140,9 +140,12 @@ class Source:
         return self._texts.prompts(n)
 
 
-def open_source(config: DataConfig) -> Source:
-    """A recipe's data. Raises `ConfigError` that names the `data.` key or the file at fault."""
-    return Source(config)
+def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:
+    """A recipe's data. Raises `ConfigError` that names the `data.` key or the file at fault.
+
+    `tokenizer` is that of the model which training starts from, if any; a built folder has one of its own.
+    """
+    return Source(config, tokenizer)
 
 
 def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) -> Batch:

@@ -17,7 +17,12 @@ from headrace.parallel.group import RankGroup
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import Recipe
 
-__all__ = ["initial_model"]
+__all__ = ["initial_model", "initial_tokenizer"]
+
+
+def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """That of the folder whose weights training starts from, if there is one."""
+    return Tokenizer.from_folder(resolve(recipe.init)) if recipe.init else None
 
 
 def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps, group: RankGroup) -> Transformer:

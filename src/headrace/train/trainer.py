@@ -31,7 +31,7 @@ from headrace.train.optimizer import AdamW, PairwiseSum, global_norm
 from headrace.train.recompute import recompute_
 from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
-from headrace.train.start import initial_model
+from headrace.train.start import initial_model, initial_tokenizer
 
 __all__ = ["StepRecord", "Trainer"]
 
@@ -66,7 +66,7 @@ class Trainer:
         """`mesh`: the ranks that train together; None for this one alone."""
         self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe
-        self.source = open_source(recipe.data)
+        self.source = open_source(recipe.data, initial_tokenizer(recipe))
         self.tokenizer = self.source.tokenizer
         shards = recipe.model.shards
         mesh.tensor.require_shards(shards)

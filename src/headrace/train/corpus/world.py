@@ -36,10 +36,11 @@ def encode_document(text: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, n
 class World:
     """Tinyworld's tokenizer, its training texts, and its exam as the held-out ones."""
 
-    def __init__(self, vocab_size: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, seed: int, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer`: that of a model which is trained further; None for tinyworld's own."""
         self._vocab_size = vocab_size
         self._seed = seed
-        self.tokenizer = build_tokenizer(vocab_size, seed)
+        self.tokenizer = build_tokenizer(vocab_size, seed) if tokenizer is None else tokenizer
 
     def pieces(self, seq_length: int, state: dict[str, Any] | None) -> WorldPieces:
         """The training texts' pieces, from `state` on."""
