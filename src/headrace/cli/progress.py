@@ -34,12 +34,12 @@ def load(model: str, options: dict[str, Any]) -> Any:
         return LLM(model, progress=compiling(line), **options)
 
 
-def kernels(name: str, ranks: int = 1) -> Any:
-    """The op set called `name`, compiled; its threads are this process's share where `ranks` share the machine."""
+def kernels(name: str, ranks: int = 1, device: Any = None) -> Any:
+    """The op set called `name`, compiled, on `device`; its threads are a share where `ranks` share the machine."""
     with status("loading kernels …") as line:
         from headrace.kernels.ops import load_ops
 
-        share = {"threads": max(1, (os.cpu_count() or 1) // ranks)} if name == "cpu" and ranks > 1 else {}
-        ops = load_ops(name, **share)
+        own: dict[str, Any] = {"threads": max(1, (os.cpu_count() or 1) // ranks)} if ranks > 1 else {}
+        ops = load_ops(name, **(own if name == "cpu" else {"device": device} if device else {}))
         ops.warm_up(progress=compiling(line))
         return ops

@@ -51,12 +51,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, with a progress bar and a sample now and then; under torchrun, rank 0 alone shows them."""
     from headrace.train.config import load_recipe
-    from headrace.train.run import train
+    from headrace.train.run import own_device, train
 
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        ops = kernels(recipe.train.kernels, ranks=local)
+        ops = kernels(recipe.train.kernels, local, own_device(recipe))
         with TrainingView(recipe, ops, shown=rank == 0) as view:
             result = train(recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume,
                            warn=view.warn)

@@ -30,6 +30,8 @@ class RankGroup:
 
     rank = 0
     size = 1
+    device = torch.device("cpu")
+    """Where its messages lie."""
 
     def __init__(self, sequence: bool = False) -> None:
         """`sequence`: the stream between blocks is split by rows, which are a multiple of the ranks."""
@@ -75,11 +77,13 @@ class RankGroup:
         """All ranks' numbers, in rank order; ranks may have different counts, which they tell each other first."""
         if self.size == 1:
             return x_N
-        counts = self.all_gather(torch.tensor([len(x_N)]), purpose).tolist()
-        padded = x_N.new_zeros(max(counts))
+        counts = self.all_gather(torch.tensor([len(x_N)], device=self.device), purpose).tolist()
+        if not max(counts):
+            return x_N
+        padded = torch.zeros(max(counts), dtype=x_N.dtype, device=self.device)
         padded[: len(x_N)] = x_N
-        parts = self.all_gather(padded, purpose).split(max(counts)) if max(counts) else []
-        return torch.cat([part[:count] for part, count in zip(parts, counts)]) if parts else x_N
+        parts = self.all_gather(padded, purpose).split(max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts)]).to(x_N.device)
 
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]], purpose: str) -> list[Tensor] | None:
         """On rank 0 every rank's tensor, rank i's of `shapes[i]`, in rank order; None elsewhere."""
@@ -115,6 +119,7 @@ class DistributedGroup(RankGroup):
         if size & (size - 1):
             raise ConfigError(f"tensor parallelism of {size} is not a power of two")
         self._link = link
+        self.device = link.device
         self.rank, self.size = rank, size
 
     def all_reduce(self, x: Tensor, purpose: str, width: int | None = None) -> Tensor:
@@ -170,21 +175,22 @@ class DistributedGroup(RankGroup):
         if self.rank == 0:
             assert data is not None
             for rank in range(1, self.size):
-                self._link.send(torch.tensor([len(data)]), rank)
+                self._link.send(torch.tensor([len(data)], device=self.device), rank)
                 if data:
-                    self._link.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank)
+                    self._link.send(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device), rank)
             return data
-        length = torch.empty(1, dtype=torch.int64)
+        length = torch.empty(1, dtype=torch.int64, device=self.device)
         self._link.receive(length, 0)
-        received = torch.empty(int(length), dtype=torch.uint8)
+        received = torch.empty(int(length), dtype=torch.uint8, device=self.device)
         if len(received):
             self._link.receive(received, 0)
-        return received.numpy().tobytes()
+        return received.cpu().numpy().tobytes()
 
     def barrier(self) -> None:
         distance = 1
         while distance < self.size:
-            self._link.exchange(torch.zeros(1), torch.empty(1), self.rank ^ distance)
+            ours, theirs = torch.zeros(1, device=self.device), torch.empty(1, device=self.device)
+            self._link.exchange(ours, theirs, self.rank ^ distance)
             distance *= 2
 
     def close(self) -> None:

@@ -32,6 +32,9 @@ class LinkError(RuntimeError):
 class Link(Protocol):
     """Messages between this rank and any other, in order. Tensors are contiguous; an empty one is never sent."""
 
+    device: torch.device
+    """Where tensors must be."""
+
     def exchange(self, give: Tensor, take: Tensor, partner: int) -> None:
         """Send `give` to a rank that does the same, and fill `take` with what it sent."""
         ...
@@ -50,7 +53,9 @@ class Link(Protocol):
 
 
 class SocketLink:
-    """A Unix socket to every other rank. Tensors are on the CPU."""
+    """A Unix socket to every other rank."""
+
+    device = torch.device("cpu")
 
     def __init__(self, sockets: Mapping[int, socket.socket], timeout: float) -> None:
         self._sockets = dict(sockets)
@@ -124,8 +129,8 @@ class ProcessGroupLink:
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, timeout: float, host: str) -> None:
         """`host` is the name or address by which other ranks reach this one."""
         store, wait = dist.PrefixStore("tensor", store), timedelta(seconds=timeout)
+        self.device = device
         self._cuda = device.type == "cuda"
-        self._device = device
         if self._cuda:
             options: Any = dist.ProcessGroupNCCL.Options()
             options._timeout = wait
@@ -139,14 +144,14 @@ class ProcessGroupLink:
 
     def exchange(self, give: Tensor, take: Tensor, partner: int) -> None:
         if self._cuda:  # which would wait for the partner's receive inside the send
-            self._group._start_coalescing(self._device)
+            self._group._start_coalescing(self.device)
         works = []
         if give.numel():
             works.append(self._group.send([give], partner, 0))
         if take.numel():
             works.append(self._group.recv([take], partner, 0))
         if self._cuda:
-            works = [self._group._end_coalescing(self._device)]
+            works = [self._group._end_coalescing(self.device)]
         for work in works:
             work.wait()
 

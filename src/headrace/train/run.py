@@ -32,7 +32,7 @@ from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_met
 from headrace.train.snapshot import Snapshot, clear_after, newest_whole, prune, snapshots, write_snapshot
 from headrace.train.trainer import StepRecord, Trainer
 
-__all__ = ["Sampler", "TrainResult", "train"]
+__all__ = ["Sampler", "TrainResult", "own_device", "train"]
 
 METRICS, SNAPSHOTS, RUN = "metrics.jsonl", "snapshots", "run.json"
 
@@ -68,7 +68,7 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
     out = Path(out)
     if mesh is None:
         parallel = recipe.parallel
-        mesh = launched(parallel.tensor, torch.device("cpu"), parallel.sequence, parallel.timeout)
+        mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout)
     with _disk(out):
         resume = _agreed(mesh, lambda: _begin(out, resume))
         run = _Run(recipe, out, ops, mesh, clock, warn)
@@ -77,6 +77,13 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
         run.go(on_step, sampler)
         run.trainer.save(out / "hf")
         return run.result()
+
+
+def own_device(recipe: Recipe) -> torch.device:
+    """Where this process computes: its own GPU of the machine's, or the CPU."""
+    if recipe.train.kernels != "cuda":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 class _Run:
