@@ -1,0 +1,157 @@
+"""`headrace plan`: what a recipe needs of each device, and which layouts fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.cli.train import add_overrides
+
+__all__ = ["add"]
+
+WHAT, CELL = 24, 17
+"""Widths of a table's first column and of the others."""
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "plan",
+        help="bytes per device that a recipe needs, and what would fit",
+        description="Account for every byte that training by a recipe needs of each device, without allocating any.",
+    )
+    parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/7b.toml")
+    add_overrides(parser)
+    parser.add_argument("--devices", type=int, metavar="N", help="how many there are (default: one copy of the model)")
+    parser.add_argument("--memory", metavar="BYTES", help="of one device, as 80GiB (default: of this machine, shared "
+                        "by its devices)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plan and print."""
+    from headrace.config import require
+    from headrace.engine.options import parse_bytes
+    from headrace.train.config import load_recipe
+    from headrace.train.plan import Planner
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    tensor, devices = recipe.parallel.tensor, arguments.devices
+    require(devices is None or devices >= tensor, f"--devices {devices} are fewer than parallel.tensor={tensor}: "
+            "--set parallel.tensor=… to a smaller degree")
+    memory = _machine(recipe.train.kernels)
+    if arguments.memory is not None:
+        size = parse_bytes(arguments.memory)
+        require(size > 0, f"--memory {arguments.memory} must be more than nothing")
+        memory = _Memory(size, "--memory")
+    planner = Planner(recipe)
+    plan = planner.over(tensor, devices or tensor)[recipe.train.recompute]
+    for line in (*_head(recipe, plan), *_moments(plan), *_kept(plan), *_verdict(plan, memory), "",
+                 *_layouts(planner, devices, memory), *_largest(planner, plan, memory)):
+        print(line.rstrip())
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    size: int
+    whose: str
+    shared: bool = False
+    """Whether all devices have it together."""
+
+    def each(self, devices: int) -> int:
+        return self.size // devices if self.shared else self.size
+
+
+def _machine(kernels: str) -> _Memory:
+    import torch
+
+    if kernels == "cuda" and torch.cuda.is_available():
+        return _Memory(torch.cuda.get_device_properties(0).total_memory, "this machine's GPU")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _Memory(whole, f"this machine's {_size(whole)}, shared by its processes", shared=True)
+
+
+def _head(recipe: Any, plan: Any) -> Iterator[str]:
+    model, train = recipe.model, recipe.train
+    layout = f"{plan.tensor} tensor-parallel" + (", stream split by rows" if recipe.parallel.sequence else "")
+    devices = _count(plan.tensor * plan.copies, "device", "devices")
+    yield (f"{model.num_layers} layers of {model.hidden_size}, {model.dtype} weights; {devices}: {layout} × "
+           f"{_count(plan.copies, 'copy', 'copies')}")
+    yield (f"a step of {train.batch_size} rows × {train.seq_length} tokens in {plan.parts} micro-batches of "
+           f"{_count(plan.rows, 'row', 'rows')}; train.recompute = {plan.recompute!r}")
+    yield ""
+
+
+def _moments(plan: Any) -> Iterator[str]:
+    from headrace.train.plan import KINDS
+
+    yield "bytes on the fullest device, at the moments of a step"
+    yield f"{'':{WHAT}}" + "".join(f"{name:>{CELL}}" for name in plan.moments)
+    for kind in KINDS:
+        if any(account[kind] for account in plan.moments.values()):
+            cells = (_size(account[kind]) if account[kind] else "·" for account in plan.moments.values())
+            yield f"{kind:{WHAT}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
+    totals = (("► " if name == plan.fullest else "") + _size(sum(account.values()))
+              for name, account in plan.moments.items())
+    yield f"{'all':{WHAT}}" + "".join(f"{total:>{CELL}}" for total in totals)
+    yield ""
+
+
+def _kept(plan: Any) -> Iterator[str]:
+    yield "activations kept for backward, all layers together"
+    for name, size in plan.kept.items():
+        yield f"  {name:{WHAT + 14}}{_size(size):>{CELL - 5}}"
+    yield ""
+
+
+def _verdict(plan: Any, memory: _Memory) -> Iterator[str]:
+    each = memory.each(plan.tensor * plan.copies)
+    yield f"{_size(plan.total)} {'fits' if plan.total <= each else 'does not fit'} into {_size(each)} ({memory.whose})"
+    yield "Beside it: Python, torch and compiled kernels; samples and snapshots as they are made."
+
+
+def _layouts(planner: Any, devices: int | None, memory: _Memory) -> Iterator[str]:
+    """Every degree with every recomputation; `devices` None is one copy of the model whatever the degree."""
+    from headrace.errors import ConfigError
+    from headrace.train.config import RECOMPUTE
+    from headrace.train.plan import DEGREES
+
+    asked, fitting = planner.recipe.train.recompute, None
+    yield "bytes a device by layout and train.recompute (✓ fits)"
+    yield f"{'tensor × copies':{WHAT}}" + "".join(f"{what:>{CELL}}" for what in RECOMPUTE)
+    for tensor in DEGREES:
+        count = devices or tensor
+        try:
+            plans = planner.over(tensor, count)
+        except ConfigError as error:
+            yield f"{tensor:<{WHAT}}  no: {error}"
+            continue
+        fits = {what: plan.total <= memory.each(count) for what, plan in plans.items()}
+        cells = (_size(plan.total) + (" ✓" if fits[what] else "  ") for what, plan in plans.items())
+        yield f"{f'{tensor} × {count // tensor}':{WHAT}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
+        if fitting is None and fits[asked]:
+            fitting = tensor
+    yield ""
+    yield f"smallest degree that fits with train.recompute = {asked!r}: " + (
+        f"parallel.tensor = {fitting}" if fitting else "none")
+
+
+def _largest(planner: Any, plan: Any, memory: _Memory) -> Iterator[str]:
+    best = planner.greatest_micro_batch(plan.tensor, plan.copies, memory.each(plan.tensor * plan.copies))
+    found = "none" if best is None else (f"{_count(best.rows, 'row', 'rows')}, train.micro_batches = {best.parts}, "
+                                         f"{_size(best.total)}")
+    yield f"largest micro-batch that fits at parallel.tensor = {plan.tensor}: {found}"
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
+def _size(size: int) -> str:
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
