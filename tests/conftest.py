@@ -29,3 +29,22 @@ def tinyworld_checkpoint(tmp_path_factory) -> Path:
              "train.steps": 60, "train.batch_size": 2, "optimizer.warmup_steps": 5, "train.sample_every": 0}
     out = tmp_path_factory.mktemp("tinyworld")
     return train(load_recipe(recipe, [f"{name}={value}" for name, value in sizes.items()]), out).checkpoint
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tinyworld_checkpoint, tmp_path_factory) -> Path:
+    """The same model with other weights, and the same tokenizer."""
+    import torch
+
+    from headrace.kernels.ops import load_ops
+    from headrace.model.huggingface import load_model, save_model
+
+    model = load_model(tinyworld_checkpoint, load_ops("reference"))
+    draw = torch.Generator().manual_seed(3)
+    for _, piece in model.tensors():
+        piece.tensor.add_(torch.empty(piece.tensor.shape).normal_(0, 0.03, generator=draw))
+    folder = tmp_path_factory.mktemp("other") / "hf"
+    save_model(model, folder)
+    for file in tinyworld_checkpoint.glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

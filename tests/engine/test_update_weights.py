@@ -1,29 +1,27 @@
 """Other weights under a live engine: what comes after is theirs alone, whatever was cached or running."""
 
+import asyncio
+import json
+import shutil
+
 import pytest
 import torch
 
-from headrace import LLM, SamplingParams
+from headrace import LLM, AsyncLLM, SamplingParams
+from headrace.engine.async_llm import EngineStoppedError
+from headrace.engine.engine import EngineFailedError
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels.ops import load_ops
-from headrace.model.huggingface import load_model, save_model
+from headrace.model.huggingface import load_model
 
 PROMPT = "Once upon a time, Mia went to the garden, and there she found what Tom had lost. " * 2
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=1)
 
 
 @pytest.fixture(scope="module")
-def other(tinyworld_checkpoint, tmp_path_factory):
+def other(other_checkpoint):
     """A checkpoint of the same shape with other weights, and the model."""
-    model = load_model(tinyworld_checkpoint, load_ops("reference"))
-    draw = torch.Generator().manual_seed(3)
-    for _, piece in model.tensors():
-        piece.tensor.add_(torch.empty(piece.tensor.shape).normal_(0, 0.03, generator=draw))
-    folder = tmp_path_factory.mktemp("other") / "hf"
-    save_model(model, folder)
-    for file in tinyworld_checkpoint.glob("token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder, model
+    return other_checkpoint, load_model(other_checkpoint, load_ops("reference"))
 
 
 def sources(other):
@@ -99,3 +97,78 @@ def test_every_rank_changes(tinyworld_checkpoint, other):
             llm.update_weights(other[1])
         llm.update_weights(other[0])
         assert llm.generate(PROMPT, GREEDY)[0].outputs == expected
+
+
+def test_a_folder_of_another_model_is_refused_though_its_tensors_fit(tinyworld_checkpoint, other, tmp_path):
+    shutil.copytree(other[0], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    llm = LLM(tinyworld_checkpoint)
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps 0\.5, and the running model's is"):
+        llm.update_weights(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").unlink()
+    assert llm.update_weights(tmp_path / "hf") == 1
+
+
+def test_weights_that_are_half_in_end_the_engine(tinyworld_checkpoint, other, monkeypatch):
+    llm = LLM(tinyworld_checkpoint)
+
+    def fails(model, folder):
+        raise CheckpointError("the disk is gone")
+
+    monkeypatch.setattr("headrace.engine.runner.load_weights", fails)
+    with pytest.raises(RuntimeError, match=r"could not be read to its end.*the disk is gone"):
+        llm.update_weights(other[0])
+    with pytest.raises(EngineFailedError):
+        llm.generate(PROMPT, GREEDY)
+
+
+def test_what_was_in_flight_is_told_by_the_next_step(tinyworld_checkpoint, other):
+    llm = LLM(tinyworld_checkpoint, queue_depth=2)
+    two = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    expected = llm.generate(PROMPT, two)[0].outputs
+    group = llm.frontend.group(llm.frontend.add(PROMPT, two))
+    assert llm.frontend.step() == [group] and not group.output.finished
+    llm.update_weights(other[0])
+    assert group.output.finished and llm.frontend.has_work, "its last token was computed already"
+    assert llm.frontend.step() == [group] and not llm.frontend.has_work
+    assert group.output.outputs == expected and group.output.weights_version == 0
+
+
+def test_a_salt_stays_with_a_request_that_is_resumed_and_then_updated(tinyworld_checkpoint, other):
+    llm = LLM(tinyworld_checkpoint)
+    llm.update_weights(tinyworld_checkpoint, version=7)
+    name = llm.frontend.add(PROMPT, GREEDY, namespace=("salt",))
+    llm.frontend.step()
+    record = json.loads(json.dumps(llm.frontend.resume_record(name)))
+    assert record["choices"][0]["request"]["namespace"] == ["salt"]
+    second = LLM(tinyworld_checkpoint)
+    second.update_weights(tinyworld_checkpoint, version=9)
+    [number] = second.frontend.group(second.frontend.resume(record)).choices
+    request = second.frontend.engine.scheduler.requests[number]
+    assert request.namespace == request.kv.namespace == (9, "salt")
+    second.update_weights(other[0])
+    assert request.namespace == request.kv.namespace == (10, "salt")
+    second.frontend.abort(name)
+    llm.frontend.abort(name)
+
+
+def test_an_engine_on_a_thread_changes_between_two_steps(tinyworld_checkpoint, other):
+    expected = LLM(other[0]).generate(PROMPT, GREEDY)[0].outputs
+
+    async def scenario():
+        async with AsyncLLM(tinyworld_checkpoint) as llm:
+            versions = []
+            async for output in llm.stream(PROMPT, GREEDY):
+                versions.append(output.weights_version)
+                if len(versions) == 5:
+                    assert await llm.update_weights(other[0]) == 1
+            with pytest.raises(CheckpointError):
+                await llm.update_weights("no/such/folder/here")
+            assert (await llm.generate(PROMPT, GREEDY)).outputs == expected
+        with pytest.raises(EngineStoppedError):
+            await llm.update_weights(other[0])
+        return versions
+
+    versions = asyncio.run(scenario())
+    assert versions == sorted(versions) and versions[:5] == [0] * 5 and versions[-1] == 1 and len(versions) == 24

@@ -37,7 +37,7 @@ class Served:
         self.url, self.model = match[1], match[2]
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
-    def post(self, path: str, **fields: object) -> httpx.Response:
+    def post(self, path: str, /, **fields: object) -> httpx.Response:
         """A request with JSON fields."""
         return self.client.post(path, json=fields)
 

@@ -179,7 +179,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(runner, gateway, llm
             await gateway.embed("none", [])
         with pytest.raises(RequestError, match="vocabulary"):
             await gateway.embed("unknown", [10**6])
-        return vectors
+        return [embedding.vector for embedding in vectors]
 
     vectors = runner.run(scenario())
     assert vectors[0] == vectors[2] != vectors[1] and len(vectors[0]) == gateway.info.hidden_size

@@ -16,7 +16,18 @@ import pytest
 import headrace.serve.gateway as module
 from headrace import LLM, HeadraceError, SamplingParams
 from headrace.instance.client import InstanceDiedError
-from headrace.instance.wire import Accepted, Batch, ChoiceDelta, Delta, Ready, Refused, Resume
+from headrace.instance.wire import (
+    Accepted,
+    Batch,
+    ChoiceDelta,
+    Delta,
+    Ready,
+    Refused,
+    Resume,
+    Update,
+    Updated,
+    Weights,
+)
 from headrace.serve.gateway import Gateway, UnavailableError
 from serve.gateway_kit import OPTIONS, PROMPT, begun, start
 
@@ -124,7 +135,7 @@ def test_requests_that_come_while_an_instance_starts_wait_for_it(tinyworld_check
         stream = await gateway.open("waits", None, IDS, SamplingParams(max_tokens=3, ignore_eos=True))
         assert gateway.info.pid != first and gateway.state == "ready"
         assert len((await stream.result()).outputs[0].token_ids) == 3 and stream.explanation.resumes == 0
-        assert len(await vector) == gateway.info.hidden_size
+        assert len((await vector).vector) == gateway.info.hidden_size
         ends = await asyncio.gather(leaves, bad, return_exceptions=True)
         assert isinstance(ends[0], asyncio.CancelledError) and isinstance(ends[1], HeadraceError)
         assert gateway.unfinished == 0
@@ -256,6 +267,36 @@ def test_an_engine_of_the_same_fingerprint_that_refuses_to_go_on_is_an_error(mon
         with pytest.raises(UnavailableError, match="no room"):
             await stream.result()
         assert isinstance(second.sent[0], Resume)
+        await gateway.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_dies_while_its_weights_change_has_changed_nothing(monkeypatch):
+    async def scenario():
+        first, second = FakeClient(), FakeClient(says=[Refused("2", "no such folder", "path")], waits=True)
+        gateway, left = fake(monkeypatch, [first, second])
+        await gateway.start()
+        with pytest.raises(UnavailableError, match="died, and its weights are those of before"):
+            await gateway.update_weights("somewhere")
+        assert first.sent == [Update("1", "somewhere")] and gateway.weights_version == 0
+        with pytest.raises(HeadraceError, match="no such folder"):
+            await gateway.update_weights("somewhere", 7)
+        assert left == [] and second.sent == [Update("2", "somewhere", 7)] and gateway.weights_version == 0
+        await gateway.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_was_put_in_is_known_though_nobody_waited(monkeypatch):
+    weights = Weights("somewhere", 3, [("a", 1, 2)])
+
+    async def scenario():
+        gateway, _ = fake(monkeypatch, [FakeClient(says=[Updated("9", weights), Accepted("1")], waits=True)])
+        await gateway.start()
+        stream = await gateway.open("a", None, IDS, LONG)
+        assert gateway.weights_version == 3
+        await stream.close()
         await gateway.stop()
 
     asyncio.run(scenario())

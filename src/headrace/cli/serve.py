@@ -44,6 +44,9 @@ def _add_server(group: Any) -> None:
                        "do not show (default: none, as only this machine reaches it)")
     group.add_argument("--allow-remote", action="store_true",
                        help="listen beyond this machine without a key (default: refused, as anybody could use it)")
+    group.add_argument("--allow-weight-updates", action="store_true",
+                       help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
+                       "as whoever may ask could change the model)")
     group.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True,
                        help="start another engine when one dies, and go on with the requests (default: yes, as their "
                        "tokens stay the same)")

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from headrace.engine.frontend import Prompt
+from headrace.engine.frontend import Prompt, WeightSource
 from headrace.engine.llm import LLM
 from headrace.engine.loop import EngineLoop, EngineStoppedError
 from headrace.engine.outputs import RequestOutput
@@ -82,6 +82,12 @@ class AsyncLLM:
         """End a request: its stream gets one last output with finish_reason "abort"."""
         self._loop.post(lambda: self._abort(request_id))
 
+    async def update_weights(self, source: WeightSource, version: int | None = None) -> int:
+        """`LLM.update_weights`, between two steps: requests that run go on under the new weights."""
+        done: Future[int] = Future()
+        self._loop.post(lambda: self._update(done, source, version))
+        return await asyncio.wrap_future(done)
+
     def shutdown(self) -> None:
         """Stop the engine; requests that still run raise `EngineStoppedError`."""
         self._loop.stop()
@@ -151,6 +157,19 @@ class AsyncLLM:
             return
         self._receivers[added] = deliver
         name.set_result(added)
+
+    def _update(self, done: Future[int], source: WeightSource, version: int | None) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            if self._stopped is not None:
+                raise EngineStoppedError("the engine has stopped") from self._stopped
+            done.set_result(self._llm.update_weights(source, version))
+        except (HeadraceError, EngineStoppedError) as error:
+            done.set_exception(error)
+        except BaseException as error:
+            done.set_exception(error)
+            raise
 
     def _abort(self, name: str) -> None:
         deliver = self._receivers.pop(name, None)

@@ -72,6 +72,10 @@ class Engine(Generic[R]):
         self.last_plan = plan
         return self.scheduler.update(plan, self.runner.result(handle))
 
+    def fail(self, cause: BaseException) -> None:
+        """The model can be relied on no more: every later step raises `EngineFailedError`."""
+        self._failure = cause
+
     def settle(self) -> list[RequestUpdate]:
         """Wait for all that is in flight, and plan nothing."""
         updates: list[RequestUpdate] = []

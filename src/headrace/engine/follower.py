@@ -42,6 +42,7 @@ class Follower:
             self._ready()
         elif kind == "weights":
             load_weights(model, values["folder"])
+            model.group.barrier()
         elif kind == "stop":
             return False
         else:

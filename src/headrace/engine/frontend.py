@@ -22,7 +22,7 @@ from headrace.engine.records import plain_output, plain_prompt_logprobs, read_ou
 from headrace.engine.request import Request, RequestUpdate
 from headrace.engine.runner import Runner
 from headrace.engine.sampling import SamplingParams
-from headrace.errors import RequestError
+from headrace.errors import HeadraceError, RequestError
 from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import load_model, read_config, resolve
 from headrace.model.layers import weight_dtype
@@ -59,6 +59,8 @@ class Frontend:
         """Group by the group id of its requests."""
         self.weights_version = 0
         """How often the weights have changed, or what `update_weights` was told."""
+        self._settled: dict[str, Group] = {}
+        """What steps brought that were waited for between two calls of `step`."""
 
     @classmethod
     def from_folder(cls, path_or_id: str | Path, options: EngineOptions, progress: Progress | None = None) -> Frontend:
@@ -87,14 +89,16 @@ class Frontend:
         where a tensor is missing, left over or misshapen.
         """
         folder = resolve(source) if isinstance(source, (str, Path)) else None
-        touched = [update for update in self.engine.settle() if update.group_id in self._by_id]
-        for update in touched:
-            self._take(self._by_id[update.group_id], update)
-        self.engine.runner.load(source if folder is None else folder)  # type: ignore[arg-type]
+        try:
+            self._settled |= self._take_all(self.engine.settle())
+            self.engine.runner.load(source if folder is None else folder)  # type: ignore[arg-type]
+        except HeadraceError:
+            raise
+        except BaseException as error:
+            self.engine.fail(error)
+            raise
         self.weights_version = self.weights_version + 1 if version is None else version
         self.engine.scheduler.change_weights(self.weights_version)
-        for group in self._groups.values():
-            group.output.weights_version = self.weights_version
         return self.weights_version
 
     def close(self) -> None:
@@ -131,7 +135,7 @@ class Frontend:
         """Hand the requests to the scheduler: all of them, or none if one is refused."""
         scheduler = self.engine.scheduler
         if group.params.beam_width:
-            self._origins[group.name] = requests[0].resume_record()
+            self._origins[group.name] = self._record(requests[0])
             self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
         else:
             for request in requests:
@@ -143,16 +147,21 @@ class Frontend:
 
     def step(self) -> list[Group]:
         """One step of the engine; returns the groups that it brought something to."""
+        touched, self._settled = self._settled, {}
+        return list((touched | self._take_all(self.engine.step())).values())
+
+    def _take_all(self, updates: Sequence[RequestUpdate]) -> dict[str, Group]:
         touched: dict[str, Group] = {}
-        for update in self.engine.step():
+        for update in updates:
             group = self._by_id.get(update.group_id)
             if group is not None and group.name in self._groups:
                 self._take(group, update)
                 touched[group.name] = group
-        return list(touched.values())
+        return touched
 
     def _take(self, group: Group, update: RequestUpdate) -> None:
         search = self._searches.get(group.name)
+        group.output.weights_version = self.weights_version
         if search is not None:
             group.take_scores(update)
             if search.take(update):
@@ -171,6 +180,7 @@ class Frontend:
         group = self._groups.get(name)
         if group is None:
             return None
+        self._settled.pop(name, None)
         if name in self._searches:
             self._searches[name].abort()
         for request_id in group.choices:
@@ -190,7 +200,7 @@ class Frontend:
         """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
         group = self._groups[name]
         live = {
-            number: r.resume_record() for number, r in self.engine.scheduler.requests.items() if number in group.choices
+            number: self._record(r) for number, r in self.engine.scheduler.requests.items() if number in group.choices
         }
         if name in self._origins:
             scored = max(0, len(group.output.prompt_logprobs or ()) - 1)
@@ -207,6 +217,10 @@ class Frontend:
             ],
         }
 
+    def _record(self, request: Request) -> dict[str, Any]:
+        """Its namespace is the caller's, without the weights' version, which is another engine's own matter."""
+        return {**request.resume_record(), "namespace": list(request.namespace[1:])}
+
     def resume(self, record: Mapping[str, Any]) -> str:
         """Queue what a `resume_record` describes. A beam search, being deterministic, begins again."""
         if record.get("fingerprint") != self.fingerprint:
@@ -216,8 +230,10 @@ class Frontend:
             )
         try:
             numbers = [next(self._ids) for _ in record["choices"]]
+            plain = {n: c["request"] for n, c in zip(numbers, record["choices"]) if c["request"]}
             requests = {
-                n: Request.from_record(n, c["request"]) for n, c in zip(numbers, record["choices"]) if c["request"]
+                n: Request.from_record(n, {**r, "namespace": [self.weights_version, *r["namespace"]]})
+                for n, r in plain.items()
             }
             outputs = [read_output(c["output"]) for c in record["choices"]]
             first = next(iter(requests.values()))
@@ -243,7 +259,7 @@ class Frontend:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return self.engine.has_work
+        return bool(self._settled) or self.engine.has_work
 
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):

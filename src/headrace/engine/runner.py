@@ -14,7 +14,7 @@ from headrace.engine.frames import frame, step_frame
 from headrace.engine.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
 from headrace.engine.ranks import Ranks
 from headrace.engine.shard import ModelShard, Moves
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.model.huggingface import check_weights, fill_weights, load_weights
 from headrace.model.transformer import Transformer
 
@@ -71,12 +71,20 @@ class Runner:
         return Handle(plan, batch, sampled, logprobs)
 
     def load(self, source: Path | Transformer | Mapping[str, Tensor]) -> None:
-        """Fill the model with other weights, on every rank: from a folder, or (one rank) from memory."""
+        """Fill the model with other weights, on every rank: from a folder, or (one rank) from memory.
+
+        Raises `HeadraceError` before anything has changed. What goes wrong later is no `HeadraceError`.
+        """
         if isinstance(source, Path):
             check_weights(self.model, source)  # before any rank changes anything
             if self.ranks.size > 1:
                 self.ranks.send(frame("weights", {"folder": str(source.absolute())}))
-            load_weights(self.model, source)
+            try:
+                load_weights(self.model, source)
+                self.model.group.barrier()  # whoever asked may write over the files from now on
+            except (HeadraceError, RuntimeError) as error:
+                failed = RuntimeError(f"{source} could not be read to its end, so the weights are neither: {error}")
+                raise self.ranks.explain(failed) from error
             return
         if self.ranks.size > 1:
             raise ConfigError("with tensor parallelism, weights come from a checkpoint folder: save them, and name it")

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -27,6 +28,7 @@ from headrace.instance.wire import (
     Progress,
     Ready,
     Stop,
+    Weights,
     decode_event,
     encode,
 )
@@ -65,12 +67,14 @@ class InstanceClient:
 
     @classmethod
     async def start(
-        cls, model: str, options: dict[str, Any], progress: Callable[[int, int, str], None] | None = None
+        cls, model: str, options: dict[str, Any], progress: Callable[[int, int, str], None] | None = None,
+        weights: Weights | None = None,
     ) -> InstanceClient:
         """Spawn a process and wait until its model is loaded and its kernels are warm.
 
-        `options` are fields of `EngineOptions`, as JSON has them. Raises `HeadraceError` where they or the model are
-        at fault, and `InstanceDiedError` if the process ends for another reason.
+        `options` are fields of `EngineOptions`, as JSON has them; `weights` are put in over the model's own. Raises
+        `HeadraceError` where they or the model are at fault, and `InstanceDiedError` if the process ends for another
+        reason.
         """
         began = time.monotonic()
         process = await asyncio.create_subprocess_exec(
@@ -78,7 +82,8 @@ class InstanceClient:
         )
         client = cls(process)
         try:
-            said = {"model": model, "options": options, "folder": str(client._folder), "began": began}
+            said = {"model": model, "options": options, "folder": str(client._folder), "began": began,
+                    "weights": None if weights is None else msgspec.to_builtins(weights)}
             assert process.stdin is not None
             process.stdin.write(json.dumps(said).encode() + b"\n")
             await client._until_ready(progress)

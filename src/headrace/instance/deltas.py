@@ -50,7 +50,8 @@ class Sent:
             self._prompt_logprobs = len(output.prompt_logprobs)
         if not choices and tables is None and not output.finished:
             return None
-        return Delta(group.name, choices, tables, output.num_cached_tokens, output.finished)
+        return Delta(group.name, choices, tables, output.num_cached_tokens, output.finished,
+                     weights_version=output.weights_version)
 
 
 def _choice_delta(choice: CompletionOutput, tokens: int, characters: int) -> ChoiceDelta:

@@ -17,12 +17,14 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import zmq
 
 from headrace.engine.llm import LLM
 from headrace.errors import HeadraceError
 from headrace.instance.server import Instance
-from headrace.instance.wire import COMMANDS, EVENTS, Event, Failed, Progress, Stop, decode_command, encode
+from headrace.instance.weights import put_back
+from headrace.instance.wire import COMMANDS, EVENTS, Event, Failed, Progress, Stop, Weights, decode_command, encode
 
 __all__ = ["main"]
 
@@ -46,6 +48,8 @@ def main() -> int:
     try:
         llm = LLM(start["model"], progress=lambda *at: send(Progress(*at)), **start["options"])
         llm.frontend.engine.runner.ranks.watch(_die_too)
+        if start["weights"] is not None:
+            put_back(llm, msgspec.convert(start["weights"], Weights))
         instance = Instance(llm, send)
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()

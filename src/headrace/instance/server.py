@@ -16,9 +16,10 @@ from headrace.engine.llm import LLM
 from headrace.engine.loop import EngineLoop
 from headrace.engine.sampling import SamplingParams, named_parameter
 from headrace.engine.stats import SchedulerStats
-from headrace.errors import RequestError
+from headrace.errors import CheckpointError, RequestError
 from headrace.instance.deltas import Sent
 from headrace.instance.explain import Explainer
+from headrace.instance.weights import put_in
 from headrace.instance.wire import (
     Abort,
     Accepted,
@@ -35,6 +36,8 @@ from headrace.instance.wire import (
     StepReport,
     Stop,
     Tree,
+    Update,
+    Updated,
 )
 
 __all__ = ["Instance"]
@@ -59,7 +62,7 @@ class Instance:
         self._embeds: dict[str, list[int]] = {}
         self._news: list[News] = []
         self._changed = False
-        """Whether something ended since the last report."""
+        """Whether something ended, or the cache was emptied, since the last report."""
 
     def ready(self, startup_seconds: float) -> Ready:
         """What a gateway wants to know of this engine."""
@@ -76,6 +79,7 @@ class Instance:
             startup_seconds=startup_seconds,
             hidden_size=self._frontend.model_config.hidden_size,
             folder="" if self._llm.folder is None else str(self._llm.folder),
+            weights_version=self._frontend.weights_version,
         )
 
     def post(self, command: Command) -> None:
@@ -141,6 +145,8 @@ class Instance:
                 self._embeds[command.name] = command.prompt_token_ids
             elif isinstance(command, Inspect):
                 self._news.append(self._tree(command.max_nodes))
+            elif isinstance(command, Update):
+                self._update(command)
         except RequestError as error:
             name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
             self._news.append(Refused(name, str(error), named_parameter(str(error))))
@@ -164,6 +170,15 @@ class Instance:
         if output is not None:
             del self._sent[name]
             self._explainer.finish(name, output.num_cached_tokens)
+            self._changed = True
+
+    def _update(self, update: Update) -> None:
+        try:
+            weights = put_in(self._llm, update.folder, update.version)
+        except CheckpointError as error:
+            self._news.append(Refused(update.name, str(error), "path"))
+        else:
+            self._news.append(Updated(update.name, weights))
             self._changed = True
 
     def _check_embed(self, embed: Embed) -> None:
@@ -190,7 +205,8 @@ class Instance:
         total_D = torch.zeros(hidden_TD.shape[1], dtype=torch.float64)
         for hidden_D in hidden_TD.cpu().double():
             total_D += hidden_D
-        self._news.append(Embedding(name, (total_D / len(ids)).float().tolist()))
+        vector = (total_D / len(ids)).float().tolist()
+        self._news.append(Embedding(name, vector, self._frontend.weights_version))
 
     def _tree(self, max_nodes: int) -> Tree:
         """A block's number serves as its node's id. Parents stand before their children."""

@@ -12,7 +12,8 @@ import msgspec
 __all__ = [
     "COMMANDS", "EVENTS", "Abort", "Accepted", "Add", "Batch", "ChoiceDelta", "Command", "Delta", "Embed",
     "Embedding", "Event", "Explanation", "Failed", "Inspect", "News", "Progress", "Ready", "Refused", "Resume",
-    "StepReport", "Stop", "TokenEntry", "Tree", "decode_command", "decode_event", "encode",
+    "StepReport", "Stop", "TokenEntry", "Tree", "Update", "Updated", "Weights", "decode_command", "decode_event",
+    "encode",
 ]
 
 COMMANDS, EVENTS = "commands", "events"
@@ -60,14 +61,31 @@ class Inspect(_Message):
     max_nodes: int = 500
 
 
+class Update(_Message):
+    """Put a folder's weights into the running model, as `version` (None: the next one)."""
+
+    name: str
+    folder: str
+    version: int | None = None
+
+
 class Stop(_Message):
     """End the process after the step that runs."""
 
 
-Command = Add | Resume | Abort | Embed | Inspect | Stop
+Command = Add | Resume | Abort | Embed | Inspect | Update | Stop
 
 
 # ---- instance → gateway ----------------------------------------------------------------------------------------
+
+class Weights(_Message):
+    """Weights that were put in: what another instance must have, to go on with the same tokens."""
+
+    folder: str
+    version: int
+    files: list[tuple[str, int, int]]
+    """Name, bytes and time of change of every file that holds them, by which it is seen that they are the same."""
+
 
 class Accepted(_Message):
     """An `Add` or `Resume` was queued."""
@@ -125,6 +143,8 @@ class Delta(_Message):
     finished: bool = False
     explanation: Explanation | None = None
     """With the last delta."""
+    weights_version: int = 0
+    """Of the weights that gave it."""
 
 
 class Refused(_Message):
@@ -140,6 +160,14 @@ class Embedding(_Message):
 
     name: str
     vector: list[float]
+    weights_version: int = 0
+
+
+class Updated(_Message):
+    """The answer to `Update`: every later step is of these weights. A `Refused` says that nothing has changed."""
+
+    name: str
+    weights: Weights
 
 
 class StepReport(_Message):
@@ -185,6 +213,7 @@ class Ready(_Message):
     hidden_size: int = 0
     folder: str = ""
     """Where the checkpoint lies."""
+    weights_version: int = 0
 
 
 class Failed(_Message):
@@ -194,7 +223,7 @@ class Failed(_Message):
     bad_input: bool = False
 
 
-News = Accepted | Delta | Refused | Embedding | StepReport | Tree
+News = Accepted | Delta | Refused | Embedding | StepReport | Tree | Updated
 """What a step, or the commands before it, can bring."""
 
 

@@ -28,6 +28,8 @@ GENERATION = "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WANTED = ["*.json", "*.safetensors", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
+FREE = ("architecture", "max_position_embeddings", "bos_token_id", "eos_token_ids", "dtype")
+"""What config.json may say otherwise of weights that are put into a running model: no product depends on it."""
 
 
 def resolve(path_or_id: str | os.PathLike[str]) -> Path:
@@ -89,7 +91,12 @@ def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto",
 
 
 def check_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
-    """Raise `CheckpointError` unless the folder holds just the tensors that `model` has, in their shapes."""
+    """Raise `CheckpointError` unless the folder holds just the tensors that `model` has, in their shapes.
+
+    Where it has a config.json, that must describe the same products.
+    """
+    if (Path(folder) / CONFIG).exists():
+        _check_same(model.config, read_config(folder))
     _match(dict(model.tensors()), TensorFiles(Path(folder)), model.config.tie_word_embeddings)
 
 
@@ -170,6 +177,14 @@ def _match(places: Mapping[str, Piece], files: TensorFiles, tied: bool) -> dict[
                 f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(place.shape)}")
         files.dtype(sources[name])
     return sources
+
+
+def _check_same(running: ModelConfig, other: ModelConfig) -> None:
+    for name in (f.name for f in dataclasses.fields(running) if f.name not in FREE):
+        ours, theirs = getattr(running, name), getattr(other, name)
+        if ours != theirs:
+            raise CheckpointError(f"{CONFIG} makes {name} {theirs}, and the running model's is {ours}: only weights of "
+                                  "the same model can be put in")
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

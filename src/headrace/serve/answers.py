@@ -44,6 +44,11 @@ class _Job:
         """Tokens to show beside each."""
         return self.ask.logprobs or 0
 
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that gave the latest token of all."""
+        return max(self.streams, key=lambda stream: stream.last_token or 0.0).output.weights_version
+
     def abandon(self) -> None:
         """End what still runs."""
         for stream in self.streams:
@@ -135,7 +140,7 @@ class Answers:
                 choices.append(shape)
         generated = 0 if job.ask.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
         told = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
-        answer = {**job.head, "choices": choices, "usage": told}
+        answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": told}
         if job.ask.explain:
             answer["explanation"] = _explanation(job.streams[0])
         return answer
@@ -158,7 +163,7 @@ class Answers:
             if chunks:
                 yield chunks
         if job.ask.include_usage:
-            yield [{**job.head, "choices": [], "usage": chunker.usage()}]
+            yield [{**job.head, "weights_version": job.weights_version, "choices": [], "usage": chunker.usage()}]
 
 
 class _Chunker:
@@ -178,7 +183,8 @@ class _Chunker:
     def opening(self) -> list[Mapping[str, Any]]:
         """The chunks that need no token: who speaks."""
         shapes = [self._job.form.opening(i) for i in range(len(self._offsets))]
-        return [self._chunk(shape) for shape in shapes if shape is not None]
+        version = self._job.weights_version
+        return [self._chunk(shape, version) for shape in shapes if shape is not None]
 
     def chunks(self, i: int, delta: Delta) -> list[Mapping[str, Any]]:
         """What a delta of prompt `i` brings. It waits for the log-probabilities of an echo, which come before it."""
@@ -189,7 +195,8 @@ class _Chunker:
         chunks: list[Mapping[str, Any]] = []
         for each in held:
             self._cached[i] = each.num_cached_tokens
-            chunks += [self._chunk(shape) for new in each.choices if (shape := self._shape(i, new)) is not None]
+            shapes = [shape for new in each.choices if (shape := self._shape(i, new)) is not None]
+            chunks += [self._chunk(shape, each.weights_version) for shape in shapes]
         if delta.finished and self._job.ask.explain and chunks:
             chunks[-1] = {**chunks[-1], "explanation": _explanation(self._job.streams[0])}
         return chunks
@@ -226,9 +233,9 @@ class _Chunker:
         """So far."""
         return usage(_prompt_tokens(self._job), self._generated, sum(self._cached))
 
-    def _chunk(self, shape: Mapping[str, Any]) -> dict[str, Any]:
+    def _chunk(self, shape: Mapping[str, Any], version: int) -> dict[str, Any]:
         ask = self._job.ask
-        chunk: dict[str, Any] = {**self._job.head, "choices": [shape]}
+        chunk: dict[str, Any] = {**self._job.head, "weights_version": version, "choices": [shape]}
         if ask.continuous_usage:
             chunk["usage"] = self.usage()
         elif ask.include_usage:

@@ -21,6 +21,7 @@ from headrace.serve.playground import playground_router
 from headrace.serve.routes.generation import generation_router
 from headrace.serve.routes.status import PUBLIC_PATHS, status_router
 from headrace.serve.routes.texts import texts_router
+from headrace.serve.routes.weights import weights_router
 from headrace.serve.settings import ServeSettings
 
 __all__ = ["create_app"]
@@ -33,8 +34,8 @@ def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
     """The application. It neither starts nor ends its parts."""
     app = FastAPI(title="headrace", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
                   description="An OpenAI-compatible server with the same bits whatever the load.")
-    for router in (generation_router(parts), texts_router(parts), status_router(parts),
-                   playground_router(parts.gateway, parts.model_name)):
+    for router in (generation_router(parts), texts_router(parts), weights_router(parts, settings.allow_weight_updates),
+                   status_router(parts), playground_router(parts.gateway, parts.model_name)):
         app.include_router(router)
 
     async def refuse(request: Request, error: Exception) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from headrace.engine.sampling import named_parameter
 from headrace.errors import RequestError
 
-__all__ = ["NotFoundError", "QueueFullError", "RefusedError", "UnavailableError", "named"]
+__all__ = ["NotAllowedError", "NotFoundError", "QueueFullError", "RefusedError", "UnavailableError", "named"]
 
 
 class QueueFullError(RuntimeError):
@@ -26,6 +26,10 @@ class RefusedError(RequestError):
 
 class NotFoundError(RefusedError):
     """The request names a model that is not served here."""
+
+
+class NotAllowedError(RefusedError):
+    """The server was not started with the flag that allows this."""
 
 
 class UnavailableError(RuntimeError):

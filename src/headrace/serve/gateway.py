@@ -38,10 +38,14 @@ from headrace.instance.wire import (
     Refused,
     StepReport,
     Tree,
+    Update,
+    Updated,
+    Weights,
     encode,
 )
 from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
 from headrace.serve.observer import GatewayObserver
+from headrace.serve.questions import Questions
 from headrace.serve.stream import ReportFeed, Stream
 from headrace.serve.transcript import Transcript
 
@@ -83,7 +87,9 @@ class Gateway:
         self.report: StepReport | None = None
         """The latest step's."""
         self.restarts = 0
-        self._start = lambda: InstanceClient.start(model, options, progress)
+        self._weights: Weights | None = None
+        """What was put in last, over the model's own."""
+        self._start = lambda: InstanceClient.start(model, options, progress, self._weights)
         self._restart = restart
         self._max_logprobs = max_logprobs
         self._state = "starting"
@@ -92,8 +98,9 @@ class Gateway:
         self._supervisor: asyncio.Task[None] | None = None
         self._names = itertools.count(1)
         self._streams: dict[str, Stream] = {}
-        self._embeds: dict[str, tuple[Embed, asyncio.Future[list[float]]]] = {}
-        self._trees: deque[asyncio.Future[Tree]] = deque()
+        self._embeds: Questions[Embed, Embedding] = Questions()
+        self._trees: Questions[Inspect, Tree] = Questions()
+        self._updates: Questions[Update, int] = Questions()
         self._feeds: set[ReportFeed] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._ends: deque[float] = deque([time.monotonic()], maxlen=33)
@@ -161,6 +168,7 @@ class Gateway:
             params = replace(params, seed=secrets.randbits(63))
         wire = str(next(self._names))
         transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, namespace)
+        transcript.output.weights_version = self.weights_version
         stream = Stream(transcript, self._leave)
         self._streams[wire] = stream
         if self.observer is not None:
@@ -173,31 +181,42 @@ class Gateway:
             raise
         return stream
 
-    async def embed(self, name: str, prompt_token_ids: list[int]) -> list[float]:
+    async def embed(self, name: str, prompt_token_ids: list[int]) -> Embedding:
         """The mean over a prompt's positions of the model's last hidden states. Raises what `open` raises."""
         self._make_room(1)
         wire = str(next(self._names))
         embed = Embed(wire, prompt_token_ids)
-        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-        self._embeds[wire] = embed, answer
+        answer = self._embeds.ask(wire, embed)
         if self.observer is not None:
             self.observer.arrived(name, len(prompt_token_ids))
         try:
             self._send(embed)
             return await answer
         finally:
-            if self._embeds.pop(wire, None) is not None:
+            if self._embeds.withdraw(wire):
                 self._send(Abort(wire))
             self._note_idle()
+
+    async def update_weights(self, folder: str, version: int | None = None) -> int:
+        """Put a folder's weights into the engine, between two steps; returns their version (None: the next one).
+
+        Requests that run go on under them, and so does an engine that comes after this one. Raises `RefusedError`
+        where they do not fit, `UnavailableError` where no engine is ready or it dies: then nothing has changed.
+        """
+        if self.state != "ready":
+            raise UnavailableError(f"the engine is {self.state}")
+        wire = str(next(self._names))
+        update = Update(wire, folder, version)
+        self._send(update)
+        return await self._updates.ask(wire, update)
 
     async def inspect(self, max_nodes: int = 500) -> Tree:
         """The radix tree of the prefix cache. `UnavailableError` where no instance is ready."""
         if self._state != "ready":
             raise UnavailableError(f"the engine is {self.state}")
-        answer: asyncio.Future[Tree] = asyncio.get_running_loop().create_future()
-        self._trees.append(answer)
-        self._send(Inspect(max_nodes))
-        return await answer
+        inspect = Inspect(max_nodes)
+        self._send(inspect)
+        return await self._trees.ask(str(next(self._names)), inspect)
 
     async def reports(self) -> AsyncIterator[StepReport]:
         """Step reports from now on, until the gateway stops; a slow reader misses some, and delays nobody."""
@@ -208,6 +227,11 @@ class Gateway:
                 yield report
         finally:
             self._feeds.discard(feed)
+
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that the engine has."""
+        return self.info.weights_version if self._weights is None else self._weights.version
 
     @property
     def seats(self) -> int:
@@ -275,10 +299,12 @@ class Gateway:
                 self._refuse(news)
             elif isinstance(news, Embedding):
                 self._barren = 0
-                if news.name in self._embeds:
-                    _answer(self._embeds.pop(news.name)[1], news.vector)
+                self._embeds.answer(news.name, news)
+            elif isinstance(news, Updated):
+                self._barren, self._weights = 0, news.weights
+                self._updates.answer(news.name, news.weights.version)
             else:
-                _answer(self._trees.popleft(), news)
+                self._trees.answer(self._trees.oldest, news)
 
     def _take(self, delta: Delta, now: float) -> None:
         stream = self._streams.get(delta.name)
@@ -287,10 +313,10 @@ class Gateway:
         if delta.explanation is not None:
             delta.explanation.resumes = stream.resumes
         stream.take(delta)
-        if self.observer is not None and any(choice.token_ids for choice in delta.choices):
-            if stream.last_token is None:
+        if any(choice.token_ids for choice in delta.choices):
+            if self.observer is not None and stream.last_token is None:
                 self.observer.first_token(stream.name, now - stream.opened)
-            else:
+            elif self.observer is not None and stream.last_token is not None:
                 self.observer.token_gap(stream.name, now - stream.last_token)
             stream.last_token = now
         if delta.finished:
@@ -312,10 +338,10 @@ class Gateway:
         elif stream is not None:
             stream.fail(RefusedError(refused.message, refused.param))
             self._note_end(stream, "refused")
-        elif refused.name in self._embeds:
-            answer = self._embeds.pop(refused.name)[1]
-            if not answer.done():
-                answer.set_exception(RefusedError(refused.message, refused.param))
+        else:
+            error = RefusedError(refused.message, refused.param)
+            self._embeds.fail(refused.name, error)
+            self._updates.fail(refused.name, error)
 
     def _note_end(self, stream: Stream, reason: str) -> None:
         now = time.monotonic()
@@ -359,10 +385,8 @@ class Gateway:
     def _bury(self, why: str, lived: float) -> None:
         """An instance is gone: decide what becomes of those who wait for it."""
         self._barren = 0 if lived > LONG_LIFE else self._barren + 1
-        for tree in self._trees:
-            if not tree.done():
-                tree.set_exception(UnavailableError(why))
-        self._trees.clear()
+        self._trees.fail_all(UnavailableError(why))
+        self._updates.fail_all(UnavailableError(f"{why}, and its weights are those of before"))
         if not self._restart:
             self._give_up(why)
         elif self._barren >= BARREN_GIVE_UP:
@@ -400,7 +424,7 @@ class Gateway:
         for stream in list(self._streams.values()):
             stream.resumes += stream.accepted
             self._submit(stream)
-        for embed, _ in self._embeds.values():
+        for embed in self._embeds.commands:
             self._send(embed)
         if self.observer is not None:
             self.observer.restarted()
@@ -415,16 +439,6 @@ class Gateway:
         for stream in streams.values():
             stream.fail(UnavailableError(why))
             self._note_end(stream, "error")
-        answers: list[asyncio.Future[Any]] = [*(answer for _, answer in self._embeds.values()), *self._trees]
-        self._embeds.clear()
-        self._trees.clear()
-        for answer in answers:
-            if not answer.done():
-                answer.set_exception(UnavailableError(why))
+        for questions in (self._embeds, self._trees, self._updates):
+            questions.fail_all(UnavailableError(why))
         self._note_idle()
-
-
-def _answer(future: asyncio.Future[Any], value: object) -> None:
-    """Give an answer to whoever still waits for it."""
-    if not future.done():
-        future.set_result(value)

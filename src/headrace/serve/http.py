@@ -12,13 +12,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from headrace.errors import HeadraceError
-from headrace.serve.errors import NotFoundError, QueueFullError, UnavailableError
+from headrace.serve.errors import NotAllowedError, NotFoundError, QueueFullError, UnavailableError
 
 __all__ = ["JSON", "ClientGoneError", "EventStream", "error_body", "error_response", "unless_gone"]
 
 RETRY = "5"
 """Seconds after which a server that is not there may be."""
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
          415: "invalid_request_error", 429: "rate_limit_error"}
 LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
@@ -52,7 +52,9 @@ def error_response(error: Exception) -> JSON:
     """The answer for what the server's parts raise."""
     headers: dict[str, str] = {}
     status, param = 500, None
-    if isinstance(error, NotFoundError):
+    if isinstance(error, NotAllowedError):
+        status = 403
+    elif isinstance(error, NotFoundError):
         status, param = 404, error.param
     elif isinstance(error, HeadraceError):
         status, param = 400, getattr(error, "param", None)

@@ -21,6 +21,7 @@ class ServeSettings:
     """The first is the one that answers carry; empty is the model as it was given."""
     api_key: tuple[str, ...] = ()
     allow_remote: bool = False
+    allow_weight_updates: bool = False
     max_logprobs: int = 20
     max_body_mib: float = 8.0
     max_queue: int = 1024

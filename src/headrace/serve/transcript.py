@@ -64,6 +64,7 @@ class Transcript:
         if delta.prompt_logprobs is not None and output.prompt_logprobs is not None:
             output.prompt_logprobs += [None if row is None else _table(row) for row in delta.prompt_logprobs]
         output.num_cached_tokens = delta.num_cached_tokens
+        output.weights_version = delta.weights_version
         output.finished = delta.finished
 
     def end(self, finish_reason: str) -> None:

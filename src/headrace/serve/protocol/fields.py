@@ -16,11 +16,11 @@ from pydantic import BeforeValidator
 from pydantic import Field as Constraint
 from pydantic_core import PydanticCustomError
 
-__all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "EMBEDDINGS", "TABLE", "TOKENIZE", "Field", "fields_of",
+__all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "EMBEDDINGS", "TABLE", "TOKENIZE", "UPDATE", "Field", "fields_of",
            "markdown"]
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
-TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+TOKENIZE, DETOKENIZE, UPDATE = "/tokenize", "/detokenize", "/update_weights"
 BOTH = (COMPLETIONS, CHAT)
 PROMPTS = (COMPLETIONS, CHAT, EMBEDDINGS)
 
@@ -30,6 +30,7 @@ MOST_BIASES = 1024
 Count = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Constraint(ge=1, le=2**31 - 1)]
 Id = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
+Version = Annotated[int, Constraint(ge=0, le=2**53 - 1)]
 WholeOrMinusOne = Annotated[int, Constraint(ge=-1, le=2**31 - 1)]
 Text = Annotated[str, Constraint(min_length=1)]
 StopText = Annotated[str, Constraint(min_length=1, max_length=1024)]
@@ -153,6 +154,10 @@ TABLE: tuple[Field, ...] = (
     row("messages", Messages, "a conversation, rendered by the chat template", (TOKENIZE,)),
     row("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
     row("tokens", Annotated[list[Id], Constraint(fail_fast=True)], "token ids", (DETOKENIZE,), required=True),
+    # Other weights.
+    row("path", Text, "a checkpoint folder on the server's machine; every version has its own, which is kept until the "
+        "next is in", (UPDATE,), required=True),
+    row("version", Version, "what answers call these weights; one more than before by default", (UPDATE,)),
     # Who it is, and who goes first.
     row("request_id", Name, "becomes part of the answer's id"),
     row("priority", Annotated[int, Constraint(ge=-(2**31), le=2**31 - 1)],

@@ -30,6 +30,7 @@ def status_router(parts: Parts) -> APIRouter:
         return {
             "id": name, "object": "model", "created": parts.created, "owned_by": "headrace", "root": parts.model_name,
             "parent": None, "max_model_len": info.max_model_len, "fingerprint": info.fingerprint,
+            "weights_version": parts.gateway.weights_version,
             "chat_template": parts.texts.tokenizer.has_chat_template,
             "default_sampling_params": dict(parts.defaults),
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from headrace.instance.wire import Embedding
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
 from headrace.serve.parts import Parts
@@ -42,15 +43,16 @@ def texts_router(parts: Parts) -> APIRouter:
                                "input")
         prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
         prompts = [truncated(prompt, body, parts) for prompt in prompts]
-        vectors = await unless_gone(request, _embed(parts, prompts))
+        made = await unless_gone(request, _embed(parts, prompts))
         as_base64 = body.get("encoding_format") == "base64"
         count = sum(len(prompt.token_ids) for prompt in prompts)
         return JSON({
             "object": "list",
             "model": parts.model_name,
+            "weights_version": made[-1].weights_version,
             "data": [
-                {"object": "embedding", "index": i, "embedding": _packed(vector) if as_base64 else vector}
-                for i, vector in enumerate(vectors)
+                {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
+                for i, e in enumerate(made)
             ],
             "usage": {"prompt_tokens": count, "total_tokens": count},
         })
@@ -87,8 +89,8 @@ def texts_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def _embed(parts: Parts, prompts: list[Prompt]) -> list[list[float]]:
-    """All of them, or the first error."""
+async def _embed(parts: Parts, prompts: list[Prompt]) -> list[Embedding]:
+    """All of them, or the first error. They are made one after another."""
     tasks = [asyncio.ensure_future(parts.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)

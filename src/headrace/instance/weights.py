@@ -1,0 +1,51 @@
+"""Weights from a folder into a running engine, and into the engine that comes after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from headrace.engine.llm import LLM
+from headrace.errors import CheckpointError
+from headrace.instance.wire import Weights
+
+__all__ = ["put_back", "put_in"]
+
+
+def put_in(llm: LLM, folder: str, version: int | None) -> Weights:
+    """`LLM.update_weights` from a folder on this machine, never from a hub.
+
+    Raises `CheckpointError` where nothing has changed; anything else leaves an engine that can do no other step.
+    """
+    folder, before = _look(folder)
+    weights = Weights(folder, llm.update_weights(folder, version), before)
+    if _look(folder)[1] != before:
+        raise RuntimeError(_changed(weights, "were read"))
+    return weights
+
+
+def put_back(llm: LLM, weights: Weights) -> None:
+    """Put weights in again. `CheckpointError` where the files are not what they were: tokens could differ."""
+    if _look(weights.folder)[1] != weights.files:
+        raise CheckpointError(_changed(weights, "were put in"))
+    put_in(llm, weights.folder, weights.version)
+
+
+def _changed(weights: Weights, when: str) -> str:
+    return (f"the weights of version {weights.version} in {weights.folder} have changed since they {when}: give every "
+            "version a folder of its own, and keep it until the next one is in")
+
+
+def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """Where it is, though links on the way may lead elsewhere later, and `Weights.files`."""
+    try:
+        place = Path(os.path.realpath(folder))
+        if not place.is_dir():
+            raise CheckpointError(f"{folder} is no folder on this machine: give one in Hugging Face layout")
+        found = sorted(path for path in place.iterdir() if ".safetensors" in path.name)
+        stats = [(path.name, path.stat()) for path in found]
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # no path at all, or none that may be read
+        raise CheckpointError(f"{folder[:200]!r} cannot be read: {error}") from error
+    return str(place), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
