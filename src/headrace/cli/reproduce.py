@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["add"]
 
-PAPERS = ("orca", "paged", "sarathi")
+PAPERS = ("megatron", "orca", "paged", "sarathi")
 
 
 def add(commands: Any) -> None:

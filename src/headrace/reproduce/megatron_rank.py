@@ -1,0 +1,157 @@
+"""One rank of `headrace reproduce megatron`: it meets the others, trains a small model, and says what it saw.
+
+    python -m headrace.reproduce.megatron_rank '{"rank": 0, "size": 2, "tensor": 2, "port": …, "setting": {…}}'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from headrace.attention.dense import DenseContext
+from headrace.config import ModelConfig
+from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.ops import load_ops
+from headrace.model.transformer import Transformer
+from headrace.parallel.group import RankGroup
+from headrace.parallel.mesh import Mesh
+from headrace.parallel.pieces import in_place_of
+from headrace.parallel.rendezvous import join
+from headrace.train.config import DataConfig, OptimizerConfig, Recipe, TrainConfig
+from headrace.train.data import Batch, open_source
+from headrace.train.flops import model_flops
+from headrace.train.recompute import recompute_
+from headrace.train.trainer import Trainer
+
+__all__ = ["TIMEOUT", "main", "recipe"]
+
+TIMEOUT = 300.0
+WAYS = {"none": ("none", True), "full": ("full", True), "full, to the end": ("full", False)}
+"""Recomputation, and whether it stops as soon as backward has what it needs."""
+LINK_SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)
+REPEATS = 7
+
+
+def recipe(setting: dict[str, int]) -> Recipe:
+    """The small model and its data; `setting` has layers, width, steps, rows and seq_length."""
+    width, vocabulary = setting["width"], 512
+    model = ModelConfig("LlamaForCausalLM", vocabulary, width, 3 * width, setting["layers"], 4, 4, width // 4,
+                        setting["seq_length"])
+    train = TrainConfig(setting["steps"], batch_size=setting["rows"], seq_length=setting["seq_length"], micro_batches=2)
+    return Recipe(model, DataConfig(vocab_size=vocabulary), train, OptimizerConfig(learning_rate=3e-3))
+
+
+def main(text: str) -> None:
+    """Do one rank's part and print it as JSON."""
+    torch.set_num_threads(1)
+    job = json.loads(text)
+    rank, size = job["rank"], job["size"]
+    place = torch.device("cpu")
+    mesh = Mesh() if size == 1 else Mesh.meet(join(job["port"], size, TIMEOUT), rank, size, job["tensor"], place,
+                                              timeout=TIMEOUT)
+    plan = recipe(job["setting"])
+    seen: dict[str, Any] = {"curve": _curve(plan, mesh)}
+    if mesh.data.size == 1:
+        seen |= _passes(plan, mesh.tensor)
+        seen["link"] = _link(mesh.tensor) if size == 2 else []
+    print(json.dumps(seen))
+    mesh.close()
+
+
+def _curve(plan: Recipe, mesh: Mesh) -> dict[str, Any]:
+    """Every step's loss and gradient norm, and the weights at the end."""
+    trainer = Trainer(plan, load_ops("cpu", threads=1), mesh)
+    records = [trainer.step() for _ in range(plan.train.steps)]
+    return {"steps": [[record.loss, record.grad_norm] for record in records],
+            "weights": _digests(trainer.model, trainer.parameters)}
+
+
+def _passes(plan: Recipe, group: RankGroup) -> dict[str, Any]:
+    """One forward and backward of a whole batch under every kind of recomputation: bits, messages and time."""
+    batch = open_source(plan.data).stream(plan.train.batch_size, plan.train.seq_length).next()
+    seen: dict[str, Any] = {"tokens": batch.num_tokens, "targets": len(batch.rows_R), "counted": {}}
+    for name, (recompute, early) in WAYS.items():
+        model = _build(plan, group, recompute)
+        if not seen["counted"]:
+            attention: Any = model.blocks[0].attention
+            seen |= {"start": _digests(model, list(model.parameters())),
+                     "spread": float(attention.out.weight.detach().std() / attention.qkv.weight.detach().std())}
+        group.traffic.clear()
+        with set_checkpoint_early_stop(early):
+            loss = _loss(model, batch)
+            forward = dict(group.traffic.messages)
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+        seen["counted"][name] = {
+            purpose: [forward.get(("all_reduce", purpose), 0),
+                      group.traffic.messages["all_reduce", purpose] - forward.get(("all_reduce", purpose), 0),
+                      group.traffic.elements["all_reduce", purpose], group.traffic.volume(purpose)]
+            for purpose in ("attention", "mlp")}
+        if name == "none":
+            told = {" ".join(key): n for key, n in group.traffic.elements.items()}
+            seen |= {"loss": loss.item(), "gradients": _digests(model, grads), "elements": told}
+    return seen | _timed(_build(plan, group, "none"), batch, group)
+
+
+def _build(plan: Recipe, group: RankGroup, recompute: str) -> Transformer:
+    shards = plan.model.shards
+    ops = AutogradOps(load_ops("cpu", threads=1), shards // group.size, shards)
+    model = Transformer(plan.model, ops, group=group)
+    model.init_weights(plan.train.seed, plan.train.init_std)
+    recompute_(model, recompute)
+    return model
+
+
+def _loss(model: Transformer, batch: Batch) -> Tensor:
+    hidden = model.hidden(batch.ids_T, batch.positions_T, DenseContext(model.ops, model.config, batch.lengths))
+    weight_R = torch.full((len(batch.rows_R),), 1 / len(batch.rows_R))
+    return model.lm_head.loss(model.ops.embedding(batch.rows_R, hidden), batch.targets_R, weight_R)[0]
+
+
+def _timed(model: Transformer, batch: Batch, group: RankGroup) -> dict[str, Any]:
+    """Seconds of forward and backward, and what was computed and sent in them."""
+    seconds = []
+    for _ in range(REPEATS):
+        group.barrier()
+        group.traffic.clear()
+        began = time.perf_counter()
+        torch.autograd.grad(_loss(model, batch), list(model.parameters()))
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(seconds), "flops": model_flops(model, batch),
+            "messages": group.traffic.messages.total(), "sent": group.traffic.bytes_sent}
+
+
+def _link(group: RankGroup) -> list[list[float]]:
+    """[bytes that this rank sends, seconds] of all-reduces of several sizes."""
+    seen = []
+    for size in LINK_SIZES:
+        seconds = []
+        for _ in range(REPEATS):
+            x = torch.ones(size)
+            group.barrier()
+            group.traffic.clear()
+            began = time.perf_counter()
+            group.all_reduce(x, "link")
+            seconds.append(time.perf_counter() - began)
+        seen.append([float(group.traffic.bytes_sent), statistics.median(seconds)])
+    return seen
+
+
+def _digests(model: Transformer, tensors: Sequence[Tensor]) -> dict[str, str]:
+    """The bits of every checkpoint tensor's virtual shards, of `tensors` in the parameters' places."""
+    pieces = in_place_of(model.tensors(), list(model.parameters()), [x.detach() for x in tensors])
+    return {f"{name} {shard}": hashlib.sha256(view.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+            for name, piece in pieces for shard, view in piece.shards(piece.tensor) if math.prod(view.shape)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
