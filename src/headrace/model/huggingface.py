@@ -19,7 +19,7 @@ from headrace.model.families import config_from_json, config_to_json
 from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
-from headrace.parallel.pieces import Piece, gathered
+from headrace.parallel.pieces import gathered
 
 __all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "read_config", "resolve", "save_model"]
 
@@ -97,7 +97,7 @@ def check_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
     """
     if (Path(folder) / CONFIG).exists():
         _check_same(model.config, read_config(folder))
-    _match(dict(model.tensors()), TensorFiles(Path(folder)), model.config.tie_word_embeddings)
+    _match(_shapes(model), TensorFiles(Path(folder)), model.config.tie_word_embeddings)
 
 
 def load_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
@@ -120,31 +120,40 @@ def fill_weights(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _fill(model: Transformer, files: TensorFiles) -> None:
-    places = dict(model.tensors())
-    sources = _match(places, files, model.config.tie_word_embeddings)
+    sources = _match(_shapes(model), files, model.config.tie_word_embeddings)
     with torch.no_grad():
-        for name, place in places.items():
+        for name, place in model.tensors():
             place.tensor.copy_(place.of(files.tensor(sources[name])))
 
 
+def _shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Of the checkpoint's tensors."""
+    return {name: piece.shape for prefix, part in model.parts() for name, piece in part.tensors(prefix)}
+
+
 def save_model(model: Transformer, folder: str | os.PathLike[str],
-               extra_config: Mapping[str, Any] | None = None) -> None:
+               extra_config: Mapping[str, Any] | None = None, writes: bool = True) -> None:
     """Write config.json, generation_config.json and model.safetensors, for `transformers` and `load_model`.
 
-    Every rank of the model's group calls it; rank 0 gathers the tensors, and writes.
+    Every rank of the model's group calls it; rank 0 gathers the tensors, and writes. Where the model's copies share
+    its weights, each of them calls it, and one `writes`.
     Tensors are stored in the model's dtype, except norms and biases that it could not hold exactly.
     `extra_config` is added to config.json.
     """
     folder = Path(folder)
-    whole = [(name, gathered(piece, model.group)) for name, piece in model.tensors()]
-    if model.group.rank:
+    dtype = getattr(torch, model.config.dtype)
+    whole = {}
+    for name, piece in model.tensors():
+        tensor = gathered(piece, model.group)
+        if writes and tensor is not None:
+            narrow = _narrow(tensor, dtype)  # a copy, as the tensor is here only while its part is open
+            whole[name] = narrow.clone() if narrow is piece.tensor else narrow
+    if not writes or model.group.rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = getattr(torch, model.config.dtype)
     config = {**config_to_json(model.config), **(extra_config or {})}
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    write_tensors(folder / SINGLE, ((name, _narrow(tensor, dtype)) for name, tensor in whole if tensor is not None),
-                  {"format": "pt"})
+    write_tensors(folder / SINGLE, whole.items(), {"format": "pt"})
     for name, content in ((CONFIG, config), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -154,10 +163,10 @@ def _stored_dtype(files: TensorFiles) -> str:
     return str(found.pop() if len(found) == 1 else torch.float32).removeprefix("torch.")
 
 
-def _match(places: Mapping[str, Piece], files: TensorFiles, tied: bool) -> dict[str, str]:
+def _match(shapes: Mapping[str, tuple[int, ...]], files: TensorFiles, tied: bool) -> dict[str, str]:
     """Checkpoint tensor to read for every tensor of the model, after every check that needs no data."""
     found = files.names()
-    sources = {name: name for name in places}
+    sources = {name: name for name in shapes}
     if tied and HEAD in found:
         if EMBEDDING not in found:
             sources[EMBEDDING] = HEAD
@@ -165,16 +174,16 @@ def _match(places: Mapping[str, Piece], files: TensorFiles, tied: bool) -> dict[
             raise CheckpointError(f"{HEAD} differs from {EMBEDDING}, though {CONFIG} ties them")
         found |= {EMBEDDING}
         found -= {HEAD}
-    for wrong, names in (("is missing from", places.keys() - found), ("is in", found - places.keys())):
+    for wrong, names in (("is missing from", shapes.keys() - found), ("is in", found - shapes.keys())):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             reason = "" if wrong == "is missing from" else f", but {CONFIG} describes a model without it"
             raise CheckpointError(f"{min(names)}{more} {wrong} the checkpoint{reason}")
-    for name, place in places.items():
+    for name, expected in shapes.items():
         shape = files.shape(sources[name])
-        if shape != place.shape:
+        if shape != expected:
             raise CheckpointError(
-                f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(place.shape)}")
+                f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(expected)}")
         files.dtype(sources[name])
     return sources
 

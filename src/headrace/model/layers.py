@@ -45,6 +45,10 @@ class RMSNorm(nn.Module):
             return self.ops.rms_norm(x_TD, weight_D, self.eps), x_TD
         return self.ops.add_rms_norm(x_TD, residual_TD, weight_D, self.eps)
 
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
+        """Ones."""
+        self.weight.detach().fill_(1.0)
+
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, piece) of the weight, to be read or filled."""
         yield f"{prefix}.weight", Piece.whole(self.weight.detach(), self.group)

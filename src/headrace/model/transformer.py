@@ -10,6 +10,8 @@ only, and nothing of caches, batches, ranks or quantization. Between blocks the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -22,10 +24,26 @@ from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece, Streams
 from headrace.parallel.tensor import LMHead, VocabParallelEmbedding
 
-__all__ = ["Block", "Transformer"]
+__all__ = ["Block", "Part", "Transformer"]
 
 MLPFactory = Callable[[ModelConfig, Ops, int, RankGroup], GatedMLP]
 """(config, ops, layer, group) → that layer's feed-forward part."""
+
+
+class Part(Protocol):
+    """What has weights: the embedding, a block, the last norm, the head."""
+
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
+        """Normal weights; `out_std` is that of projections back into the residual stream."""
+        ...
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
+        """(checkpoint name, piece) of every tensor, to be read or filled."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of any module."""
+        ...
 
 
 class Block(nn.Module):
@@ -74,6 +92,8 @@ class Transformer(nn.Module):
         self.config = config
         self.ops = ops
         self._mlp = mlp
+        self.opening: Callable[[Part], AbstractContextManager[None]] = lambda part: nullcontext()
+        """Within it a part's weights are whole. Whoever divides them among ranks (ZeRO) says how."""
         self.group = group = RankGroup() if group is None else group
         self.rope_Pd = rotary_table(config, ops.device)
         dtype = weight_dtype(config)
@@ -127,18 +147,27 @@ class Transformer(nn.Module):
         """Normal random weights; projections into the residual stream are scaled by 1/√(2·layers)."""
         streams = Streams(seed, self.config.shards, self.group)
         out_std = std * (2 * self.config.num_layers) ** -0.5
-        self.embed.init_(streams, std)
-        for block in self.blocks:
-            block.init_(streams, std, out_std)
-        self.lm_head.init_(streams, std)
+        for _, part in self.parts():
+            with self.opening(part):
+                part.init_(streams, std, out_std)
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """(prefix of its checkpoint names, part) of everything that has weights, in the order of forward."""
+        yield "model.embed_tokens", self.embed
+        for layer, block in enumerate(self.blocks):
+            yield f"model.layers.{layer}.", block
+        yield "model.norm", self.norm
+        yield "lm_head", self.lm_head
 
     def tensors(self) -> Iterator[tuple[str, Piece]]:
-        """(Hugging Face checkpoint name, this rank's piece) of every tensor, to be read or filled."""
-        yield from self.embed.tensors("model.embed_tokens")
-        for layer, block in enumerate(self.blocks):
-            yield from block.tensors(f"model.layers.{layer}.")
-        yield from self.norm.tensors("model.norm")
-        yield from self.lm_head.tensors("lm_head")
+        """(Hugging Face checkpoint name, this rank's piece) of every tensor, to be read or filled.
+
+        A part is open while its tensors are given, so where its weights are only brought together for that time, use
+        each before you ask for the next.
+        """
+        for prefix, part in self.parts():
+            with self.opening(part):
+                yield from part.tensors(prefix)
 
     def with_ops(self, ops: Ops) -> Transformer:
         """The same weights, in the same memory, computed by other ops on the same device, without gradients.

@@ -32,6 +32,8 @@ class RankGroup:
     size = 1
     device = torch.device("cpu")
     """Where its messages lie."""
+    deferred = False
+    """Whether matrices get their memory later, from whoever divides them further (ZeRO, stage 3)."""
 
     def __init__(self, sequence: bool = False) -> None:
         """`sequence`: the stream between blocks is split by rows, which are a multiple of the ranks."""
@@ -84,6 +86,24 @@ class RankGroup:
         padded[: len(x_N)] = x_N
         parts = self.all_gather(padded, purpose).split(max(counts))
         return torch.cat([part[:count] for part, count in zip(parts, counts)]).to(x_N.device)
+
+    @property
+    def slot(self) -> int:
+        """Which of a divided tensor's `size` slots this rank has: its number's bits in reverse.
+
+        So the halves that `sum_slots_` gives away, the nearest rank's first, are always runs of slots.
+        """
+        return int(format(self.rank, f"0{self.size.bit_length() - 1}b")[::-1], 2) if self.size > 1 else 0
+
+    def sum_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
+        """Reduce-scatter in place: this rank's slot of `flat`, flat[cuts[slot] : cuts[slot + 1]], becomes the sum
+        over the ranks. What is left elsewhere in it has no meaning."""
+
+    def gather_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
+        """All-gather in place: every rank gives its slot of `flat`, and fills the others."""
+
+    def all_reduce_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
+        """All-reduce in place, with the sums of `sum_slots_`."""
 
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]], purpose: str) -> list[Tensor] | None:
         """On rank 0 every rank's tensor, rank i's of `shapes[i]`, in rank order; None elsewhere."""
@@ -155,6 +175,25 @@ class DistributedGroup(RankGroup):
         self.traffic.seconds += time.perf_counter() - began
         return flat.view(self.size * len(x_RD), *x_RD.shape[1:])
 
+    def sum_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
+        began = time.perf_counter()
+        self.traffic.count("reduce_scatter", purpose, cuts[-1] - cuts[0])
+        self._sum_slots(flat, cuts)
+        self.traffic.seconds += time.perf_counter() - began
+
+    def gather_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
+        began = time.perf_counter()
+        self.traffic.count("all_gather", purpose, cuts[-1] - cuts[0])
+        self._gather_slots(flat, cuts)
+        self.traffic.seconds += time.perf_counter() - began
+
+    def all_reduce_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
+        began = time.perf_counter()
+        self.traffic.count("all_reduce", purpose, cuts[-1] - cuts[0])
+        self._sum_slots(flat, cuts)
+        self._gather_slots(flat, cuts)
+        self.traffic.seconds += time.perf_counter() - began
+
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]], purpose: str) -> list[Tensor] | None:
         began = time.perf_counter()
         self.traffic.count("gather", purpose, sum(math.prod(shape) for shape in shapes))
@@ -224,6 +263,34 @@ class DistributedGroup(RankGroup):
             mine |= dict(zip(theirs, got.split([sizes[i] for i in theirs])))
             distance //= 2
         return torch.cat([mine[i] for i in sorted(mine)])
+
+    def _sum_slots(self, flat: Tensor, cuts: Sequence[int]) -> None:
+        """Halving, neighbours first: of the run of slots that is left, a rank keeps the half that holds its own."""
+        for distance, (low, middle, high) in self._halves():
+            keep, give = (low, middle), (middle, high)
+            if self.rank & distance:
+                keep, give = give, keep
+            kept = flat[cuts[keep[0]] : cuts[keep[1]]]
+            kept.add_(self._exchange(flat[cuts[give[0]] : cuts[give[1]]], torch.empty_like(kept), self.rank ^ distance))
+
+    def _gather_slots(self, flat: Tensor, cuts: Sequence[int]) -> None:
+        """Doubling, back the way that `_sum_slots` came."""
+        for distance, (low, middle, high) in reversed(self._halves()):
+            have, lack = (low, middle), (middle, high)
+            if self.rank & distance:
+                have, lack = lack, have
+            self._exchange(flat[cuts[have[0]] : cuts[have[1]]], flat[cuts[lack[0]] : cuts[lack[1]]],
+                           self.rank ^ distance)
+
+    def _halves(self) -> list[tuple[int, tuple[int, int, int]]]:
+        """(distance, (first, middle, end) of the run of slots that is halved there), neighbours first."""
+        found, low, high, distance = [], 0, self.size, 1
+        while distance < self.size:
+            middle = (low + high) // 2
+            found.append((distance, (low, middle, high)))
+            low, high = (middle, high) if self.rank & distance else (low, middle)
+            distance *= 2
+        return found
 
     def _exchange(self, give: Tensor, take: Tensor, partner: int) -> Tensor:
         self._sent(give)

@@ -59,6 +59,13 @@ class TrainedKernel:
         return self.ops.column_linear(x_TK, self.weight_NK, self.bias_N, self.outputs)
 
 
+def _matrix(rows: int, columns: int, dtype: torch.dtype, ops: Ops, group: RankGroup) -> nn.Parameter:
+    """A weight without values yet; of a deferred group, without memory either: one element stands for all."""
+    if group.deferred:
+        return nn.Parameter(torch.empty(1, 1, dtype=dtype, device=ops.device).expand(rows, columns))
+    return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=ops.device))
+
+
 def _slot(ops: Ops, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...] | None,
           outputs: OutputShards | None) -> Callable[[Tensor], Tensor]:
     if isinstance(ops, AutogradOps):
@@ -77,7 +84,7 @@ class _ParallelLinear(nn.Module):
                  group: RankGroup) -> None:
         super().__init__()
         self.group = group
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=ops.device))
+        self.weight = _matrix(outputs, inputs, dtype, ops, group)
         self.bias = nn.Parameter(torch.zeros(outputs, device=ops.device)) if bias else None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
@@ -189,9 +196,9 @@ class VocabParallelEmbedding(nn.Module):
         self.group = group
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        self.weight = nn.Parameter(torch.empty(self.stop - self.start, width, dtype=dtype, device=ops.device))
+        self.weight = _matrix(self.stop - self.start, width, dtype, ops, group)
 
-    def __call__(self, ids_T: Tensor) -> Tensor:
+    def forward(self, ids_T: Tensor) -> Tensor:
         """Token ids [T] → [T, D] fp32."""
         if self.group.size == 1:
             return self.ops.embedding(ids_T, self.weight)
@@ -204,7 +211,7 @@ class VocabParallelEmbedding(nn.Module):
         rows_R = here_T.nonzero().squeeze(1)
         return out_TD.index_copy(0, rows_R, self.ops.embedding(ids_T[rows_R] - self.start, self.weight))
 
-    def init_(self, streams: Streams, std: float) -> None:
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights with standard deviation `std`."""
         streams.normal_(self._piece(), std)
 
@@ -228,8 +235,8 @@ class LMHead(nn.Module):
         self.group = group
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        weight = tied.weight if tied is not None else nn.Parameter(
-            torch.empty(self.stop - self.start, width, dtype=dtype, device=ops.device))
+        weight = (tied.weight if tied is not None
+                  else _matrix(self.stop - self.start, width, dtype, ops, group))
         self.weight = weight
         self.tied = tied is not None
         local = (0, *(b - self.start for _, b in _pairs(self.bounds, group)))
@@ -238,7 +245,7 @@ class LMHead(nn.Module):
         self.kernel = _slot(ops, weight, None, None, OutputShards.of(
             [[[(a - self.start, b - self.start)] for a, b in _pairs(self.bounds, group)]]))
 
-    def __call__(self, x_RD: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] → logits [R, V] fp32, V being this rank's part."""
         return self.kernel(x_RD)
 
@@ -259,7 +266,7 @@ class LMHead(nn.Module):
         widths = [_span(self.bounds, self.group, rank) for rank in range(self.group.size)]
         return self.group.gather_columns(logits_RV, [stop - start for start, stop in widths], "logits")
 
-    def init_(self, streams: Streams, std: float) -> None:
+    def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights with standard deviation `std`; a tied table is the embedding's to initialise."""
         for _, piece in self.tensors(""):
             streams.normal_(piece, std)

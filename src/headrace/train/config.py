@@ -151,17 +151,26 @@ class ParallelConfig:
     """How the model is spread. `tensor` ranks hold its virtual shards together: a power of two.
 
     As many copies of the model train as torchrun's processes allow. `sequence` splits the rows of norms and of the
-    stream between blocks over the tensor ranks too. A rank that is silent for `timeout` seconds is given up.
+    stream between blocks over the tensor ranks too. `zero` is the stage at which the copies share optimizer state (1),
+    gradients (2) and parameters (3); they exchange about `bucket` elements at a time, and go on computing meanwhile
+    where they `overlap`. A rank that is silent for `timeout` seconds is given up.
     """
 
     tensor: int = 1
     sequence: bool = False
+    zero: int = 0
+    bucket: int = 1 << 22
+    overlap: bool = True
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
         _integer("parallel.tensor", self.tensor, 1)
         require(self.tensor & (self.tensor - 1) == 0, f"parallel.tensor={self.tensor} must be a power of two")
-        require(isinstance(self.sequence, bool), f"parallel.sequence={self.sequence!r} must be true or false")
+        for name in ("sequence", "overlap"):
+            require(isinstance(getattr(self, name), bool), f"parallel.{name}={getattr(self, name)!r} must be true or false")
+        _integer("parallel.zero", self.zero, 0)
+        require(self.zero <= 3, f"parallel.zero={self.zero} must be a stage of ZeRO: 0, 1, 2 or 3")
+        _integer("parallel.bucket", self.bucket, 1)
         _number("parallel.timeout", self.timeout, 0.0, math.inf, open_low=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +13,20 @@ from headrace.kernels.ops import Ops
 from headrace.parallel.group import RankGroup
 from headrace.train.config import OptimizerConfig
 
-__all__ = ["NORM_CHUNK", "AdamW", "Moments", "PairwiseSum", "global_norm"]
-
-NORM_CHUNK = 4096
-"""Gradient elements whose squares are summed together, counted from each parameter's start."""
+__all__ = ["AdamW", "Moments", "PairwiseSum", "Updated", "global_norm"]
 
 
-def global_norm(grads: Iterable[Tensor], ops: Ops, group: RankGroup | None = None) -> float:
+def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: Ops, groups: Sequence[RankGroup] = ()) -> float:
     """The norm of all gradients together, in fp64; NaN where one is not finite.
 
-    Each gradient is cut into chunks of `NORM_CHUNK`; a chunk is summed alone and the chunks' sums are added
-    exactly, so it does not depend on who holds which chunk. The ranks of `group` each give what they have.
+    Each flat gradient comes with the length of its chunks: a chunk is summed alone and the chunks' sums are added
+    exactly, so it does not depend on who holds which chunk. The ranks of every group each give what they have.
     """
-    own = [ops.sum_of_squares(grad.reshape(-1), NORM_CHUNK).cpu() for grad in grads]
+    own = [ops.sum_of_squares(flat, chunk).cpu() for flat, chunk in chunked]
     sums_N = torch.cat(own) if own else torch.zeros(0, dtype=torch.float64)
-    sums = (sums_N if group is None else group.all_gather_uneven(sums_N, "norm")).tolist()
+    for group in groups:
+        sums_N = group.all_gather_uneven(sums_N, "norm")
+    sums = sums_N.tolist()
     return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
 
 
@@ -55,54 +54,66 @@ class PairwiseSum:
         self._held.append((before + count, [a.add_(b) for a, b in zip(grads, last)]))
 
 
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """Weights that one call of AdamW changes, flat, and whether they decay."""
+
+    weights: Tensor
+    decays: bool
+
+
 @dataclass(slots=True)
 class Moments:
-    """What AdamW knows of one parameter, flat and fp32. `master` is the parameter itself where that is fp32."""
+    """What AdamW knows of some weights, flat and fp32. `master` is the weights themselves where these are fp32."""
 
     master: Tensor
     first: Tensor
     second: Tensor
     stored: Tensor | None
-    """The parameter, where it is 16 bits wide: it receives the rounded master."""
+    """The weights, where they are 16 bits wide: they receive the rounded master."""
     decay: float
 
 
 class AdamW:
     """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter).
 
-    State is kept by parameter, under its name. Decay applies to parameters of two axes or more. Parameters stored
-    in 16 bits have an fp32 master, which is what the updates add up in.
+    Weights stored in 16 bits have an fp32 master, which is what the updates add up in.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, ops: Ops) -> None:
-        self._config = config
-        self._ops = ops
+    def __init__(self, updated: Sequence[Updated], config: OptimizerConfig, ops: Ops,
+                 zeros: Callable[[int], Tensor] = torch.zeros) -> None:
+        """`zeros` gives fp32 memory for the state."""
+        self._config, self._ops = config, ops
+        self._updated = list(updated)
         self.steps = 0
-        self.state = {name: _moments(parameter.detach(), config.weight_decay)
-                      for name, parameter in parameters.items()}
+        self.state = [_moments(one, config.weight_decay, zeros) for one in updated]
+
+    def begin(self) -> None:
+        """Take the weights as they are now: the masters of 16-bit ones begin there."""
+        for moments in self.state:
+            if moments.stored is not None:
+                moments.master.copy_(moments.stored)
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rate: float, scale: float = 1.0) -> None:
-        """Update every parameter from its gradient times `scale`; gradients are in the parameters' order."""
+        """Update all weights from their gradients times `scale`, one flat tensor for each of `updated`."""
         config = self._config
         self.steps += 1
-        for moments, grad in zip(self.state.values(), grads, strict=True):
-            self._ops.adamw_(moments.master, grad.reshape(-1), moments.first, moments.second, moments.stored, rate=rate,
+        for moments, grad in zip(self.state, grads, strict=True):
+            self._ops.adamw_(moments.master, grad, moments.first, moments.second, moments.stored, rate=rate,
                              beta1=config.beta1, beta2=config.beta2, eps=config.eps, decay=moments.decay,
                              step=self.steps, scale=scale)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of all state that is not in the parameters, to be read or filled."""
-        for name, moments in self.state.items():
-            if moments.stored is not None:
-                yield f"master/{name}", moments.master
-            yield f"first/{name}", moments.first
-            yield f"second/{name}", moments.second
+    def tensors(self) -> dict[str, list[Tensor | None]]:
+        """All state that is not in the weights, flat, for each of `updated`; None where it has none of the kind."""
+        return {"master": [None if moments.stored is None else moments.master for moments in self.state],
+                "first": [moments.first for moments in self.state],
+                "second": [moments.second for moments in self.state]}
 
 
-def _moments(parameter: Tensor, weight_decay: float) -> Moments:
-    flat = parameter.view(-1)
+def _moments(one: Updated, weight_decay: float, zeros: Callable[[int], Tensor]) -> Moments:
+    flat = one.weights
     narrow = flat.dtype != torch.float32
-    master = flat.float() if narrow else flat
-    return Moments(master, torch.zeros_like(master), torch.zeros_like(master), flat if narrow else None,
-                   weight_decay if parameter.ndim >= 2 else 0.0)
+    count = flat.numel()
+    return Moments(zeros(count) if narrow else flat, zeros(count), zeros(count), flat if narrow else None,
+                   weight_decay if one.decays else 0.0)

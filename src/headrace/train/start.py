@@ -17,7 +17,7 @@ from headrace.parallel.group import RankGroup
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import Recipe
 
-__all__ = ["initial_model", "initial_tokenizer"]
+__all__ = ["first_weights", "initial_model", "initial_tokenizer"]
 
 
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
@@ -26,19 +26,23 @@ def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
 
 
 def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps, group: RankGroup) -> Transformer:
-    """The recipe's model with its first weights. A text's end token is among those that end a generation.
+    """The recipe's model, without memory for its weights. A text's end token is among those that end a generation.
 
     Raises `ConfigError` where the data's tokenizer is not that of the folder that `model.init` names.
     """
     tokenizer.check_vocabulary(recipe.model.vocab_size)
-    model = Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
-    if not recipe.init:
+    if recipe.init:
+        _check_tokenizer(tokenizer, Tokenizer.from_folder(resolve(recipe.init)), recipe)
+    group.deferred = True
+    return Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
+
+
+def first_weights(model: Transformer, recipe: Recipe) -> None:
+    """Fill the model with random weights, or those of a folder."""
+    if recipe.init:
+        load_weights(model, resolve(recipe.init))
+    else:
         model.init_weights(recipe.train.seed, recipe.train.init_std)
-        return model
-    folder = resolve(recipe.init)
-    _check_tokenizer(tokenizer, Tokenizer.from_folder(folder), recipe)
-    load_weights(model, folder)
-    return model
 
 
 def _with_end(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -21,17 +21,16 @@ from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import save_model
-from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
-from headrace.parallel.pieces import in_place_of
 from headrace.train.config import Recipe
 from headrace.train.data import Batch, open_source
 from headrace.train.flops import model_flops
-from headrace.train.optimizer import AdamW, PairwiseSum, global_norm
+from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
 from headrace.train.recompute import recompute_
 from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
-from headrace.train.start import initial_model, initial_tokenizer
+from headrace.train.start import first_weights, initial_model, initial_tokenizer
+from headrace.zero.sharded import Sharded
 
 __all__ = ["StepRecord", "Trainer"]
 
@@ -73,16 +72,20 @@ class Trainer:
         local = shards // mesh.tensor.size
         self.ops = AutogradOps(ops or load_ops(recipe.train.kernels), local,
                                local if mesh.tensor.sequence else shards)
+        self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
         recompute_(self.model, recipe.train.recompute)
-        named = dict(self.model.named_parameters())
-        self.parameters = list(named.values())
+        parallel = recipe.parallel
+        self.sharded = Sharded(self.model, mesh.data, parallel.zero, parallel.bucket, parallel.overlap)
+        with self.sharded.filling():
+            first_weights(self.model, recipe)
+        slots = self.sharded.slots
+        self._optimizer = AdamW([Updated(slot.weights, slot.unit.matrices) for slot in slots], recipe.optimizer,
+                                self.ops)
+        self._optimizer.begin()
         self.steps = 0
         """Steps done."""
-        self._names = list(named)
-        self._parts = _parts(recipe, mesh)
-        self._optimizer = AdamW(named, recipe.optimizer, self.ops)
         self._scale = LossScale(recipe.train, active=self.config.dtype == "float16")
         self._stream = self.source.stream(recipe.train.batch_size, recipe.train.seq_length)
         self._held_out: dict[int, list[Batch]] = {}
@@ -112,6 +115,7 @@ class Trainer:
             if finite:
                 scale = config.grad_clip / norm if config.grad_clip and norm > config.grad_clip else 1.0
                 self._optimizer.step(grads, rate, scale / factor)
+                self.sharded.weights.publish()
                 self._scale.good()
             else:
                 self._scale.overflow()
@@ -139,17 +143,17 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights, configuration, tokenizer and chat template. Every rank calls it."""
-        if self.mesh.data.rank == 0:
-            save_model(self.model, folder)
+        save_model(self.model, folder, writes=self.mesh.data.rank == 0)
         if self.mesh.rank == 0:
             self.tokenizer.save(folder)
         self.mesh.barrier()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of weights and optimizer state: what a snapshot reads, and fills."""
-        for name, parameter in zip(self._names, self.parameters):
-            yield f"model/{name}", parameter.detach()
-        yield from self._optimizer.tensors()
+        kinds = {"model": [slot.weights for slot in self.sharded.slots], **self._optimizer.tensors()}
+        for kind, tensors in kinds.items():
+            for part in self.sharded.rectangles(kind, tensors):
+                yield f"{part.name}@{part.start}", part.tensor
 
     def state(self) -> dict[str, Any]:
         """All else that the next step depends on, in plain JSON values."""
@@ -161,6 +165,7 @@ class Trainer:
         train = self.recipe.train
         self.steps, self._optimizer.steps = int(state["step"]), int(state["updates"])
         self._scale.restore(state["loss_scale"])
+        self.sharded.weights.publish()
         self._stream = self.source.stream(train.batch_size, train.seq_length, state["data"])
 
     def _next_batch(self) -> tuple[dict[str, Any], Batch]:
@@ -185,25 +190,21 @@ class Trainer:
         sum is one tree over the parts, whoever computes them.
         """
         copies, count = self.mesh.data, len(batch.rows_R)
-        total, own = PairwiseSum(), [torch.zeros(0)]
-        for i in range(copies.rank, self._parts, copies.size):
-            part = batch.share(i, self._parts) if self._parts > 1 else batch
-            grads = [torch.zeros_like(p) for p in self.parameters]
-            if len(part.rows_R):
-                loss, logprob_R = self._loss(part, factor / count)
-                own.append(logprob_R)
-                grads = list(torch.autograd.grad(loss, self.parameters))
-            total.add(_over_copies(grads, copies))
+        total, own, rounds = PairwiseSum(), [torch.zeros(0)], self._parts // copies.size
+        for i in range(rounds):
+            part = batch.share(i * copies.size + copies.rank, self._parts) if self._parts > 1 else batch
+            loss, logprob_R = self._loss(part, factor / count)
+            own.append(logprob_R)
+            self.sharded.gradients.backward(loss)
+            total.add([slot.gradients.clone() if rounds > 1 else slot.gradients for slot in self.sharded.slots])
         logprob_R = copies.all_gather_uneven(torch.cat(own), "loss")
         if not torch.isfinite(logprob_R).all():
             raise ConfigError("the loss is not finite")
         return -math.fsum(logprob_R.tolist()) / count, total.total()
 
     def _norm(self, grads: list[Tensor]) -> float:
-        group = self.model.group
-        pieces = in_place_of(self.model.tensors(), self.parameters, grads)
-        parts = (part for _, piece in pieces if piece.is_first(group) for _, part in piece.shards(piece.tensor))
-        return global_norm(parts, self.ops, group)
+        groups = (self.mesh.tensor, self.mesh.data) if self.sharded.stage else (self.mesh.tensor,)
+        return global_norm(self.sharded.chunks(grads), self.ops, groups)
 
 
 def _parts(recipe: Recipe, mesh: Mesh) -> int:
@@ -217,18 +218,6 @@ def _parts(recipe: Recipe, mesh: Mesh) -> int:
         raise ConfigError(f"train.batch_size={recipe.train.batch_size} rows are too few for {parts} parts: "
                           f"{mesh.size} processes are {copies} copies of the model")
     return parts
-
-
-def _over_copies(grads: list[Tensor], copies: RankGroup) -> list[Tensor]:
-    """The sum over the copies of the model, as one message for each dtype."""
-    if copies.size == 1:
-        return grads
-    for dtype in {grad.dtype for grad in grads}:
-        some = [i for i, grad in enumerate(grads) if grad.dtype == dtype]
-        flat = copies.all_reduce(torch.cat([grads[i].reshape(-1) for i in some]), "gradients")
-        for i, part in zip(some, flat.split([grads[i].numel() for i in some])):
-            grads[i] = part.view(grads[i].shape)
-    return grads
 
 
 def _padded(batch: Batch, rows: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -1,0 +1,74 @@
+"""Where ZeRO's tensors lie: buffers that are used again and again (ZeRO-R's M_D), and states outside of main memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ConfigError
+
+__all__ = ["Arena", "Host"]
+
+
+class Arena:
+    """Flat buffers of one dtype and length. One is made when none is free, and then stays, to be taken again.
+
+    So what comes and goes in a step never leaves holes in memory.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.elements, self._dtype, self._device = elements, dtype, device
+        self._free: list[Tensor] = []
+        self.count = 0
+        """Buffers made so far."""
+
+    def take(self) -> Tensor:
+        """A buffer, its content without meaning."""
+        if self._free:
+            return self._free.pop()
+        self.count += 1
+        return torch.empty(self.elements, dtype=self._dtype, device=self._device)
+
+    def give(self, buffer: Tensor) -> None:
+        """Hand a buffer back."""
+        self._free.append(buffer)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its buffers, free or not."""
+        return self.count * self.elements * self._dtype.itemsize
+
+
+class Host:
+    """Memory beside the device's: pinned host memory for a GPU; for the CPU a file, mapped, that nobody else sees.
+
+    The file has no name, so it is gone when the process is.
+    """
+
+    def __init__(self, device: torch.device, folder: str) -> None:
+        """`folder`: where the file is made."""
+        self._device, self._folder = device, folder
+        self.nbytes = 0
+        """Handed out so far."""
+
+    def zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Zeros [elements]. Raises `ConfigError` where the folder cannot hold them."""
+        size = elements * dtype.itemsize
+        self.nbytes += size
+        if self._device.type == "cuda":
+            return torch.zeros(elements, dtype=dtype, pin_memory=True)
+        if not size:
+            return torch.zeros(0, dtype=dtype)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+                # Blocks are claimed now: a full disk found at a write to mapped memory would kill the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+                return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"{Path(self._folder)} cannot hold {math.ceil(size / 2**20)} MiB of offloaded state: "
+                              f"{error}; set parallel.offload_folder to a disk with room") from None

@@ -1,0 +1,164 @@
+"""Parameters divided over the copies of a model: stored, brought together for use, let go (ZeRO §5.3).
+
+Up to stage 2 every copy holds all weights and owns a slot of each bucket, in which its optimizer works. At stage 3 a
+matrix exists on a rank only as that slot. Before a part of the model is used, its unit is gathered into a buffer, which
+goes to another unit when it is done; meanwhile the next unit is on its way. Vectors, being few, are always whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from statistics import mode
+
+import torch
+from torch import Tensor, nn
+
+from headrace.parallel.group import RankGroup
+from headrace.zero.layout import Unit
+from headrace.zero.memory import Arena
+from headrace.zero.messages import Messages
+
+__all__ = ["Weights"]
+
+
+class Weights:
+    """The parameters of one rank, unit by unit."""
+
+    def __init__(self, units: Sequence[Unit], parameters: Sequence[nn.Parameter], copies: RankGroup, stage: int,
+                 messages: Messages) -> None:
+        """Parameters get their memory here, and lose what they held."""
+        self._units, self._parameters = list(units), parameters
+        self._copies, self._stage, self._messages = copies, stage, messages
+        self._divided = [stage == 3 and unit.matrices for unit in units]
+        device = parameters[0].device
+        sizes = [unit.size for unit, divided in zip(units, self._divided) if divided]
+        self._arenas = {(unit.size, unit.dtype): Arena(unit.size, unit.dtype, device)
+                        for unit, divided in zip(units, self._divided) if divided}
+        self._usual = mode(sizes) if sizes else 0
+        self._stored = []
+        """Of each unit: all of it, or this rank's slots one after another."""
+        self._open: dict[int, Tensor] = {}
+        """Buffers of the divided units that are whole now, or are becoming so."""
+        self._coming: dict[int, Future[None]] = {}
+        self._uses = [0] * len(self._units)
+        for i, unit in enumerate(units):
+            size = sum(b - a for a, b in unit.slots(copies.slot)) if self._divided[i] else unit.size
+            self._stored.append(torch.empty(size, dtype=unit.dtype, device=device))
+            if self._divided[i]:
+                self._let_go(i)
+            else:
+                values = [parameters[member.parameter].detach() for member in unit.members]
+                self._show(i, self._stored[i])
+                for member, value in zip(unit.members, values):
+                    parameters[member.parameter].detach().copy_(value)
+
+    # ---- what this rank keeps
+
+    def own(self) -> Iterator[tuple[Unit, int, Tensor]]:
+        """(unit, offset, weights from there on) of every slot that this rank's optimizer works on."""
+        for i, unit in enumerate(self._units):
+            at, stored = 0, self._stored[i]
+            if self._stage == 0:
+                yield unit, 0, stored
+                continue
+            for a, b in unit.slots(self._copies.slot):
+                yield unit, a, stored[at : at + b - a] if self._divided[i] else stored[a:b]
+                at += b - a
+
+    def publish(self) -> None:
+        """Give the others this rank's slots of what everybody holds whole, after the optimizer has changed them."""
+        for i, unit in enumerate(self._units):
+            if self._stage and not self._divided[i]:
+                for cuts in unit.buckets:
+                    self._messages.ask(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
+        self._messages.all()
+
+    def tensors(self) -> list[Tensor]:
+        """All memory that stays."""
+        return self._stored
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of buffers in which units are gathered."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    # ---- coming and going
+
+    def enter(self, unit: int, following: int | None = None) -> None:
+        """Have a unit whole, and ask for the one that is used next."""
+        self._uses[unit] += 1
+        if self._divided[unit]:
+            self._ask(unit)
+            coming = self._coming.pop(unit, None)
+            if coming is not None:
+                coming.result()
+            if self._uses[unit] == 1:
+                self._show(unit, self._open[unit])
+        if following is not None and self._divided[following]:
+            self._ask(following)
+
+    def leave(self, unit: int) -> None:
+        """Let a unit go that was entered."""
+        self._uses[unit] -= 1
+        if self._divided[unit] and not self._uses[unit]:
+            self._let_go(unit)
+            self._give(unit)
+
+    @contextmanager
+    def filling(self, unit: int) -> Iterator[None]:
+        """Have room for a unit whole, whose content the caller writes, as all ranks do; its slots are kept."""
+        if not self._divided[unit]:
+            yield
+            return
+        buffer = self._open[unit] = self._arena(unit).take()
+        self._show(unit, buffer)
+        yield
+        at, stored = 0, self._stored[unit]
+        for a, b in self._units[unit].slots(self._copies.slot):
+            stored[at : at + b - a] = buffer[a:b]
+            at += b - a
+        self._let_go(unit)
+        self._give(unit)
+
+    def _ask(self, unit: int) -> None:
+        if unit in self._open:
+            return
+        buffer = self._open[unit] = self._arena(unit).take()
+        self._coming[unit] = self._messages.ask(partial(self._gather, unit, buffer))
+
+    @torch.no_grad()
+    def _gather(self, unit: int, buffer: Tensor) -> None:
+        at, stored = 0, self._stored[unit]
+        slot = self._copies.slot
+        for cuts in self._units[unit].buckets:
+            a, b = cuts[slot], cuts[slot + 1]
+            buffer[a:b] = stored[at : at + b - a]
+            at += b - a
+            self._copies.gather_slots_(buffer, cuts, "weights")
+
+    def _give(self, unit: int) -> None:
+        """The blocks' buffers are kept, two of which are in use at a time; the table's, used once or twice, are not."""
+        arena, buffer = self._arena(unit), self._open.pop(unit)
+        if self._units[unit].size == self._usual:
+            arena.give(buffer)
+        else:
+            arena.count -= 1
+
+    def _arena(self, unit: int) -> Arena:
+        return self._arenas[self._units[unit].size, self._units[unit].dtype]
+
+    def _show(self, unit: int, flat: Tensor) -> None:
+        """Let the parameters be views of `flat`. Autograd's saved parameters see it too, being the same objects."""
+        for member in self._units[unit].members:
+            parameter = self._parameters[member.parameter]
+            parameter.data = flat[member.offset : member.stop].view(parameter.shape)
+
+    def _let_go(self, unit: int) -> None:
+        """Let the parameters keep their shapes only."""
+        one = torch.empty(1, dtype=self._units[unit].dtype, device=self._stored[unit].device)
+        for member in self._units[unit].members:
+            parameter = self._parameters[member.parameter]
+            parameter.data = one.expand(parameter.shape)
