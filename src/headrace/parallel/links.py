@@ -155,6 +155,10 @@ class ProcessGroupLink:
         for work in works:
             work.wait()
 
+    def all_reduce(self, x: Tensor) -> None:
+        """The library's sum over all ranks, in place."""
+        self._group.allreduce([x]).wait()
+
     def send(self, x: Tensor, to: int) -> None:
         self._group.send([x], to, 0).wait()
 

@@ -57,8 +57,11 @@ class Mesh:
 
     @classmethod
     def meet(cls, store: Any, rank: int, size: int, tensor: int, device: torch.device, sequence: bool = False,
-             timeout: float = TIMEOUT) -> Mesh:
-        """The mesh of `size` ranks that meet at `store`, `tensor` of them to a model."""
+             timeout: float = TIMEOUT, library: bool = False) -> Mesh:
+        """The mesh of `size` ranks that meet at `store`, `tensor` of them to a model.
+
+        With `library`, sums over the copies are the communication library's.
+        """
         if size % tensor:
             raise ConfigError(f"{size} processes are no multiple of parallel.tensor={tensor}")
         copies = size // tensor
@@ -70,12 +73,13 @@ class Mesh:
         return cls(
             connect(dist.PrefixStore(f"tensor {copy}", store), mine, tensor, device, timeout, sequence)
             if tensor > 1 else RankGroup(sequence),
-            connect(dist.PrefixStore(f"data {mine}", store), copy, copies, device, timeout)
+            connect(dist.PrefixStore(f"data {mine}", store), copy, copies, device, timeout, library=library)
             if copies > 1 else RankGroup())
 
 
-def launched(tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT) -> Mesh:
-    """The mesh of the processes that torchrun started; of this one alone where it did not.
+def launched(tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT,
+             library: bool = False) -> Mesh:
+    """The mesh of the processes that torchrun started; of this one alone where it did not. See `Mesh.meet`.
 
     Raises `ConfigError` where `tensor` ranks cannot be had, or one does not come.
     """
@@ -88,4 +92,5 @@ def launched(tensor: int, device: torch.device, sequence: bool = False, timeout:
     store, rank, size = next(dist.rendezvous("env://"))
     # A restart meets at the same store: it must not read what the ranks before it left there.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Mesh.meet(dist.PrefixStore(f"attempt {attempt}", store), rank, size, tensor, device, sequence, timeout)
+    return Mesh.meet(dist.PrefixStore(f"attempt {attempt}", store), rank, size, tensor, device, sequence, timeout,
+                     library)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from headrace.errors import ConfigError
 from headrace.parallel.group import DistributedGroup
+from headrace.parallel.library import LibraryGroup
 from headrace.parallel.links import Link, ProcessGroupLink, SocketLink
 
 __all__ = ["LOOPBACK", "connect", "join", "keep_store", "roll_call"]
@@ -30,18 +31,20 @@ def join(port: int, size: int, timeout: float) -> dist.TCPStore:
 
 
 def connect(store: Any, rank: int, size: int, device: torch.device, timeout: float, sequence: bool = False,
-            link: str = "auto") -> DistributedGroup:
+            link: str = "auto", library: bool = False) -> DistributedGroup:
     """The group of `size` ranks that meet at `store`. `link` is "socket", "gloo", "nccl" or what suits ("auto").
+
+    With `library` it is a torch process group, which also takes the sums of divided tensors.
 
     Every rank says that it is there first, so that one that is missing after `timeout` seconds is named in the
     `ConfigError`. The same timeout bounds every later exchange.
     """
     near = roll_call(store, rank, size, timeout)
     if link == "auto":
-        link = "nccl" if device.type == "cuda" else "socket" if near else "gloo"
+        link = "nccl" if device.type == "cuda" else "socket" if near and not library else "gloo"
     made: Link = (SocketLink.meet(store, rank, size, timeout) if link == "socket"
                   else ProcessGroupLink(store, rank, size, device, timeout, LOOPBACK if near else socket.gethostname()))
-    return DistributedGroup(made, rank, size, sequence)
+    return (LibraryGroup if library else DistributedGroup)(made, rank, size, sequence)
 
 
 def roll_call(store: Any, rank: int, size: int, timeout: float) -> bool:

@@ -20,6 +20,8 @@ __all__ = ["DataConfig", "OptimizerConfig", "ParallelConfig", "Recipe", "TrainCo
 
 SCHEDULES = ("cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
+REDUCTIONS = ("tree", "library")
+REDUCE_EVERY = ("micro_step", "step")
 SHUFFLES = ("documents", "pieces")
 
 
@@ -153,7 +155,10 @@ class ParallelConfig:
     As many copies of the model train as torchrun's processes allow. `sequence` splits the rows of norms and of the
     stream between blocks over the tensor ranks too. `zero` is the stage at which the copies share optimizer state (1),
     gradients (2) and parameters (3); they exchange about `bucket` elements at a time, and go on computing meanwhile
-    where they `overlap`. A rank that is silent for `timeout` seconds is given up.
+    where they `overlap`. `reduction` "tree" sums gradients in one shape whatever the number of copies, "library" as the
+    communication library likes; `reduce_every` "step" sums a copy's micro-steps first. Optimizer state, or what full
+    recomputation keeps, may be offloaded: to a mapped file in `offload_folder`, with a GPU to host memory.
+    `partition_activations` divides what full recomputation keeps over the tensor-parallel ranks. A rank that is silent for `timeout` seconds is given up.
     """
 
     tensor: int = 1
@@ -161,13 +166,32 @@ class ParallelConfig:
     zero: int = 0
     bucket: int = 1 << 22
     overlap: bool = True
+    reduction: str = "tree"
+    reduce_every: str = "micro_step"
+    offload_optimizer: bool = False
+    partition_activations: bool = False
+    offload_activations: bool = False
+    offload_folder: str = ""
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
         _integer("parallel.tensor", self.tensor, 1)
         require(self.tensor & (self.tensor - 1) == 0, f"parallel.tensor={self.tensor} must be a power of two")
-        for name in ("sequence", "overlap"):
-            require(isinstance(getattr(self, name), bool), f"parallel.{name}={getattr(self, name)!r} must be true or false")
+        for name in ("sequence", "overlap", "offload_optimizer", "partition_activations", "offload_activations"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"parallel.{name}={value!r} must be true or false")
+        one_of("parallel.reduction", self.reduction, REDUCTIONS)
+        one_of("parallel.reduce_every", self.reduce_every, REDUCE_EVERY)
+        require(self.reduce_every == "micro_step" or self.zero < 2, f"parallel.reduce_every={self.reduce_every!r} keeps "
+                f"all gradients of a step on every rank, which parallel.zero={self.zero} is there to avoid: use "
+                "parallel.zero=1, or reduce every micro_step")
+        require(not (self.partition_activations and self.tensor == 1), "parallel.partition_activations=true divides what "
+                "is kept over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out")
+        require(not (self.partition_activations and self.sequence), "parallel.partition_activations=true and "
+                "parallel.sequence=true do the same: the stream between blocks is divided already")
+        require(isinstance(self.offload_folder, str), f"parallel.offload_folder={self.offload_folder!r} must be a folder")
+        require(not self.offload_folder or Path(self.offload_folder).is_dir(),
+                f"parallel.offload_folder={self.offload_folder!r} is not a folder")
         _integer("parallel.zero", self.zero, 0)
         require(self.zero <= 3, f"parallel.zero={self.zero} must be a stage of ZeRO: 0, 1, 2 or 3")
         _integer("parallel.bucket", self.bucket, 1)
@@ -192,6 +216,9 @@ class Recipe:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}")
         require(self.model.vocab_size == self.data.vocab_size, f"model.vocab_size={self.model.vocab_size} "
                 f"differs from data.vocab_size={self.data.vocab_size}")
+        divides = [name for name in ("partition_activations", "offload_activations") if getattr(self.parallel, name)]
+        require(not divides or train.recompute == "full", f"parallel.{''.join(divides[:1])}=true is about what full "
+                f"recomputation keeps: set train.recompute=full")
         require(warmup <= train.steps, f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,12 +82,14 @@ class AdamW:
     """
 
     def __init__(self, updated: Sequence[Updated], config: OptimizerConfig, ops: Ops,
-                 zeros: Callable[[int], Tensor] = torch.zeros) -> None:
-        """`zeros` gives fp32 memory for the state."""
+                 offload: Callable[[int], Tensor] | None = None) -> None:
+        """`offload` gives fp32 memory for the state that is elsewhere than the weights; None keeps it beside them."""
         self._config, self._ops = config, ops
         self._updated = list(updated)
         self.steps = 0
-        self.state = [_moments(one, config.weight_decay, zeros) for one in updated]
+        self._offloads = offload is not None
+        self.state = [_moments(one, config.weight_decay, offload or partial(torch.zeros, device=one.weights.device))
+                      for one in updated]
 
     def begin(self) -> None:
         """Take the weights as they are now: the masters of 16-bit ones begin there."""
@@ -100,9 +103,22 @@ class AdamW:
         config = self._config
         self.steps += 1
         for moments, grad in zip(self.state, grads, strict=True):
-            self._ops.adamw_(moments.master, grad, moments.first, moments.second, moments.stored, rate=rate,
-                             beta1=config.beta1, beta2=config.beta2, eps=config.eps, decay=moments.decay,
-                             step=self.steps, scale=scale)
+            kept = (moments.master, moments.first, moments.second)
+            # State that lies elsewhere comes to the weights' device, a slot at a time; what is there stays as it is.
+            master, first, second = here = [state.to(grad.device) for state in kept]
+            self._ops.adamw_(master, grad, first, second, moments.stored, rate=rate, beta1=config.beta1,
+                             beta2=config.beta2, eps=config.eps, decay=moments.decay, step=self.steps, scale=scale)
+            for state, moved in zip(kept, here):
+                if moved is not state:
+                    state.copy_(moved)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of its state, by what it is for."""
+        masters = sum(moments.master.nbytes for moments in self.state if moments.stored is not None)
+        moments = sum(moments.first.nbytes + moments.second.nbytes for moments in self.state)
+        beside = {"fp32 masters": masters, "optimizer moments": moments}
+        nothing = dict.fromkeys(beside, 0)
+        return {**(nothing if self._offloads else beside), "offloaded": masters + moments if self._offloads else 0}
 
     def tensors(self) -> dict[str, list[Tensor | None]]:
         """All state that is not in the weights, flat, for each of `updated`; None where it has none of the kind."""

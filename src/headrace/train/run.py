@@ -68,7 +68,8 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
     out = Path(out)
     if mesh is None:
         parallel = recipe.parallel
-        mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout)
+        mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout,
+                        parallel.reduction == "library")
     with _disk(out):
         resume = _agreed(mesh, lambda: _begin(out, resume))
         run = _Run(recipe, out, ops, mesh, clock, warn)
@@ -128,7 +129,8 @@ class _Run:
                         record.sync()
                     self._snapshot()
                 if sampler is not None and self._due(train.sample_every):
-                    sampler(trainer)
+                    with trainer.sharded.whole():
+                        sampler(trainer)
 
     def result(self) -> TrainResult:
         """What metrics.jsonl says of the whole run."""

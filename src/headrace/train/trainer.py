@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import save_model
+from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.data import Batch, open_source
@@ -30,6 +33,8 @@ from headrace.train.recompute import recompute_
 from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
 from headrace.train.start import first_weights, initial_model, initial_tokenizer
+from headrace.zero.activations import Checkpoints, keep_checkpoints
+from headrace.zero.memory import Host
 from headrace.zero.sharded import Sharded
 
 __all__ = ["StepRecord", "Trainer"]
@@ -75,14 +80,16 @@ class Trainer:
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
-        recompute_(self.model, recipe.train.recompute)
         parallel = recipe.parallel
-        self.sharded = Sharded(self.model, mesh.data, parallel.zero, parallel.bucket, parallel.overlap)
+        host = Host(self.ops.device, parallel.offload_folder or tempfile.gettempdir())
+        self._recompute(host)
+        self.sharded = Sharded(self.model, mesh.data, parallel.zero, parallel.bucket, parallel.overlap,
+                               parallel.reduce_every == "micro_step")
         with self.sharded.filling():
             first_weights(self.model, recipe)
         slots = self.sharded.slots
         self._optimizer = AdamW([Updated(slot.weights, slot.unit.matrices) for slot in slots], recipe.optimizer,
-                                self.ops)
+                                self.ops, host.zeros if parallel.offload_optimizer else None)
         self._optimizer.begin()
         self.steps = 0
         """Steps done."""
@@ -168,6 +175,23 @@ class Trainer:
         self.sharded.weights.publish()
         self._stream = self.source.stream(train.batch_size, train.seq_length, state["data"])
 
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds from step to step, by what they are for."""
+        return self.sharded.memory() | self._optimizer.memory() | {
+            "checkpoints": 0 if self._checkpoints is None else self._checkpoints.nbytes}
+
+    def _recompute(self, host: Host) -> None:
+        """Make the model compute again in backward what the recipe says."""
+        parallel, device = self.recipe.parallel, self.ops.device
+        self._checkpoints = None
+        if not (parallel.partition_activations or parallel.offload_activations):
+            recompute_(self.model, self.recipe.train.recompute)
+            return
+        shared_by = self.mesh.tensor if parallel.partition_activations else RankGroup()
+        zeros = host.zeros if parallel.offload_activations else partial(torch.zeros, device=device)
+        self._checkpoints = Checkpoints(self.config.num_layers, shared_by, zeros, device)
+        keep_checkpoints(self.model, self._checkpoints)
+
     def _next_batch(self) -> tuple[dict[str, Any], Batch]:
         """The next batch in which something counts, and where it begins."""
         for _ in range(EMPTY_BATCHES):
@@ -195,8 +219,9 @@ class Trainer:
             part = batch.share(i * copies.size + copies.rank, self._parts) if self._parts > 1 else batch
             loss, logprob_R = self._loss(part, factor / count)
             own.append(logprob_R)
-            self.sharded.gradients.backward(loss)
-            total.add([slot.gradients.clone() if rounds > 1 else slot.gradients for slot in self.sharded.slots])
+            self.sharded.gradients.backward(loss, i == 0, i == rounds - 1)
+            if self.recipe.parallel.reduce_every == "micro_step" or i == rounds - 1:
+                total.add([slot.gradients.clone() if i < rounds - 1 else slot.gradients for slot in self.sharded.slots])
         logprob_R = copies.all_gather_uneven(torch.cat(own), "loss")
         if not torch.isfinite(logprob_R).all():
             raise ConfigError("the loss is not finite")

@@ -56,19 +56,19 @@ class Host:
         self.nbytes = 0
         """Handed out so far."""
 
-    def zeros(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Zeros [elements]. Raises `ConfigError` where the folder cannot hold them."""
-        size = elements * dtype.itemsize
+    def zeros(self, elements: int) -> Tensor:
+        """fp32 zeros [elements]. Raises `ConfigError` where the folder cannot hold them."""
+        size = elements * torch.float32.itemsize
         self.nbytes += size
         if self._device.type == "cuda":
-            return torch.zeros(elements, dtype=dtype, pin_memory=True)
+            return torch.zeros(elements, pin_memory=True)
         if not size:
-            return torch.zeros(0, dtype=dtype)
+            return torch.zeros(0)
         try:
             with tempfile.NamedTemporaryFile(dir=self._folder) as file:
                 # Blocks are claimed now: a full disk found at a write to mapped memory would kill the process.
                 os.posix_fallocate(file.fileno(), 0, size)
-                return torch.from_file(file.name, shared=True, size=elements, dtype=dtype)
+                return torch.from_file(file.name, shared=True, size=elements)
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{Path(self._folder)} cannot hold {math.ceil(size / 2**20)} MiB of offloaded state: "
-                              f"{error}; set parallel.offload_folder to a disk with room") from None
+                              f"{error}; set parallel.offload_folder to a folder with room") from None

@@ -126,6 +126,13 @@ class Sharded:
                             yield (rows[low - segment.first : high - segment.first, left:right].reshape(-1),
                                    place.chunk * (right - left))
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of what it holds now, by what it is for."""
+        return {"weights": sum(tensor.nbytes for tensor in self.weights.tensors()),
+                "gathered weights": self.weights.buffer_bytes,
+                "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
+                "gradients on their way": self.gradients.buffer_bytes}
+
     def close(self) -> None:
         """End its thread."""
         self._messages.close()
