@@ -102,6 +102,8 @@ class SocketLink:
             other.close()
 
     def _send(self, data: memoryview, to: int) -> None:
+        if not data:  # the other may have had all that it needs, and have left
+            return
         try:
             self._sockets[to].sendall(data)
         except BlockingIOError:
