@@ -152,9 +152,9 @@ class Part:
                 "optimizer moments": 2 * FP32 * sum(p.numel() for p in parameters)}
 
     def tokens(self, rows: int) -> int:
-        """T: of `rows` full rows, padded where the stream between blocks is split."""
+        """T: of `rows` full rows, padded so that the virtual shards can share them."""
         count = rows * self.recipe.train.seq_length
-        return count + (-count % self.recipe.model.shards if self.recipe.parallel.sequence else 0)
+        return count + -count % self.recipe.model.shards
 
     def kept(self, rows: int, recompute: str) -> dict[str, int]:
         """Bytes that backward needs of `rows` full rows, by what they are; a name stands for it in all layers."""

@@ -6,6 +6,7 @@ the targets · backward · the gradients' tree, norm and clip · AdamW. Nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from headrace.parallel.mesh import Mesh, launched
 from headrace.parallel.pieces import in_place_of
 from headrace.train.config import Recipe
 from headrace.train.data import Batch, open_source
+from headrace.train.dropout import Dropout
 from headrace.train.flops import model_flops
 from headrace.train.optimizer import AdamW, PairwiseSum, global_norm
 from headrace.train.recompute import recompute_
@@ -75,6 +77,7 @@ class Trainer:
                                local if mesh.tensor.sequence else shards)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
+        self._dropout = Dropout(self.model, self.ops, self.config.dropout, recipe.train.seed)
         recompute_(self.model, recipe.train.recompute)
         named = dict(self.model.named_parameters())
         self.parameters = list(named.values())
@@ -93,10 +96,23 @@ class Trainer:
 
     def _predicting(self, batch: Batch) -> Tensor:
         """What the head reads of the batch's counting tokens [R, D]."""
-        rows = self.config.shards if self.mesh.tensor.sequence else 1
-        ids_T, positions_T, lengths = _padded(batch, rows)
-        ctx = DenseContext(self.ops, self.config, lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
-        return self.ops.embedding(batch.rows_R, self.model.hidden(ids_T, positions_T, ctx))
+        batch = self._padded(batch)
+        ctx = DenseContext(self.ops, self.config, batch.lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
+        return self.ops.embedding(batch.rows_R, self.model.hidden(batch.ids_T, batch.positions_T, ctx))
+
+    def _padded(self, batch: Batch) -> Batch:
+        """The batch with a sequence after the last, which nobody sees, that makes T a multiple of V: rows can be split.
+
+        It is there whether they are or not: a product's bits may depend on how many rows it sums over.
+        """
+        lack = -batch.num_tokens % self.config.shards
+        if not lack:
+            return batch
+        more_T = torch.arange(lack)
+        return dataclasses.replace(
+            batch, ids_T=torch.cat((batch.ids_T, torch.zeros_like(more_T))), lengths=[*batch.lengths, lack],
+            positions_T=torch.cat((batch.positions_T, more_T.to(batch.positions_T.dtype))),
+            row_of=[*batch.row_of, batch.row_of[-1]], tokens_T=torch.cat((batch.tokens_T, more_T)))
 
     def step(self) -> StepRecord:
         """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
@@ -190,9 +206,10 @@ class Trainer:
             part = batch.share(i, self._parts) if self._parts > 1 else batch
             grads = [torch.zeros_like(p) for p in self.parameters]
             if len(part.rows_R):
-                loss, logprob_R = self._loss(part, factor / count)
+                with self._dropout.during(self.steps, self._padded(part).tokens_T):
+                    loss, logprob_R = self._loss(part, factor / count)
+                    grads = list(torch.autograd.grad(loss, self.parameters))
                 own.append(logprob_R)
-                grads = list(torch.autograd.grad(loss, self.parameters))
             total.add(_over_copies(grads, copies))
         logprob_R = copies.all_gather_uneven(torch.cat(own), "loss")
         if not torch.isfinite(logprob_R).all():
@@ -229,12 +246,3 @@ def _over_copies(grads: list[Tensor], copies: RankGroup) -> list[Tensor]:
         for i, part in zip(some, flat.split([grads[i].numel() for i in some])):
             grads[i] = part.view(grads[i].shape)
     return grads
-
-
-def _padded(batch: Batch, rows: int) -> tuple[Tensor, Tensor, list[int]]:
-    """(ids, positions, lengths) with a sequence after the last that makes T a multiple of `rows`: nobody sees it."""
-    lack = -batch.num_tokens % rows
-    if not lack:
-        return batch.ids_T, batch.positions_T, batch.lengths
-    return (torch.cat((batch.ids_T, batch.ids_T.new_zeros(lack))),
-            torch.cat((batch.positions_T, torch.arange(lack, dtype=batch.positions_T.dtype))), [*batch.lengths, lack])
