@@ -61,6 +61,11 @@ def test_what_joins_the_stream_is_dropped_and_its_gradient_alike(load, cpu_ops):
     assert abs(share - RATE) < 5 * (RATE * (1 - RATE) / elements) ** 0.5
 
 
+def test_recomputation_stops_before_a_block_s_last_sum(load, cpu_ops):
+    """Beside 5 places forward and 5 back, attention's is repeated in two blocks: of the MLP's, nothing is needed."""
+    assert len(watched_step(load("train.recompute=full"), cpu_ops)) == 12
+
+
 def test_masks_depend_on_seed_step_and_place(load, cpu_ops):
     x_TD, row_T, drawn = torch.ones(64, 32), torch.arange(64), []
     for seed, step in ((0, 1), (0, 2), (1, 1)):
