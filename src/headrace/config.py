@@ -59,6 +59,7 @@ class ModelConfig:
     `virtual_shards` is V of the first law: row-parallel products and the vocabulary are summed in V parts and a
     balanced tree at every tensor-parallel degree, so V belongs to the fingerprint. `sliding_layers[i]` says
     whether layer i sees only the last `sliding_window` positions; empty means every layer, if a window is set.
+    `dropout` is the share of what joins the residual stream that a trainer drops; nobody else does.
     """
 
     architecture: str
@@ -84,6 +85,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     virtual_shards: int = 4
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
@@ -98,6 +100,9 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
         one_of("dtype", self.dtype, DTYPES)
+        rate = self.dropout
+        require(isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < 1,
+                f"dropout={rate!r} must be a number, at least 0 and less than 1")
         require(self.virtual_shards in (1, 2, 4, 8, 16),
                 f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16")
         require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative")

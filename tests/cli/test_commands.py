@@ -114,6 +114,8 @@ def test_auto_budget_meets_a_loose_bound_and_refuses_an_impossible_one(capsys, t
         (["--num-kv-blocks", "9", "--kv-cache-memory", "1MiB"], "not both"),
         (["--kernels", "cuda"], "device=cpu"),
         (["--queue-depth", "3"], "queue_depth"),
+        (["--rank-timeout", "9"], "tensor_parallel_size"),
+        (["--tensor-parallel-size", "2", "--rank-timeout", "0"], "rank_timeout=0"),
         (["--frobnicate"], "frobnicate"),
         (["--prompts", "/nowhere/at/all"], "no such file"),
     ],

@@ -15,6 +15,7 @@ from headrace.engine.frames import frame, read_frame, read_step, step_frame
 from headrace.engine.ranks import RankDiedError, Ranks
 from headrace.engine.shard import Inputs, Moves
 from headrace.errors import CheckpointError, ConfigError, HeadraceError
+from headrace.parallel.links import LinkError, SocketLink
 
 PAIRS = st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), max_size=5)
 CPU = torch.device("cpu")
@@ -75,14 +76,29 @@ def test_an_engine_of_two_ranks_ends_with_its_processes(tinyworld_checkpoint, st
 
 
 def test_a_rank_that_cannot_load_says_why(tmp_path):
-    ranks = Ranks.start(2, tmp_path / "nothing", "cpu", [{"threads": 1}] * 2, "auto", CPU)
+    ranks = Ranks.start(2, tmp_path / "nothing", "cpu", [{"threads": 1}] * 2, "auto", CPU, 120.0)
     try:
         with pytest.raises(HeadraceError, match=r"rank 1 of 2: .*nothing"):
             ranks.begin(num_blocks=4, block_size=8, cache_dtype="float32", host_slots=0)
     finally:
         ranks.close()
     with pytest.raises(HeadraceError, match="rank 1 of 2: kernels='no such kernels' is not one of"):
-        Ranks.start(2, tmp_path, "no such kernels", [{}, {}], "auto", CPU)
+        Ranks.start(2, tmp_path, "no such kernels", [{}, {}], "auto", CPU, 120.0)
+
+
+def test_a_rank_that_is_late_is_named(tinyworld_checkpoint, started):
+    with pytest.raises(ConfigError, match=r"rank 1 of 2 was not here within 0\.01 s: .* or raise rank_timeout"):
+        LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=0.01)
+    assert not started()
+    with LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=99) as llm:
+        [rank] = started()
+        group = llm.frontend.engine.runner.model.group
+        assert group._link._timeout == 99
+        group._link = SocketLink(group._link._sockets, 0.2)  # a test need not wait as long as a start may take
+        rank.suspend()
+        with pytest.raises(LinkError, match=r"rank 1 is silent for 0\.2 s"):
+            llm.generate("Once upon", SamplingParams(max_tokens=8))
+        rank.resume()
 
 
 def test_a_model_that_cannot_be_split_so_starts_nothing(tinyworld_checkpoint, started):

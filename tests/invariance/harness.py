@@ -112,7 +112,7 @@ def request(number: int, prompt: list[int], sampling: str) -> Request:
 @lru_cache
 def others(folder: Path, ranks: int) -> Ranks:
     """The processes that hold the rest of a model, kept for all cells; each has one thread."""
-    started = Ranks.start(ranks, folder, "cpu", [{"threads": 1}] * ranks, "auto", torch.device("cpu"))
+    started = Ranks.start(ranks, folder, "cpu", [{"threads": 1}] * ranks, "auto", torch.device("cpu"), 120.0)
     atexit.register(started.close)
     return started
 

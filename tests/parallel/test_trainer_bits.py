@@ -76,6 +76,28 @@ def test_copies_of_the_model_add_up_in_one_tree(recipe, sequence):
         same(run_mesh(CURVE, size, tensor, recipe, changes, 6, sequence=sequence), expected)
 
 
+DROPOUT = ["model.dropout=0.2", "model.qkv_bias=true", "model.o_bias=true", "model.mlp_bias=true",
+           "train.micro_batches=4"]
+
+
+@pytest.fixture(scope="module")
+def dropped(recipe):
+    return run_mesh(CURVE, 1, 1, recipe, DROPOUT, 4)[0]
+
+
+@pytest.mark.parametrize(("size", "tensor", "sequence", "recompute"), [
+    (2, 2, False, "none"), (2, 2, True, "selective"), (4, 4, False, "full"), (4, 4, True, "full"),
+    (4, 1, False, "none"), (4, 2, False, "selective"), (4, 2, True, "none")])
+def test_dropout_drops_the_same_whoever_has_the_rows(recipe, dropped, size, tensor, sequence, recompute):
+    changes = [*DROPOUT, f"parallel.tensor={tensor}", f"train.recompute={recompute}"]
+    same(run_mesh(CURVE, size, tensor, recipe, changes, 4, sequence=sequence), dropped)
+
+
+def test_rows_that_are_numbered_from_a_rank_s_first_are_noticed(recipe, dropped):
+    answers = run_mesh("parallel.trainer_jobs:every_rank_drops_alike", 2, 2, recipe, DROPOUT, 1, sequence=True)
+    assert all(answer["curve"][0] != dropped["curve"][0] for answer in answers)
+
+
 def test_a_folder_is_whole_whoever_held_its_parts(recipe, tmp_path):
     expected = run_mesh("parallel.trainer_jobs:export", 1, 1, recipe, [], str(tmp_path / "1"))[0]
     run_mesh("parallel.trainer_jobs:export", 4, 4, recipe, [], str(tmp_path / "4"))

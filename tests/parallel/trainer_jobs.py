@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 from headrace.kernels.ops import load_ops
+from headrace.train import dropout
 from headrace.train.config import load_recipe
 from headrace.train.trainer import Trainer
 from parallel.model_jobs import digest
@@ -26,6 +28,12 @@ def curve(mesh, recipe, changes, steps):
     records = [trainer.step() for _ in range(steps)]
     return {"curve": [[r.loss, r.grad_norm, r.lr, r.tokens, r.flops, r.loss_scale, r.skipped] for r in records],
             "held out": trainer.validation_loss(20), "weights": told(trainer)}
+
+
+def every_rank_drops_alike(mesh, recipe, changes, steps):
+    """A wrong trainer: ranks that have some of the rows drop as if they were the first ones."""
+    with mock.patch.object(dropout, "_own_rows", lambda tokens_T, group: tokens_T[: len(tokens_T) // group.size]):
+        return curve(mesh, recipe, changes, steps)
 
 
 def export(mesh, recipe, changes, folder):

@@ -20,6 +20,8 @@ LAYOUTS = {  # processes, tensor, changes
     "two ranks": (2, 2, ["model.tie_word_embeddings=false"]),
     "split stream": (2, 2, ["parallel.sequence=true"]),
     "shared kv heads": (4, 4, ["model.num_kv_heads=1"]),
+    "dropout": (1, 1, ["model.dropout=0.1"]),
+    "dropout, split stream": (2, 2, ["model.dropout=0.1", "parallel.sequence=true"]),
     "copies": (4, 2, ["train.micro_batches=4"]),
 }
 

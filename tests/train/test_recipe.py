@@ -46,6 +46,8 @@ def test_overrides(recipe_file):
     ("model.init=7", "model.init=7 must be a folder"), ("train.seq_length=129", "max_position_embeddings=128"),
     ("data.source=books", "data.source='books' is not one of tinyworld"), ("train.kv_cache_dtype=int8", "kv_cache"),
     ("model.num_heads=3", "num_heads=3"), ("model.num_heads=two", "num_heads='two'"),
+    ("model.dropout=1", "dropout=1 must be a number, at least 0 and less than 1"), ("model.dropout=some", "'some'"),
+    ("model.dropout=-0.1", "dropout=-0.1"), ("model.dropout=nan", "dropout=nan"), ("model.dropout=true", "=True"),
     ("model.rms_norm_eps=tiny", "wrong type|rms_norm_eps"),
 ])
 def test_what_cannot_work_is_refused_by_name(recipe_file, override, message):

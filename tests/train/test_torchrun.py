@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import psutil
 import pytest
 import torch
 
+from headrace.errors import ConfigError
+from headrace.parallel.group import RankGroup
+from headrace.parallel.mesh import Mesh
 from headrace.train.config import load_recipe
 from headrace.train.run import train
 from headrace.train.trainer import Trainer
@@ -27,10 +31,13 @@ def torchrun(processes, recipe_file, out, *changes, restarts=0):
             "--max-restarts", str(restarts), "-m", "headrace", "train", str(recipe_file), "--out", str(out), *sets]
 
 
-@pytest.fixture
-def undisturbed(recipe_file, tmp_path, cpu_ops):
-    train(load_recipe(recipe_file, CHANGES), tmp_path / "alone", ops=cpu_ops)
-    return tmp_path / "alone"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, recipe_text, cpu_ops):
+    """The run of one process, which no test changes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "recipe.toml").write_text(recipe_text)
+    train(load_recipe(folder / "recipe.toml", CHANGES), folder / "alone", ops=cpu_ops)
+    return folder / "alone"
 
 
 def same_run(out, undisturbed):
@@ -65,26 +72,32 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_same(recipe_file, tmp
     same_run(out, undisturbed)
 
 
-@pytest.mark.parametrize(("processes", "changes", "said"), [
-    (2, ["parallel.tensor=4"], "2 processes are no multiple of parallel.tensor=4"),
-    (2, ["train.micro_batches=3", "train.batch_size=3"], "train.micro_batches=3 is no multiple of the 2 copies"),
-    (2, ["parallel.tensor=2", "model.num_heads=3", "model.num_kv_heads=1"], "does not divide the model's 1 virtual"),
-])
-def test_a_layout_that_cannot_be_is_refused_by_every_rank(recipe_file, tmp_path, processes, changes, said):
-    done = subprocess.run(torchrun(processes, recipe_file, tmp_path / "out", *changes), capture_output=True, text=True,
+def test_a_layout_that_cannot_be_is_refused_by_every_rank(recipe_file, tmp_path):
+    changes = ["train.micro_batches=3", "train.batch_size=3"]
+    done = subprocess.run(torchrun(2, recipe_file, tmp_path / "out", *changes), capture_output=True, text=True,
                           timeout=120)
-    assert done.returncode != 0 and said in done.stderr
+    assert done.returncode != 0 and "train.micro_batches=3 is no multiple of the 2 copies" in done.stderr
     assert "headrace: rank 1:" in done.stderr and 'File "/' not in done.stderr.split("headrace:")[1].splitlines()[0]
 
 
+def test_what_two_processes_cannot_be_is_refused_before_they_meet(recipe_file, cpu_ops):
+    with pytest.raises(ConfigError, match=r"2 processes are no multiple of parallel\.tensor=4"):
+        Mesh.meet(None, 0, 2, 4, torch.device("cpu"))
+    recipe = load_recipe(recipe_file, ["parallel.tensor=2", "model.num_heads=3", "model.num_kv_heads=1"])
+    with pytest.raises(ConfigError, match="does not divide the model's 1 virtual"):
+        Trainer(recipe, cpu_ops, Mesh(RankGroup.of_size(2)))
+
+
 def test_a_snapshot_of_another_layout_is_refused(recipe_file, tmp_path, undisturbed):
-    command = [*torchrun(2, recipe_file, undisturbed, *CHANGES, "parallel.tensor=2"), "--resume"]
+    out = tmp_path / "ranks"
+    shutil.copytree(undisturbed, out)
+    command = [*torchrun(2, recipe_file, out, *CHANGES, "parallel.tensor=2"), "--resume"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "is of another layout: tensor=1, this run has tensor=2" in done.stderr
 
 
-def test_the_trainer_s_log_probabilities_are_the_server_s(recipe_file, tmp_path, undisturbed, cpu_ops):
+def test_the_trainer_s_log_probabilities_are_the_server_s(recipe_file, undisturbed, cpu_ops):
     """Packed in one batch in the trainer; alone, over HTTP, on one rank and on two, in the server."""
     folder = undisturbed / "hf"
     trainer = Trainer(load_recipe(recipe_file, [f"model.init={folder}", *CHANGES]), cpu_ops)

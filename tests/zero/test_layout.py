@@ -122,7 +122,7 @@ def test_memory_beside_the_device_is_a_file_without_a_name(tmp_path):
     state += 1.0
     assert float(state.sum()) == 1000.0 and host.nbytes == 4000
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="cannot hold 4398046511104 MiB of offloaded state.*offload_folder"):
+    with pytest.raises(ConfigError, match=r"cannot hold 4398046511104 MiB of offloaded state.*offload_folder"):
         host.zeros(1 << 60)
 
 

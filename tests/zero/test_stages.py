@@ -137,7 +137,8 @@ def test_states_take_the_paper_s_bytes_inside_a_step(wide, size, stage, dtype):
     for told in run_mesh("zero.zero_jobs:sampled", size, 1, wide, changes):
         expected = expected_bytes(stage, size, told["matrices"], told["block"], told["width"])
         vectors = 16 * told["vectors"]
-        # Cuts lie between chunks of 4096 elements. While the last block computes, the head is on its way beside the two blocks' buffers.
+        # Cuts lie between chunks of 4096 elements. While the last block computes, the head is on its way beside the
+        # two blocks' buffers.
         ends = {len(told["forward"]) - 1: told["table"] * told["width"] if stage == 3 else 0}
         for place, sample in (*enumerate(told["forward"]), *enumerate(told["backward"], 100)):
             states = sum(sample.get(name, 0) for name in STATES)
@@ -174,7 +175,8 @@ def test_micro_steps_reduce_each_time_unless_told_otherwise(wide):
 
 def test_divided_activations_cost_less_than_a_tenth_more(wide):
     def told(*changes):
-        return run_mesh("zero.zero_jobs:volumes", 2, 2, wide, ["parallel.tensor=2", "train.recompute=full", *changes])[0]
+        changes = ["parallel.tensor=2", "train.recompute=full", *changes]
+        return run_mesh("zero.zero_jobs:volumes", 2, 2, wide, changes)[0]
 
     plain, divided = told(), told("parallel.partition_activations=true")
     assert divided["checkpoints"] > 0

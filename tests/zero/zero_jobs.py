@@ -58,7 +58,7 @@ def sampled(mesh, recipe, changes):
         mlp = trainer.model.blocks[layer].mlp
         mlp.forward = watched(mlp.forward)
     trainer.step()
-    parameters = [p for p in trainer.model.parameters()]
+    parameters = list(trainer.model.parameters())
     largest = max(sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in trainer.model.blocks)
     return {**samples, "idle": live(trainer), "said": trainer.memory(), "block": largest,
             "matrices": sum(p.numel() for p in parameters if p.ndim == 2),

@@ -72,7 +72,8 @@ class Frontend:
         HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
         each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
         ops = load_ops(options.kernel_set, **each[0])
-        ranks = Ranks.start(len(each), folder, options.kernel_set, each, options.dtype, ops.device)
+        ranks = Ranks.start(len(each), folder, options.kernel_set, each, options.dtype, ops.device,
+                             options.rank_timeout)
         try:
             model = load_model(folder, ops, options.dtype, ranks.group)
             ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)

@@ -16,6 +16,7 @@ from headrace.errors import ConfigError
 __all__ = ["EngineOptions", "parse_bytes"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+RANK_TIMEOUT = 120.0
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -49,6 +50,8 @@ class EngineOptions:
     threads: int = option(0, "CPU threads, of all ranks together", "all of them")
     tensor_parallel_size: int = option(1, "processes that hold the model together: 1, 2, 4, 8 or 16",
                                        "on one machine, threads do as well")
+    rank_timeout: float = option(RANK_TIMEOUT, "seconds within which each of these processes must come, load its part "
+                                 "and do its part of a step", "they do as much as each other, so a later one hangs")
     max_model_len: int = option(0, "longest sequence in tokens", "the model's own")
     block_size: int = option(16, "tokens in a KV cache block", "less waste than 32, and no slower")
     kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB", "chosen from free memory", parse=parse_bytes)
@@ -87,6 +90,8 @@ class EngineOptions:
         require(0 <= self.threads <= cores, f"threads={self.threads} must be from 0 to this machine's {cores}")
         require(self.tensor_parallel_size in (1, 2, 4, 8, 16),
                 f"tensor_parallel_size={self.tensor_parallel_size} must be 1, 2, 4, 8 or 16")
+        require(0.0 < self.rank_timeout <= 86400.0,
+                f"rank_timeout={self.rank_timeout} must be a time in seconds, at most a day")
         require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must not be negative")
         require(0.0 <= self.slo_tbt < math.inf, f"slo_tbt={self.slo_tbt} must be a time in ms")
         if self.max_num_batched_tokens == "auto":
@@ -108,6 +113,8 @@ class EngineOptions:
         require(self.kernels in kernels, f"kernels={self.kernels} does not run on device={self.device}")
         auto = self.max_num_batched_tokens == "auto"
         require(auto or not self.slo_tbt, f"slo_tbt={self.slo_tbt} acts with max_num_batched_tokens=auto only")
+        require(self.tensor_parallel_size > 1 or self.rank_timeout == RANK_TIMEOUT,
+                f"rank_timeout={self.rank_timeout} acts with a tensor_parallel_size of more than 1 only")
         require(self.preemption == "swap" or not self.swap_memory, "swap_memory acts with preemption=swap only")
         require(not (self.num_kv_blocks and self.kv_cache_memory), "give num_kv_blocks or kv_cache_memory, not both")
         require(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -26,10 +27,6 @@ from headrace.parallel.rendezvous import connect, keep_store
 
 __all__ = ["RankDiedError", "Ranks"]
 
-START_SECONDS = 120.0
-STEP_SECONDS = 120.0
-"""How long an exchange may take: ranks compute the same amount, so one that is later than this hangs."""
-
 
 class RankDiedError(RuntimeError):
     """A rank's process ended, or failed, for a reason that is not the user's input."""
@@ -38,8 +35,9 @@ class RankDiedError(RuntimeError):
 class Ranks:
     """The processes of ranks 1 … size − 1. Without any (`size` 1) it says nothing to nobody."""
 
-    def __init__(self, size: int = 1) -> None:
+    def __init__(self, size: int = 1, timeout: float = math.inf) -> None:
         self.size = size
+        self._timeout = timeout
         self.group: RankGroup = RankGroup()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._store: Any = None
@@ -47,22 +45,23 @@ class Ranks:
 
     @classmethod
     def start(cls, size: int, folder: Path, kernels: str, options: list[dict[str, Any]], dtype: str,
-              device: torch.device) -> Ranks:
+              device: torch.device, timeout: float) -> Ranks:
         """Start the others and meet them. `options[i]` are those of rank i's ops.
 
-        Raises `ConfigError` naming a rank that does not come, `RankDiedError` for one that ends.
+        Within `timeout` seconds a rank must be there, be ready, and do its part of any exchange. Raises `ConfigError`
+        naming a rank that does not come, `RankDiedError` for one that ends.
         """
-        ranks = cls(size)
+        ranks = cls(size, timeout)
         if size == 1:
             return ranks
         try:
-            ranks._store = keep_store(size, START_SECONDS)
+            ranks._store = keep_store(size, timeout)
             for rank in range(1, size):
                 ranks._spawn({"rank": rank, "size": size, "port": ranks._store.port, "folder": str(folder),
-                              "kernels": kernels, "options": options[rank], "dtype": dtype, "timeout": STEP_SECONDS,
+                              "kernels": kernels, "options": options[rank], "dtype": dtype, "timeout": timeout,
                               "threads": options[rank].get("threads")})
             ranks._hear("here")
-            ranks.group = connect(ranks._store, 0, size, device, STEP_SECONDS)
+            ranks.group = connect(ranks._store, 0, size, device, timeout)
         except BaseException:
             ranks.close()
             raise
@@ -131,13 +130,13 @@ class Ranks:
             for rank, process in enumerate(self._processes, 1):
                 assert process.stdout is not None
                 selector.register(process.stdout, selectors.EVENT_READ, rank)
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + self._timeout
             while selector.get_map():
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = ", ".join(str(key.data) for key in selector.get_map().values())
-                    raise ConfigError(f"rank {missing} of {self.size} was not {what} within {START_SECONDS:g} s: see "
-                                      "what it said on standard error")
+                    raise ConfigError(f"rank {missing} of {self.size} was not {what} within {self._timeout:g} s: "
+                                      "see what it said on standard error, or raise rank_timeout")
                 for key, _ in ready:
                     stdout: Any = key.fileobj
                     self._check(key.data, stdout.readline(), what)

@@ -28,7 +28,7 @@ GENERATION = "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WANTED = ["*.json", "*.safetensors", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
-FREE = ("architecture", "max_position_embeddings", "bos_token_id", "eos_token_ids", "dtype")
+FREE = ("architecture", "max_position_embeddings", "bos_token_id", "eos_token_ids", "dtype", "dropout")
 """What config.json may say otherwise of weights that are put into a running model: no product depends on it."""
 
 

@@ -4,7 +4,8 @@ Megatron-LM's pairing (section 3): a column-parallel linear splits its outputs, 
 and sums. The sum has one shape at every tensor-parallel degree: V virtual shards, each summed alone, then a
 balanced tree (`bounds` of `Ops.linear`), whose lower levels lie inside a rank and whose upper ones are the group's.
 
-What computes a linear is its *kernel slot*, `kernel(x) -> y`; quantization replaces it after loading.
+What computes a linear is its *kernel slot*, `kernel(x) -> y`; quantization replaces it after loading. What writes into
+the residual stream has a slot for its finished output too, `after(y) -> y`, which is the identity; dropout replaces it.
 
     T tokens   K inputs   N outputs   V vocabulary   D hidden
 """
@@ -165,6 +166,7 @@ class RowParallelLinear(_ParallelLinear):
         self.name = name
         self.bounds = bounds
         self.purpose = purpose
+        self.after: Callable[[Tensor], Tensor] = _as_it_is
         local = tuple(bounds[i] - start for i in range(group.own(len(bounds) - 1).start,
                                                        group.own(len(bounds) - 1).stop + 1))
         self.kernel = _slot(ops, self.weight, self.bias if group.size == 1 else None, local, None)
@@ -172,12 +174,11 @@ class RowParallelLinear(_ParallelLinear):
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K], K being this rank's inputs → [T, N], the same on every rank."""
         y_TN = self.kernel(x_TK)
-        if self.group.size == 1:
-            return y_TN
-        y_TN = _leave(y_TN, self.group, self.purpose)
-        if self.bias is None:
-            return y_TN
-        return add_bias(self.ops, y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
+        if self.group.size > 1:
+            y_TN = _leave(y_TN, self.group, self.purpose)
+            if self.bias is not None:
+                y_TN = add_bias(self.ops, y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
+        return self.after(y_TN)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's columns) of the weight, and the bias."""
@@ -194,6 +195,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.ops = ops
         self.group = group
+        self.after: Callable[[Tensor], Tensor] = _as_it_is
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
         self.weight = _matrix(self.stop - self.start, width, dtype, ops, group)
@@ -201,8 +203,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids_T: Tensor) -> Tensor:
         """Token ids [T] → [T, D] fp32."""
         if self.group.size == 1:
-            return self.ops.embedding(ids_T, self.weight)
-        return _leave(self._own_rows(ids_T), self.group, "embedding")
+            return self.after(self.ops.embedding(ids_T, self.weight))
+        return self.after(_leave(self._own_rows(ids_T), self.group, "embedding"))
 
     def _own_rows(self, ids_T: Tensor) -> Tensor:
         """Rows of tokens that this rank has; −0 elsewhere, to which adding a row gives just that row."""
@@ -275,6 +277,10 @@ class LMHead(nn.Module):
         """(checkpoint name, this rank's rows) of the table, or nothing where it is the embedding's."""
         if not self.tied:
             yield f"{prefix}.weight", Piece.split(self.weight.detach(), 0, self.bounds, self.group)
+
+
+def _as_it_is(y: Tensor) -> Tensor:
+    return y
 
 
 def _enter(x: Tensor, group: RankGroup, purpose: str) -> Tensor:

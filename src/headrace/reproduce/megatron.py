@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.parallel.rendezvous import keep_store
-from headrace.reproduce.megatron_rank import TIMEOUT, recipe
+from headrace.reproduce.megatron_rank import RATE, TIMEOUT, recipe
 from headrace.reproduce.table import Table
 
 __all__ = ["SETTINGS", "Machine", "run_ranks", "table"]
@@ -46,8 +46,6 @@ def table(quick: bool = False) -> Table:
     counts(out, answers, setting)
     bits(out, answers, model.num_layers)
     scaling(out, answers)
-    out.add("Dropout under the two RNG streams", "later", "same outside, different inside", "model.dropout is not in "
-            "headrace yet")
     out.add("A single GPU's share of its peak", "G", "39 TFLOP/s, 30%", "no GPU in this run")
     out.add("512 V100: 15.1 PFLOP/s sustained", "X", "15.1 PFLOP/s, 76%", "not claimed: another machine")
     out.add("WikiText-103 perplexity at 355M / 2.5B / 8.3B", "X", "19.31 / 12.76 / 10.81",
@@ -126,27 +124,40 @@ def bits(out: Table, answers: Answers, layers: int) -> None:
     copied = [ranks for (processes, degree), ranks in answers.items() if processes > degree]
     degrees = "degree " + ", ".join(str(len(ranks)) for ranks in ([alone], *tensor))
 
-    def verdict(ok: bool) -> str:
-        return "equal by ==" if ok else "NOT equal"
-
     def same(part: str) -> str:
-        return verdict(all(_covers(ranks, alone, part) for ranks in tensor))
+        return _verdict(all(_covers(ranks, alone, part) for ranks in tensor))
 
     out.add(f"Loss at {degrees}", "CE", equal,
-            verdict(all(rank["loss"] == alone["loss"] for ranks in tensor for rank in ranks)))
+            _verdict(all(rank["loss"] == alone["loss"] for ranks in tensor for rank in ranks)))
     out.add(f"Gradients, {len(alone['gradients'])} shards of tensors", "CE", equal, same("gradients"))
     for what, layouts in ((f"at {degrees}", tensor), ("of copies of the model, of one rank and of more", copied)):
-        curves = [[rank["curve"] for rank in ranks] for ranks in layouts]
-        ok = all(curve["steps"] == alone["curve"]["steps"] for ranks in curves for curve in ranks)
-        ok = ok and all(_covers(ranks, alone["curve"], "weights") for ranks in curves)
         steps = len(alone["curve"]["steps"])
-        out.add(f"Loss and gradient norm of {steps} steps and the weights after them, {what}", "CE", equal, verdict(ok))
+        out.add(f"Loss and gradient norm of {steps} steps and the weights after them, {what}", "CE", equal,
+                _verdict(_same_curves(layouts, alone, "curve")))
     streams = [bits for name, bits in alone["start"].items() if ".q_proj." in name]
     out.add("Random streams: one outside the parallel region, others inside", "CE", "a different one per rank inside",
             f"one per virtual shard ({len(set(streams))} of {len(streams)} differ), so first weights are "
             f"{same('start')} at {degrees}")
     out.add("Residual initialisation, std over the others'", "CE", f"1/√(2N) = {(2 * layers) ** -0.5:.3f}",
             f"{alone['spread']:.3f} (of one sample)")
+    told = alone["dropout"]
+    masks = all(rank["dropout"]["masks"] == told["masks"] for ranks in tensor for rank in ranks)
+    out.add(f"Dropout under the two RNG streams, {degrees} and of copies", "CE", "same outside, different inside",
+            f"outside (embedding, attention's and the MLP's output, rate {RATE}): {len(told['masks'])} masks with "
+            f"{told['share']:.4f} of their elements are {_verdict(masks)} on every rank of a model, and so losses and "
+            f"weights, copies' too, are {_verdict(_same_curves([*tensor, *copied], alone, 'dropout'))}; inside nothing "
+            "is dropped, as the kernels keep no probabilities of attention")
+
+
+def _verdict(ok: bool) -> str:
+    return "equal by ==" if ok else "NOT equal"
+
+
+def _same_curves(layouts: list[list[dict[str, Any]]], alone: dict[str, Any], part: str) -> bool:
+    """Whether every rank saw one process's steps, and all ranks of a layout ended with its weights."""
+    curves = [[rank[part] for rank in ranks] for ranks in layouts]
+    return (all(curve["steps"] == alone[part]["steps"] for ranks in curves for curve in ranks)
+            and all(_covers(ranks, alone[part], "weights") for ranks in curves))
 
 
 def _covers(ranks: list[dict[str, Any]], alone: dict[str, Any], part: str) -> bool:

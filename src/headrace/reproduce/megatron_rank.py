@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from headrace.attention.dense import DenseContext
 from headrace.config import ModelConfig
 from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.ops import load_ops
+from headrace.kernels.delegate import DelegatingOps
+from headrace.kernels.ops import Ops, load_ops
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh
@@ -33,9 +35,11 @@ from headrace.train.flops import model_flops
 from headrace.train.recompute import recompute_
 from headrace.train.trainer import Trainer
 
-__all__ = ["TIMEOUT", "main", "recipe"]
+__all__ = ["RATE", "TIMEOUT", "main", "recipe"]
 
 TIMEOUT = 300.0
+RATE = 0.1
+"""Of dropout, where there is any: the paper's."""
 WAYS = {"none": ("none", True), "full": ("full", True), "full, to the end": ("full", False)}
 """Recomputation, and whether it stops as soon as backward has what it needs."""
 LINK_SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)
@@ -60,7 +64,8 @@ def main(text: str) -> None:
     mesh = Mesh() if size == 1 else Mesh.meet(join(job["port"], size, TIMEOUT), rank, size, job["tensor"], place,
                                               timeout=TIMEOUT)
     plan = recipe(job["setting"])
-    seen: dict[str, Any] = {"curve": _curve(plan, mesh)}
+    ops = load_ops("cpu", threads=1)
+    seen: dict[str, Any] = {"curve": _curve(plan, mesh, ops), "dropout": _dropout(plan, mesh, ops)}
     if mesh.data.size == 1:
         seen |= _passes(plan, mesh.tensor)
         seen["link"] = _link(mesh.tensor) if size == 2 else []
@@ -68,9 +73,31 @@ def main(text: str) -> None:
     mesh.close()
 
 
-def _curve(plan: Recipe, mesh: Mesh) -> dict[str, Any]:
+class _Watched(DelegatingOps):
+    """Remembers which elements dropout kept, call by call, those of backward too."""
+
+    def __init__(self, base: Ops) -> None:
+        super().__init__(base)
+        self.masks: list[str] = []
+        self.dropped = self.elements = 0
+
+    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+        zero_TD = self.base.dropout(torch.ones_like(x_TD), key, row_T, first_feature, rate) == 0
+        self.masks.append(_digest(zero_TD))
+        self.dropped, self.elements = self.dropped + int(zero_TD.sum()), self.elements + zero_TD.numel()
+        return self.base.dropout(x_TD, key, row_T, first_feature, rate)
+
+
+def _dropout(plan: Recipe, mesh: Mesh, ops: Ops) -> dict[str, Any]:
+    """`_curve` with dropout, and what it dropped."""
+    watched: Any = _Watched(ops)
+    curve = _curve(replace(plan, model=replace(plan.model, dropout=RATE)), mesh, watched)
+    return curve | {"masks": watched.masks, "share": watched.dropped / watched.elements}
+
+
+def _curve(plan: Recipe, mesh: Mesh, ops: Ops) -> dict[str, Any]:
     """Every step's loss and gradient norm, and the weights at the end."""
-    trainer = Trainer(plan, load_ops("cpu", threads=1), mesh)
+    trainer = Trainer(plan, ops, mesh)
     records = [trainer.step() for _ in range(plan.train.steps)]
     return {"steps": [[record.loss, record.grad_norm] for record in records],
             "weights": _digests(trainer.model, trainer.parameters)}
@@ -149,8 +176,12 @@ def _link(group: RankGroup) -> list[list[float]]:
 def _digests(model: Transformer, tensors: Sequence[Tensor]) -> dict[str, str]:
     """The bits of every checkpoint tensor's virtual shards, of `tensors` in the parameters' places."""
     pieces = in_place_of(model.tensors(), list(model.parameters()), [x.detach() for x in tensors])
-    return {f"{name} {shard}": hashlib.sha256(view.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return {f"{name} {shard}": _digest(view)
             for name, piece in pieces for shard, view in piece.shards(piece.tensor) if math.prod(view.shape)}
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -153,12 +153,15 @@ class ParallelConfig:
     """How the model is spread. `tensor` ranks hold its virtual shards together: a power of two.
 
     As many copies of the model train as torchrun's processes allow. `sequence` splits the rows of norms and of the
-    stream between blocks over the tensor ranks too. `zero` is the stage at which the copies share optimizer state (1),
-    gradients (2) and parameters (3); they exchange about `bucket` elements at a time, and go on computing meanwhile
-    where they `overlap`. `reduction` "tree" sums gradients in one shape whatever the number of copies, "library" as the
-    communication library likes; `reduce_every` "step" sums a copy's micro-steps first. Optimizer state, or what full
-    recomputation keeps, may be offloaded: to a mapped file in `offload_folder`, with a GPU to host memory.
-    `partition_activations` divides what full recomputation keeps over the tensor-parallel ranks. A rank that is silent for `timeout` seconds is given up.
+    stream between blocks over the tensor ranks too. `partition_activations` divides what full recomputation keeps.
+
+    `zero` is the stage at which the copies share optimizer state (1), gradients (2) and parameters (3). They exchange
+    about `bucket` elements at a time, and go on computing meanwhile where they `overlap`. `reduction` "tree" sums
+    gradients in one shape whatever the number of copies, "library" as the communication library likes; `reduce_every`
+    "step" sums a copy's micro-steps first. Optimizer state, and what full recomputation keeps, may be offloaded: to a
+    mapped file in `offload_folder`, with a GPU to host memory.
+
+    A rank that is silent for `timeout` seconds is given up.
     """
 
     tensor: int = 1
@@ -182,16 +185,16 @@ class ParallelConfig:
             require(isinstance(value, bool), f"parallel.{name}={value!r} must be true or false")
         one_of("parallel.reduction", self.reduction, REDUCTIONS)
         one_of("parallel.reduce_every", self.reduce_every, REDUCE_EVERY)
-        require(self.reduce_every == "micro_step" or self.zero < 2, f"parallel.reduce_every={self.reduce_every!r} keeps "
-                f"all gradients of a step on every rank, which parallel.zero={self.zero} is there to avoid: use "
+        require(self.reduce_every == "micro_step" or self.zero < 2, f"parallel.reduce_every={self.reduce_every!r} "
+                f"keeps all gradients of a step on every rank, which parallel.zero={self.zero} is there to avoid: use "
                 "parallel.zero=1, or reduce every micro_step")
-        require(not (self.partition_activations and self.tensor == 1), "parallel.partition_activations=true divides what "
-                "is kept over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out")
+        require(not (self.partition_activations and self.tensor == 1), "parallel.partition_activations=true divides "
+                "what is kept over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out")
         require(not (self.partition_activations and self.sequence), "parallel.partition_activations=true and "
                 "parallel.sequence=true do the same: the stream between blocks is divided already")
-        require(isinstance(self.offload_folder, str), f"parallel.offload_folder={self.offload_folder!r} must be a folder")
-        require(not self.offload_folder or Path(self.offload_folder).is_dir(),
-                f"parallel.offload_folder={self.offload_folder!r} is not a folder")
+        folder = self.offload_folder
+        require(isinstance(folder, str) and (not folder or Path(folder).is_dir()),
+                f"parallel.offload_folder={folder!r} is not a folder")
         _integer("parallel.zero", self.zero, 0)
         require(self.zero <= 3, f"parallel.zero={self.zero} must be a stage of ZeRO: 0, 1, 2 or 3")
         _integer("parallel.bucket", self.bucket, 1)

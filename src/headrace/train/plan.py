@@ -152,12 +152,15 @@ class Part:
                 "optimizer moments": 2 * FP32 * sum(p.numel() for p in parameters)}
 
     def tokens(self, rows: int) -> int:
-        """T: of `rows` full rows, padded where the stream between blocks is split."""
+        """T: of `rows` full rows, padded so that the virtual shards can share them."""
         count = rows * self.recipe.train.seq_length
-        return count + (-count % self.recipe.model.shards if self.recipe.parallel.sequence else 0)
+        return count + -count % self.recipe.model.shards
 
     def kept(self, rows: int, recompute: str) -> dict[str, int]:
-        """Bytes that backward needs of `rows` full rows, by what they are; a name stands for it in all layers."""
+        """Bytes that backward needs of `rows` full rows, by what they are; a name stands for it in all layers.
+
+        Of dropout it needs nothing: what was dropped is a hash of numbers that the batch has.
+        """
         T, t, D = self.tokens(rows), self._stream(rows), self.recipe.model.hidden_size
         layers = self.recipe.model.num_layers
         kept = {name: layers * n for name, n in self._kept_by_block(rows, recompute).items()}

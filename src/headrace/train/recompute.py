@@ -22,6 +22,6 @@ def recompute_(model: Transformer, what: str) -> None:
         return
     for block in model.blocks:
         part = block if what == "full" else block.attention
-        # No random numbers are drawn in forward: dropout is a function of where it drops.
+        # No random numbers are drawn in forward: dropout is a hash of where it drops.
         part.forward = partial(  # type: ignore[method-assign]
             checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)

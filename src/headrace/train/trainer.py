@@ -6,6 +6,7 @@ the targets · backward · the gradients' tree, norm and clip · AdamW. Nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -27,6 +28,7 @@ from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.data import Batch, open_source
+from headrace.train.dropout import Dropout
 from headrace.train.flops import model_flops
 from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
 from headrace.train.recompute import recompute_
@@ -80,6 +82,7 @@ class Trainer:
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
+        self._dropout = Dropout(self.model, self.ops, self.config.dropout, recipe.train.seed)
         parallel = recipe.parallel
         host = Host(self.ops.device, parallel.offload_folder or tempfile.gettempdir())
         self._recompute(host)
@@ -103,10 +106,23 @@ class Trainer:
 
     def _predicting(self, batch: Batch) -> Tensor:
         """What the head reads of the batch's counting tokens [R, D]."""
-        rows = self.config.shards if self.mesh.tensor.sequence else 1
-        ids_T, positions_T, lengths = _padded(batch, rows)
-        ctx = DenseContext(self.ops, self.config, lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
-        return self.ops.embedding(batch.rows_R, self.model.hidden(ids_T, positions_T, ctx))
+        batch = self._padded(batch)
+        ctx = DenseContext(self.ops, self.config, batch.lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
+        return self.ops.embedding(batch.rows_R, self.model.hidden(batch.ids_T, batch.positions_T, ctx))
+
+    def _padded(self, batch: Batch) -> Batch:
+        """The batch with a sequence after the last, which nobody sees, that makes T a multiple of V: rows can be split.
+
+        It is there whether they are or not: a product's bits may depend on how many rows it sums over.
+        """
+        lack = -batch.num_tokens % self.config.shards
+        if not lack:
+            return batch
+        more_T = torch.arange(lack)
+        return dataclasses.replace(
+            batch, ids_T=torch.cat((batch.ids_T, torch.zeros_like(more_T))), lengths=[*batch.lengths, lack],
+            positions_T=torch.cat((batch.positions_T, more_T.to(batch.positions_T.dtype))),
+            row_of=[*batch.row_of, batch.row_of[-1]], tokens_T=torch.cat((batch.tokens_T, more_T)))
 
     def step(self) -> StepRecord:
         """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
@@ -217,9 +233,10 @@ class Trainer:
         total, own, rounds = PairwiseSum(), [torch.zeros(0)], self._parts // copies.size
         for i in range(rounds):
             part = batch.share(i * copies.size + copies.rank, self._parts) if self._parts > 1 else batch
-            loss, logprob_R = self._loss(part, factor / count)
+            with self._dropout.during(self.steps, self._padded(part).tokens_T):
+                loss, logprob_R = self._loss(part, factor / count)
+                self.sharded.gradients.backward(loss, i == 0, i == rounds - 1)
             own.append(logprob_R)
-            self.sharded.gradients.backward(loss, i == 0, i == rounds - 1)
             if self.recipe.parallel.reduce_every == "micro_step" or i == rounds - 1:
                 total.add([slot.gradients.clone() if i < rounds - 1 else slot.gradients for slot in self.sharded.slots])
         logprob_R = copies.all_gather_uneven(torch.cat(own), "loss")
@@ -243,12 +260,3 @@ def _parts(recipe: Recipe, mesh: Mesh) -> int:
         raise ConfigError(f"train.batch_size={recipe.train.batch_size} rows are too few for {parts} parts: "
                           f"{mesh.size} processes are {copies} copies of the model")
     return parts
-
-
-def _padded(batch: Batch, rows: int) -> tuple[Tensor, Tensor, list[int]]:
-    """(ids, positions, lengths) with a sequence after the last that makes T a multiple of `rows`: nobody sees it."""
-    lack = -batch.num_tokens % rows
-    if not lack:
-        return batch.ids_T, batch.positions_T, batch.lengths
-    return (torch.cat((batch.ids_T, batch.ids_T.new_zeros(lack))),
-            torch.cat((batch.positions_T, torch.arange(lack, dtype=batch.positions_T.dtype))), [*batch.lengths, lack])

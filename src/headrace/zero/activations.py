@@ -1,8 +1,8 @@
 """Checkpoints of activations that ranks share, or that lie outside of the device's memory (ZeRO-R's P_a, P_a+cpu).
 
-With full recomputation, what is kept of a block is its input. Every rank of a tensor-parallel group would keep the same:
-here each keeps a part, in one piece of memory that is there for good (M_D), and the parts are brought together when
-backward comes to the block: one all-gather of b·s·h, where tensor parallelism moves 12 times that for the block.
+With full recomputation, what is kept of a block is its input. Every rank of a tensor-parallel group would keep the
+same: here each keeps a part, in one piece of memory that is there for good (M_D), and the parts are brought together
+when backward comes to the block: one all-gather of b·s·h, where tensor parallelism moves 12 times that for the block.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A rank's parameters are laid end to end in *units*: the matrices of the embedding, of each block and of the head, and,
 in one unit, all vectors. A unit is cut into *buckets* of about a constant size (ZeRO-R's C_B), a bucket into one *slot*
-for each copy of the model. All cuts lie between *chunks*, the rows whose gradients' squares are summed together, so that
-the norm does not depend on who keeps what.
+for each copy of the model. All cuts lie between *chunks*, the rows whose gradients' squares are summed together, so
+that the norm does not depend on who keeps what.
 
     parameter   a local weight, seen as [rows, width]; a vector as [elements, 1]
     place       the rectangle of a parameter that is (this rank's part of) one tensor of the checkpoint

@@ -6,8 +6,8 @@
     2       and gradients (P_os+g)                    as 1
     3       and parameters (P_os+g+p)                 3Ψ: weights gathered forward and backward, gradients reduced
 
-All four train to the same bits. Gradients are summed in one tree over the copies, AdamW works element by element, and the
-norm adds exact sums of fixed chunks: who keeps what is in none of them.
+All four train to the same bits. Gradients are summed in one tree over the copies, AdamW works element by element, and
+the norm adds sums of fixed chunks exactly: who keeps what is in none of them.
 """
 
 from __future__ import annotations

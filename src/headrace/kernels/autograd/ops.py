@@ -64,6 +64,9 @@ class AutogradOps(DelegatingOps):
     def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
         return _SiluMul.apply(self.base, gate_up_TI)
 
+    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+        return _Dropout.apply(self.base, x_TD, key, row_T, first_feature, rate) if rate else x_TD
+
     def turned_back(self, table_Pd: Tensor) -> Tensor:
         """The table of the transposed rotation: its sines negated. Kept, as every layer asks for the same."""
         if self._tables is None or self._tables[0] is not table_Pd:
@@ -208,3 +211,15 @@ class _SiluMul(Function):
     @staticmethod
     def backward(ctx: Any, g_TI: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.ops.silu_mul_backward(g_TI.contiguous(), *ctx.saved_tensors)
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+        # The rows' numbers are the batch's; as a saved tensor they would make a block recompute to its very end.
+        ctx.ops, ctx.where = ops, (key, row_T, first_feature, rate)
+        return ops.dropout(x_TD.detach(), *ctx.where)
+
+    @staticmethod
+    def backward(ctx: Any, g_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.ops.dropout(g_TD.contiguous(), *ctx.where), None, None, None, None
