@@ -29,6 +29,7 @@ from headrace.train.data import Batch, open_source
 from headrace.train.flops import model_flops
 from headrace.train.optimizer import AdamW, PairwiseSum, global_norm
 from headrace.train.recompute import recompute_
+from headrace.train.regions import Region, regions_of
 from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
 from headrace.train.start import initial_model, initial_tokenizer
@@ -145,11 +146,19 @@ class Trainer:
             self.tokenizer.save(folder)
         self.mesh.barrier()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of weights and optimizer state: what a snapshot reads, and fills."""
-        for name, parameter in zip(self._names, self.parameters):
-            yield f"model/{name}", parameter.detach()
-        yield from self._optimizer.tensors()
+    def tensors(self) -> Iterator[tuple[str, Region]]:
+        """(name, region) of weights and optimizer state: what a snapshot reads, and fills.
+
+        Names are a kind (model, master, first or second) and the checkpoint's: `first/model.norm.weight`.
+        """
+        named = {name: parameter.detach() for name, parameter in zip(self._names, self.parameters)}
+        kinds = {"model": dict(named)}
+        for name, tensor in self._optimizer.tensors():
+            kind, _, parameter = name.partition("/")
+            kinds.setdefault(kind, {})[parameter] = tensor
+        for kind, tensors in kinds.items():
+            pieces = in_place_of(self.model.tensors(), [named[name] for name in tensors], list(tensors.values()))
+            yield from regions_of(kind, pieces, self.model.group, speaks=self.mesh.data.rank == 0)
 
     def state(self) -> dict[str, Any]:
         """All else that the next step depends on, in plain JSON values."""
