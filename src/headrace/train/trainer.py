@@ -232,7 +232,7 @@ def _over_copies(grads: list[Tensor], copies: RankGroup) -> list[Tensor]:
     """The sum over the copies of the model, as one message for each dtype."""
     if copies.size == 1:
         return grads
-    for dtype in {grad.dtype for grad in grads}:
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # in one order on all ranks, which a set has not
         some = [i for i, grad in enumerate(grads) if grad.dtype == dtype]
         flat = copies.all_reduce(torch.cat([grads[i].reshape(-1) for i in some]), "gradients")
         for i, part in zip(some, flat.split([grads[i].numel() for i in some])):
