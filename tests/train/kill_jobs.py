@@ -87,7 +87,8 @@ def main(root):
         folder = root / str(instant)
         write(folder, 1)
         ended = child(instant, folder)
-        found = newest_whole(folder, lambda message: print(message, file=sys.stderr))
+        warnings = []
+        found = newest_whole(folder, warnings.append)
         read = [(name, Region(torch.zeros(4, 8), (0, 0), (4, 8))) for name in ("model/a", "first/a")]
         found.read(read)
         right = all(bool((region.tensor == found.step).all()) for _, region in read)
@@ -95,7 +96,8 @@ def main(root):
         write(folder, 3)
         whole = newest_whole(folder, print)
         assert [path.name for path in folder.iterdir()] == ["step-00000003"]
-        print(json.dumps({"ended": ended, "step": found.step, "right": right, "then": whole.step}))
+        print(json.dumps({"ended": ended, "step": found.step, "right": right, "then": whole.step,
+                          "warnings": warnings}))
         instant += 1
 
 

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 from headrace.errors import HeadraceError
+from headrace.kernels.ops import load_ops
+from headrace.train.config import load_recipe
+from headrace.train.run import train
 from headrace.train.snapshots import reader, writer
 from headrace.train.snapshots.disk import snapshots
 from headrace.train.snapshots.reader import newest_whole
@@ -32,6 +35,11 @@ def save(mesh, recipe, changes, folder, steps):
             one.poll()
             curve.append([record.step, record.loss, record.grad_norm])
     return curve
+
+
+def run(mesh, recipe, changes, out):
+    """A whole run."""
+    train(load_recipe(recipe, changes), out, ops=load_ops("cpu", threads=1), mesh=mesh)
 
 
 class Spy:

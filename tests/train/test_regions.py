@@ -7,32 +7,9 @@ from hypothesis import strategies as st
 
 from headrace.errors import CheckpointError
 from headrace.parallel.group import RankGroup
-from headrace.train.regions import Region, box_at, inside, overlap, regions_of, require_whole, volume
+from headrace.train.regions import Region, inside, overlap, regions_of, require_whole, volume
 from parallel.model_jobs import build
-
-
-@st.composite
-def rectangles(draw, shape):
-    """One in a tensor of that shape."""
-    cuts = [sorted(draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))) for size in shape]
-    return tuple(map(tuple, cuts))
-
-
-@st.composite
-def partitions(draw):
-    """(shape, rectangles that are each element once, in any order)."""
-    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=2)))
-    boxes = [box_at([0] * len(shape), shape)]
-    for _ in range(draw(st.integers(0, 12))):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
-        axis = draw(st.integers(0, len(shape) - 1))
-        first, last = box[axis]
-        if last - first == 1:
-            boxes.append(box)
-            continue
-        cut = draw(st.integers(first + 1, last - 1))
-        boxes += [(*box[:axis], span, *box[axis + 1 :]) for span in ((first, cut), (cut, last))]
-    return shape, draw(st.permutations(boxes))
+from train.region_kit import SHAPES, partitions, rectangles
 
 
 def mask(box, shape):
@@ -41,7 +18,7 @@ def mask(box, shape):
     return counts
 
 
-@given(st.data(), st.lists(st.integers(1, 8), min_size=1, max_size=2))
+@given(st.data(), SHAPES)
 def test_overlap_is_what_both_have(data, shape):
     a, b = data.draw(rectangles(shape)), data.draw(rectangles(shape))
     both = overlap(a, b)
@@ -57,23 +34,22 @@ def test_overlap_is_what_both_have(data, shape):
         assert np.array_equal(local[inside(both, start)], whole[inside(both, [0] * len(shape))])
 
 
-@given(partitions())
-def test_a_partition_is_whole(case):
-    shape, boxes = case
-    require_whole("x", shape, boxes)
+@given(st.data(), SHAPES)
+def test_a_partition_is_whole(data, shape):
+    require_whole("x", shape, data.draw(partitions(shape)))
 
 
-@given(partitions(), st.data())
-def test_a_hole_is_found(case, data):
-    shape, boxes = case
+@given(st.data(), SHAPES)
+def test_a_hole_is_found(data, shape):
+    boxes = data.draw(partitions(shape))
     boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
     with pytest.raises(CheckpointError, match="x has a hole"):
         require_whole("x", shape, boxes)
 
 
-@given(partitions(), st.data())
-def test_what_is_held_twice_is_found_even_where_the_count_is_right(case, data):
-    shape, boxes = case
+@given(st.data(), SHAPES)
+def test_what_is_held_twice_is_found_even_where_the_count_is_right(data, shape):
+    boxes = data.draw(partitions(shape))
     extra = data.draw(rectangles(shape))
     with pytest.raises(CheckpointError, match="x is held twice"):
         require_whole("x", shape, [*boxes, extra])
@@ -86,13 +62,13 @@ def test_what_is_held_twice_is_found_even_where_the_count_is_right(case, data):
                 require_whole("x", shape, [*rest, same[0]])
 
 
-@given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=2))
+@given(st.data(), SHAPES)
 def test_whole_is_every_element_once(data, shape):
     """Against counting, with rectangles at random."""
     boxes = data.draw(st.lists(rectangles(shape), max_size=4))
     counts = sum((mask(box, shape) for box in boxes), np.zeros(shape, int))
     try:
-        require_whole("x", tuple(shape), boxes)
+        require_whole("x", shape, boxes)
         found = True
     except CheckpointError:
         found = False

@@ -2,19 +2,23 @@
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.errors import CheckpointError, ConfigError
 from headrace.model.tensorfiles import TensorFiles
 from headrace.train.config import load_recipe
-from headrace.train.regions import Region
+from headrace.train.regions import Region, inside
 from headrace.train.run import train
 from headrace.train.snapshots import writer
 from headrace.train.snapshots.disk import RECORD, prune, record_hash, snapshots
@@ -22,6 +26,7 @@ from headrace.train.snapshots.reader import newest_whole, open_snapshot
 from headrace.train.snapshots.writer import SnapshotWriter
 from headrace.train.trainer import Trainer
 from serve.http_kit import until
+from train.region_kit import SHAPES, partitions
 from train.run_kit import lines_of
 
 OVERRIDES = ("train.steps=10", "train.snapshot_every=3", "train.validate_every=4", "train.micro_batches=2")
@@ -154,6 +159,21 @@ def test_regions_that_are_not_each_element_once_are_no_snapshot(tmp_path, record
     with pytest.raises(CheckpointError, match=message), SnapshotWriter(tmp_path) as one:
         one.begin(record, parts)
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.data(), SHAPES)
+def test_any_cuts_read_what_any_others_have_written(data, shape):
+    """Rows, columns, rectangles: of one tensor a rank may hold several regions, views of any strides."""
+    def cut(tensor, boxes):
+        return [("x", Region(tensor[inside(box, [0] * len(shape))], tuple(a for a, _ in box), shape)) for box in boxes]
+
+    whole = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    read = torch.zeros(shape[::-1]).permute(*reversed(range(len(shape))))
+    with tempfile.TemporaryDirectory() as folder:
+        with SnapshotWriter(Path(folder)) as one:
+            one.begin({"state": {"step": 1}}, cut(whole, data.draw(partitions(shape))))
+        open_snapshot(Path(folder) / "step-00000001").read(cut(read, data.draw(partitions(shape))))
+    assert torch.equal(read, whole)
 
 
 def test_a_tensor_that_nobody_speaks_for_is_no_snapshot(tmp_path, record):
@@ -355,7 +375,7 @@ def test_a_kill_at_any_instant_leaves_a_whole_snapshot(tmp_path):
     assert len(found) > 20 and not any(one["ended"] for one in found[:-1]) and found[-1]["ended"]
     steps = [one["step"] for one in found]
     assert steps == sorted(steps) and set(steps) == {1, 2}  # the old one, until there is the new one
-    assert all(one["right"] and one["then"] == 3 for one in found)
+    assert all(one["right"] and one["then"] == 3 and not one["warnings"] for one in found)
 
 
 def test_a_trainer_restored_is_the_trainer(recipe_file, cpu_ops):
