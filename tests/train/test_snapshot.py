@@ -90,6 +90,29 @@ def test_what_was_copied_may_change_at_once(tmp_path, record, monkeypatch):
         assert all(torch.equal(read[name], tensor) for name, tensor in some_tensors(seed).items())
 
 
+def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, record, monkeypatch):
+    """A kill does not show this: a power cut would."""
+    synced, named, fsync, rename = set(), {}, os.fsync, Path.rename
+
+    def sync(descriptor):
+        fsync(descriptor)
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def move(path, to):
+        if str(path) in synced:  # the bytes, under whatever name
+            synced.add(str(to))
+        named[Path(to).name] = set(synced)
+        return rename(path, to)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", move)
+    with SnapshotWriter(tmp_path, tokenizer=lambda into: (into / "tokenizer.json").write_text("{}")) as one:
+        one.begin(record, regions(some_tensors()))
+    final, partial = tmp_path / "step-00000007", tmp_path / ".step-00000007.partial"
+    files = [str(partial / file.relative_to(final)) for file in final.rglob("*")]
+    assert len(files) == 4 and named[final.name] >= {str(partial), *files} and str(tmp_path) in synced
+
+
 def test_a_poll_after_the_writing_makes_it_whole(tmp_path, record):
     with SnapshotWriter(tmp_path) as one:
         one.begin(record, regions(some_tensors()))
@@ -346,6 +369,20 @@ def test_training_goes_on_while_a_snapshot_is_written(recipe_file, tmp_path, cpu
     assert [path.name for path in both[0]] == ["step-00000003", "step-00000006"]
     for ours, theirs in zip(*both, strict=True):
         assert open_snapshot(ours).record["files"] == open_snapshot(theirs).record["files"]
+
+
+def test_a_snapshot_is_whole_as_soon_as_it_is_written(recipe_file, tmp_path, cpu_ops):
+    """Not when the next one begins: a step after its thread has ended."""
+    seen = {}
+
+    def on_step(line):
+        seen[line["step"]] = len(snapshots(tmp_path / "snapshots"))
+        for thread in threading.enumerate():
+            if thread.name == "snapshot":
+                thread.join()
+
+    train(load_recipe(recipe_file, [*OVERRIDES, "train.steps=6"]), tmp_path, on_step, ops=cpu_ops)
+    assert (seen[4], seen[5]) == (0, 1)
 
 
 def test_what_the_disk_refuses_in_the_thread_ends_the_run(recipe_file, tmp_path, cpu_ops, undisturbed, monkeypatch):

@@ -102,7 +102,7 @@ class SnapshotWriter:
         of_first(self._mesh, lambda: _make_empty(job.partial))
         staged = self._staging.fill(held)
         # A daemon: a process that ends must not wait for a disk that does not answer.
-        job.thread = threading.Thread(target=self._write, args=(job, staged), daemon=True)
+        job.thread = threading.Thread(target=self._write, args=(job, staged), name="snapshot", daemon=True)
         self._job = job
         job.thread.start()
 
