@@ -15,7 +15,7 @@ NARROW = ("bfloat16", "float16")
 
 
 def state_of(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.tensors()}
+    return {name: region.tensor.clone() for name, region in trainer.tensors()}
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -27,12 +27,12 @@ def test_weights_and_gradients_are_stored_narrow_and_masters_wide(recipe_file, c
     for parameter, grad in zip(trainer.parameters, grads):
         assert parameter.dtype == grad.dtype == (narrow if parameter.ndim == 2 else torch.float32)
     trainer.step()
-    tensors = dict(trainer.tensors())
+    tensors = {name: region.tensor for name, region in trainer.tensors()}
     masters = {name.removeprefix("master/") for name in tensors if name.startswith("master/")}
     matrices = {name.removeprefix("model/") for name, tensor in tensors.items() if tensor.dtype == narrow}
     assert masters == matrices and len(masters) > 4
     for name in masters:
-        master, stored = tensors[f"master/{name}"], tensors[f"model/{name}"].view(-1)
+        master, stored = tensors[f"master/{name}"], tensors[f"model/{name}"]
         assert master.dtype == torch.float32 and torch.equal(master.to(narrow), stored)
         assert not torch.equal(master, stored.float())
     assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if not name.startswith("model/"))

@@ -151,13 +151,13 @@ def test_the_cli_may_stop_a_run_and_keep_what_was_measured(recipe, tmp_path, cpu
 FULL = """
 import resource, sys
 from headrace.cli import main
-from headrace.train import run
+from headrace.train.snapshots import writer
 
-def full(*args, write=run.write_snapshot, **options):
+def full(*args, write=writer.write_file):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    return write(*args, **options)
+    return write(*args)
 
-run.write_snapshot = full
+writer.write_file = full
 raise SystemExit(main(sys.argv[1:]))
 """
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headrace.cli import bench, chat, data, demo, generate, plan, reproduce, serve, train
+from headrace.cli import bench, chat, data, demo, export, generate, plan, reproduce, serve, train
 from headrace.errors import HeadraceError
 
 __all__ = ["main"]
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     parser = _Parser(prog="headrace", description="Trains, shrinks, serves and routes language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
-    for module in (demo, serve, generate, chat, data, train, plan, bench, reproduce):
+    for module in (demo, serve, generate, chat, data, train, export, plan, bench, reproduce):
         module.add(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -72,12 +72,16 @@ class Piece:
 
 def in_place_of(pieces: Iterable[tuple[str, Piece]], parameters: Sequence[Tensor],
                 others: Sequence[Tensor]) -> Iterator[tuple[str, Piece]]:
-    """The pieces as views of tensors that stand in the parameters' places, such as their gradients."""
+    """The pieces as views of tensors that stand in the parameters' places, such as their gradients.
+
+    Pieces of no parameter among these, and empty ones, are left out.
+    """
     places = {p.untyped_storage().data_ptr(): (p, other) for p, other in zip(parameters, others, strict=True)}
     for name, piece in pieces:
         view = piece.tensor
-        if view.numel():
-            parameter, other = places[view.untyped_storage().data_ptr()]
+        place = places.get(view.untyped_storage().data_ptr())
+        if view.numel() and place is not None:
+            parameter, other = place
             other = other.contiguous()
             at = other.storage_offset() + view.storage_offset() - parameter.storage_offset()
             yield name, replace(piece, tensor=other.as_strided(view.shape, view.stride(), at))

@@ -24,12 +24,15 @@ import torch
 from headrace.config import require
 from headrace.errors import ConfigError
 from headrace.kernels.ops import Ops
+from headrace.parallel.agreement import of_first
 from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
 from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_metrics
-from headrace.train.snapshot import Snapshot, clear_after, newest_whole, prune, snapshots, write_snapshot
+from headrace.train.snapshots.disk import clear_after, snapshots
+from headrace.train.snapshots.reader import Snapshot, newest_whole
+from headrace.train.snapshots.writer import SnapshotWriter
 from headrace.train.trainer import StepRecord, Trainer
 
 __all__ = ["Sampler", "TrainResult", "own_device", "train"]
@@ -71,7 +74,7 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
         mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout,
                         parallel.reduction == "library")
     with _disk(out):
-        resume = _agreed(mesh, lambda: _begin(out, resume))
+        resume = of_first(mesh, lambda: _begin(out, resume))
         run = _Run(recipe, out, ops, mesh, clock, warn)
         if resume:
             run.restore()
@@ -97,20 +100,20 @@ class _Run:
         self._mesh, self._speaks = mesh, mesh.rank == 0
         self._clock = clock
         self._warn = warn if self._speaks else _say_nothing
+        self._snapshots = SnapshotWriter(out / SNAPSHOTS, mesh, keep=recipe.train.keep_snapshots,
+                                         tokenizer=self.trainer.tokenizer.save)
         self._peak = mesh.size * (recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock))
 
     def restore(self) -> None:
         """Go on from the newest whole snapshot; without one, begin."""
         folder = self.out / SNAPSHOTS
-        snapshot = newest_whole(folder, self._warn)
-        self._mesh.barrier()  # all have looked
-        if self._speaks:
-            clear_after(folder, snapshot.step if snapshot else -1)
+        snapshot = newest_whole(folder, self._warn, self._mesh)
+        of_first(self._mesh, lambda: clear_after(folder, snapshot.step if snapshot else -1))
         if snapshot is None:
             return
-        snapshot.require_same(self._record(), {"layout": "of another layout", "model": "of another model"})
+        snapshot.require_same(self._record(), "model", "of another model")
         self._warn_of_changes(snapshot)
-        snapshot.read(self.trainer.tensors(), self._mesh.tensor.rank)
+        snapshot.read(self.trainer.tensors(), self._mesh)
         self.trainer.restore(dict(snapshot.record["state"]))
 
     def go(self, on_step: OnStep | None, sampler: Sampler | None) -> None:
@@ -118,16 +121,19 @@ class _Run:
         train, trainer = self.recipe.train, self.trainer
         with contextlib.ExitStack() as files:
             record = _Record(self.out, trainer.steps, files) if self._speaks else None
+            files.enter_context(self._snapshots)
             while trainer.steps < train.steps:
                 line = self._step()
                 if record is not None:
                     record.write(line)
                     if on_step is not None:
                         on_step(line)
+                self._snapshots.poll()
                 if self._due(train.snapshot_every) or trainer.steps == train.steps:
-                    if record is not None:
+                    if record is not None:  # before the snapshot has a name, so that there are no lines amiss
                         record.sync()
-                    self._snapshot()
+                        draw(read_metrics(self.out / METRICS), self.out / "loss.png")
+                    self._snapshots.begin(self._record(), trainer.tensors())
                 if sampler is not None and self._due(train.sample_every):
                     with trainer.sharded.whole():
                         sampler(trainer)
@@ -144,7 +150,9 @@ class _Run:
         began = self._clock()
         try:
             record = self.trainer.step()
-        except ConfigError as error:
+        except ConfigError as error:  # the same on all ranks
+            with contextlib.suppress(OSError):
+                self._snapshots.finish()
             raise ConfigError(f"{error}; {_last(self.out)}") from None
         line = self._line(record, max(self._clock() - began, 1e-9))
         if self._due(train.validate_every) or record.step == train.steps:
@@ -164,19 +172,11 @@ class _Run:
     def _due(self, every: int) -> bool:
         return bool(every) and self.trainer.steps % every == 0
 
-    def _snapshot(self) -> None:
-        folder = self.out / SNAPSHOTS
-        tensor, copies = self._mesh.tensor, self._mesh.data
-        write_snapshot(folder, self._record(), self.trainer.tensors(), rank=tensor.rank, ranks=tensor.size,
-                       barrier=self._mesh.barrier, copy=copies.rank)
-        if self._speaks:
-            prune(folder, self.recipe.train.keep_snapshots)
-            draw(read_metrics(self.out / METRICS), self.out / "loss.png")
-
     def _record(self) -> dict[str, Any]:
         """What a snapshot says of its run."""
         recipe = dataclasses.asdict(self.recipe)
-        layout = {"tensor": recipe.pop("parallel")["tensor"]}
+        layout = {**recipe.pop("parallel"), "copies": self._mesh.data.size}
+        del layout["timeout"]
         return {"layout": layout, "model": dataclasses.asdict(self.trainer.config), "recipe": recipe,
                 "fingerprint": self.trainer.ops.fingerprint(), "state": self.trainer.state()}
 
@@ -185,6 +185,9 @@ class _Run:
         if theirs["fingerprint"] != ours["fingerprint"]:
             self._warn(f"{snapshot.folder} was written under {theirs['fingerprint']}, this is {ours['fingerprint']}: "
                        "the run goes on, but not with the bits that it would have had there")
+        if theirs["layout"] != ours["layout"]:
+            self._warn(f"{snapshot.folder} was written by {_told(theirs['layout'])}; this is {_told(ours['layout'])}: "
+                       "the state is the same to the bit, what follows has this layout's bits where they differ")
         for section in ("optimizer", "train"):
             for key, value in ours["recipe"][section].items():
                 was = theirs["recipe"][section].get(key)
@@ -213,17 +216,8 @@ def _say_nothing(_: str) -> None:
     pass
 
 
-def _agreed(mesh: Mesh, ask: Callable[[], bool]) -> bool:
-    """What rank 0 finds, on every rank; its `ConfigError` too."""
-    said: dict[str, Any] = {}
-    if mesh.rank == 0:
-        try:
-            said = {"answer": ask()}
-        except ConfigError as error:
-            said = {"error": str(error)}
-    said = json.loads(mesh.share(json.dumps(said).encode() if mesh.rank == 0 else None))
-    require("error" not in said, said.get("error", ""))
-    return bool(said["answer"])
+def _told(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in layout.items())
 
 
 def _begin(out: Path, resume: bool) -> bool:

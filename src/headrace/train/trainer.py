@@ -32,6 +32,7 @@ from headrace.train.dropout import Dropout
 from headrace.train.flops import model_flops
 from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
 from headrace.train.recompute import recompute_
+from headrace.train.regions import Region
 from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
 from headrace.train.start import first_weights, initial_model, initial_tokenizer
@@ -171,12 +172,15 @@ class Trainer:
             self.tokenizer.save(folder)
         self.mesh.barrier()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of weights and optimizer state: what a snapshot reads, and fills."""
+    def tensors(self) -> Iterator[tuple[str, Region]]:
+        """(name, region) of weights and optimizer state: what a snapshot reads, and fills.
+
+        Names are a kind (model, master, first or second) and the checkpoint's: `first/model.norm.weight`.
+        """
         kinds = {"model": [slot.weights for slot in self.sharded.slots], **self._optimizer.tensors()}
         for kind, tensors in kinds.items():
             for part in self.sharded.rectangles(kind, tensors):
-                yield f"{part.name}@{part.start}", part.tensor
+                yield part.name, Region(part.tensor, part.start, part.shape, part.speaks)
 
     def state(self) -> dict[str, Any]:
         """All else that the next step depends on, in plain JSON values."""

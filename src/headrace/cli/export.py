@@ -1,0 +1,36 @@
+"""`headrace export`: a snapshot of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from headrace.cli.progress import kernels
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "export",
+        help="make a Hugging Face folder of a training snapshot",
+        description="Write a snapshot's model as a Hugging Face folder, and prove that it computes the same logits.",
+    )
+    parser.add_argument("snapshot", type=Path, help="a step-… folder; or a run's --out, for its newest whole snapshot")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Export, and say what may be done with it."""
+    from headrace.train.export import export_snapshot
+
+    def warn(message: str) -> None:
+        print(f"headrace: warning: {message}", file=sys.stderr)
+
+    snapshot = export_snapshot(arguments.snapshot, arguments.out, kernels("cpu"), warn)
+    print(f"{snapshot.folder}, step {snapshot.step} → {arguments.out}: the same logits, bit for bit")
+    print(f"headrace generate {arguments.out} --prompt …")

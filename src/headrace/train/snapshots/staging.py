@@ -1,0 +1,82 @@
+"""A rank's regions in host memory, laid out as the safetensors file that they will be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headrace.train.regions import Region
+
+__all__ = ["Staged", "Staging"]
+
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The file format's names of dtypes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """One copied region."""
+
+    name: str
+    dtype: torch.dtype
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    at: int
+    """Where its bytes begin."""
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end."""
+        return self.at + math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def key(self) -> str:
+        """Its name in the file: that of the tensor and the rows and columns, as `first/model.norm.weight[0:32]`."""
+        return self.name + "[" + ",".join(f"{a}:{a + n}" for a, n in zip(self.start, self.shape)) + "]"
+
+    def record(self) -> dict[str, Any]:
+        """What a snapshot says of it."""
+        return {"key": self.key, "start": self.start, "shape": self.shape}
+
+
+class Staging:
+    """A buffer that is allocated once, and filled again for every snapshot."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, regions: Iterable[tuple[str, Region]]) -> list[Staged]:
+        """Copy the regions that this rank speaks for; what was there before is lost."""
+        mine = [(name, region) for name, region in regions if region.speaks]
+        # The widest first, as the format's own writer does: so each lies at a multiple of its width.
+        mine.sort(key=lambda one: -one[1].tensor.dtype.itemsize)
+        self._reserve(sum(region.tensor.nbytes for _, region in mine), any(r.tensor.is_cuda for _, r in mine))
+        staged, at = [], 0
+        for name, region in mine:
+            shape = tuple(region.tensor.shape)
+            one = Staged(name, region.tensor.dtype, region.start, shape, at)
+            self._buffer[at : one.end].view(one.dtype).view(shape).copy_(region.tensor.detach())
+            staged.append(one)
+            at = one.end
+        return staged
+
+    def file(self, staged: list[Staged]) -> Iterator[bytes | memoryview]:
+        """The bytes of a safetensors file of what `fill` has copied."""
+        header = {"__metadata__": {"format": "pt"}, **{
+            one.key: {"dtype": CODES[one.dtype], "shape": one.shape, "data_offsets": [one.at, one.end]}
+            for one in staged}}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        yield len(text).to_bytes(8, "little")
+        yield text
+        data: Any = self._buffer[: staged[-1].end].numpy()
+        yield memoryview(data)
+
+    def _reserve(self, size: int, pinned: bool) -> None:
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)

@@ -1,0 +1,105 @@
+"""Snapshots in processes that kill themselves: run as `python -m train.kill_jobs FOLDER`, a line of JSON each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from headrace.train.regions import Region
+from headrace.train.snapshots import disk
+from headrace.train.snapshots.disk import clear_after
+from headrace.train.snapshots.reader import newest_whole
+from headrace.train.snapshots.writer import SnapshotWriter
+
+CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+def regions(step):
+    return [(name, Region(torch.full((4, 8), float(step)), (0, 0), (4, 8))) for name in ("model/a", "first/a")]
+
+
+def write(folder, step):
+    def tokenizer(into):
+        (into / "tokenizer.json").write_text(str(step))
+
+    with SnapshotWriter(folder, keep=1, tokenizer=tokenizer) as one:
+        one.begin({"state": {"step": step}}, regions(step))
+
+
+def die_at(instant, folder):
+    """From here on, count what is done to files in `folder`, and kill this process before that number is done."""
+    left = instant
+
+    def one(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, args):
+        if event in CHANGES and (str(args[0]).startswith(str(folder)) or "rmdir" in event or "remove" in event):
+            one()
+
+    sys.addaudithook(audit)
+    fsync, disk.CHUNK = os.fsync, 64
+    disk.hashlib = Counted(disk.hashlib, one)
+    os.fsync = lambda descriptor: (one(), fsync(descriptor))
+
+
+class Counted:
+    """hashlib, whose every update tells that so many bytes more have been written."""
+
+    def __init__(self, real, one):
+        self._real, self._one = real, one
+        self.file_digest = real.file_digest
+
+    def sha256(self, *args):
+        digest = self._real.sha256(*args)
+        outer = self
+
+        class Digest:
+            def update(self, data):
+                outer._one()
+                digest.update(data)
+
+            hexdigest = digest.hexdigest
+
+        return Digest()
+
+
+def child(instant, folder):
+    pid = os.fork()
+    if pid == 0:
+        die_at(instant, folder)
+        write(folder, 2)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def main(root):
+    ended, instant = False, 0
+    while not ended:
+        folder = root / str(instant)
+        write(folder, 1)
+        ended = child(instant, folder)
+        warnings = []
+        found = newest_whole(folder, warnings.append)
+        read = [(name, Region(torch.zeros(4, 8), (0, 0), (4, 8))) for name in ("model/a", "first/a")]
+        found.read(read)
+        right = all(bool((region.tensor == found.step).all()) for _, region in read)
+        clear_after(folder, found.step)
+        write(folder, 3)
+        whole = newest_whole(folder, print)
+        assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+        print(json.dumps({"ended": ended, "step": found.step, "right": right, "then": whole.step,
+                          "warnings": warnings}))
+        instant += 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
