@@ -126,6 +126,11 @@ class Sharded:
                             yield (rows[low - segment.first : high - segment.first, left:right].reshape(-1),
                                    place.chunk * (right - left))
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which this rank did not compute because of the other copies, since the beginning."""
+        return self._messages.waited
+
     def close(self) -> None:
         """End its thread."""
         self._messages.close()

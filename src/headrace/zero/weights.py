@@ -94,7 +94,7 @@ class Weights:
             self._ask(unit)
             coming = self._coming.pop(unit, None)
             if coming is not None:
-                coming.result()
+                self._messages.wait(coming)
             if self._uses[unit] == 1:
                 self._show(unit, self._open[unit])
         if following is not None and self._divided[following]:
