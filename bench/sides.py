@@ -1,7 +1,7 @@
 """What the sides of the training comparisons share: their processes, the lines they speak, and our trainer as one.
 
 A side is a script that is called with its own words and then RANK SIZE PORT. It reads a number of steps a line, does
-them, and answers with a JSON line: the seconds of each, the loss, the peak of memory. A side that is not measured waits.
+them, and answers with a JSON line: the seconds of each, the loss, the peak of memory. One that is not measured waits.
 Of headrace it needs nothing until `trainer` is called, so that a peer may run in an environment of its own.
 """
 

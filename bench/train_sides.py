@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sides import Step, gloo, serve, trainer
 
 RATE = 1e-4

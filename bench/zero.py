@@ -10,9 +10,9 @@ sides start from the same weights and read the same rows in the same order, in t
     snapshots  what one a minute would cost, and the way back
 
 Prints tokens per second, ratios of what stood beside each other in a round with the bar each is held to, the peak of
-memory of all ranks together, bytes sent and the share of a step for which a rank waited for others. PYTHON is that of an
-environment with torch, transformers and deepspeed, else of HEADRACE_DEEPSPEED_PYTHON; without one DeepSpeed is not
-measured. `--only` runs the cases in whose names all WORDS are. docs/results/zero.json keeps the other cases as they were.
+memory of all ranks together, bytes sent and the share of a step for which a rank waited for others. PYTHON is that of
+an environment with torch, transformers and deepspeed, else of HEADRACE_DEEPSPEED_PYTHON; without one DeepSpeed is not
+measured. `--only` runs the cases in whose names all WORDS are; docs/results/zero.json keeps the others as they were.
 """
 
 from __future__ import annotations

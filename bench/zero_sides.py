@@ -2,10 +2,10 @@
 
     python bench/zero_sides.py KIND FOLDER DTYPE RANK SIZE PORT
 
-KIND is headrace:STAGE, headrace:STAGE:still (without overlap), snapshots:STAGE, ddp, fsdp (FSDP2, a group for every layer
-and one for the rest) or deepspeed:STAGE. FOLDER holds the first weights, our recipe, and for the peers batches.pt: the
-rows that our trainer reads, in its order, with the number of targets. Losses are sums over a batch's targets divided by
-their number, on all sides; so is AdamW what our recipe says.
+KIND is headrace:STAGE, headrace:STAGE:still (without overlap), snapshots:STAGE, ddp, fsdp (FSDP2, a group for every
+layer and one for the rest) or deepspeed:STAGE. FOLDER holds the first weights, our recipe, and for the peers
+batches.pt: the rows that our trainer reads, in its order, with the number of targets. On all sides the loss is the sum
+over a batch's targets divided by their number, and AdamW is what our recipe says.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sides import Step, gloo, serve, trainer
 
 RATE, DECAY, CLIP = 1e-4, 0.1, 1.0
