@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def deepspeed(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
         loss = loss_of(engine)
         engine.backward(loss)
         engine.step()
-        return float(loss.detach()), {}
+        return float(loss.detach()), {"deepspeed": peer.__version__, "transformers": version("transformers")}
 
     return step
 
@@ -168,7 +169,7 @@ def _torch_step(folder: Path, model: Any, optimizer: torch.optim.AdamW, rank: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach()), {}
+        return float(loss.detach()), {"transformers": version("transformers")}
 
     return step
 
