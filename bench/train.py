@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import tempfile
 from dataclasses import replace
@@ -29,12 +28,13 @@ from headrace.model.transformer import Transformer
 from headrace.train.config import DataConfig
 from headrace.train.corpus.build import BuildConfig, build
 from headrace.train.data import open_source
-from train_sides import Side
+from sides import Side
 
 SIZES = {
     "12m": (ModelConfig("LlamaForCausalLM", 8192, 384, 1024, 6, 6, 2, 64, 1024, tie_word_embeddings=True), 8, 256),
     "1m": (ModelConfig("LlamaForCausalLM", 512, 128, 384, 4, 4, 4, 32, 512, tie_word_embeddings=True), 4, 256),
 }
+SCRIPT = Path(__file__).with_name("train_sides.py")
 RECIPE = """
 [optimizer]
 learning_rate = 1e-4
@@ -70,7 +70,7 @@ def compare(work: Path, name: str, steps: int, pairs: int) -> dict[str, Any]:
     folder = checkpoint(work / name, data, config)
     single = checkpoint(work / f"{name}-one-shard", data, replace(config, virtual_shards=1))
     found: dict[str, Any] = {}
-    one = (data, rows, tokens, 2)
+    one = (data, rows, tokens, 2, 1)
     two = (data, rows, tokens, 1, 2)
     for label, ours, theirs in (
         ("eager", ("headrace", folder, *one), ("torch", folder, *one)),
@@ -85,7 +85,7 @@ def compare(work: Path, name: str, steps: int, pairs: int) -> dict[str, Any]:
 
 def beside(ours: tuple[Any, ...], theirs: tuple[Any, ...], tokens: int, steps: int, pairs: int) -> dict[str, Any]:
     """Two sides in turn: tokens per second of each round, and what each said last."""
-    sides = [Side(*side, *([_free_port()] if len(side) == 7 else [])) for side in (ours, theirs)]
+    sides = [Side(SCRIPT, words, ranks) for *words, ranks in (ours, theirs)]
     last: list[dict[str, Any]] = [{}, {}]
 
     def measure(i: int) -> float:
@@ -131,12 +131,6 @@ def checkpoint(folder: Path, data: Path, config: ModelConfig) -> Path:
     shards = f"\n[model]\nvirtual_shards = {config.virtual_shards}\n"
     (folder / "recipe.toml").write_text(RECIPE + shards)
     return folder
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 if __name__ == "__main__":

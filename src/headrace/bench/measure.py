@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Pairs", "interleave", "machine", "rates", "seconds", "write_results"]
+__all__ = ["Pairs", "in_turn", "interleave", "machine", "pairs", "rates", "seconds", "write_results"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,28 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(ours: Callable[[], float], theirs: Callable[[], float], pairs: int = 5, warm: int = 1) -> Pairs:
-    """Measure the two sides in turn, `pairs` times each, swapping who goes first. Each call returns its figure."""
+def in_turn(sides: Sequence[Callable[[], float]], rounds: int = 5, warm: int = 1) -> list[list[float]]:
+    """Each side's figures, one a round; every other round goes backwards. Each call returns its side's figure."""
     for _ in range(warm):
-        ours(), theirs()
-    a, b = [], []
-    for i in range(pairs):
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
-            (a.append(ours()) if side == 0 else b.append(theirs()))
-    ratios = [x / y for x, y in zip(a, b)]
-    return Pairs(a, b, statistics.median(ratios), min(ratios), max(ratios))
+        for side in sides:
+            side()
+    found: list[list[float]] = [[] for _ in sides]
+    numbers = range(len(sides))
+    for i in range(rounds):
+        for number in numbers if i % 2 == 0 else reversed(numbers):
+            found[number].append(sides[number]())
+    return found
+
+
+def pairs(ours: Sequence[float], theirs: Sequence[float]) -> Pairs:
+    """Figures of the same rounds, beside each other."""
+    ratios = [x / y for x, y in zip(ours, theirs, strict=True)]
+    return Pairs(list(ours), list(theirs), statistics.median(ratios), min(ratios), max(ratios))
+
+
+def interleave(ours: Callable[[], float], theirs: Callable[[], float], rounds: int = 5, warm: int = 1) -> Pairs:
+    """Measure two sides in turn, `rounds` times each, swapping who goes first."""
+    return pairs(*in_turn((ours, theirs), rounds, warm))
 
 
 def rates(threads: int, megabytes: int = 768, size: int = 2048, repeats: int = 5) -> dict[str, float]:

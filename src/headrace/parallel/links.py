@@ -21,8 +21,8 @@ from torch import Tensor
 
 __all__ = ["Link", "LinkError", "ProcessGroupLink", "SocketLink"]
 
-CHUNK = 1 << 16
-"""Bytes sent before as many are received. Two of them fit every system's buffer, so that both sides may send first."""
+BUFFER = 1 << 19
+"""Bytes of a socket's buffer that are asked for: the fewer turns to send and receive, the fewer switches of process."""
 
 
 class LinkError(RuntimeError):
@@ -60,11 +60,16 @@ class SocketLink:
     def __init__(self, sockets: Mapping[int, socket.socket], timeout: float) -> None:
         self._sockets = dict(sockets)
         self._timeout = timeout
+        self._chunk = BUFFER
+        """Bytes sent before as many are received. Two of them fit the buffer, so that both sides may send first."""
         wait = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         for other in self._sockets.values():
             other.setblocking(True)
             other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
             other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+            # Of what was granted half is the system's own bookkeeping.
+            self._chunk = min(self._chunk, other.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4)
 
     @classmethod
     def meet(cls, store: Any, rank: int, size: int, timeout: float) -> SocketLink:
@@ -87,9 +92,9 @@ class SocketLink:
 
     def exchange(self, give: Tensor, take: Tensor, partner: int) -> None:
         sending, receiving = _bytes(give), _bytes(take)
-        for at in range(0, max(len(sending), len(receiving)), CHUNK):
-            self._send(sending[at : at + CHUNK], partner)
-            self._receive(receiving[at : at + CHUNK], partner)
+        for at in range(0, max(len(sending), len(receiving)), self._chunk):
+            self._send(sending[at : at + self._chunk], partner)
+            self._receive(receiving[at : at + self._chunk], partner)
 
     def send(self, x: Tensor, to: int) -> None:
         self._send(_bytes(x), to)

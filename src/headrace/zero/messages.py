@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ class Messages:
     def __init__(self, overlap: bool) -> None:
         self._thread = ThreadPoolExecutor(1, "messages") if overlap else None
         self._pending: deque[Future[None]] = deque()
+        self.waited = 0.0
+        """Seconds for which those who ask did not go on."""
 
     def ask(self, work: Callable[[], None]) -> Future[None]:
         """Do `work` after what was asked for before. Its errors come up where it is waited for."""
@@ -26,14 +29,22 @@ class Messages:
             self._pending.append(self._thread.submit(work))
             return self._pending[-1]
         done: Future[None] = Future()
+        began = time.perf_counter()
         work()
+        self.waited += time.perf_counter() - began
         done.set_result(None)
         return done
+
+    def wait(self, message: Future[None]) -> None:
+        """Wait until a message has gone."""
+        began = time.perf_counter()
+        message.result()
+        self.waited += time.perf_counter() - began
 
     def leave(self, pending: int) -> None:
         """Wait until no more than `pending` are left."""
         while len(self._pending) > pending:
-            self._pending.popleft().result()
+            self.wait(self._pending.popleft())
 
     def all(self) -> None:
         """Wait for all."""

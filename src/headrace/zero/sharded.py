@@ -133,6 +133,11 @@ class Sharded:
                 "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
                 "gradients on their way": self.gradients.buffer_bytes}
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which this rank did not compute because of the other copies, since the beginning."""
+        return self._messages.waited
+
     def close(self) -> None:
         """End its thread."""
         self._messages.close()

@@ -44,6 +44,9 @@ class Weights:
         """Buffers of the divided units that are whole now, or are becoming so."""
         self._coming: dict[int, Future[None]] = {}
         self._uses = [0] * len(self._units)
+        for parameter in parameters:
+            if not parameter.numel():  # of an empty vocabulary shard, which is in no unit
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         for i, unit in enumerate(units):
             size = sum(b - a for a, b in unit.slots(copies.slot)) if self._divided[i] else unit.size
             self._stored.append(torch.empty(size, dtype=unit.dtype, device=device))
@@ -94,7 +97,7 @@ class Weights:
             self._ask(unit)
             coming = self._coming.pop(unit, None)
             if coming is not None:
-                coming.result()
+                self._messages.wait(coming)
             if self._uses[unit] == 1:
                 self._show(unit, self._open[unit])
         if following is not None and self._divided[following]:

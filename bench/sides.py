@@ -1,0 +1,125 @@
+"""What the sides of the training comparisons share: their processes, the lines they speak, and our trainer as one.
+
+A side is a script that is called with its own words and then RANK SIZE PORT. It reads a number of steps a line, does
+them, and answers with a JSON line: the seconds of each, the loss, the peak of memory. One that is not measured waits.
+Of headrace it needs nothing until `trainer` is called, so that a peer may run in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Side", "Step", "gloo", "peak_memory", "serve", "trainer"]
+
+Step = Callable[[], tuple[float, dict[str, Any]]]
+"""One step: its loss, and what else there is to say of it."""
+
+
+class Side:
+    """The processes of one side, seen from the benchmark."""
+
+    def __init__(self, script: Path, words: Sequence[object], ranks: int = 1, python: str = sys.executable) -> None:
+        self._what = f"{script.name} {words[0]}"
+        port = _free_port()
+        self._processes = [
+            subprocess.Popen([python, script, *map(str, words), str(rank), str(ranks), str(port)],
+                             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for rank in range(ranks)]
+
+    def run(self, steps: int) -> dict[str, Any]:
+        """Do some steps; what rank 0 says, but all ranks' memory together and the mean of their losses."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        answers = []
+        for process in self._processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"the side {self._what} died: see what it said")
+            answers.append(json.loads(line))
+        return {**answers[0], "memory": sum(answer["memory"] for answer in answers),
+                "loss": sum(answer["loss"] for answer in answers) / len(answers)}
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            process.wait()
+
+
+def serve(make: Callable[[], Step]) -> None:
+    """Serve one rank of one side, whose own output goes to standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    step = make()
+    for line in sys.stdin:
+        seconds, loss, told = [], 0.0, {}
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            loss, told = step()
+            seconds.append(time.perf_counter() - began)
+        out.write(json.dumps({"seconds": seconds, "loss": loss, "memory": peak_memory(), **told}) + "\n")
+        out.flush()
+
+
+def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, rank: int, size: int, port: int) -> Step:
+    """Our trainer by a recipe, `tensor` ranks to a copy of the model."""
+    import torch
+
+    from headrace.kernels.ops import load_ops
+    from headrace.parallel.mesh import Mesh
+    from headrace.parallel.rendezvous import join, keep_store
+    from headrace.train.config import load_recipe
+    from headrace.train.trainer import Trainer
+
+    mesh = Mesh()
+    if size > 1:
+        store = keep_store(size, 60, port) if rank == 0 else join(port, size, 60)
+        mesh = Mesh.meet(store, rank, size, tensor, torch.device("cpu"))
+    ours = Trainer(load_recipe(recipe, [*changes, f"parallel.tensor={tensor}"]), load_ops("cpu", threads=threads), mesh)
+    torch.set_num_threads(threads)
+    traffic = (mesh.tensor if tensor > 1 else mesh.data).traffic
+
+    def step() -> tuple[float, dict[str, Any]]:
+        traffic.clear()
+        waited = ours.sharded.waited
+        record = ours.step()
+        return record.loss, {"communication": traffic.seconds, "waited": ours.sharded.waited - waited,
+                             "bytes": traffic.bytes_sent, "volume": traffic.volume()}
+
+    return step
+
+
+def gloo(rank: int, size: int, port: int) -> None:
+    """Join torch's default process group, on the loopback."""
+    import torch.distributed as dist
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size),
+                   "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo")
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
