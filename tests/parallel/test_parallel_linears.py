@@ -64,10 +64,10 @@ def test_the_kernel_slot_is_what_computes(ops):
 
 def test_a_tied_head_reads_the_embedding(ops):
     embedding = VocabParallelEmbedding(ops, 10, 4, 4, torch.float32, ALONE)
-    embedding.init_(Streams(0, 4, ALONE), 1.0)
+    embedding.init_(Streams(0, 4, ALONE), 1.0, 1.0)
     tied = LMHead(ops, 10, 4, 4, torch.float32, ALONE, tied=embedding)
     before = embedding.weight.clone()
-    tied.init_(Streams(1, 4, ALONE), 1.0)
+    tied.init_(Streams(1, 4, ALONE), 1.0, 1.0)
     assert torch.equal(embedding.weight, before)
     assert torch.equal(tied(before[:2]), before[:2] @ before.T)
     assert list(tied.tensors("lm_head")) == []

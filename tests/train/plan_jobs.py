@@ -51,33 +51,25 @@ def full_batch(recipe):
     return batch_of([(row.tolist(), [True] * length) for row in ids.view(-1, length)])
 
 
-def _bytes(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 def measured(mesh, file, changes):
     recipe = load_recipe(file, changes)
     trainer = Trainer(recipe, load_ops("cpu", threads=1), mesh)
     batch = full_batch(recipe)
-    constant = {p.untyped_storage().data_ptr() for p in trainer.parameters}
     saved = {}
 
     def pack(x):
-        saved.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
+        if x.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in trainer.parameters}:
+            saved.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
         return x
 
     part, embed = batch.share(0, trainer._parts), trainer.model.embed
     with saved_tensors_hooks(pack, lambda x: x):
         loss, _ = trainer._loss(part, 1.0)
-    kept = sum(storage.nbytes() for ptr, storage in saved.items() if ptr not in constant)
+    kept = sum(storage.nbytes() for storage in saved.values())
     del loss
     saved.clear()
     trainer._gradients(batch, 1.0)
     with Alive() as alive:
-        _, grads = trainer._gradients(batch, 1.0)
-    state = dict(trainer._optimizer.tensors())
-    return {"weights": _bytes(trainer.parameters), "gradients": _bytes(grads),
-            "fp32 masters": _bytes(x for name, x in state.items() if name.startswith("master/")),
-            "optimizer moments": _bytes(x for name, x in state.items() if not name.startswith("master/")),
-            "kept": kept, "peak": alive.peak,
+        trainer._gradients(batch, 1.0)
+    return {**trainer.memory(), "kept": kept, "peak": alive.peak,
             "elsewhere": int(((part.ids_T < embed.start) | (part.ids_T >= embed.stop)).sum())}

@@ -6,13 +6,12 @@ import pytest
 
 from headrace.errors import ConfigError
 from headrace.train.config import load_recipe
-from headrace.train.plan import KINDS, MOMENTS, Planner
+from headrace.train.plan import MOMENTS, STATES, Planner
 from parallel.rank_kit import run_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGES = ["model.intermediate_size=172", "model.num_layers=3", "train.batch_size=8", "train.seq_length=50",
            "model.max_position_embeddings=64"]
-STATE = KINDS[:3]
 LAYOUTS = {  # processes, tensor, changes
     "alone": (1, 1, []),
     "tied, biases": (1, 1, ["model.qkv_bias=true", "model.o_bias=true", "model.mlp_bias=true", "model.qk_norm=false"]),
@@ -23,7 +22,19 @@ LAYOUTS = {  # processes, tensor, changes
     "dropout": (1, 1, ["model.dropout=0.1"]),
     "dropout, split stream": (2, 2, ["model.dropout=0.1", "parallel.sequence=true"]),
     "copies": (4, 2, ["train.micro_batches=4"]),
+    "stage 2": (2, 1, ["parallel.zero=2"]),
+    "stage 3": (2, 1, ["parallel.zero=3", "train.micro_batches=4"]),
 }
+
+
+BUFFERS = ("gathered weights", "gradients on their way")
+"""Made in the first step, and there for good."""
+
+
+def work_of(plan):
+    """What a step needs beside that, at the moment when it is most."""
+    return max(sum(n for kind, n in account.items() if kind not in (*STATES, *BUFFERS))
+               for account in plan.moments.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -38,24 +49,24 @@ def test_a_plan_is_what_the_trainer_holds(recipe_file, layout, recompute, dtype)
     planner = Planner(recipe)
     plan = planner.plan(tensor, processes // tensor)
     for part, answer in zip(planner.ranks(tensor), answers):
-        assert part.state == {kind: answer[kind] for kind in STATE}
-        assert part.state["weights"] == answer["gradients"]
+        state = part.state(processes // tensor, recipe.parallel.zero)
+        shared = {kind: answer[kind] for kind in STATES}
+        # Cuts between copies lie between chunks of 4096 elements.
+        assert state == (shared if not recipe.parallel.zero else pytest.approx(shared, rel=0.2))
         # The plan expects every token's row of the table to be this rank's.
         elsewhere = answer["elsewhere"] * (4 * recipe.model.hidden_size + 16)
         assert sum(part.kept(plan.rows, recompute).values()) == answer["kept"] + elsewhere
-    work = max(sum(n for kind, n in account.items() if kind not in STATE) for account in plan.moments.values())
+    assert max(answer[kind] for answer in answers for kind in BUFFERS) <= max(
+        account[kind] for account in plan.moments.values() for kind in BUFFERS)
     peak = max(answer["peak"] for answer in answers)
-    assert peak <= work <= 1.7 * peak
+    assert peak <= work_of(plan) <= 1.7 * peak
 
 
 def test_where_gradients_are_most_of_it_a_plan_is_close(recipe_file):
     changes = [*CHANGES, "train.seq_length=4", "train.micro_batches=4", "parallel.tensor=2"]
     answers = run_mesh("train.plan_jobs:measured", 4, 2, str(recipe_file), changes)
     plan = Planner(load_recipe(recipe_file, changes)).plan(2, 2)
-    assert plan.fullest == "copies add up"
-    account = plan.moments["copies add up"]
-    work = sum(n for kind, n in account.items() if kind not in STATE)
-    assert 1.0 <= work / max(answer["peak"] for answer in answers) <= 1.05
+    assert 1.0 <= work_of(plan) / max(answer["peak"] for answer in answers) <= 1.1
 
 
 def test_the_recipe_of_7b():
@@ -65,7 +76,7 @@ def test_the_recipe_of_7b():
     psi = account["weights"] / 2
     assert psi == pytest.approx(6.74e9, rel=0.01)
     assert account["fp32 masters"] + account["optimizer moments"] == pytest.approx(12 * psi, rel=1e-4)
-    assert set(eight.moments) == set(MOMENTS) - {"copies add up"} and eight.copies == 1
+    assert set(eight.moments) == set(MOMENTS) and eight.copies == 1
     assert eight.moments["forward"]["weights"] == pytest.approx(account["weights"] / 8, rel=2e-3)
     by = {what: plan.total for what, plan in planner.over(8, 16).items()}
     assert by["none"] > by["selective"] > by["full"]

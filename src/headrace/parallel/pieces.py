@@ -76,15 +76,17 @@ def in_place_of(pieces: Iterable[tuple[str, Piece]], parameters: Sequence[Tensor
 
     Pieces of no parameter among these, and empty ones, are left out.
     """
-    places = {p.untyped_storage().data_ptr(): (p, other) for p, other in zip(parameters, others, strict=True)}
+    places: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for parameter, other in zip(parameters, others, strict=True):
+        places.setdefault(parameter.untyped_storage().data_ptr(), []).append((parameter, other))
     for name, piece in pieces:
         view = piece.tensor
-        place = places.get(view.untyped_storage().data_ptr())
-        if view.numel() and place is not None:
-            parameter, other = place
-            other = other.contiguous()
-            at = other.storage_offset() + view.storage_offset() - parameter.storage_offset()
-            yield name, replace(piece, tensor=other.as_strided(view.shape, view.stride(), at))
+        for parameter, other in places.get(view.untyped_storage().data_ptr(), ()):
+            ahead = view.storage_offset() - parameter.storage_offset()
+            if view.numel() and 0 <= ahead < parameter.numel():
+                other = other.contiguous()
+                place = other.as_strided(view.shape, view.stride(), other.storage_offset() + ahead)
+                yield name, replace(piece, tensor=place)
 
 
 class Streams:

@@ -25,16 +25,19 @@ from headrace.kernels.ops import Ops
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.train.config import RECOMPUTE, Recipe
+from headrace.zero.gradients import IN_FLIGHT
 
-__all__ = ["DEGREES", "KINDS", "MOMENTS", "Part", "Plan", "Planner"]
+__all__ = ["DEGREES", "KINDS", "MOMENTS", "STATES", "Part", "Plan", "Planner"]
 
 DEGREES = (1, 2, 4, 8, 16)
 """Of tensor parallelism: the powers of two that can divide `model.virtual_shards`."""
-KINDS = ("weights", "fp32 masters", "optimizer moments", "gradients", "gradients set aside", "activations",
-         "recomputed", "attention's KV", "logits", "other buffers")
-MOMENTS = ("forward", "loss", "backward begins", "backward ends", "copies add up")
+STATES = ("weights", "fp32 masters", "optimizer moments", "gradients")
+"""What stays from step to step."""
+KINDS = (*STATES, "gathered weights", "gradients on their way", "gradients set aside", "activations", "recomputed",
+         "attention's KV", "logits", "other buffers")
+MOMENTS = ("forward", "loss", "backward begins", "backward ends", "micro-steps add up")
 """At which a step's memory is looked at: the last block's forward; the head, which makes its gradients on the way; the
-last block's backward and the first one's; and the sum of gradients over the copies of the model."""
+last block's backward and the first one's; and the sum of gradients over micro-steps."""
 BLOCK_SIZE = 16
 """Of `DenseContext`'s cache."""
 FP32 = 4
@@ -56,6 +59,8 @@ class Plan:
     rows: int
     """Of a micro-batch."""
     recompute: str
+    zero: int
+    """The stage at which copies share states."""
     moments: Mapping[str, Account] = field(repr=False)
     """By `MOMENTS`."""
     kept: Mapping[str, int] = field(repr=False)
@@ -80,12 +85,14 @@ class Planner:
         self._parts: dict[int, list[Part]] = {}
 
     def plan(self, tensor: int, copies: int = 1, micro_batches: int | None = None,
-             recompute: str | None = None) -> Plan:
+             recompute: str | None = None, zero: int | None = None) -> Plan:
         """That layout's plan; what is None is the recipe's. Raises `ConfigError` for a layout that cannot be."""
         train = self.recipe.train
         parts = self._micro_batches(tensor, copies, train.micro_batches if micro_batches is None else micro_batches)
         recompute = train.recompute if recompute is None else recompute
-        return max((part.plan(copies, parts, recompute) for part in self.ranks(tensor)), key=lambda plan: plan.total)
+        zero = self.recipe.parallel.zero if zero is None else zero
+        return max((part.plan(copies, parts, recompute, zero) for part in self.ranks(tensor)),
+                   key=lambda plan: plan.total)
 
     def over(self, tensor: int, devices: int) -> dict[str, Plan]:
         """`devices` as copies of `tensor` ranks: a plan for every kind of recomputation. Raises like `plan`."""
@@ -144,12 +151,26 @@ class Part:
         self.weight_bytes = _width(config.dtype)
 
     @cached_property
-    def state(self) -> dict[str, int]:
-        """What stays from step to step; gradients as many bytes as weights."""
-        parameters = list(self.model.parameters())
-        narrow = sum(p.numel() for p in parameters if p.dtype != torch.float32)
-        return {"weights": sum(p.numel() * p.element_size() for p in parameters), "fp32 masters": FP32 * narrow,
-                "optimizer moments": 2 * FP32 * sum(p.numel() for p in parameters)}
+    def parameters(self) -> dict[bool, int]:
+        """How many are in matrices (True), which are `weight_bytes` wide, and in vectors, which are fp32."""
+        counts = {matrix: sum(p.numel() for p in self.model.parameters() if (p.ndim == 2) is matrix)
+                  for matrix in (True, False)}
+        return counts
+
+    def state(self, copies: int = 1, zero: int = 0) -> dict[str, int]:
+        """What stays from step to step, of `copies` that share at stage `zero` (ZeRO §5, figure 1)."""
+        matrices, vectors = self.parameters[True], self.parameters[False]
+        whole = self.weight_bytes * matrices + FP32 * vectors
+
+        def shared(size: int, since: int) -> int:
+            return -(-size // copies) if zero >= since else size
+
+        narrow = FP32 * matrices if self.weight_bytes < FP32 else 0
+        state = {"weights": shared(self.weight_bytes * matrices, 3) + FP32 * vectors, "fp32 masters": shared(narrow, 1),
+                 "optimizer moments": shared(2 * FP32 * (matrices + vectors), 1), "gradients": shared(whole, 2)}
+        if self.recipe.parallel.offload_optimizer:
+            state |= {"fp32 masters": 0, "optimizer moments": 0}
+        return state
 
     def tokens(self, rows: int) -> int:
         """T: of `rows` full rows, padded so that the virtual shards can share them."""
@@ -170,14 +191,13 @@ class Part:
             kept["the table's rows (at most)"] = (FP32 * D + 8) * T  # and where they go; how many, the data says
         return kept | {"stream before the last norm": FP32 * t * D, "positions, ids and rows that count": 20 * T}
 
-    def plan(self, copies: int, parts: int, recompute: str) -> Plan:
+    def plan(self, copies: int, parts: int, recompute: str, zero: int = 0) -> Plan:
         """Of a batch in `parts` micro-batches, shared by `copies` of the model."""
         rows = -(-self.recipe.train.batch_size // parts)
         kept = self.kept(rows, recompute)
-        aside = _set_aside(parts // copies)
         moments = {name: {kind: account.get(kind, 0) for kind in KINDS}
-                   for name, account in self._moments(rows, recompute, sum(kept.values()), aside, copies)}
-        return Plan(self.tensor, copies, parts, rows, recompute, moments, kept)
+                   for name, account in self._moments(rows, recompute, sum(kept.values()), copies, parts, zero)}
+        return Plan(self.tensor, copies, parts, rows, recompute, zero, moments, kept)
 
     # ---- what is kept
 
@@ -215,10 +235,14 @@ class Part:
 
     # ---- the moments of a step
 
-    def _moments(self, rows: int, recompute: str, kept: int, aside: int, copies: int) -> Iterator[tuple[str, Account]]:
-        """(name, bytes by kind) of each of `MOMENTS`; `aside` sets of gradients wait for one more."""
-        gradients, T, D = self.state["weights"], self.tokens(rows), self.recipe.model.hidden_size
-        always = self.state | {"gradients set aside": aside * gradients, "activations": kept}
+    def _moments(self, rows: int, recompute: str, kept: int, copies: int, parts: int,
+                 zero: int) -> Iterator[tuple[str, Account]]:
+        """(name, bytes by kind) of each of `MOMENTS`."""
+        state, T, D = self.state(copies, zero), self.tokens(rows), self.recipe.model.hidden_size
+        whole, rounds = self.state()["gradients"], parts // copies
+        part = -(-whole // copies) if zero else whole
+        waiting = max(count.bit_count() for count in range(rounds)) * part
+        always = state | self._on_their_way(copies, zero) | {"gradients set aside": waiting, "activations": kept}
         rest = self._rest(rows)
         messages = 2 * FP32 * T * D if self.tensor > 1 else 0
         yield "forward", always | {"attention's KV": self._cache(rows), "other buffers": rest + messages + FP32 * T * D}
@@ -229,14 +253,24 @@ class Part:
         block = rest + messages + self._block_work(rows)
         yield "backward begins", always | work | {"other buffers": block + head}
         first = sum(self._kept_by_block(rows, recompute).values())
-        table = (FP32 + self.weight_bytes) * self.vocabulary * D
-        yield "backward ends", always | work | {"gradients": gradients, "activations": first,
-                                                "other buffers": max(block, rest + table)}
-        # Flattened, received and summed: three more sets. The set of zeros that stood in for this one is gone.
-        if copies > 1:
-            yield "copies add up", always | {
-                "gradients": gradients, "gradients set aside": (aside - 1) * gradients, "activations": 0,
-                "other buffers": rest + 3 * gradients}
+        # A parameter's gradient is there beside its place in a bucket until it is copied.
+        table = (FP32 + 2 * self.weight_bytes) * self.vocabulary * D
+        yield "backward ends", always | work | {"activations": first, "other buffers": max(block, rest + table)}
+        if rounds > 1:
+            held = max(count.bit_count() + 1 for count in range(rounds - 1)) * part
+            yield "micro-steps add up", always | {"gradients set aside": held, "activations": 0, "other buffers": rest}
+
+    def _on_their_way(self, copies: int, zero: int) -> dict[str, int]:
+        """What comes and goes between copies: half a bucket that is received; buckets; units that are gathered."""
+        if copies == 1:
+            return {}
+        bucket = min(self.recipe.parallel.bucket, self.parameters[True]) * self.weight_bytes
+        buffers = (IN_FLIGHT + 2) * bucket if zero >= 2 else 0
+        gathered = 0
+        if zero == 3:
+            block = sum(p.numel() for p in self.model.blocks[0].parameters() if p.ndim == 2)
+            gathered = (2 * block + self.vocabulary * self.recipe.model.hidden_size) * self.weight_bytes
+        return {"gathered weights": gathered, "gradients on their way": buffers + bucket // 2}
 
     def _rest(self, rows: int) -> int:
         """The batch, and the rotary tables forward and back."""
@@ -282,15 +316,6 @@ class Part:
         stream = 2 * self._stream(rows) * D
         return int(FP32 * (stream + max(column(2 * inner, 2 * inner), column(q + 2 * kv, qkv), row(inner), row(q),
                                         3 * T * inner, attention, heads)))
-
-
-def _set_aside(parts: int) -> int:
-    """Sets of gradients beside the one that a micro-batch makes, at most.
-
-    Those of earlier micro-batches wait in `PairwiseSum`, one for every 1 in their count; and every micro-batch begins
-    with a set of zeros, for the case that nothing counts in it.
-    """
-    return 1 + max(count.bit_count() for count in range(parts))
 
 
 def _width(dtype: str) -> int:

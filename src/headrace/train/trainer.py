@@ -83,6 +83,7 @@ class Trainer:
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
+        self.parameters = list(self.model.parameters())
         self._dropout = Dropout(self.model, self.ops, self.config.dropout, recipe.train.seed)
         parallel = recipe.parallel
         host = Host(self.ops.device, parallel.offload_folder or tempfile.gettempdir())
@@ -177,7 +178,8 @@ class Trainer:
 
         Names are a kind (model, master, first or second) and the checkpoint's: `first/model.norm.weight`.
         """
-        kinds = {"model": [slot.weights for slot in self.sharded.slots], **self._optimizer.tensors()}
+        kinds: dict[str, list[Tensor | None]] = {
+            "model": [slot.weights for slot in self.sharded.slots], **self._optimizer.tensors()}
         for kind, tensors in kinds.items():
             for part in self.sharded.rectangles(kind, tensors):
                 yield part.name, Region(part.tensor, part.start, part.shape, part.speaks)

@@ -19,7 +19,7 @@ from headrace.zero.layout import Unit
 from headrace.zero.memory import Arena
 from headrace.zero.messages import Messages
 
-__all__ = ["Gradients"]
+__all__ = ["IN_FLIGHT", "Gradients"]
 
 IN_FLIGHT = 2
 """Buckets that may wait to be reduced: more would take more memory, and a link carries one at a time."""

@@ -200,13 +200,13 @@ def _storage(tensor: Tensor) -> int:
 def _place(name: str, piece: Piece, parameter: Tensor, group: RankGroup) -> Place:
     view, shape = piece.tensor, piece.shape
     width = _extent(parameter)[1]
-    row, column = divmod(view.storage_offset(), width)
+    row, column = divmod(int(view.storage_offset()), width)
     rows, columns = (row, row + view.shape[0]), (column, column + (view.shape[1] if view.ndim == 2 else 1))
     first = 0 if piece.axis is None else piece.bounds[piece.own.start]
     start = tuple(first if axis == piece.axis else 0 for axis in range(view.ndim))
     shards = []
     for _, shard in piece.shards(view):
-        at, left = divmod(shard.storage_offset(), width)
+        at, left = divmod(int(shard.storage_offset()), width)
         if shard.numel():
             shards.append((at, at + shard.shape[0], left, left + (shard.shape[1] if shard.ndim == 2 else 1)))
     # Of whole rows, so that a cut between chunks is one between rows: in every shard, at every degree.
