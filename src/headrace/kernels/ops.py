@@ -21,8 +21,11 @@ from torch import Tensor
 
 from headrace.errors import ConfigError
 
-__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams", "dropout_bar", "load_ops", "shard_bounds", "signed64",
-           "vocab_bounds"]
+__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams", "Span", "dropout_bar", "load_ops", "shard_bounds",
+           "signed64", "vocab_bounds"]
+
+Span = tuple[int, int, int, int]
+"""(virtual shard, first column of a result, first row of the weight that gives it, how many)."""
 
 SPLIT = 256
 """Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
@@ -207,6 +210,22 @@ class Ops(Protocol):
         `bounds` = (0, …, T) cuts the rows into S shards, each summed alone for the weight's gradient (an empty one is
         zeros): chunks of 64 rows counted from the shard's first, each in order, then a balanced tree over the chunks,
         neighbours first, an odd one passing up. The caller adds the shards.
+        """
+        ...
+
+    def linear_backward_input(self, g_TN: Tensor, weight_NK: Tensor, spans: Sequence[Span]) -> Tensor:
+        """g_x [T, K] of `linear`: the sum of g[:, column] · weight[row] over what the spans name.
+
+        A shard's spans are cut into chunks of 256 terms from the start of each; a chunk is one chain of FMAs, chunks
+        are added in order, then the shards (1, 2, 4, 8 or 16; each has a span, if an empty one) in a balanced tree.
+        """
+        ...
+
+    def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
+        """g_weight [N, K] fp32 of `linear`, or `into_NK` to which it has been added: Σ g[t, n] · x[t, k].
+
+        The sum over t is one shard's in chunks of 256 rows, as above, so rows that come in multiples of 256 may come in
+        several calls.
         """
         ...
 

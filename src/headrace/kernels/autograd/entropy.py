@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from headrace.kernels.autograd.shards import tree
 from headrace.kernels.ops import Ops
 
 __all__ = ["HeadLoss", "LogProbability", "Sharing", "VocabPart"]
 
 CHUNK = 512
-"""Rows whose logits exist at once."""
+"""Rows whose logits exist at once, a multiple of the 256 whose products are summed alone."""
 
 
 class Sharing(Protocol):
@@ -86,8 +85,8 @@ class HeadLoss(Function):
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
         logprob_R = torch.empty(len(x_RD), device=x_RD.device)
         g_x = torch.empty_like(x_RD) if wants_x else None
-        cuts = list(pairwise(part.bounds))
-        g_weight = [x_RD.new_zeros(b - a, x_RD.shape[1]) for a, b in cuts] if wants_weight else None
+        g_weight = torch.zeros(weight_VD.shape, device=x_RD.device) if wants_weight else None
+        spans = tuple((shard, a, a, b - a) for shard, (a, b) in enumerate(pairwise(part.bounds)))
         for start in range(0, len(x_RD), CHUNK):
             rows = slice(start, start + CHUNK)
             x_rD, g_r = x_RD[rows], weight_R[rows]
@@ -96,18 +95,11 @@ class HeadLoss(Function):
             if g_x is None and g_weight is None:
                 continue
             ops.base.cross_entropy_backward_(logits_rV, lse_r, local_r, g_r)
-
-            def shard(i: int, logits: Tensor = logits_rV, x: Tensor = x_rD) -> Tensor:
-                a, b = cuts[i]
-                g_rv = logits[:, a:b].contiguous()
-                if g_weight is not None:
-                    g_weight[i].addmm_(g_rv.mT, x)
-                return g_rv @ weight_VD[a:b].float()
-
-            shares = ops.pool.map(shard, range(len(cuts)))
+            if g_weight is not None:
+                ops.base.linear_backward_weight(logits_rV, x_rD, g_weight)
             if g_x is not None:
-                g_x[rows] = tree(shares)
-        ctx.g_x, ctx.g_weight, ctx.dtype = g_x, None if g_weight is None else torch.cat(g_weight), weight_VD.dtype
+                g_x[rows] = ops.base.linear_backward_input(logits_rV, weight_VD, spans)
+        ctx.g_x, ctx.g_weight, ctx.dtype = g_x, g_weight, weight_VD.dtype
         ctx.mark_non_differentiable(logprob_R)
         return (logprob_R.double() * weight_R.double()).sum(), logprob_R
 

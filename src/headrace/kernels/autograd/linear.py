@@ -1,4 +1,4 @@
-"""Products that train: forward by the ops, gradients by virtual shard.
+"""Products that train: forward and gradients by the ops.
 
 g_… is the gradient of the loss by …; shape suffixes are those of `headrace.kernels.ops`.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from headrace.kernels.autograd.shards import OutputShards, row_bounds, tree
+from headrace.kernels.ops import Ops
 
 __all__ = ["AddBias", "ColumnLinear", "RowLinear"]
 
@@ -24,7 +24,7 @@ class ColumnLinear(Function):
     def forward(ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
                 outputs: OutputShards) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
-        ctx.pool, ctx.outputs = ops.pool, outputs
+        ctx.base, ctx.outputs = ops.base, outputs
         y_TN = ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N))
         return y_TN if outputs.spread is None else y_TN.index_select(1, outputs.spread.to(y_TN.device))
 
@@ -33,17 +33,14 @@ class ColumnLinear(Function):
         x_TK, weight_NK = ctx.saved_tensors
         outputs: OutputShards = ctx.outputs
         _, wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-
-        def shard(i: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            g_Tn = outputs.take(i, g_TN, 1, outputs.columns)
-            g_x = g_Tn @ outputs.take(i, weight_NK, 0, outputs.rows).float() if wants_x else None
-            g_weight = g_Tn.mT @ x_TK if wants_weight else None
-            return g_x, g_weight, g_Tn.mT @ g_Tn.new_ones(len(g_Tn)) if wants_bias else None
-
-        g_x, g_weight, g_bias = zip(*ctx.pool.map(shard, range(len(outputs.rows))))
-        return (None, tree(g_x) if wants_x else None,
-                outputs.gather_rows(g_weight).to(weight_NK.dtype) if wants_weight else None,
-                outputs.gather_rows(g_bias) if wants_bias else None, None)
+        g_TN = g_TN.contiguous()
+        g_x = ctx.base.linear_backward_input(g_TN, weight_NK, outputs.spans) if wants_x else None
+        g_weight = g_bias = None
+        if wants_weight:
+            g_weight = outputs.of_rows(ctx.base.linear_backward_weight(g_TN, x_TK)).to(weight_NK.dtype)
+        if wants_bias:
+            g_bias = outputs.of_rows(_sum_rows(g_TN, ctx.base))
+        return None, g_x, g_weight, g_bias, None
 
 
 class RowLinear(Function):
@@ -53,25 +50,18 @@ class RowLinear(Function):
     def forward(ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
                 bounds: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
-        ctx.ops, ctx.bounds = ops, bounds
+        ctx.ops = ops
         return ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N), bounds)
 
     @staticmethod
     def backward(ctx: Any, g_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, weight_NK = ctx.saved_tensors
         _, wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        g_x = torch.empty_like(x_TK) if wants_x else None
-        g_weight = torch.empty_like(weight_NK) if wants_weight else None
-
-        def shard(cut: tuple[int, int]) -> None:
-            columns = slice(*cut)
-            if g_x is not None:
-                g_x[:, columns] = g_TN @ weight_NK[:, columns].float().contiguous()
-            if g_weight is not None:
-                g_weight[:, columns] = g_TN.mT @ x_TK[:, columns].contiguous()
-
-        ctx.ops.pool.map(shard, pairwise(ctx.bounds))
-        return None, g_x, g_weight, _sum_rows(g_TN, ctx.ops) if wants_bias else None, None
+        base, g_TN = ctx.ops.base, g_TN.contiguous()
+        whole = ((0, 0, 0, len(weight_NK)),)
+        return (None, base.linear_backward_input(g_TN, weight_NK, whole) if wants_x else None,
+                base.linear_backward_weight(g_TN, x_TK).to(weight_NK.dtype) if wants_weight else None,
+                _sum_row_shards(g_TN, ctx.ops) if wants_bias else None, None)
 
 
 class AddBias(Function):
@@ -84,18 +74,17 @@ class AddBias(Function):
 
     @staticmethod
     def backward(ctx: Any, g_TN: Tensor) -> tuple[Tensor | None, ...]:
-        return None, g_TN, _sum_rows(g_TN, ctx.ops)
+        return None, g_TN, _sum_row_shards(g_TN.contiguous(), ctx.ops)
 
 
-def _sum_rows(g_TN: Tensor, ops: Any) -> Tensor:
+def _sum_rows(g_TN: Tensor, base: Ops) -> Tensor:
+    return base.linear_backward_weight(g_TN, g_TN.new_ones(len(g_TN), 1)).squeeze(1)
+
+
+def _sum_row_shards(g_TN: Tensor, ops: Any) -> Tensor:
     """The sum over T: each row shard's, then a tree."""
     cuts = row_bounds(len(g_TN), ops.row_shards)
-
-    def shard(cut: tuple[int, int]) -> Tensor:
-        rows_RN = g_TN[slice(*cut)].clone()
-        return rows_RN.mT @ rows_RN.new_ones(len(rows_RN))
-
-    return tree(ops.pool.map(shard, pairwise(cuts)))
+    return tree([_sum_rows(g_TN[a:b], ops.base) for a, b in pairwise(cuts)])
 
 
 def _detached(x: Tensor | None) -> Tensor | None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from headrace.kernels.ops import Span
 
 __all__ = ["OutputShards", "ShardPool", "row_bounds", "tree"]
 
@@ -72,22 +75,22 @@ class OutputShards:
             spread = torch.cat([torch.arange(*r) for _, r in by_column])
         return cls(tuple(map(tuple, rows)), tuple(map(tuple, columns)), spread)
 
-    def take(self, shard: int, x: Tensor, axis: int, ranges: Sequence[Sequence[Range]]) -> Tensor:
-        """One shard's part of `x` along `axis`, contiguous: what a product sees never depends on the layout."""
-        parts = [x.narrow(axis, a, b - a) for a, b in ranges[shard]]
-        return torch.cat(parts, axis) if len(parts) > 1 else parts[0].contiguous()
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """As `Ops.linear_backward_input` takes them."""
+        return tuple((shard, column, row, stop - row) for shard, ranges in enumerate(self.rows)
+                     for (row, stop), (column, _) in zip(ranges, self.columns[shard], strict=True))
 
-    def gather_rows(self, parts: Sequence[Tensor]) -> Tensor:
-        """Each shard's fp32 gradient of its own rows, put together; rows that shards share are summed in a tree."""
-        owners: dict[Range, list[Tensor]] = {}
-        for ranges, part in zip(self.rows, parts):
-            at = 0
-            for a, b in ranges:
-                owners.setdefault((a, b), []).append(part[at : at + b - a])
-                at += b - a
-        whole = parts[0].new_empty((max(b for _, b in owners), *parts[0].shape[1:]))
-        for (a, b), shares in owners.items():
-            whole[a:b] = tree(shares)
+    def of_rows(self, g_columns: Tensor) -> Tensor:
+        """The gradients of the weight's rows from those of the result's columns; shares of a row in a tree."""
+        whole = g_columns
+        if self.spread is not None:
+            owners: dict[tuple[int, int], list[Tensor]] = {}
+            for _, column, row, count in self.spans:
+                owners.setdefault((row, row + count), []).append(g_columns[column : column + count])
+            whole = g_columns.new_empty((max(stop for _, stop in owners), *g_columns.shape[1:]))
+            for (row, stop), shares in owners.items():
+                whole[row:stop] = tree(shares)
         if self.sum_shared is not None:
             whole[self.shared_from :] = self.sum_shared(whole[self.shared_from :])
         return whole

@@ -18,17 +18,13 @@ and V serves a whole group, or several tokens of a chunk.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
 from numba import get_num_threads, prange
-from numba.core import types
-from numba.extending import intrinsic
 
 from headrace.kernels.cpu.launch import kernel
 from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
 from headrace.kernels.cpu.simd import div8, exp1, fma8, load1, load8, mul8, splat8, store1, store8, store8n
+from headrace.kernels.cpu.work import take
 from headrace.kernels.ops import SPLIT
 
 __all__ = ["attention", "merge"]
@@ -89,17 +85,6 @@ def _finish(scratch, stack, splits, oldest, node, out, at, dim):
 
 
 # ---- work items ------------------------------------------------------------------------------------------------
-
-@intrinsic
-def _take(tyctx: Any, counter: Any) -> Any:
-    """counter[0]++, atomically: the next work item. Which thread takes it changes no bits."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), codegen
-
 
 @kernel
 def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out):
@@ -171,7 +156,7 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
     for _ in prange(max(1, min(threads, items))):
         scratch = np.empty(NODES + ROWS * node + tile * group * levels * node, np.float32)
         packed, at_K = np.empty((dim + 7) // 8 * 64, np.float32), np.empty(SPLIT, np.int64)
-        item = _take(counter)
+        item = take(counter)
         while item < items:
             head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
             s = _last_start(tiles_S1, index)
@@ -181,7 +166,7 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
             paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
             _tile(q, paged, first, min(tile, end - first), context_S[s] - (end - first), heads, head * group, group,
                   window, scale, scratch, packed, node, levels, out)
-            item = _take(counter)
+            item = take(counter)
 
 
 def attention(q_THd: np.ndarray, blocks: np.ndarray, layer: int, block_table_SM: np.ndarray,

@@ -33,6 +33,7 @@ from headrace.kernels.cpu.simd import (
 )
 from headrace.kernels.cpu.simd16 import load16, store16
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile4x3, tile8x4
+from headrace.kernels.cpu.work import scratch
 
 __all__ = ["SHARDS", "linear", "linear_part"]
 
@@ -205,13 +206,6 @@ def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, wide, carr
 
 
 @kernel
-def _scratch(size):
-    """fp32 workspace, and the offset at which a cache line starts in it."""
-    array = np.empty(size + 16, np.float32)
-    return array, -(array.ctypes.data // 4) % 16
-
-
-@kernel
 def _panels(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
     """This worker's run of the tasks of many rows."""
     shards, depth, longest = bounds.size - 1, 0, 0
@@ -222,7 +216,7 @@ def _panels(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
     count = (groups * 8 * inputs + PANEL - 1) // PANEL
     panel = (groups + count - 1) // count * 8
     count = (rows + panel - 1) // panel
-    packed, x_start = _scratch(panel * depth if WIDE else 0)
+    packed, x_start = scratch(panel * depth if WIDE else 0)
     sums, wide = np.empty(shards * panel * BLOCK, np.float32), np.empty(8 * CHUNK if narrow(w) else 0, np.float32)
     carry = np.empty(panel * 64 if longest > CHUNK else 0, np.float32)
     blocks, held = (width + BLOCK - 1) // BLOCK, -1

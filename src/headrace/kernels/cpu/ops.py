@@ -18,8 +18,9 @@ from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import backward, elementwise, launch, optimizer
 from headrace.kernels.cpu import sample as sampling
 from headrace.kernels.cpu.linear import SHARDS, linear, linear_part
+from headrace.kernels.cpu.linear_backward import COLUMNS, HEIGHT, ROWS, product, product_part
 from headrace.kernels.cpu.warmup import Progress, warm_up
-from headrace.kernels.ops import AttentionMeta, SampleParams, dropout_bar, signed64
+from headrace.kernels.ops import AttentionMeta, SampleParams, Span, dropout_bar, signed64
 
 __all__ = ["CpuOps"]
 
@@ -41,6 +42,18 @@ def _bounds(bounds: tuple[int, ...], width: int) -> np.ndarray:
     if not rising or shards not in (1, 2, 4, 8, SHARDS):
         raise ValueError(f"bounds={bounds} must rise from 0 to {width} in 1, 2, 4, 8 or {SHARDS} shards")
     return np.asarray(bounds, np.int64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spans(spans: tuple[tuple[int, int, int, int], ...], outputs: int, rows: int) -> np.ndarray:
+    shards = [span[0] for span in spans]
+    there = all(count >= 0 and 0 <= column <= outputs - count and 0 <= row <= rows - count
+                for _, column, row, count in spans)
+    if not there or sorted(set(shards)) != list(range(len(set(shards)))) or shards != sorted(shards):
+        raise ValueError(f"spans={spans} must be of shards in order, within {outputs} columns and {rows} rows")
+    if len(set(shards)) not in (1, 2, 4, 8, SHARDS):
+        raise ValueError(f"spans={spans} must be of 1, 2, 4, 8 or {SHARDS} shards")
+    return np.asarray(spans, np.int64)
 
 
 @functools.lru_cache(maxsize=64)
@@ -298,6 +311,36 @@ class CpuOps:
                                    np.empty(len(chunks) * width, np.float32), g_weight_SD.numpy(),
                                    self._tasks(len(chunks), x_TD.numel()))
         return g_x_TD, g_weight_SD
+
+    def linear_backward_input(self, g_TN: Tensor, weight_NK: Tensor, spans: Sequence[Span]) -> Tensor:
+        outputs, inputs = weight_NK.shape
+        rows, columns = g_TN.shape
+        g_x = torch.empty((rows, inputs))
+        self._product(_dense(g_TN), rows, columns, 1, self._stored(weight_NK), inputs,
+                      _spans(tuple(spans), columns, outputs), g_x, False)
+        return g_x
+
+    def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
+        (rows, outputs), inputs = g_TN.shape, x_TK.shape[1]
+        g_weight = torch.empty((outputs, inputs)) if into_NK is None else into_NK
+        if len(x_TK) != rows or g_weight.shape != (outputs, inputs):
+            raise ValueError(f"{tuple(g_TN.shape)} gradients of {tuple(x_TK.shape)} do not go {tuple(g_weight.shape)}")
+        self._product(_dense(g_TN), outputs, 1, outputs, _dense(x_TK), inputs,
+                      np.array([[0, 0, 0, rows]]), g_weight, into_NK is not None)
+        return g_weight
+
+    def _product(self, a: np.ndarray, rows: int, row: int, step: int, b: np.ndarray, inputs: int, spans: np.ndarray,
+                 out: Tensor, adds: bool) -> None:
+        """`product` in tasks of which every thread gets as many, where there are enough rows."""
+        operands = (a, rows, row, step, b, inputs, spans, _dense(out), adds)
+        across, tall = -(-inputs // COLUMNS), -(-rows // ROWS)
+        if self.threads == 1 or out.numel() * int(spans[:, 3].sum()) < ALONE_PRODUCT:
+            product_part(*operands, ROWS, np.zeros(1, np.int64))
+            return
+        while tall * across % self.threads and tall * HEIGHT < rows:
+            tall += 1
+        launch.set_threads(self.threads)
+        product(*operands, -(-rows // (tall * HEIGHT)) * HEIGHT, self.threads)
 
     def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
         rows, width = g_TI.shape

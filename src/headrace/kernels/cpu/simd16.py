@@ -30,8 +30,8 @@ from headrace.kernels.cpu.simd import (
 )
 
 __all__ = [
-    "exp16", "fma16", "high8", "hsum16x8", "load16", "low8", "max16", "mul16", "splat16", "store16", "store_quarter",
-    "sub16", "twice8", "zero16",
+    "add16", "exp16", "fma16", "high8", "hsum16x8", "load16", "low8", "max16", "mul16", "splat16", "store16",
+    "store_quarter", "sub16", "twice8", "zero16",
 ]
 
 WIDE = ir.VectorType(FLOAT, 2 * LANES)
@@ -75,6 +75,7 @@ def _hsum16x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
 
 zero16 = operator("zero16", 0, lambda builder: ir.Constant(WIDE, [0.0] * 2 * LANES), f32x16, f32x16)
 splat16 = operator("splat16", 1, lambda builder, x: emit_splat(builder, x, 2 * LANES), types.float32, f32x16)
+add16 = operator("add16", 2, lambda builder, a, b: builder.fadd(a, b), f32x16, f32x16)
 fma16 = operator("fma16", 3, emit_fma, f32x16, f32x16)
 mul16 = operator("mul16", 2, lambda builder, a, b: builder.fmul(a, b), f32x16, f32x16)
 sub16 = operator("sub16", 2, lambda builder, a, b: builder.fsub(a, b), f32x16, f32x16)

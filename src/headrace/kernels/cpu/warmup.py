@@ -69,6 +69,12 @@ def _training_steps(ops: CpuOps, weights: torch.dtype) -> Iterator[tuple[str, Ca
     master, first, second, grad = torch.zeros(16), torch.zeros(16), torch.zeros(16), torch.zeros(16, dtype=weights)
     stored = None if weights == torch.float32 else torch.zeros(16, dtype=weights)
     yield "rms_norm_backward", lambda: ops.rms_norm_backward(x, x, torch.ones(16, dtype=weights), 1.0, (0, 1))
+    wide, weight = torch.zeros(WIDTH, 16), torch.zeros(16, WIDTH, dtype=weights)
+    yield "linear_backward_input", lambda: ops.linear_backward_input(wide, weight, ((0, 0, 0, 16),))
+    yield "linear_backward_input, one thread", lambda: ops.linear_backward_input(x, weight[:, :8].contiguous(),
+                                                                                 ((0, 0, 0, 16),))
+    yield "linear_backward_weight", lambda: ops.linear_backward_weight(wide, wide)
+    yield "linear_backward_weight, one thread", lambda: ops.linear_backward_weight(x, x)
     yield "silu_mul_backward", lambda: ops.silu_mul_backward(x[:, :8].contiguous(), x)
     yield "cross_entropy_backward", lambda: ops.cross_entropy_backward_(x.clone(), one, at, one)
     yield "adamw", lambda: ops.adamw_(master, grad, first, second, stored, rate=0.0, beta1=0.9, beta2=0.9, eps=1.0,

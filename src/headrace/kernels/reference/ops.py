@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.ops import AttentionMeta, SampleParams, dropout_bar, signed64
+from headrace.kernels.ops import AttentionMeta, SampleParams, Span, dropout_bar, signed64
 from headrace.kernels.reference import sample as sampling
 
 __all__ = ["ReferenceOps"]
@@ -177,6 +177,16 @@ class ReferenceOps:
         g_weight_TD = (g_TD * normed_TD).flatten(0, -2)
         return ((g_normed_TD - normed_TD * along_T1) * r_T1,
                 torch.stack([g_weight_TD[a:b].sum(dim=0) for a, b in pairwise(bounds)]))
+
+    def linear_backward_input(self, g_TN: Tensor, weight_NK: Tensor, spans: Sequence[Span]) -> Tensor:
+        parts: dict[int, Tensor] = {}
+        for shard, column, row, count in spans:
+            part = g_TN[:, column : column + count] @ weight_NK[row : row + count].float()
+            parts[shard] = parts[shard] + part if shard in parts else part
+        return _tree(list(parts.values()))
+
+    def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
+        return g_TN.mT @ x_TK if into_NK is None else into_NK.addmm_(g_TN.mT, x_TK)
 
     def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
         gate, up = gate_up_T2I.chunk(2, dim=-1)

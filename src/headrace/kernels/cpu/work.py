@@ -1,0 +1,32 @@
+"""What threads that share work need: the next task, and aligned workspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from headrace.kernels.cpu.launch import kernel
+from headrace.kernels.cpu.simd import intrinsic
+
+__all__ = ["scratch", "take"]
+
+
+@intrinsic
+def take(tyctx: Any, counter: Any) -> Any:
+    """counter[0]++, atomically: the next work item. Which thread takes it changes no bits."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@kernel
+def scratch(size):
+    """fp32 workspace, and the offset at which a cache line starts in it."""
+    array = np.empty(size + 16, np.float32)
+    return array, -(array.ctypes.data // 4) % 16
