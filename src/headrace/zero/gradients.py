@@ -67,7 +67,7 @@ class Gradients:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, unit, member.offset,
                                                                      member.parameter))
         self._next = 0
-        self._adds = False
+        self._taken = self._adds = False
         self._reduces = True
 
     def backward(self, loss: Tensor, first: bool = True, last: bool = True) -> None:
@@ -80,7 +80,9 @@ class Gradients:
         self._next = 0
         for bucket in self._buckets:
             bucket.lacks = bucket.size
+        self._taken = True
         loss.backward()
+        self._taken = False
         self._messages.all()
         assert not any(bucket.lacks for bucket in self._buckets), "a parameter had no gradient"
 
@@ -124,6 +126,8 @@ class Gradients:
 
     def _arrived(self, unit: Unit, offset: int, number: int, parameter: Tensor) -> None:
         """A parameter's gradient is there: it goes into its buckets, and those that are full go on their way."""
+        if not self._taken:  # somebody else's backward, who wants it where it is
+            return
         grad = parameter.grad
         assert grad is not None
         flat = grad.reshape(-1)
