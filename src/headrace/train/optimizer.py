@@ -91,12 +91,6 @@ class AdamW:
         self.state = [_moments(one, config.weight_decay, offload or partial(torch.zeros, device=one.weights.device))
                       for one in updated]
 
-    def begin(self) -> None:
-        """Take the weights as they are now: the masters of 16-bit ones begin there."""
-        for moments in self.state:
-            if moments.stored is not None:
-                moments.master.copy_(moments.stored)
-
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rate: float, scale: float = 1.0) -> None:
         """Update all weights from their gradients times `scale`, one flat tensor for each of `updated`."""
@@ -131,5 +125,6 @@ def _moments(one: Updated, weight_decay: float, zeros: Callable[[int], Tensor]) 
     flat = one.weights
     narrow = flat.dtype != torch.float32
     count = flat.numel()
-    return Moments(zeros(count) if narrow else flat, zeros(count), zeros(count), flat if narrow else None,
+    master = zeros(count).copy_(flat) if narrow else flat
+    return Moments(master, zeros(count), zeros(count), flat if narrow else None,
                    weight_decay if one.decays else 0.0)

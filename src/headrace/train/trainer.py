@@ -95,7 +95,6 @@ class Trainer:
         slots = self.sharded.slots
         self._optimizer = AdamW([Updated(slot.weights, slot.unit.matrices) for slot in slots], recipe.optimizer,
                                 self.ops, host.zeros if parallel.offload_optimizer else None)
-        self._optimizer.begin()
         self.steps = 0
         """Steps done."""
         self._scale = LossScale(recipe.train, active=self.config.dtype == "float16")
