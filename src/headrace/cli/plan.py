@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     planner = Planner(recipe)
     plan = planner.over(tensor, devices or tensor)[recipe.train.recompute]
     for line in (*_head(recipe, plan), *_moments(plan), *_kept(plan), *_verdict(plan, memory), "",
-                 *_layouts(planner, devices, memory), *_largest(planner, plan, memory)):
+                 *_stages(planner, plan), *_layouts(planner, devices, memory), *_largest(planner, plan, memory)):
         print(line.rstrip())
 
 
@@ -77,7 +77,7 @@ def _machine(kernels: str) -> _Memory:
 
 def _head(recipe: Any, plan: Any) -> Iterator[str]:
     model, train = recipe.model, recipe.train
-    layout = f"{plan.tensor} tensor-parallel" + (", stream split by rows" if recipe.parallel.sequence else "")
+    layout = f"zero {plan.zero}, {plan.tensor} tensor-parallel" + (", stream split by rows" if recipe.parallel.sequence else "")
     devices = _count(plan.tensor * plan.copies, "device", "devices")
     yield (f"{model.num_layers} layers of {model.hidden_size}, {model.dtype} weights; {devices}: {layout} × "
            f"{_count(plan.copies, 'copy', 'copies')}")
@@ -112,6 +112,23 @@ def _verdict(plan: Any, memory: _Memory) -> Iterator[str]:
     each = memory.each(plan.tensor * plan.copies)
     yield f"{_size(plan.total)} {'fits' if plan.total <= each else 'does not fit'} into {_size(each)} ({memory.whose})"
     yield "Beside it: Python, torch and compiled kernels; samples and snapshots as they are made."
+
+
+def _stages(planner: Any, plan: Any) -> Iterator[str]:
+    """The paper's table for this model (ZeRO, figure 1), where there are copies to share states."""
+    from headrace.train.plan import STATES
+
+    if plan.copies == 1:
+        return
+    yield f"states a device that {plan.copies} copies share at each of ZeRO's stages (parallel.zero)"
+    yield f"{'':{WHAT}}" + "".join(f"{f'{stage}' + (' ◄' if stage == plan.zero else ''):>{CELL}}" for stage in range(4))
+    parts = planner.ranks(plan.tensor)
+    states = [max((part.state(plan.copies, stage) for part in parts), key=lambda state: sum(state.values()))
+              for stage in range(4)]
+    for kind in STATES:
+        yield f"{kind:{WHAT}}" + "".join(f"{_size(state[kind]):>{CELL}}" for state in states)
+    yield f"{'all':{WHAT}}" + "".join(f"{_size(sum(state.values())):>{CELL}}" for state in states)
+    yield ""
 
 
 def _layouts(planner: Any, devices: int | None, memory: _Memory) -> Iterator[str]:

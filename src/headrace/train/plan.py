@@ -35,7 +35,7 @@ STATES = ("weights", "fp32 masters", "optimizer moments", "gradients")
 """What stays from step to step."""
 KINDS = (*STATES, "gathered weights", "gradients on their way", "gradients set aside", "activations", "recomputed",
          "attention's KV", "logits", "other buffers")
-MOMENTS = ("forward", "loss", "backward begins", "backward ends", "micro-steps add up")
+MOMENTS = ("forward", "loss", "backward begins", "backward ends", "micro-steps add")
 """At which a step's memory is looked at: the last block's forward; the head, which makes its gradients on the way; the
 last block's backward and the first one's; and the sum of gradients over micro-steps."""
 BLOCK_SIZE = 16
@@ -258,7 +258,7 @@ class Part:
         yield "backward ends", always | work | {"activations": first, "other buffers": max(block, rest + table)}
         if rounds > 1:
             held = max(count.bit_count() + 1 for count in range(rounds - 1)) * part
-            yield "micro-steps add up", always | {"gradients set aside": held, "activations": 0, "other buffers": rest}
+            yield "micro-steps add", always | {"gradients set aside": held, "activations": 0, "other buffers": rest}
 
     def _on_their_way(self, copies: int, zero: int) -> dict[str, int]:
         """What comes and goes between copies: half a bucket that is received; buckets; units that are gathered."""

@@ -30,6 +30,7 @@ from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
 from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_metrics
+from headrace.train.plan import Part
 from headrace.train.snapshots.disk import clear_after, snapshots
 from headrace.train.snapshots.reader import Snapshot, newest_whole
 from headrace.train.snapshots.writer import SnapshotWriter
@@ -73,7 +74,7 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
         parallel = recipe.parallel
         mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout,
                         parallel.reduction == "library")
-    with _disk(out):
+    with _disk(out), _memory(recipe, mesh):
         resume = of_first(mesh, lambda: _begin(out, resume))
         run = _Run(recipe, out, ops, mesh, clock, warn)
         if resume:
@@ -240,6 +241,25 @@ def _disk(out: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror or error}; {_last(out)}. "
                           "Make room, then go on with --resume") from None
+
+
+@contextlib.contextmanager
+def _memory(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
+    """Memory that is not there becomes one line, which says what the states take and what less would."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in told:
+            raise
+        part = Part(recipe, mesh.tensor.size, mesh.tensor.rank)
+        take = {stage: sum(part.state(mesh.data.size, stage).values()) / 2**20 for stage in (recipe.parallel.zero, 3)}
+        less = (f"; parallel.zero=3 makes that {take[3]:,.0f} MiB" if recipe.parallel.zero < 3 and mesh.data.size > 1
+                else "; more processes with parallel.zero=3, or a higher parallel.tensor, divide them")
+        raise ConfigError(f"there is no memory for this: the model's states alone take "
+                          f"{take[recipe.parallel.zero]:,.0f} MiB of every process at parallel.zero="
+                          f"{recipe.parallel.zero} with {mesh.data.size} copies{less}. `headrace plan` accounts for "
+                          "it all") from None
 
 
 def _last(out: Path) -> str:
