@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["add"]
 
-PAPERS = ("megatron", "orca", "paged", "sarathi")
+PAPERS = ("megatron", "orca", "paged", "sarathi", "zero")
 
 
 def add(commands: Any) -> None:

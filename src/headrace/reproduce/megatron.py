@@ -53,12 +53,13 @@ def table(quick: bool = False) -> Table:
     return out
 
 
-def run_ranks(processes: int, tensor: int, setting: dict[str, int]) -> list[dict[str, Any]]:
+def run_ranks(processes: int, tensor: int, setting: dict[str, int],
+              module: str = "headrace.reproduce.megatron_rank") -> list[dict[str, Any]]:
     """What each rank saw, in rank order. Raises `RuntimeError` where one fails; it says why on standard error."""
     store = keep_store(processes, TIMEOUT) if processes > 1 else None
     job = {"size": processes, "tensor": tensor, "port": store.port if store else 0, "setting": setting}
     ranks = [subprocess.Popen(
-        [sys.executable, "-m", "headrace.reproduce.megatron_rank", json.dumps({**job, "rank": rank})],
+        [sys.executable, "-m", module, json.dumps({**job, "rank": rank})],
         stdout=subprocess.PIPE, text=True) for rank in range(processes)]
     told = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
