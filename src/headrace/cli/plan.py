@@ -77,7 +77,8 @@ def _machine(kernels: str) -> _Memory:
 
 def _head(recipe: Any, plan: Any) -> Iterator[str]:
     model, train = recipe.model, recipe.train
-    layout = f"zero {plan.zero}, {plan.tensor} tensor-parallel" + (", stream split by rows" if recipe.parallel.sequence else "")
+    layout = f"zero {plan.zero}, {plan.tensor} tensor-parallel"
+    layout += ", stream split by rows" if recipe.parallel.sequence else ""
     devices = _count(plan.tensor * plan.copies, "device", "devices")
     yield (f"{model.num_layers} layers of {model.hidden_size}, {model.dtype} weights; {devices}: {layout} × "
            f"{_count(plan.copies, 'copy', 'copies')}")

@@ -27,8 +27,8 @@ def table(quick: bool = False) -> Table:
     """Every row, measured."""
     setting = SETTINGS[quick]
     out = Table("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-                f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, really run as 2 "
-                "and 4 copies, processes of one thread; the 7.5 billion by formula")
+                f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, really run as "
+                "2 and 4 copies, processes of one thread; the 7.5 billion by formula")
     answers: Answers = {copies: run_ranks(copies, 1, setting, MODULE) for copies in COPIES}
     by_formula(out)
     held(out, answers)
