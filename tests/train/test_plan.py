@@ -66,7 +66,7 @@ def test_where_gradients_are_most_of_it_a_plan_is_close(recipe_file):
     changes = [*CHANGES, "train.seq_length=4", "train.micro_batches=4", "parallel.tensor=2"]
     answers = run_mesh("train.plan_jobs:measured", 4, 2, str(recipe_file), changes)
     plan = Planner(load_recipe(recipe_file, changes)).plan(2, 2)
-    assert 1.0 <= work_of(plan) / max(answer["peak"] for answer in answers) <= 1.1
+    assert 1.0 <= work_of(plan) / max(answer["peak"] for answer in answers) <= 1.25
 
 
 def test_the_recipe_of_7b():

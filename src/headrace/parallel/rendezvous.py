@@ -17,17 +17,19 @@ from headrace.parallel.links import Link, ProcessGroupLink, SocketLink
 __all__ = ["LOOPBACK", "connect", "join", "keep_store", "roll_call"]
 
 LOOPBACK = "127.0.0.1"
+STORE = 10.0
+"""Seconds that the store itself may take to answer, however soon ranks are to come."""
 
 
 def keep_store(size: int, timeout: float, port: int = 0) -> dist.TCPStore:
     """A store on the loopback, at a free port if 0, for `size` ranks of this machine; whoever keeps it is rank 0."""
-    wait = timedelta(seconds=timeout)
+    wait = timedelta(seconds=max(timeout, STORE))
     return dist.TCPStore(LOOPBACK, port, size, is_master=True, timeout=wait, wait_for_workers=False)
 
 
 def join(port: int, size: int, timeout: float) -> dist.TCPStore:
     """The store that another rank keeps at `port`."""
-    return dist.TCPStore(LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=timeout))
+    return dist.TCPStore(LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=max(timeout, STORE)))
 
 
 def connect(store: Any, rank: int, size: int, device: torch.device, timeout: float, sequence: bool = False,

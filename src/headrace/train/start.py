@@ -34,7 +34,10 @@ def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps, group:
     if recipe.init:
         _check_tokenizer(tokenizer, Tokenizer.from_folder(resolve(recipe.init)), recipe)
     group.deferred = True
-    return Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
+    try:
+        return Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
+    finally:
+        group.deferred = False  # other models of these ranks have their own memory
 
 
 def first_weights(model: Transformer, recipe: Recipe) -> None:
