@@ -75,6 +75,7 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
         mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout,
                         parallel.reduction == "library")
     with _disk(out), _memory(recipe, mesh):
+        _require_one_recipe(recipe, mesh)
         resume = of_first(mesh, lambda: _begin(out, resume))
         run = _Run(recipe, out, ops, mesh, clock, warn)
         if resume:
@@ -219,6 +220,18 @@ def _say_nothing(_: str) -> None:
 
 def _told(layout: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in layout.items())
+
+
+def _require_one_recipe(recipe: Recipe, mesh: Mesh) -> None:
+    """Raise `ConfigError`, on every rank, that names the first key in which ranks differ."""
+    told = mesh.tell(dataclasses.asdict(recipe))
+    for rank, theirs in enumerate(told):
+        for section, ours in told[0].items():
+            keys = ours if isinstance(ours, dict) else {"": ours}
+            there = theirs[section] if isinstance(ours, dict) else {"": theirs[section]}
+            for key, value in keys.items():
+                require(there[key] == value, f"rank {rank} was started with {section}{'.' * bool(key)}{key}="
+                        f"{there[key]!r}, rank 0 with {value!r}: give all of them one recipe and the same --set")
 
 
 def _begin(out: Path, resume: bool) -> bool:
