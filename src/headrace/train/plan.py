@@ -186,7 +186,7 @@ class Part:
         dim = self.recipe.model.head_dim
         return {"q, k, v (v is a view of them)": FP32 * T * (self.heads + 2 * self.kv_heads) * dim,
                 "q and k, rotated": FP32 * T * (self.heads + self.kv_heads) * dim,
-                "attention's output": FP32 * T * self.heads * dim}
+                "attention's output": FP32 * T * self.heads * dim, "log-sum-exp of attention": FP32 * T * self.heads}
 
     def _mlp_saves(self, T: int) -> dict[str, int]:
         return {"gate and up": 2 * FP32 * T * self.inner, "silu(gate) · up": FP32 * T * self.inner}
