@@ -202,9 +202,16 @@ def attention_backward(q, k, v, g, out, lse, starts_S1, heads, kv_heads, dim, g_
 
 @kernel
 def _take_items(q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window, counter):
-    """One thread's work."""
+    """One thread's work. Its workspace is handed on as an array: with the last mention of it, it is freed."""
     size = _workspace(pointer(q), 0, longest, dim)[1]
     room, at = scratch(size)
+    _items(room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window,
+           counter)
+
+
+@kernel
+def _items(room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window,
+           counter):
     item = _workspace(pointer(room), at, longest, dim)[0]
     ks, vs = Heads(pointer(k.x), k.row, k.head), Heads(pointer(v.x), v.row, v.head)
     index = take(counter)
