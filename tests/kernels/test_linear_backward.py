@@ -113,16 +113,25 @@ from headrace.kernels.cpu import CpuOps, launch
 torch.manual_seed(0)
 ops, g, x, w = CpuOps(threads=2), torch.randn(70, 300), torch.randn(70, 45), torch.randn(300, 45).bfloat16()
 spans = ((0, 0, 0, 100), (1, 100, 100, 200))
-found = ops.linear_backward_input(g, w, spans), ops.linear_backward_weight(g, x)
+found = [ops.linear_backward_input(g, w, spans), ops.linear_backward_weight(g, x), ops.linear(x[:3], w)]
+h, starts = torch.randn(5, 70, 2, 40), torch.tensor([0, 9, 70], dtype=torch.int32)
+found += ops.attention_backward(*h, torch.full((70, 2), 3.0), starts, 0.3)
 print(launch.WIDE, *(sum(y.flatten().view(torch.int32).tolist()) for y in found))
 """
 
 
+def said(**environment: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | environment, text=True,
+                          capture_output=True, check=True)
+    return done.stdout.split()
+
+
 @pytest.mark.skipif(not launch.WIDE, reason="the CPU has no AVX-512: the other tests take the narrow tiles")
 def test_the_width_of_a_register_changes_no_bits():
-    told = []
-    for more in ({}, {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c"}):
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | more, text=True, capture_output=True,
-                              check=True)
-        told.append(done.stdout.split())
-    assert [wide for wide, _, _ in told] == ["True", "False"] and told[0][1:] == told[1][1:]
+    narrow = said(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c")
+    assert narrow == ["False", *said()[1:]]
+
+
+def test_no_workspace_is_used_once_it_is_freed():
+    """glibc fills what is freed with this byte."""
+    assert said(MALLOC_PERTURB_="165") == said()

@@ -153,13 +153,13 @@ class Ops(Protocol):
         ...
 
     def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
-                  window: int = 0) -> Tensor:
+                  window: int = 0, lse_TH: Tensor | None = None) -> Tensor:
         """Causal attention straight from the paged cache (PagedAttention §4.3), no gather.
 
         Sums over each sequence's keys in splits of `SPLIT` tokens aligned to position 0, each an
         (MA, m, e) partial, merged in a binary tree of power-of-two aligned nodes, then the maximal nodes left to
         right (Infinite-LLM's merge). With `window` > 0 a row sees only the last `window` positions, itself
-        included. Returns [T, H, d], contiguous fp32.
+        included. Returns [T, H, d], contiguous fp32; `lse_TH` receives each row's m + log e, for `attention_backward`.
         """
         ...
 
@@ -226,6 +226,17 @@ class Ops(Protocol):
 
         The sum over t is one shard's in chunks of 256 rows, as above, so rows that come in multiples of 256 may come in
         several calls.
+        """
+        ...
+
+    def attention_backward(self, g_THd: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, out_THd: Tensor,
+                           lse_TH: Tensor, query_start_S1: Tensor, scale: float,
+                           window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(g_q, g_k, g_v) of `attention` over whole sequences, rows `query_start[s] : query_start[s + 1]` each.
+
+        k and v, all in fp32, are as the cache holds them, and may be strided views whose last axis is contiguous; out
+        and lse are the forward's. A kv head's gradients in a sequence depend on nothing beside them, and sums have one
+        order: over keys ascending, over query heads of the kv head, then rows, ascending.
         """
         ...
 

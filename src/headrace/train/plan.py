@@ -209,7 +209,7 @@ class Part:
         dim = self.recipe.model.head_dim
         return {"q, k, v (v is a view of them)": FP32 * T * (self.heads + 2 * self.kv_heads) * dim,
                 "q and k, rotated": FP32 * T * (self.heads + self.kv_heads) * dim,
-                "attention's output": FP32 * T * self.heads * dim}
+                "attention's output": FP32 * T * self.heads * dim, "log-sum-exp of attention": FP32 * T * self.heads}
 
     def _mlp_saves(self, T: int) -> dict[str, int]:
         return {"gate and up": 2 * FP32 * T * self.inner, "silu(gate) · up": FP32 * T * self.inner}
@@ -285,14 +285,12 @@ class Part:
         return blocks * BLOCK_SIZE * 2 * self.kv_heads * self.recipe.model.head_dim * _width(train.kv_cache_dtype)
 
     def _head_work(self, T: int) -> int:
-        """Rows and their gradient, the weight's gradient by shard; then a chunk's work, or the shards put together."""
+        """Rows and their gradient, the weight's gradient, and a chunk's."""
         D, r, V = self.recipe.model.hidden_size, min(CHUNK, T), self.vocabulary
-        narrow = V * D if self.weight_bytes < FP32 else 0
-        chunk = r * V + narrow + (self.shards + 1) * r * D
-        return FP32 * (2 * T * D + V * D + max(chunk, V * D))
+        return FP32 * (2 * T * D + V * D + 2 * r * D)
 
     def _block_work(self, rows: int) -> int:
-        """The most that a block's backward takes beside what was kept, every shard at work at once."""
+        """The most that a block's backward takes beside what was kept."""
         T, D = self.tokens(rows), self.recipe.model.hidden_size
         dim = self.recipe.model.head_dim
         q, kv, inner = self.heads * dim, self.kv_heads * dim, self.inner
@@ -300,18 +298,15 @@ class Part:
         qkv = self.model.blocks[0].attention.qkv.weight.shape[0]
 
         def column(outputs: int, rows_of_weight: int) -> float:
-            """Gradient and its copy by shard, the weight's copy; shares of the input's gradient, the weight's twice."""
-            weight = rows_of_weight * D
-            during = T * outputs + weight * (1 + stored) + self.shards * T * D + weight
-            after = self.shards * T * D + weight + max((self.shards - 1) * T * D, T * D + weight * (1 + stored))
-            return T * outputs + max(during, after)
+            """The gradient twice, the input's; the weight's by column, by row and rounded."""
+            return 2 * T * outputs + T * D + outputs * D + rows_of_weight * D * (1 + stored)
 
         def row(inputs: int) -> float:
-            """Gradient in and out, the input's copy by shard; the weight copied, its gradient by shard and whole."""
-            return T * D + 2 * T * inputs + D * inputs * (2 + (stored or 1))
+            """Gradient in and out, the weight's and that rounded."""
+            return T * D + T * inputs + D * inputs * (1 + stored)
 
-        narrow_cache = 2 * T * kv if self.recipe.train.kv_cache_dtype != "float32" else 0
-        attention = 2 * T * q + T * (q + 2 * kv) + narrow_cache + 2 * T * (q + 2 * kv) + 3 * T * q
+        narrow_cache = 3 * T * kv if self.recipe.train.kv_cache_dtype != "float32" else 0
+        attention = 2 * T * q + T * (q + 2 * kv) + narrow_cache
         heads = 3 * T * (q + 2 * kv)  # the rotation back, and three parts become one
         stream = 2 * self._stream(rows) * D
         return int(FP32 * (stream + max(column(2 * inner, 2 * inner), column(q + 2 * kv, qkv), row(inner), row(q),

@@ -31,6 +31,7 @@ from headrace.train.data import Batch, open_source
 from headrace.train.dropout import Dropout
 from headrace.train.flops import model_flops
 from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
+from headrace.train.process import for_kernels, keep_memory
 from headrace.train.recompute import recompute_
 from headrace.train.regions import Region
 from headrace.train.scaler import LossScale
@@ -73,6 +74,7 @@ class Trainer:
         """`mesh`: the ranks that train together; None for this one alone."""
         self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe
+        keep_memory()
         self.source = open_source(recipe.data, initial_tokenizer(recipe))
         self.tokenizer = self.source.tokenizer
         shards = recipe.model.shards
@@ -133,8 +135,9 @@ class Trainer:
         rate = learning_rate(config, self.recipe.train.steps, self.steps)
         factor = self._scale.value
         try:
-            loss, grads = self._gradients(batch, factor)
-            norm = self._norm(grads) / factor
+            with for_kernels(self.ops):
+                loss, grads = self._gradients(batch, factor)
+                norm = self._norm(grads) / factor
             finite = math.isfinite(norm)
             if finite:
                 scale = config.grad_clip / norm if config.grad_clip and norm > config.grad_clip else 1.0

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from headrace.kernels.autograd.attention import CausalAttention
 from headrace.kernels.autograd.entropy import HeadLoss, LogProbability, VocabPart
 from headrace.kernels.autograd.linear import AddBias, ColumnLinear, RowLinear
-from headrace.kernels.autograd.shards import OutputShards, ShardPool, row_bounds, tree
+from headrace.kernels.autograd.shards import OutputShards, row_bounds, tree
 from headrace.kernels.delegate import DelegatingOps
 from headrace.kernels.ops import AttentionMeta, Ops
 
@@ -33,7 +33,6 @@ class AutogradOps(DelegatingOps):
     def __init__(self, base: Ops, shards: int = 1, row_shards: int = 1) -> None:
         super().__init__(base)
         self.shards, self.row_shards = shards, row_shards
-        self.pool = ShardPool(getattr(base, "threads", 1))
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
@@ -110,9 +109,7 @@ def causal_attention(ops: Ops, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, meta
 
     k and v go through a paged cache of `cache_dtype` that lives for this call. Its rounding has gradient one.
     """
-    pool, shards = (ops.pool, ops.shards) if isinstance(ops, AutogradOps) else (ShardPool(1), 1)
-    return CausalAttention.apply(_base(ops), pool, shards, q_THd, k_TGd, v_TGd, meta, block_size, cache_dtype, scale,
-                                 window)
+    return CausalAttention.apply(_base(ops), q_THd, k_TGd, v_TGd, meta, block_size, cache_dtype, scale, window)
 
 
 def _base(ops: Ops) -> Ops:

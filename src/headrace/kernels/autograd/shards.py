@@ -1,27 +1,19 @@
-"""Gradients of products, shard by shard: which outputs a virtual shard has, and threads that each take one.
-
-torch's products have the same bits for the same shapes on one thread, and not always on two. So the unit of work in
-backward is a virtual shard's product on one thread, whatever the number of threads and of ranks.
-"""
+"""How sums over virtual shards and rows are cut and added up, and which outputs a virtual shard has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from headrace.kernels.ops import Span
 
-__all__ = ["OutputShards", "ShardPool", "row_bounds", "tree"]
+__all__ = ["OutputShards", "row_bounds", "tree"]
 
 Range = tuple[int, int]
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def tree(parts: Sequence[Tensor]) -> Tensor:
@@ -94,23 +86,3 @@ class OutputShards:
         if self.sum_shared is not None:
             whole[self.shared_from :] = self.sum_shared(whole[self.shared_from :])
         return whole
-
-
-class ShardPool:
-    """Runs one job a virtual shard on as many threads as it has; torch uses one thread in each."""
-
-    def __init__(self, threads: int) -> None:
-        self._workers = ThreadPoolExecutor(threads, "shard") if threads > 1 else None
-
-    def map(self, job: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """job(item) for every item, in order."""
-        def without_gradients(item: T) -> R:
-            with torch.no_grad():  # which is a thread's own setting
-                return job(item)
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return list((map if self._workers is None else self._workers.map)(without_gradients, items))
-        finally:
-            torch.set_num_threads(threads)

@@ -23,7 +23,7 @@ from numba import get_num_threads, prange
 
 from headrace.kernels.cpu.launch import kernel
 from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
-from headrace.kernels.cpu.simd import div8, exp1, fma8, load1, load8, mul8, splat8, store1, store8, store8n
+from headrace.kernels.cpu.simd import div8, exp1, fma8, load1, load8, log1, mul8, splat8, store1, store8, store8n
 from headrace.kernels.cpu.work import take
 from headrace.kernels.ops import SPLIT
 
@@ -65,8 +65,8 @@ def _insert(scratch, fresh, stack, split, oldest, node):
 
 
 @kernel
-def _finish(scratch, stack, splits, oldest, node, out, at, dim):
-    """Join a row's maximal nodes left to right and write MA / e."""
+def _finish(scratch, stack, splits, oldest, node, out, at, dim, lse):
+    """Join a row's maximal nodes left to right and write MA / e, and m + log e where it is asked for."""
     result, covered, level = -1, 0, 62
     while level >= 0:
         if (splits >> level) & 1:
@@ -76,6 +76,8 @@ def _finish(scratch, stack, splits, oldest, node, out, at, dim):
                     merge(scratch, result, stack + level * node, node)
                 result = stack + level * node
         level -= 1
+    if lse.size:
+        lse[at // dim] = load1(scratch, result + node - 2) + log1(load1(scratch, result + node - 1))
     e = splat8(load1(scratch, result + node - 1))
     for c in range(0, dim & ~7, 8):
         store8(out, at + c, div8(load8(scratch, result + c), e))
@@ -87,7 +89,8 @@ def _finish(scratch, stack, splits, oldest, node, out, at, dim):
 # ---- work items ------------------------------------------------------------------------------------------------
 
 @kernel
-def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out):
+def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out,
+          lse):
     """All heads of one group for `tokens` tokens in a row, the first of them at `position`: split by split."""
     rows, at_R, position_R = tokens * group, np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
     stacks = NODES + ROWS * node
@@ -111,7 +114,7 @@ def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, 
     for row in range(rows):
         at, place = position + row // group, ((token + row // group) * heads + head + row % group) * paged.dim
         stack = stacks + row * levels * node
-        _finish(scratch, stack, at // SPLIT + 1, _oldest(at, window), node, out, place, paged.dim)
+        _finish(scratch, stack, at // SPLIT + 1, _oldest(at, window), node, out, place, paged.dim, lse)
 
 
 @kernel
@@ -134,7 +137,7 @@ def _last_start(starts_S1, item):
 
 
 @kernel(parallel=True)
-def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, heads, out, scale, window, threads):
+def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, heads, out, lse, scale, window, threads):
     """Every (kv head, sequence, tile of rows) is a work item; a free thread takes the next one."""
     _, layers, _, kv_heads, block_size, dim = shape
     sequences, group = context_S.size, heads // kv_heads
@@ -165,15 +168,15 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
             keys = (2 * layer * kv_heads + head) * block_size * dim
             paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
             _tile(q, paged, first, min(tile, end - first), context_S[s] - (end - first), heads, head * group, group,
-                  window, scale, scratch, packed, node, levels, out)
+                  window, scale, scratch, packed, node, levels, out, lse)
             item = take(counter)
 
 
 def attention(q_THd: np.ndarray, blocks: np.ndarray, layer: int, block_table_SM: np.ndarray,
-              query_start_S1: np.ndarray, context_len_S: np.ndarray, out_THd: np.ndarray, scale: float,
-              window: int = 0) -> None:
+              query_start_S1: np.ndarray, context_len_S: np.ndarray, out_THd: np.ndarray, lse_TH: np.ndarray,
+              scale: float, window: int = 0) -> None:
     """See `Ops.attention`. All arrays are C-contiguous; `blocks` [block, layer, 2, kv_head, token, dim] is float32,
-    uint16 (bf16) or int16 (fp16), the meta arrays are int32, q and out fp32 [T, H, d].
+    uint16 (bf16) or int16 (fp16), the meta arrays are int32, q and out fp32 [T, H, d]; an empty lse is not written.
     """
     _attention(q_THd, blocks.reshape(-1), blocks.shape, layer, block_table_SM, query_start_S1, context_len_S,
-               q_THd.shape[1], out_THd, np.float32(scale), window, get_num_threads())
+               q_THd.shape[1], out_THd, lse_TH.reshape(-1), np.float32(scale), window, get_num_threads())

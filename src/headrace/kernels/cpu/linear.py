@@ -84,9 +84,9 @@ def _ask(w, start, stride, count, tile, tiles):
 # ---- few rows --------------------------------------------------------------------------------------------------
 
 @kernel
-def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, sums, y):
+def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, room, y):
     """Fours (a rest of three repeats its last row), then one or two singly; outputs past `last` repeat the last."""
-    shards, end = bounds.size - 1, (last - 1) * inputs
+    shards, end, sums = bounds.size - 1, (last - 1) * inputs, pointer(room)
     while row < rows:
         height = 4 if rows - row > 2 else 1
         x0, x_end = row * inputs, (rows - 1) * inputs
@@ -244,7 +244,7 @@ def linear_part(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
     eights = (width + 7) // 8
     first, last = eights * worker // workers * 8, min(eights * (worker + 1) // workers * 8, width)
     sums = np.empty((bounds.size - 1) * 32, np.float32)
-    _few(pointer(x), 0, rows, inputs, pointer(w), first, last, width, bias, bounds, pointer(sums), pointer(y))
+    _few(pointer(x), 0, rows, inputs, pointer(w), first, last, width, bias, bounds, sums, pointer(y))
 
 
 @kernel(parallel=True)

@@ -20,7 +20,7 @@ from headrace.kernels.cpu.simd import load1, load8, load8n, pointer, prefetch, s
 from headrace.kernels.cpu.simd16 import add16, fma16, load16, splat16, store16, zero16
 from headrace.kernels.cpu.work import scratch, take
 
-__all__ = ["COLUMNS", "DEPTH", "HEIGHT", "ROWS", "product", "product_part"]
+__all__ = ["COLUMNS", "DEPTH", "HEIGHT", "PANEL", "ROWS", "Ask", "Tiles", "chunk", "pack", "product", "product_part"]
 
 DEPTH = 256
 """Terms of one chain."""
@@ -115,7 +115,7 @@ def _tile6x16(a, r0, r1, r2, r3, r4, r5, step, b, at, depth, first, c, to, pitch
 # ---- chunks of terms -------------------------------------------------------------------------------------------
 
 @kernel
-def _pack(b, at, pitch, depth, width, room, to):
+def pack(b, at, pitch, depth, width, room, to):
     """room[to …] = `depth` rows of `width` columns from b[at], in fp32, panel by panel; a last one is filled with 0."""
     for n in range(0, width, PANEL):
         for k in range(at + n, at + n + depth * pitch, pitch):
@@ -139,7 +139,7 @@ def _pack_rows(a, at, rows, step, depth, room, to):
     return tiles * HEIGHT
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
     """Where tiles of A are: row r of tile j from a[at + j·tile + r·row], each term `step` further."""
 
     a: Any
@@ -149,7 +149,7 @@ class _Tiles(NamedTuple):
     step: int
 
 
-class _Ask(NamedTuple):
+class Ask(NamedTuple):
     """Tile j asks for eight lines `apart` before every sixteen terms, from a[at + j·tile], then `step` further."""
 
     a: Any
@@ -160,10 +160,13 @@ class _Ask(NamedTuple):
 
 
 @kernel
-def _chunk(tiles, rows, room, packed, depth, width, first, c, pitch, ask):
-    """c[rows, width] gets the chains of one chunk. Rows past the end repeat the last; c has room for them."""
+def chunk(tiles, rows, room, packed, tall, depth, width, first, c, pitch, ask):
+    """c[rows, width] gets the chains of one chunk; a panel of B is `tall` rows of which `depth` count.
+
+    Rows past the end repeat the last; c has room for them.
+    """
     for n in range(0, width, PANEL):
-        b, row = packed + n * depth, tiles.row
+        b, row = packed + n * tall, tiles.row
         for j in range((rows + HEIGHT - 1) // HEIGHT):
             r0, to = tiles.at + j * tiles.tile, c + j * HEIGHT * pitch + n
             last = r0 + (min(rows - j * HEIGHT, HEIGHT) - 1) * row
@@ -193,14 +196,14 @@ def _block(a, at, rows, row, step, b, left, inputs, width, spans, adds, room, pa
             s, k, count = spans[i, 1], spans[i, 2], spans[i, 3]
             for done in range(0, count, DEPTH):
                 depth, start = min(DEPTH, count - done), at + (s + done) * step
-                _pack(b, (k + done) * inputs + left, inputs, depth, width, room, packed)
+                pack(b, (k + done) * inputs + left, inputs, depth, width, room, packed)
                 if row == 1:
                     whole = _pack_rows(a, start, rows, step, depth, room, tiles)
-                    _chunk(_Tiles(room, tiles, depth * 8 + 16, 1, 8), whole, room, packed, depth, width, first, top,
-                           pitch, _Ask(a, start + depth * step, 16 * step, step, 16))
+                    chunk(Tiles(room, tiles, depth * 8 + 16, 1, 8), whole, room, packed, depth, depth, width, first,
+                          top, pitch, Ask(a, start + depth * step, 16 * step, step, 16))
                 else:
-                    _chunk(_Tiles(a, start, HEIGHT * row, row, step), rows, room, packed, depth, width, first, top,
-                           pitch, _Ask(a, start + HEIGHT * row, HEIGHT * row, 16, row))
+                    chunk(Tiles(a, start, HEIGHT * row, row, step), rows, room, packed, depth, depth, width, first,
+                          top, pitch, Ask(a, start + HEIGHT * row, HEIGHT * row, 16, row))
                 first = False
             i += 1
         if first:  # an empty shard

@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import backward, elementwise, launch, optimizer
 from headrace.kernels.cpu import sample as sampling
+from headrace.kernels.cpu.attention_backward import Heads, attention_backward
 from headrace.kernels.cpu.linear import SHARDS, linear, linear_part
 from headrace.kernels.cpu.linear_backward import COLUMNS, HEIGHT, ROWS, product, product_part
 from headrace.kernels.cpu.warmup import Progress, warm_up
@@ -229,11 +230,14 @@ class CpuOps:
             raise IndexError(f"slot {slots[bad]} is not in a cache of {blocks.shape[0]} blocks")
 
     def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
-                  window: int = 0) -> Tensor:
+                  window: int = 0, lse_TH: Tensor | None = None) -> Tensor:
         out_THd = torch.empty(q_THd.shape)
+        if lse_TH is not None:
+            _alike("lse", lse_TH, "a head's row", out_THd[..., 0])
         launch.set_threads(self.threads)
         paged.attention(_dense(q_THd), self._stored(blocks), layer, meta.block_table_SM.numpy(),
-                        meta.query_start_S1.numpy(), meta.context_len_S.numpy(), out_THd.numpy(), scale, window)
+                        meta.query_start_S1.numpy(), meta.context_len_S.numpy(), out_THd.numpy(),
+                        NOTHING if lse_TH is None else _dense(lse_TH), scale, window)
         return out_THd
 
     def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
@@ -341,6 +345,21 @@ class CpuOps:
             tall += 1
         launch.set_threads(self.threads)
         product(*operands, -(-rows // (tall * HEIGHT)) * HEIGHT, self.threads)
+
+    def attention_backward(self, g_THd: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, out_THd: Tensor,
+                           lse_TH: Tensor, query_start_S1: Tensor, scale: float,
+                           window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        for name, x, other, y in (("g", g_THd, "q", q_THd), ("out", out_THd, "q", q_THd), ("k", k_TGd, "v", v_TGd),
+                                  ("lse", lse_TH, "a head's row", q_THd[..., 0])):
+            _alike(name, x, other, y)
+        (_, heads, dim), kv_heads = q_THd.shape, k_TGd.shape[1]
+        grads = torch.empty(q_THd.shape), torch.empty(k_TGd.shape), torch.empty(v_TGd.shape)
+        k, v = (Heads(_strided(x), x.stride(0), x.stride(1)) for x in (k_TGd, v_TGd))
+        launch.set_threads(self.threads)
+        attention_backward(_dense(q_THd), k, v, _dense(g_THd), _dense(out_THd), _dense(lse_TH),
+                           _integers(query_start_S1, torch.int32), heads, kv_heads, dim, *(x.numpy() for x in grads),
+                           np.float32(scale), window, self.threads)
+        return grads
 
     def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
         rows, width = g_TI.shape

@@ -267,7 +267,10 @@ def _known(array: Any) -> bool:
 
 @intrinsic
 def pointer(tyctx: Any, array: Any) -> Any:
-    """The array's data pointer, which is not reference-counted: somebody else keeps the array."""
+    """The array's data pointer, which is not reference-counted: somebody else keeps the array.
+
+    A local array is freed with its last mention: hand it on as an array, and take the pointer of an argument.
+    """
     if not _known(array) or isinstance(array, types.CPointer):
         return None
 

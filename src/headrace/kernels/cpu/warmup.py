@@ -75,6 +75,9 @@ def _training_steps(ops: CpuOps, weights: torch.dtype) -> Iterator[tuple[str, Ca
                                                                                  ((0, 0, 0, 16),))
     yield "linear_backward_weight", lambda: ops.linear_backward_weight(wide, wide)
     yield "linear_backward_weight, one thread", lambda: ops.linear_backward_weight(x, x)
+    heads = torch.zeros(1, 1, 8)
+    yield "attention_backward", lambda: ops.attention_backward(heads, heads, heads, heads, heads, one[None],
+                                                               torch.tensor([0, 1], dtype=torch.int32), 1.0)
     yield "silu_mul_backward", lambda: ops.silu_mul_backward(x[:, :8].contiguous(), x)
     yield "cross_entropy_backward", lambda: ops.cross_entropy_backward_(x.clone(), one, at, one)
     yield "adamw", lambda: ops.adamw_(master, grad, first, second, stored, rate=0.0, beta1=0.9, beta2=0.9, eps=1.0,

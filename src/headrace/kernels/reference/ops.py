@@ -86,7 +86,7 @@ class ReferenceOps:
             blocks[slots_T // size, layer, part, :, slots_T % size] = x_TGd[rows_T].to(blocks.dtype)
 
     def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
-                  window: int = 0) -> Tensor:
+                  window: int = 0, lse_TH: Tensor | None = None) -> Tensor:
         out_THd = torch.empty(q_THd.shape, dtype=torch.float32, device=q_THd.device)
         starts, contexts = meta.query_start_S1.tolist(), meta.context_len_S.tolist()
         for s, context in enumerate(contexts):
@@ -97,7 +97,9 @@ class ReferenceOps:
             first = max(0, context - count - window + 1) if window else 0  # the oldest position any row sees
             keys_GJd, values_GJd = self._gather(blocks, layer, meta.block_table_SM[s], first, context)
             seen_IJ = self._visible(context - count, first, context, window)
-            out_THd[rows] = self._softmax_rows(q_THd[rows].float(), keys_GJd, values_GJd, seen_IJ, scale)
+            out_THd[rows], lse_IH = self._softmax_rows(q_THd[rows].float(), keys_GJd, values_GJd, seen_IJ, scale)
+            if lse_TH is not None:
+                lse_TH[rows] = lse_IH
         return out_THd
 
     def _gather(self, blocks: Tensor, layer: int, table_M: Tensor, first: int,
@@ -119,12 +121,14 @@ class ReferenceOps:
 
     @staticmethod
     def _softmax_rows(q_IHd: Tensor, keys_GJd: Tensor, values_GJd: Tensor, seen_IJ: Tensor,
-                      scale: float) -> Tensor:
+                      scale: float) -> tuple[Tensor, Tensor]:
+        """(what the rows find, their log-sum-exp)"""
         groups = keys_GJd.shape[0]
         q_GNId = q_IHd.transpose(0, 1).unflatten(0, (groups, -1))
         scores = (q_GNId @ keys_GJd.unsqueeze(1).mT) * scale
-        weights = torch.softmax(scores.masked_fill(~seen_IJ, -torch.inf), dim=-1)
-        return (weights @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
+        scores = scores.masked_fill(~seen_IJ, -torch.inf)
+        out = (torch.softmax(scores, dim=-1) @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
+        return out, torch.logsumexp(scores, dim=-1).flatten(0, 1).T
 
     def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
         return self.merge_logsumexp(self.logsumexp_parts(logits_RV, bounds))
@@ -187,6 +191,25 @@ class ReferenceOps:
 
     def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
         return g_TN.mT @ x_TK if into_NK is None else into_NK.addmm_(g_TN.mT, x_TK)
+
+    def attention_backward(self, g_THd: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, out_THd: Tensor,
+                           lse_TH: Tensor, query_start_S1: Tensor, scale: float,
+                           window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        grads = torch.empty_like(q_THd), torch.empty(k_TGd.shape).to(k_TGd), torch.empty(v_TGd.shape).to(v_TGd)
+        groups = k_TGd.shape[1]
+        own_TH = (g_THd * out_THd).sum(-1)
+        for start, stop in pairwise(query_start_S1.tolist()):
+            rows = slice(start, stop)
+            g, q = (x[rows].transpose(0, 1).unflatten(0, (groups, -1)) for x in (g_THd, q_THd))
+            k, v = (x[rows].transpose(0, 1).unsqueeze(1) for x in (k_TGd, v_TGd))
+            lse, own = (x[rows].T.unflatten(0, (groups, -1))[..., None] for x in (lse_TH, own_TH))
+            seen_IJ = self._visible(0, 0, stop - start, window)
+            p = torch.exp(q @ k.mT * scale - lse).masked_fill(~seen_IJ, 0.0)
+            s = scale * p * (g @ v.mT - own)
+            parts = (s @ k).flatten(0, 1), (s.mT @ q).sum(1), (p.mT @ g).sum(1)
+            for grad, part in zip(grads, parts):
+                grad[rows] = part.transpose(0, 1)
+        return grads
 
     def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
         gate, up = gate_up_T2I.chunk(2, dim=-1)
