@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from headrace.train.regions import Region
+from headrace.parallel.regions import Region
 from headrace.train.snapshots import disk
 from headrace.train.snapshots.disk import clear_after
 from headrace.train.snapshots.reader import newest_whole

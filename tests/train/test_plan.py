@@ -62,6 +62,16 @@ def test_a_plan_is_what_the_trainer_holds(recipe_file, layout, recompute, dtype)
     assert peak <= work_of(plan) <= 1.7 * peak
 
 
+@pytest.mark.parametrize("keys, tensor", [(["parallel.partition_activations=true"], 2),
+                                          (["parallel.offload_activations=true"], 1)])
+def test_a_plan_knows_what_is_kept_elsewhere(recipe_file, keys, tensor):
+    changes = [*CHANGES, "train.recompute=full", f"parallel.tensor={tensor}", *keys]
+    answers = run_mesh("train.plan_jobs:measured", tensor, tensor, str(recipe_file), changes)
+    plan = Planner(load_recipe(recipe_file, changes)).plan(tensor)
+    kept = 0 if tensor == 1 else max(answer["checkpoints"] for answer in answers)
+    assert plan.kept["a block's input"] == kept and plan.kept["residual before a block"] == 0
+
+
 def test_where_gradients_are_most_of_it_a_plan_is_close(recipe_file):
     changes = [*CHANGES, "train.seq_length=4", "train.micro_batches=4", "parallel.tensor=2"]
     answers = run_mesh("train.plan_jobs:measured", 4, 2, str(recipe_file), changes)

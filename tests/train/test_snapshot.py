@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from headrace.errors import CheckpointError, ConfigError
 from headrace.model.tensorfiles import TensorFiles
+from headrace.parallel.regions import Region, inside
 from headrace.train.config import load_recipe
-from headrace.train.regions import Region, inside
 from headrace.train.run import train
 from headrace.train.snapshots import writer
 from headrace.train.snapshots.disk import RECORD, prune, record_hash, snapshots
 from headrace.train.snapshots.reader import newest_whole, open_snapshot
 from headrace.train.snapshots.writer import SnapshotWriter
 from headrace.train.trainer import Trainer
+from parallel.region_kit import SHAPES, partitions
 from serve.http_kit import until
-from train.region_kit import SHAPES, partitions
 from train.run_kit import lines_of
 
 OVERRIDES = ("train.steps=10", "train.snapshot_every=3", "train.validate_every=4", "train.micro_batches=2")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from headrace.kernels.ops import load_ops
+from headrace.parallel.regions import Region, inside
 from headrace.train.config import load_recipe
-from headrace.train.regions import Region, inside
 from headrace.train.snapshots.disk import RECORD, snapshots
 from headrace.train.snapshots.reader import open_snapshot
 from headrace.train.trainer import Trainer

@@ -65,8 +65,7 @@ def sharded(config, tensor, rank, copies, copy, stage, bucket):
     from headrace.model.transformer import Transformer
 
     group, data = RankGroup.of_size(tensor, rank), RankGroup.of_size(copies, copy)
-    group.deferred = True
-    model = Transformer(config, AutogradOps(ReferenceOps(), config.shards // tensor), group=group)
+    model = Transformer(config, AutogradOps(ReferenceOps(), config.shards // tensor, deferred=True), group=group)
     return Sharded(model, data, stage, bucket, overlap=False)
 
 
@@ -78,8 +77,8 @@ def test_ranks_together_keep_each_element_of_the_checkpoint_once(layout, stage):
     for rank in range(tensor):
         for copy in range(copies):
             one = sharded(config, tensor, rank, copies, copy, stage, bucket)
-            for part in one.rectangles("model", [slot.weights for slot in one.slots]):
-                seen = found.setdefault(part.name, np.zeros(part.shape, int))
+            for name, part in one.regions("model", [slot.weights for slot in one.slots]):
+                seen = found.setdefault(name, np.zeros(part.shape, int))
                 at = tuple(slice(a, a + n) for a, n in zip(part.start, part.tensor.shape))
                 assert seen[at].shape == tuple(part.tensor.shape)
                 seen[at] += part.speaks
@@ -104,9 +103,9 @@ def test_chunks_of_the_norm_are_the_same_for_every_layout(layout):
                     continue
                 one = sharded(config, tensor, rank, copies, copy, stage, bucket)
                 filled = [torch.zeros(slot.weights.numel(), dtype=torch.float64) for slot in one.slots]
-                for part in one.rectangles("model", filled):
-                    whole = numbers.setdefault(part.name, torch.rand(
-                        part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(part.name))))
+                for name, part in one.regions("model", filled):
+                    whole = numbers.setdefault(name, torch.rand(
+                        part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name))))
                     at = tuple(slice(a, a + n) for a, n in zip(part.start, part.tensor.shape))
                     part.tensor.copy_(whole[at])
                 for flat, chunk in one.chunks(filled):

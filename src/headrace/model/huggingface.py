@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from headrace.model.families import config_from_json, config_to_json
 from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
-from headrace.parallel.pieces import gathered
+from headrace.parallel.pieces import Piece, gathered
 
 __all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "read_config", "resolve", "save_model"]
 
@@ -126,34 +126,48 @@ def _fill(model: Transformer, files: TensorFiles) -> None:
             place.tensor.copy_(place.of(files.tensor(sources[name])))
 
 
+def _pieces(model: Transformer) -> Iterator[tuple[str, Piece]]:
+    """As `Transformer.tensors` gives them, without opening a part: of what ranks divide only the shapes are there."""
+    return ((name, piece) for prefix, part in model.parts() for name, piece in part.tensors(prefix))
+
+
 def _shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Of the checkpoint's tensors."""
-    return {name: piece.shape for prefix, part in model.parts() for name, piece in part.tensors(prefix)}
+    return {name: piece.shape for name, piece in _pieces(model)}
 
 
 def save_model(model: Transformer, folder: str | os.PathLike[str],
                extra_config: Mapping[str, Any] | None = None, writes: bool = True) -> None:
     """Write config.json, generation_config.json and model.safetensors, for `transformers` and `load_model`.
 
-    Every rank of the model's group calls it; rank 0 gathers the tensors, and writes. Where the model's copies share
-    its weights, each of them calls it, and one `writes`.
-    Tensors are stored in the model's dtype, except norms and biases that it could not hold exactly.
+    Every rank of the model's group calls it; rank 0 gathers the tensors, one at a time, and writes. Where the model's
+    copies share its weights, each of them calls it, and one `writes`. Tensors are stored in the model's dtype, except
+    norms and biases that it could not hold exactly.
     `extra_config` is added to config.json.
     """
     folder = Path(folder)
-    dtype = getattr(torch, model.config.dtype)
-    whole = {}
-    for name, piece in model.tensors():
-        tensor = gathered(piece, model.group)
-        if writes and tensor is not None:
-            narrow = _narrow(tensor, dtype)  # a copy, as the tensor is here only while its part is open
-            whole[name] = narrow.clone() if narrow is piece.tensor else narrow
+    # Norms and biases first: they are few, and what they can be stored in depends on what they are.
+    dtype, pieces = getattr(torch, model.config.dtype), dict(_pieces(model))
+    vectors = {name: gathered(piece, model.group) for name, piece in pieces.items() if len(piece.shape) == 1}
     if not writes or model.group.rank:
+        for _, piece in model.tensors():
+            if len(piece.shape) == 2:
+                gathered(piece, model.group)
         return
+    stored = {name: _narrow(vector, dtype) for name, vector in vectors.items() if vector is not None}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, piece in model.tensors():
+            whole = stored.get(name)
+            whole = gathered(piece, model.group) if whole is None else whole
+            assert whole is not None  # on rank 0
+            yield name, whole
+
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config_to_json(model.config), **(extra_config or {})}
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    write_tensors(folder / SINGLE, whole.items(), {"format": "pt"})
+    write_tensors(folder / SINGLE, {name: (stored[name].dtype if name in stored else dtype, piece.shape)
+                                    for name, piece in pieces.items()}, tensors())
     for name, content in ((CONFIG, config), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

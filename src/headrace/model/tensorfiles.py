@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError
 
-__all__ = ["TensorFiles", "read_json", "write_tensors"]
+__all__ = ["TensorFiles", "file_header", "read_json", "write_tensors"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Tables that old checkpoints carry and every reader computes for itself.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.self_attn\.masked_bias$")
 
@@ -104,19 +104,41 @@ class TensorFiles:
         return self._files[self._where[name]].get_slice(name)
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> None:
+def file_header(places: Mapping[str, tuple[torch.dtype, Sequence[int], int]]) -> bytes:
+    """The beginning of a safetensors file of tensors with (dtype, shape, where its bytes begin after the header)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, (dtype, shape, at) in places.items():
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape),
+                        "data_offsets": [at, at + math.prod(shape) * dtype.itemsize]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+                  tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write one safetensors file, whole or not at all: it takes its name when it is complete.
 
-    Its mode is that of any new file. The format's writer would leave it to its owner alone.
+    `layout` says what each of `tensors` is; they are taken one after another, in any order, so all of them need never
+    be there at once, as the format's own writer wants them. Raises `OSError`.
     """
+    places, at = {}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda one: -one[1][0].itemsize):  # each at its width
+        places[name] = dtype, shape, at
+        at += math.prod(shape) * dtype.itemsize
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    mode = stat.S_IMODE(partial.stat().st_mode)
-    # Views of one fused parameter share its storage, which the format's writer must not see as aliases.
-    arrays = {name: tensor.contiguous() for name, tensor in tensors}
-    safetensors.torch.save_file(arrays, partial, dict(metadata))
-    partial.chmod(mode)
+    header = file_header(places)
+    with partial.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            dtype, shape, at = places.pop(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+            file.seek(len(header) + at)
+            data: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            file.write(memoryview(data))
+    if places:
+        raise ValueError(f"{min(places)} was not given")
     os.replace(partial, path)
 
 

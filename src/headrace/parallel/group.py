@@ -32,8 +32,6 @@ class RankGroup:
     size = 1
     device = torch.device("cpu")
     """Where its messages lie."""
-    deferred = False
-    """Whether matrices get their memory later, from whoever divides them further (ZeRO, stage 3)."""
 
     def __init__(self, sequence: bool = False) -> None:
         """`sequence`: the stream between blocks is split by rows, which are a multiple of the ranks."""

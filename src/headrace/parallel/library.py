@@ -17,7 +17,7 @@ class LibraryGroup(DistributedGroup):
     """Ranks whose divided tensors are summed by gloo's or NCCL's own all-reduce.
 
     What is given up: the order of its additions depends on the number of ranks and on the library's version, so another
-    number of copies, or accumulation in their place, trains to other bits. gloo's reduce-scatter would move as much.
+    number of copies, or accumulation in their place, trains to other bits. How many bytes it sends, it does not tell.
     """
 
     _link: ProcessGroupLink
@@ -32,6 +32,5 @@ class LibraryGroup(DistributedGroup):
         began = time.perf_counter()
         run = flat[cuts[0] : cuts[-1]]
         self.traffic.count(collective, purpose, run.numel())
-        self.traffic.bytes_sent += 2 * run.nbytes * (self.size - 1) // self.size  # what a ring sends
         self._link.all_reduce(run)
         self.traffic.seconds += time.perf_counter() - began

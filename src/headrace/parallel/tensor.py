@@ -60,9 +60,9 @@ class TrainedKernel:
         return self.ops.column_linear(x_TK, self.weight_NK, self.bias_N, self.outputs)
 
 
-def _matrix(rows: int, columns: int, dtype: torch.dtype, ops: Ops, group: RankGroup) -> nn.Parameter:
-    """A weight without values yet; of a deferred group, without memory either: one element stands for all."""
-    if group.deferred:
+def _matrix(rows: int, columns: int, dtype: torch.dtype, ops: Ops) -> nn.Parameter:
+    """A weight without values yet; where the ops defer it, without memory either: one element stands for all."""
+    if isinstance(ops, AutogradOps) and ops.deferred:
         return nn.Parameter(torch.empty(1, 1, dtype=dtype, device=ops.device).expand(rows, columns))
     return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=ops.device))
 
@@ -85,7 +85,7 @@ class _ParallelLinear(nn.Module):
                  group: RankGroup) -> None:
         super().__init__()
         self.group = group
-        self.weight = _matrix(outputs, inputs, dtype, ops, group)
+        self.weight = _matrix(outputs, inputs, dtype, ops)
         self.bias = nn.Parameter(torch.zeros(outputs, device=ops.device)) if bias else None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class VocabParallelEmbedding(nn.Module):
         self.after: Callable[[Tensor], Tensor] = _as_it_is
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        self.weight = _matrix(self.stop - self.start, width, dtype, ops, group)
+        self.weight = _matrix(self.stop - self.start, width, dtype, ops)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Token ids [T] → [T, D] fp32."""
@@ -238,7 +238,7 @@ class LMHead(nn.Module):
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
         weight = (tied.weight if tied is not None
-                  else _matrix(self.stop - self.start, width, dtype, ops, group))
+                  else _matrix(self.stop - self.start, width, dtype, ops))
         self.weight = weight
         self.tied = tied is not None
         local = (0, *(b - self.start for _, b in _pairs(self.bounds, group)))

@@ -17,7 +17,7 @@ from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels.ops import Ops
 from headrace.model.huggingface import load_model, save_model
 from headrace.model.transformer import Transformer
-from headrace.train.regions import regions_of
+from headrace.parallel.regions import regions_of
 from headrace.train.snapshots.disk import TOKENIZER
 from headrace.train.snapshots.reader import Snapshot, find_snapshot
 

@@ -185,7 +185,7 @@ class Part:
         T, t, D = self.tokens(rows), self._stream(rows), self.recipe.model.hidden_size
         layers = self.recipe.model.num_layers
         kept = {name: layers * n for name, n in self._kept_by_block(rows, recompute).items()}
-        if recompute == "full":
+        if kept.get("residual before a block"):
             kept["residual before a block"] -= FP32 * t * D  # the first block has none
         if self.tensor > 1:
             kept["the table's rows (at most)"] = (FP32 * D + 8) * T  # and where they go; how many, the data says
@@ -217,6 +217,10 @@ class Part:
     def _kept_by_block(self, rows: int, recompute: str) -> dict[str, int]:
         T, t, D = self.tokens(rows), self._stream(rows), self.recipe.model.hidden_size
         if recompute == "full":
+            parallel = self.recipe.parallel
+            if parallel.offload_activations or parallel.partition_activations:  # the sum of the two, or a part of it
+                here = 0 if parallel.offload_activations else FP32 * -(-t * D // self.tensor)
+                return {"a block's input": here, "residual before a block": 0}
             return {"a block's input": FP32 * t * D, "residual before a block": FP32 * t * D}
         attention = ({"attention's input": FP32 * t * D} if recompute == "selective" else
                      {"attention's input": FP32 * T * D, **self._attention_saves(T)})

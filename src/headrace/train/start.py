@@ -26,18 +26,16 @@ def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
 
 
 def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps, group: RankGroup) -> Transformer:
-    """The recipe's model, without memory for its weights. A text's end token is among those that end a generation.
+    """The recipe's model, without memory for its weights where `ops` defer it.
+
+    A text's end token is among those that end a generation.
 
     Raises `ConfigError` where the data's tokenizer is not that of the folder that `model.init` names.
     """
     tokenizer.check_vocabulary(recipe.model.vocab_size)
     if recipe.init:
         _check_tokenizer(tokenizer, Tokenizer.from_folder(resolve(recipe.init)), recipe)
-    group.deferred = True
-    try:
-        return Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
-    finally:
-        group.deferred = False  # other models of these ranks have their own memory
+    return Transformer(_with_end(recipe.model, tokenizer), ops, group=group)
 
 
 def first_weights(model: Transformer, recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ from headrace.kernels.ops import Ops, load_ops
 from headrace.model.huggingface import save_model
 from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
+from headrace.parallel.regions import Region
 from headrace.train.config import Recipe
 from headrace.train.data import Batch, open_source
 from headrace.train.dropout import Dropout
@@ -33,7 +34,6 @@ from headrace.train.flops import model_flops
 from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
 from headrace.train.process import for_kernels, keep_memory
 from headrace.train.recompute import recompute_
-from headrace.train.regions import Region
 from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
 from headrace.train.start import first_weights, initial_model, initial_tokenizer
@@ -81,7 +81,7 @@ class Trainer:
         mesh.tensor.require_shards(shards)
         local = shards // mesh.tensor.size
         self.ops = AutogradOps(ops or load_ops(recipe.train.kernels), local,
-                               local if mesh.tensor.sequence else shards)
+                               local if mesh.tensor.sequence else shards, deferred=True)
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
@@ -183,8 +183,7 @@ class Trainer:
         kinds: dict[str, list[Tensor | None]] = {
             "model": [slot.weights for slot in self.sharded.slots], **self._optimizer.tensors()}
         for kind, tensors in kinds.items():
-            for part in self.sharded.rectangles(kind, tensors):
-                yield part.name, Region(part.tensor, part.start, part.shape, part.speaks)
+            yield from self.sharded.regions(kind, tensors)
 
     def state(self) -> dict[str, Any]:
         """All else that the next step depends on, in plain JSON values."""

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from headrace.model.transformer import Part, Transformer
 from headrace.parallel.group import RankGroup
+from headrace.parallel.regions import Region
 from headrace.zero.gradients import Gradients
-from headrace.zero.layout import Unit, lay_out
+from headrace.zero.layout import Segment, Unit, lay_out
 from headrace.zero.messages import Messages
 from headrace.zero.passage import passage
 from headrace.zero.weights import Weights
 
-__all__ = ["Rectangle", "Sharded", "Slot"]
+__all__ = ["Sharded", "Slot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +40,8 @@ class Slot:
     gradients: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Rectangle:
-    """A part of a checkpoint's tensor that this rank keeps."""
-
-    name: str
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    """Of the checkpoint's tensor."""
-    speaks: bool
-    """Whether this rank is the first of those that keep it."""
-    tensor: Tensor
-
-
 class Sharded:
-    """One rank's part of a model and of its gradients. The model must be deferred: its memory comes from here."""
+    """One rank's part of a model and of its gradients. Made with deferred ops, the model has its memory from here."""
 
     def __init__(self, model: Transformer, copies: RankGroup, stage: int = 0, bucket: int = 1 << 22,
                  overlap: bool = True, each_micro_step: bool = True) -> None:
@@ -90,41 +78,30 @@ class Sharded:
 
     # ---- what is kept, by the checkpoint's names
 
-    def rectangles(self, kind: str, tensors: Sequence[Tensor | None]) -> Iterator[Rectangle]:
-        """Where in the checkpoint's tensors the elements of `tensors` lie, a flat one, or None, for each of `slots`."""
+    def regions(self, kind: str, tensors: Sequence[Tensor | None]) -> Iterator[tuple[str, Region]]:
+        """("kind/checkpoint name", region) of all that `tensors` hold: a flat one, or None, for each of `slots`."""
         first = self.stage > 0 or self._copies.rank == 0
-        for slot, flat in zip(self.slots, tensors, strict=True):
-            if flat is None:
-                continue
-            for segment in slot.unit.segments(slot.start, slot.start + flat.numel()):
-                member = segment.member
-                count = segment.last - segment.first
-                rows = flat[segment.at : segment.at + count * member.width].view(count, member.width)
-                for place in member.places:
-                    low, high = max(segment.first, place.rows[0]), min(segment.last, place.rows[1])
-                    if low >= high:
-                        continue
+        for segment, rows in self._rows(tensors):
+            for place in segment.member.places:
+                low, high = max(segment.first, place.rows[0]), min(segment.last, place.rows[1])
+                if low < high:
                     part = rows[low - segment.first : high - segment.first, slice(*place.columns)]
-                    start = (place.start[0] + low - place.rows[0], *place.start[1:])
-                    yield Rectangle(f"{kind}/{place.name}", start, place.shape, first and place.speaks,
-                                    part if len(place.shape) == 2 else part[:, 0])
+                    yield f"{kind}/{place.name}", Region(
+                        part if len(place.shape) == 2 else part[:, 0],
+                        (place.start[0] + low - place.rows[0], *place.start[1:]), place.shape, first and place.speaks)
 
     def chunks(self, gradients: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
         """(gradients of a virtual shard's rows, elements of a chunk) of all that this rank's norm counts.
 
         `gradients`: a flat tensor for each of `slots`.
         """
-        for slot, flat in zip(self.slots, gradients, strict=True):
-            for segment in slot.unit.segments(slot.start, slot.start + flat.numel()):
-                member = segment.member
-                count = segment.last - segment.first
-                rows = flat[segment.at : segment.at + count * member.width].view(count, member.width)
-                for place in filter(lambda place: place.speaks, member.places):
-                    for first, last, left, right in place.shards:
-                        low, high = max(segment.first, first), min(segment.last, last)
-                        if low < high:
-                            yield (rows[low - segment.first : high - segment.first, left:right].reshape(-1),
-                                   place.chunk * (right - left))
+        for segment, rows in self._rows(gradients):
+            for place in filter(lambda place: place.speaks, segment.member.places):
+                for first, last, left, right in place.shards:
+                    low, high = max(segment.first, first), min(segment.last, last)
+                    if low < high:
+                        yield (rows[low - segment.first : high - segment.first, left:right].reshape(-1),
+                               place.chunk * (right - left))
 
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds now, by what it is for."""
@@ -143,6 +120,14 @@ class Sharded:
         self._messages.close()
 
     # ---- inside
+
+    def _rows(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Segment, Tensor]]:
+        """(which rows of which parameter, those rows [rows, width]) of a flat tensor, or None, for each of `slots`."""
+        for slot, flat in zip(self.slots, tensors, strict=True):
+            if flat is not None:
+                for segment in slot.unit.segments(slot.start, slot.start + flat.numel()):
+                    count, width = segment.last - segment.first, segment.member.width
+                    yield segment, flat[segment.at : segment.at + count * width].view(count, width)
 
     def _units_of_parts(self) -> dict[int, int]:
         """By part's id: the unit of its matrices."""

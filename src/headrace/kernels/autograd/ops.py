@@ -30,8 +30,10 @@ class AutogradOps(DelegatingOps):
     alone, then in a balanced tree.
     """
 
-    def __init__(self, base: Ops, shards: int = 1, row_shards: int = 1) -> None:
+    def __init__(self, base: Ops, shards: int = 1, row_shards: int = 1, deferred: bool = False) -> None:
+        """`deferred`: matrices of models get their memory later, from whoever divides them further (ZeRO)."""
         super().__init__(base)
+        self.deferred = deferred
         self.shards, self.row_shards = shards, row_shards
         self._tables: tuple[Tensor, Tensor] | None = None
 

@@ -50,10 +50,8 @@ def texts_router(parts: Parts) -> APIRouter:
             "object": "list",
             "model": parts.model_name,
             "weights_version": made[-1].weights_version,
-            "data": [
-                {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
-                for i, e in enumerate(made)
-            ],
+            "data": [{"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
+                     for i, e in enumerate(made)],
             "usage": {"prompt_tokens": count, "total_tokens": count},
         })
 

@@ -15,7 +15,7 @@ from headrace.errors import CheckpointError, ConfigError
 from headrace.model.tensorfiles import read_json
 from headrace.parallel.agreement import of_all, of_first
 from headrace.parallel.mesh import Mesh
-from headrace.train.regions import Region, box_at, dtype_name, inside, overlap, volume
+from headrace.parallel.regions import Region, box_at, dtype_name, inside, overlap, volume
 from headrace.train.snapshots.disk import RECORD, VERSION, file_hash, is_step, record_hash, snapshots
 
 __all__ = ["Snapshot", "find_snapshot", "newest_whole", "open_snapshot"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ from typing import Any
 
 import torch
 
-from headrace.train.regions import Region
+from headrace.model.tensorfiles import file_header
+from headrace.parallel.regions import Region
 
 __all__ = ["Staged", "Staging"]
-
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""The file format's names of dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +64,7 @@ class Staging:
 
     def file(self, staged: list[Staged]) -> Iterator[bytes | memoryview]:
         """The bytes of a safetensors file of what `fill` has copied."""
-        header = {"__metadata__": {"format": "pt"}, **{
-            one.key: {"dtype": CODES[one.dtype], "shape": one.shape, "data_offsets": [one.at, one.end]}
-            for one in staged}}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        yield len(text).to_bytes(8, "little")
-        yield text
+        yield file_header({one.key: (one.dtype, one.shape, one.at) for one in staged})
         data: Any = self._buffer[: staged[-1].end].numpy()
         yield memoryview(data)
 

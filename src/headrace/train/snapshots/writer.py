@@ -19,7 +19,7 @@ from typing import Any
 from headrace.errors import CheckpointError, HeadraceError
 from headrace.parallel.agreement import of_all, of_first
 from headrace.parallel.mesh import Mesh
-from headrace.train.regions import Region, box_at, dtype_name, require_whole
+from headrace.parallel.regions import Region, box_at, dtype_name, require_whole
 from headrace.train.snapshots.disk import (
     RECORD,
     TOKENIZER,

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from headrace.train.regions import box_at
+from headrace.parallel.regions import box_at
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=2).map(tuple)
 

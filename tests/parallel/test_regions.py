@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from headrace.errors import CheckpointError
 from headrace.parallel.group import RankGroup
-from headrace.train.regions import Region, inside, overlap, regions_of, require_whole, volume
+from headrace.parallel.regions import Region, inside, overlap, regions_of, require_whole, volume
 from parallel.model_jobs import build
-from train.region_kit import SHAPES, partitions, rectangles
+from parallel.region_kit import SHAPES, partitions, rectangles
 
 
 def mask(box, shape):
@@ -36,7 +36,9 @@ def test_overlap_is_what_both_have(data, shape):
 
 @given(st.data(), SHAPES)
 def test_a_partition_is_whole(data, shape):
-    require_whole("x", shape, data.draw(partitions(shape)))
+    boxes = data.draw(partitions(shape))
+    require_whole("x", shape, boxes)
+    assert sum(map(volume, boxes)) == np.prod(shape)
 
 
 @given(st.data(), SHAPES)
