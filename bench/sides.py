@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Side", "Step", "gloo", "peak_memory", "serve", "trainer"]
+__all__ = ["Side", "Step", "gloo", "laid_out", "peak_memory", "serve", "trainer"]
 
 Step = Callable[[], tuple[float, dict[str, Any]]]
 """One step: its loss, and what else there is to say of it."""
@@ -100,6 +100,20 @@ def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, ran
                              "bytes": traffic.bytes_sent, "volume": traffic.volume()}
 
     return step
+
+
+def laid_out(batch: Any, rows: int, tokens: int) -> tuple[Any, Any, int]:
+    """(ids, targets [rows, tokens], how many targets) of a batch of ours: its rows, −100 where there is nothing."""
+    import torch
+
+    targets_T = torch.full((batch.num_tokens,), -100)
+    targets_T[batch.rows_R] = batch.targets_R
+    row_T = torch.repeat_interleave(torch.tensor(batch.row_of), torch.tensor(batch.lengths))
+    ids, targets = torch.zeros(rows, tokens, dtype=torch.int64), torch.full((rows, tokens), -100)
+    for row in range(batch.num_rows):
+        mine = row_T == row
+        ids[row, : int(mine.sum())], targets[row, : int(mine.sum())] = batch.ids_T[mine], targets_T[mine]
+    return ids, targets, len(batch.rows_R)
 
 
 def gloo(rank: int, size: int, port: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sides import Step, gloo, serve, trainer
+from sides import Step, gloo, laid_out, serve, trainer
 
 RATE = 1e-4
 
@@ -43,8 +43,9 @@ def torch_side(kind: str, folder: str, data: str, rows: int, tokens: int, thread
     stream = open_source(DataConfig(data, 0, shuffle="pieces").resolved()).stream(rows, tokens)
 
     def step() -> tuple[float, dict[str, Any]]:
-        ids = stream.next().ids_T[: rows * tokens].view(rows, tokens)
-        loss = call(input_ids=ids, labels=ids).loss
+        ids, targets, _ = laid_out(stream.next(), rows, tokens)
+        logits = call(input_ids=ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         if kind == "dtensor":
             _clip(list(model.parameters()))

@@ -32,8 +32,8 @@ import torch
 
 from headrace.bench.measure import in_turn, pairs, rates, write_results
 from headrace.train.config import DataConfig
-from headrace.train.data import Batch, open_source
-from sides import Side
+from headrace.train.data import open_source
+from sides import Side, laid_out
 from train import SIZES, checkpoint, corpus
 
 MODEL, ROWS, TOKENS = SIZES["12m"]
@@ -155,23 +155,11 @@ def prepared(work: Path) -> Path:
     text = text.replace("[train]", f"[train]\nbatch_size = {ROWS}\nseq_length = {TOKENS}")
     recipe.write_text(text.replace("[model]", f'[model]\ninit = "{folder}"'))
     stream = open_source(DataConfig(str(data), 0, shuffle="pieces").resolved()).stream(ROWS, TOKENS)
-    torch.save([laid_out(stream.next()) for _ in range(BATCHES)], folder / "batches.pt")
+    torch.save([laid_out(stream.next(), ROWS, TOKENS) for _ in range(BATCHES)], folder / "batches.pt")
     kernels = Side(SCRIPT, ("headrace:0", folder, "float32"))
     kernels.run(1)  # compiled once, which takes memory that no step does
     kernels.close()
     return folder
-
-
-def laid_out(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(ids, targets [ROWS, TOKENS], how many targets): a row's sequences end to end, −100 where there is nothing."""
-    targets_T = torch.full((batch.num_tokens,), -100)
-    targets_T[batch.rows_R] = batch.targets_R
-    row_T = torch.repeat_interleave(torch.tensor(batch.row_of), torch.tensor(batch.lengths))
-    ids, targets = torch.zeros(ROWS, TOKENS, dtype=torch.int64), torch.full((ROWS, TOKENS), -100)
-    for row in range(batch.num_rows):
-        mine = row_T == row
-        ids[row, : int(mine.sum())], targets[row, : int(mine.sum())] = batch.ids_T[mine], targets_T[mine]
-    return ids, targets, len(batch.rows_R)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def write_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[i
         places[name] = dtype, shape, at
         at += math.prod(shape) * dtype.itemsize
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # of a writer that was stopped, perhaps with another mode
     header = file_header(places)
     with partial.open("wb") as file:
         file.write(header)
