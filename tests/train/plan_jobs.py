@@ -60,7 +60,7 @@ def measured(mesh, file, changes):
     def pack(x):
         if x.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in trainer.parameters}:
             saved.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage())
-        return x
+        return x.detach()  # a node's own output, kept as it is, would keep its node for ever
 
     part, embed = batch.share(0, trainer._parts), trainer.model.embed
     with saved_tensors_hooks(pack, lambda x: x):
