@@ -48,7 +48,8 @@ def test_the_raiser_raises():
 def test_blocks_move_before_tokens_are_computed(llm):
     runner = llm.frontend.engine.runner
     store = runner.store
-    ids = llm.tokenizer.encode("One day Mia went to the")[:16]
+    ids = llm.tokenizer.encode("One day Mia went to the market and found a red ball and a green hat. " * 2)[:16]
+    assert len(ids) == store.block_size  # all that attention reads has been written
     greedy = SamplingParams(temperature=0.0)
 
     def step(table, start, tokens, **moves):
