@@ -88,7 +88,8 @@ def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, ran
     if size > 1:
         store = keep_store(size, 60, port) if rank == 0 else join(port, size, 60)
         mesh = Mesh.meet(store, rank, size, tensor, torch.device("cpu"))
-    ours = Trainer(load_recipe(recipe, [*changes, f"parallel.tensor={tensor}"]), load_ops("cpu", threads=threads), mesh)
+    ops = load_ops("cpu", alone=size == 1, threads=threads)
+    ours = Trainer(load_recipe(recipe, [*changes, f"parallel.tensor={tensor}"]), ops, mesh)
     torch.set_num_threads(threads)
     traffic = (mesh.tensor if tensor > 1 else mesh.data).traffic
 

@@ -285,12 +285,15 @@ class Ops(Protocol):
         ...
 
 
-def load_ops(name: str, **options: Any) -> Ops:
-    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there)."""
+def load_ops(name: str, alone: bool = False, **options: Any) -> Ops:
+    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there).
+
+    `alone`: nobody else needs the cores, as in training; threads of "cpu" then stay awake between kernels.
+    """
     if name == "cpu":
         from headrace.kernels.cpu import CpuOps
 
-        return CpuOps(**options)
+        return CpuOps(alone=alone, **options)
     if name == "reference":
         from headrace.kernels.reference import ReferenceOps
 

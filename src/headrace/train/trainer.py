@@ -80,7 +80,7 @@ class Trainer:
         shards = recipe.model.shards
         mesh.tensor.require_shards(shards)
         local = shards // mesh.tensor.size
-        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels), local,
+        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels, alone=True), local,
                                local if mesh.tensor.sequence else shards, deferred=True)
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)

@@ -34,9 +34,10 @@ from numba.core import codegen
 from headrace.config import require
 
 __all__ = ["WIDE", "build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "set_threads", "source_key",
-           "thread_count", "vector_features"]
+           "start_threads", "thread_count", "vector_features"]
 
-SPINS = "4000"  # some 0.2 ms on a Xeon: backward has so much Python between two kernels
+SPINS, LONG_SPINS = "1000", "40000"
+"""How often a thread that waits for the next kernel looks before it sleeps: some 0.05 and 2 ms on a Xeon."""
 UNUSED_SECONDS = 30 * 24 * 3600.0
 """After so long without use, the folder of another build is removed."""
 OURS = re.compile(r"[0-9a-f]{16}|pruned-\w+")
@@ -153,18 +154,21 @@ def set_threads(threads: int) -> None:
 _calling = threading.local()
 
 
-def _choose_threading_layer() -> None:
-    """OpenMP if it loads, else workqueue; NUMBA_THREADING_LAYER, where set, has been read by Numba already."""
+def start_threads(alone: bool = False) -> None:
+    """Load the layer that threads come from: OpenMP if there is one, else workqueue. The first call decides.
+
+    `alone`: nobody else needs the cores, so threads wait for the next kernel awake: to be woken takes longer than most
+    kernels. NUMBA_THREADING_LAYER, where set, has been read by Numba already.
+    """
     if numba_config.THREADING_LAYER not in ("default", "omp"):
         return
-    # A thread that waits in libgomp spins for milliseconds by default, which on a busy machine is what every kernel
-    # then takes. SPINS covers the gap between two kernels, then the thread sleeps. libgomp reads it when it is loaded,
-    # so we need one of our own: DEEPBIND keeps Numba's layer from binding to the one that torch brought.
-    ours = {} if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else {"GOMP_SPINCOUNT": SPINS}
+    # libgomp spins for milliseconds by default, which on a busy machine is what every kernel then takes. It reads how
+    # long when it is loaded, so we need one of our own: DEEPBIND keeps Numba's layer from the one that torch brought.
+    before = os.environ.get("GOMP_SPINCOUNT")
     flags = sys.getdlopenflags()
-    os.environ.update(ours)
-    sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))
+    os.environ["GOMP_SPINCOUNT"] = os.environ.get("HEADRACE_SPINS", LONG_SPINS if alone else SPINS)
     try:
+        sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))
         importlib.import_module("numba.np.ufunc.omppool")
     except ImportError:
         numba_config.THREADING_LAYER = "workqueue"
@@ -172,8 +176,6 @@ def _choose_threading_layer() -> None:
         numba_config.THREADING_LAYER = "omp"
     finally:
         sys.setdlopenflags(flags)
-        for name in ours:
-            del os.environ[name]
-
-
-_choose_threading_layer()
+        os.environ.pop("GOMP_SPINCOUNT")
+        if before is not None:
+            os.environ["GOMP_SPINCOUNT"] = before

@@ -109,7 +109,9 @@ class CpuOps:
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, alone: bool = False) -> None:
+        """`alone`: the cores are this process's, so threads stay awake between kernels. The first ops decide."""
+        launch.start_threads(alone)
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)
         self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}
