@@ -21,7 +21,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not matrix and not soak" $(ARGS)
 
 soak: $(VENV)/.installed
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest -m soak --write-soak $(ARGS)
 
 # Every cell of the invariance matrix takes hours. MATRIX_SAMPLE=k runs k of them at random, always the same ones;
 # MATRIX_SHARD=i/n the i-th of n parts (of the sample, where there is one), for n machines or nights.

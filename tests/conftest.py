@@ -8,6 +8,24 @@ import pytest
 import headrace  # noqa: F401  (before torch: it tells OpenMP's threads not to spin)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-soak", action="store_true", help="keep what soak tests tell in docs/results/soak.json")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Every soak test with its outcome, its seconds and what it has recorded."""
+    if not config.getoption("--write-soak"):
+        return
+    from headrace.bench.measure import write_results
+
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])
+               if report.when == "call" and "soak" in report.keywords]
+    told = {report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1),
+                            **dict(report.user_properties)} for report in reports}
+    terminalreporter.write_line(str(write_results("soak", {"tests": dict(sorted(told.items()))},
+                                                  config.rootpath / "docs" / "results")))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real files (traces, prompts, checkpoints); tests that need it skip where it is absent."""

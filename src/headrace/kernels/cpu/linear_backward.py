@@ -17,7 +17,7 @@ from numba import prange
 
 from headrace.kernels.cpu.launch import WIDE, kernel
 from headrace.kernels.cpu.simd import load1, load8, load8n, pointer, prefetch, store8, store8n
-from headrace.kernels.cpu.simd16 import add16, fma16, load16, splat16, store16, zero16
+from headrace.kernels.cpu.simd16 import add16, fma16, high8, load16, low8, splat16, store16, zero16
 from headrace.kernels.cpu.work import scratch, take
 
 __all__ = ["COLUMNS", "DEPTH", "HEIGHT", "PANEL", "ROWS", "Ask", "Tiles", "chunk", "pack", "product", "product_part"]
@@ -27,8 +27,8 @@ DEPTH = 256
 
 HEIGHT = 8 if WIDE else 6  # rows of a tile
 PANEL = 32 if WIDE else 16  # columns of a tile
-ROWS = 16 * HEIGHT  # most rows of a block: its chunk of A stays in the second-level cache
-COLUMNS = 256  # of a block
+ROWS = 32 * HEIGHT  # most rows of a block: its chunk of A stays in the second-level cache
+COLUMNS = 512  # of a block
 
 
 @kernel
@@ -131,9 +131,12 @@ def pack(b, at, pitch, depth, width, room, to):
 @kernel
 def _pack_rows(a, at, rows, step, depth, room, to):
     """The same of A, in tiles, where its rows lie side by side and terms far apart. Returns how many rows it wrote."""
-    tiles = (rows + HEIGHT - 1) // HEIGHT
+    tiles, pairs = (rows + HEIGHT - 1) // HEIGHT, rows // 16 * 2 if HEIGHT == 8 else 0
     for s in range(depth):
-        for j in range(tiles):
+        for j in range(0, pairs, 2):
+            both, first = load16(a, at + s * step + j * 8), to + j * (depth * 8 + 16) + s * 8
+            store8(room, first, low8(both)), store8(room, first + depth * 8 + 16, high8(both))
+        for j in range(pairs, tiles):
             value = load8n(a, at + s * step + j * HEIGHT, min(HEIGHT, rows - j * HEIGHT))
             store8(room, to + j * (depth * 8 + 16) + s * 8, value)
     return tiles * HEIGHT

@@ -24,7 +24,7 @@ plain loop is built on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,15 +139,16 @@ def emit_fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
     return emit
 
 
-def _hsum8x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
-    """Lane i is hsum8(a[i]), with hsum8's own additions: distance 4, then 2, then 1."""
+FOLDS = (((0, 1, 2, 3, 12, 13, 14, 15), (4, 5, 6, 7, 8, 9, 10, 11)), ((0, 1, 10, 11, 4, 5, 14, 15), (
+    2, 3, 8, 9, 6, 7, 12, 13)), ((0, 9, 2, 11, 4, 13, 6, 15), (1, 8, 3, 10, 5, 12, 7, 14)))
+"""Lanes of x (0–7) and y (8–15) that stay, which is a blend, and those shuffled to be added, by distance: 4, 2, 1."""
 
-    def halves(x: ir.Value, y: ir.Value, low: tuple[int, ...], high: tuple[int, ...]) -> ir.Value:
-        return builder.fadd(builder.shuffle_vector(x, y, mask(*low)), builder.shuffle_vector(x, y, mask(*high)))
 
-    four = [halves(a[i], a[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for i in range(4)]
-    two = [halves(four[i], four[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for i in range(2)]
-    return halves(two[0], two[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+def emit_sums(builder: ir.IRBuilder, rows: Sequence[ir.Value], both: Callable[..., ir.Value]) -> ir.Value:
+    """Lane i is hsum8 of eight `rows`' i-th, with hsum8's own additions; both(x, y, lanes) picks lanes of two."""
+    for stays, comes in FOLDS:
+        rows = [builder.fadd(both(x, y, stays), both(x, y, comes)) for x, y in zip(rows, rows[len(rows) // 2 :])]
+    return rows[0]
 
 
 def emit_exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -216,7 +217,8 @@ log8 = operator("log8", 1, _log, f32x8, f32x8)
 log1 = operator("log1", 1, _log, types.float32, types.float32)
 hsum8 = operator("hsum8", 1, emit_fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
 hmax8 = operator("hmax8", 1, emit_fold(emit_select(">")), f32x8, types.float32)
-hsum8x8 = operator("hsum8x8", 8, _hsum8x8, f32x8, f32x8)
+hsum8x8 = operator("hsum8x8", 8, lambda builder, *a: emit_sums(
+    builder, a, lambda x, y, lanes: builder.shuffle_vector(x, y, mask(*lanes))), f32x8, f32x8)
 abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
     builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR), f32x8, f32x8)
 

@@ -23,6 +23,7 @@ from headrace.kernels.cpu.simd import (
     emit_load,
     emit_select,
     emit_splat,
+    emit_sums,
     f32x8,
     intrinsic,
     mask,
@@ -58,19 +59,14 @@ def _half(first: int) -> Any:
 
 
 def _hsum16x8(builder: ir.IRBuilder, *a: ir.Value) -> ir.Value:
-    """Lane i is hsum8 of a[i]'s first row, lane 8 + i of its second, with hsum8's own additions."""
+    """Lane i is hsum8 of a[i]'s first row, lane 8 + i of its second."""
 
-    def halves(x: ir.Value, y: ir.Value, low: tuple[int, ...], high: tuple[int, ...]) -> ir.Value:
+    def both(x: ir.Value, y: ir.Value, lanes: tuple[int, ...]) -> ir.Value:
         # Lanes of x are 0–7 and of y 8–15 within a row's half of the register.
-        def both(lanes: tuple[int, ...]) -> ir.Value:
-            first = [lane if lane < LANES else lane + LANES for lane in lanes]
-            return builder.shuffle_vector(x, y, mask(*first, *(lane + LANES for lane in first)))
+        first = [lane if lane < LANES else lane + LANES for lane in lanes]
+        return builder.shuffle_vector(x, y, mask(*first, *(lane + LANES for lane in first)))
 
-        return builder.fadd(both(low), both(high))
-
-    four = [halves(a[i], a[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)) for i in range(4)]
-    two = [halves(four[i], four[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)) for i in range(2)]
-    return halves(two[0], two[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
+    return emit_sums(builder, a, both)
 
 
 zero16 = operator("zero16", 0, lambda builder: ir.Constant(WIDE, [0.0] * 2 * LANES), f32x16, f32x16)
