@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cli import main
+from headrace.train.plan import STATES
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -35,6 +36,21 @@ def test_devices_and_memory(capsys):
     code, out, _ = run(capsys, RECIPES / "7b.toml", "--memory", "1GiB")
     assert code == 0 and "does not fit into 1.00 GiB" in out and "'selective': none" in out
     assert out.splitlines()[-1].endswith("parallel.tensor = 8: none")
+
+
+def test_what_a_run_has_held_stands_beside_the_plan(capsys, tinyworld_checkpoint):
+    sizes = ["model.hidden_size=64", "model.intermediate_size=172", "model.num_layers=2", "model.head_dim=16"]
+    changes = [word for size in sizes for word in ("--set", size)]
+    code, out, _ = run(capsys, RECIPES / "demo.toml", *changes, "--measured", tinyworld_checkpoint.parent)
+    held = out.split("held by the first rank of ")[1].splitlines()
+    assert code == 0 and "zero 0, 1 tensor-parallel × 1 copy" in held[0]
+    assert [line[:24].strip() for line in held[2:7]] == [*STATES, "all"]
+    assert all(line.split()[-4:-2] == line.split()[-2:] for line in held[2:7] if "fp32 masters" not in line)
+    assert held[7].startswith("process")
+    code, out, error = run(capsys, RECIPES / "7b.toml", "--measured", tinyworld_checkpoint.parent)
+    assert code == 2 and out == "" and "is of another model: architecture='Qwen3ForCausalLM'" in error
+    code, out, error = run(capsys, RECIPES / "demo.toml", "--measured", tinyworld_checkpoint)
+    assert code == 2 and out == "" and "holds no whole snapshot" in error
 
 
 @pytest.mark.parametrize(("flags", "message"), [

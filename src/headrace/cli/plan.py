@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--devices", type=int, metavar="N", help="how many there are (default: one copy of the model)")
     parser.add_argument("--memory", metavar="BYTES", help="of one device, as 80GiB (default: of this machine, shared "
                         "by its devices)")
+    parser.add_argument("--measured", type=Path, metavar="RUN", help="a run of this model (its --out, or a snapshot): "
+                        "what its first rank held, beside what is planned for its layout")
     parser.set_defaults(run=run)
 
 
@@ -51,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     planner = Planner(recipe)
     plan = planner.over(tensor, devices or tensor)[recipe.train.recompute]
     for line in (*_head(recipe, plan), *_moments(plan), *_kept(plan), *_verdict(plan, memory), "",
-                 *_stages(planner, plan), *_layouts(planner, devices, memory), *_largest(planner, plan, memory)):
+                 *_stages(planner, plan), *_measured(recipe, arguments.measured),
+                 *_layouts(planner, devices, memory), *_largest(planner, plan, memory)):
         print(line.rstrip())
 
 
@@ -130,6 +135,43 @@ def _stages(planner: Any, plan: Any) -> Iterator[str]:
         yield f"{kind:{WHAT}}" + "".join(f"{_size(state[kind]):>{CELL}}" for state in states)
     yield f"{'all':{WHAT}}" + "".join(f"{_size(sum(state.values())):>{CELL}}" for state in states)
     yield ""
+
+
+def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
+    """What a run has held where it ran, beside this plan's account of the run's own layout."""
+    from dataclasses import asdict, replace
+
+    from headrace.errors import ConfigError
+    from headrace.train.plan import STATES, Planner
+    from headrace.train.snapshots.reader import find_snapshot
+
+    if run is None:
+        return
+    snapshot = find_snapshot(run, _warn)
+    layout, held = dict(snapshot.record["layout"]), snapshot.record.get("memory")
+    theirs = snapshot.record["model"]
+    for key, ours in json.loads(json.dumps(asdict(recipe.model))).items():
+        if key != "eos_token_ids" and theirs.get(key) != ours:  # which come with the data's tokenizer
+            raise ConfigError(f"--measured {run} is of another model: {key}={theirs.get(key)!r}, this has {ours!r}")
+    if held is None:
+        raise ConfigError(f"--measured {run} does not say what it held: an older version wrote it; train a step more")
+    copies = layout.pop("copies")
+    tensor, zero = layout["tensor"], layout["zero"]
+    own = Planner(replace(recipe, parallel=replace(recipe.parallel, **layout))).ranks(tensor)[0].state(copies, zero)
+    yield (f"held by the first rank of {snapshot.folder}: zero {zero}, {tensor} tensor-parallel × "
+           f"{_count(copies, 'copy', 'copies')}")
+    yield f"{'':{WHAT}}{'planned':>{CELL}}{'measured':>{CELL}}"
+    for kind in STATES:
+        yield f"{kind:{WHAT}}{_size(own[kind]):>{CELL}}{_size(held[kind]):>{CELL}}"
+    yield f"{'all':{WHAT}}{_size(sum(own.values())):>{CELL}}{_size(sum(held[kind] for kind in STATES)):>{CELL}}"
+    for kind, size in held.items():
+        if kind not in STATES and size:
+            yield f"{kind:{WHAT}}{'·':>{CELL}}{_size(size):>{CELL}}"
+    yield ""
+
+
+def _warn(message: str) -> None:
+    print(f"headrace: warning: {message}", file=sys.stderr)
 
 
 def _layouts(planner: Any, devices: int | None, memory: _Memory) -> Iterator[str]:

@@ -180,7 +180,8 @@ class _Run:
         layout = {**recipe.pop("parallel"), "copies": self._mesh.data.size}
         del layout["timeout"]
         return {"layout": layout, "model": dataclasses.asdict(self.trainer.config), "recipe": recipe,
-                "fingerprint": self.trainer.ops.fingerprint(), "state": self.trainer.state()}
+                "fingerprint": self.trainer.ops.fingerprint(), "state": self.trainer.state(),
+                "memory": {**self.trainer.memory(), "process": memory_bytes(self.trainer.ops.device)}}
 
     def _warn_of_changes(self, snapshot: Snapshot) -> None:
         ours, theirs = json.loads(json.dumps(self._record())), snapshot.record
