@@ -48,7 +48,7 @@ def test_what_a_run_has_held_stands_beside_the_plan(capsys, tinyworld_checkpoint
     assert all(line.split()[-4:-2] == line.split()[-2:] for line in held[2:7] if "fp32 masters" not in line)
     assert held[7].startswith("process")
     code, out, error = run(capsys, RECIPES / "7b.toml", "--measured", tinyworld_checkpoint.parent)
-    assert code == 2 and out == "" and "is of another model: architecture='Qwen3ForCausalLM'" in error
+    assert code == 2 and out == "" and "of another model: architecture='Qwen3ForCausalLM'" in error
     code, out, error = run(capsys, RECIPES / "demo.toml", "--measured", tinyworld_checkpoint)
     assert code == 2 and out == "" and "holds no whole snapshot" in error
 

@@ -31,7 +31,7 @@ def gradients(function, g: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((function(*leaves) * g.double()).sum(), leaves)
 
 
-def close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
+def assert_close(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=2e-6 * scale)
 
 
@@ -54,10 +54,10 @@ def test_gradients_of_a_norm(cut, data, rows, width, dtype):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
 
     want_x, want_weight = gradients(norm, g, x, weight)
-    close(g_x, want_x)
-    close(g_weight.sum(0), want_weight, math.sqrt(rows))
+    assert_close(g_x, want_x)
+    assert_close(g_weight.sum(0), want_weight, math.sqrt(rows))
     for got, want in zip((g_x, g_weight), REFERENCE.rms_norm_backward(g, x, weight, EPS, bounds), strict=True):
-        close(got, want, math.sqrt(rows))
+        assert_close(got, want, math.sqrt(rows))
     for got, want in zip((g_x, g_weight), cut.rms_norm_backward(g, x, weight, EPS, bounds), strict=True):
         assert torch.equal(got, want)
     for shard, (a, b) in enumerate(pairwise(bounds)):
@@ -107,8 +107,8 @@ def test_gradients_of_silu_mul(cut, data, rows, width):
     g, gate_up = normal(rows, width), normal(rows, 2 * width, seed=1) * 4
     got = ONE.silu_mul_backward(g, gate_up)
     (want,) = gradients(lambda x: F.silu(x[:, :width]) * x[:, width:], g, gate_up)
-    close(got, want, 4.0)
-    close(got, REFERENCE.silu_mul_backward(g, gate_up), 4.0)
+    assert_close(got, want, 4.0)
+    assert_close(got, REFERENCE.silu_mul_backward(g, gate_up), 4.0)
     assert torch.equal(got, cut.silu_mul_backward(g, gate_up))
     _, a, b, _ = sorted(random_cuts(data.draw, width, 3))
     columns = [*range(a, b), *range(width + a, width + b)]
@@ -144,7 +144,7 @@ def test_the_gradient_of_rotary_is_rotary_with_the_sine_negated(dim):
         low, high = x.chunk(2, -1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
-    close(ONE.rotary(g, positions, back), *gradients(turn, g, x))
+    assert_close(ONE.rotary(g, positions, back), *gradients(turn, g, x))
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------
@@ -167,12 +167,12 @@ def test_parts_of_a_log_sum_exp(cut, rows, vocab, shards):
             assert (m == -math.inf).all() and not e.any()
         else:
             assert torch.equal(m, z[:, a:b].amax(1))
-            close(m + e.log(), torch.logsumexp(z[:, a:b].double(), 1), 3.0)
+            assert_close(m + e.log(), torch.logsumexp(z[:, a:b].double(), 1), 3.0)
     assert torch.equal(parts, cut.logsumexp_parts(z, bounds))
-    close(parts, REFERENCE.logsumexp_parts(z, bounds), 10.0)
+    assert_close(parts, REFERENCE.logsumexp_parts(z, bounds), 10.0)
     kept = parts.clone()
     assert torch.equal(ONE.merge_logsumexp(parts), ONE.logsumexp(z, bounds)) and torch.equal(parts, kept)
-    close(REFERENCE.merge_logsumexp(parts), ONE.logsumexp(z, bounds), 3.0)
+    assert_close(REFERENCE.merge_logsumexp(parts), ONE.logsumexp(z, bounds), 3.0)
     half = shards // 2
     for own, want in ((bounds[:half + 1], parts[:, :half]), (bounds[half:], parts[:, half:])):
         if shards > 1:
@@ -200,8 +200,8 @@ def test_gradients_of_the_cross_entropy(cut, data, rows, vocab):
     REFERENCE.cross_entropy_backward_(slow, lse, targets, g)
     assert torch.equal(got, other)
     hit = targets[:, None] == torch.arange(vocab)
-    close(got, g.double()[:, None] * (hit.double() - torch.softmax(z.double(), 1)))
-    close(got, slow)
+    assert_close(got, g.double()[:, None] * (hit.double() - torch.softmax(z.double(), 1)))
+    assert_close(got, slow)
     a, b = sorted(data.draw(st.tuples(st.integers(0, vocab), st.integers(0, vocab))))
     alone = z[:, a:b].contiguous()
     cut.cross_entropy_backward_(alone, lse, torch.where((targets >= a) & (targets < b), targets - a, -1), g)

@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def close(got: Tensor, want: Tensor) -> None:
+def assert_close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=2e-6)
 
 
@@ -47,7 +47,7 @@ def test_an_unknown_id_is_refused(ops, bad):
 @pytest.mark.parametrize("rows", [1, 5, 700])
 def test_norms(ops, reference, rows, width):
     x, residual, weight = normal(rows, width), normal(rows, width, seed=1), normal(width, seed=2)
-    close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
     assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
@@ -65,7 +65,7 @@ def test_rotary(ops, reference, rows, dim):
         for arguments in ((), (weight, 1e-6)):
             got = ops.rotary(view, positions, table, *arguments)
             assert got.is_contiguous()
-            close(got, reference.rotary(view, positions, table, *arguments))
+            assert_close(got, reference.rotary(view, positions, table, *arguments))
             row = rows // 2
             alone = ops.rotary(view[row:row + 1], positions[row:row + 1], table, *arguments)
             assert torch.equal(alone[0], got[row])
@@ -82,14 +82,14 @@ def test_a_position_past_the_table_is_refused(ops, bad):
 def test_silu_mul(ops, reference, rows, width):
     gate_up = normal(rows, 2 * width) * 8
     got = ops.silu_mul(gate_up)
-    close(got, reference.silu_mul(gate_up))
+    assert_close(got, reference.silu_mul(gate_up))
     assert torch.equal(got[-1], ops.silu_mul(gate_up[-1:].contiguous())[0])
 
 
 def test_silu_of_extremes(ops):
     gate = torch.tensor([[-1e9, -200.0, -88.0, -0.0, 0.0, 100.0, 1e9, torch.nan]])
     got = ops.silu_mul(torch.cat([gate, torch.ones_like(gate)], dim=1))
-    close(got[:, :-1], torch.nn.functional.silu(gate)[:, :-1])
+    assert_close(got[:, :-1], torch.nn.functional.silu(gate)[:, :-1])
     assert got[0, -1].isnan()
 
 

@@ -36,7 +36,7 @@ def chained(g_TN: Tensor, b_NK: Tensor) -> Tensor:
     return total
 
 
-def close(got: Tensor, want: Tensor, terms: int) -> None:
+def assert_close(got: Tensor, want: Tensor, terms: int) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * max(1, terms) ** 0.5)
 
 
@@ -48,8 +48,8 @@ def test_by_the_inputs(data, rows, outputs, inputs, dtype):
     spans = tuple((i, a, a, b - a) for i, (a, b) in enumerate(pairwise((0, *sorted(cuts), outputs))))
     g, weight = normal(rows, outputs), normal(outputs, inputs, seed=1).to(dtype)
     got = ONE.linear_backward_input(g, weight, spans)
-    close(got, g.double() @ weight.double(), outputs)
-    close(REFERENCE.linear_backward_input(g, weight, spans), g.double() @ weight.double(), outputs)
+    assert_close(got, g.double() @ weight.double(), outputs)
+    assert_close(REFERENCE.linear_backward_input(g, weight, spans), g.double() @ weight.double(), outputs)
     assert torch.equal(got, TWO.linear_backward_input(g, weight, spans))
     row = data.draw(st.integers(0, rows - 1))
     assert torch.equal(got[row], ONE.linear_backward_input(g[row:row + 1], weight, spans)[0])
@@ -65,8 +65,8 @@ def test_by_the_inputs(data, rows, outputs, inputs, dtype):
 def test_by_the_weight(data, rows, outputs, inputs):
     g, x = normal(rows, outputs), normal(rows, inputs, seed=1)
     got = ONE.linear_backward_weight(g, x)
-    close(got, g.double().T @ x.double(), rows)
-    close(REFERENCE.linear_backward_weight(g, x), g.double().T @ x.double(), rows)
+    assert_close(got, g.double().T @ x.double(), rows)
+    assert_close(REFERENCE.linear_backward_weight(g, x), g.double().T @ x.double(), rows)
     assert torch.equal(got, TWO.linear_backward_weight(g, x))
     a, b = sorted(data.draw(st.tuples(st.integers(0, outputs), st.integers(0, outputs))))
     assert torch.equal(got[a:b], TWO.linear_backward_weight(g[:, a:b].contiguous(), x))
@@ -89,8 +89,8 @@ def test_several_spans_of_a_shard_and_rows_that_shards_share():
     spans = ((0, 0, 0, 15), (0, 30, 30, 10), (1, 15, 15, 15), (1, 50, 30, 10))
     wanted = tree([sum(g[:, c:c + n].double() @ weight[r:r + n].double() for s, c, r, n in spans if s == shard)
                    for shard in range(2)])
-    close(ONE.linear_backward_input(g, weight, spans), wanted, 50)
-    close(REFERENCE.linear_backward_input(g, weight, spans), wanted, 50)
+    assert_close(ONE.linear_backward_input(g, weight, spans), wanted, 50)
+    assert_close(REFERENCE.linear_backward_input(g, weight, spans), wanted, 50)
 
 
 @pytest.mark.parametrize("spans", [((0, 0, 0, 9),), ((0, 1, 0, 8),), ((1, 0, 0, 8),), ((1, 0, 0, 4), (0, 4, 4, 4)),

@@ -44,7 +44,7 @@ def recipe(tmp_path_factory):
     return str(file)
 
 
-def same(answers, expected):
+def assert_same(answers, expected):
     for answer in answers:
         assert answer["curve"] == expected["curve"]
         assert answer["held out"] == expected["held out"]
@@ -64,7 +64,7 @@ def alone(request, recipe):
 def test_tensor_parallelism_changes_no_bit_of_training(alone, recipe, size):
     changes, expected = alone
     assert expected["curve"][-1][0] < 0.8 * expected["curve"][0][0]
-    same(run_mesh(CURVE, size, size, recipe, changes, STEPS), expected)
+    assert_same(run_mesh(CURVE, size, size, recipe, changes, STEPS), expected)
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
@@ -73,7 +73,7 @@ def test_copies_of_the_model_add_up_in_one_tree(recipe, sequence):
     expected = run_mesh(CURVE, 1, 1, recipe, ["train.micro_batches=4"], 6)[0]
     for size, tensor in ((2, 1), (4, 1), (4, 2)):
         changes = ["train.micro_batches=4", f"parallel.tensor={tensor}"]
-        same(run_mesh(CURVE, size, tensor, recipe, changes, 6, sequence=sequence), expected)
+        assert_same(run_mesh(CURVE, size, tensor, recipe, changes, 6, sequence=sequence), expected)
 
 
 DROPOUT = ["model.dropout=0.2", "model.qkv_bias=true", "model.o_bias=true", "model.mlp_bias=true",
@@ -90,7 +90,7 @@ def dropped(recipe):
     (4, 1, False, "none"), (4, 2, False, "selective"), (4, 2, True, "none")])
 def test_dropout_drops_the_same_whoever_has_the_rows(recipe, dropped, size, tensor, sequence, recompute):
     changes = [*DROPOUT, f"parallel.tensor={tensor}", f"train.recompute={recompute}"]
-    same(run_mesh(CURVE, size, tensor, recipe, changes, 4, sequence=sequence), dropped)
+    assert_same(run_mesh(CURVE, size, tensor, recipe, changes, 4, sequence=sequence), dropped)
 
 
 def test_rows_that_are_numbered_from_a_rank_s_first_are_noticed(recipe, dropped):

@@ -156,7 +156,7 @@ def test_another_version_is_refused_not_passed_over(tmp_path, record):
 def test_another_model_is_refused_with_both_values(tmp_path, record):
     snapshot = open_snapshot(written(tmp_path, record, some_tensors()))
     snapshot.require_same(record, "model", "of another model")
-    with pytest.raises(ConfigError, match="of another model: hidden_size=64, this run has hidden_size=128"):
+    with pytest.raises(ConfigError, match="of another model: hidden_size=64, this recipe has hidden_size=128"):
         snapshot.require_same({**record, "model": {"hidden_size": 128}}, "model", "of another model")
 
 
@@ -330,7 +330,7 @@ def test_a_snapshot_of_other_hardware_is_used_with_a_warning(recipe_file, tmp_pa
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("model.intermediate_size=64", "of another model: intermediate_size=48, this run has intermediate_size=64"),
+    ("model.intermediate_size=64", "of another model: intermediate_size=48, this recipe has intermediate_size=64"),
     ("data.seed=3", "data.seed"), ("train.seq_length=64", "train.seq_length")])
 def test_another_model_or_other_data_cannot_go_on(recipe_file, tmp_path, cpu_ops, override, message):
     with pytest.raises(KeyboardInterrupt):

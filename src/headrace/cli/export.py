@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.cli.progress import kernels
+from headrace.cli.progress import kernels, warn
 
 __all__ = ["add"]
 
@@ -27,9 +26,6 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Export, and say what may be done with it."""
     from headrace.train.export import export_snapshot
-
-    def warn(message: str) -> None:
-        print(f"headrace: warning: {message}", file=sys.stderr)
 
     snapshot = export_snapshot(arguments.snapshot, arguments.out, kernels("cpu"), warn)
     print(f"{snapshot.folder}, step {snapshot.step} → {arguments.out}: the same logits, bit for bit")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.cli.progress import warn
 from headrace.cli.train import add_overrides
 
 __all__ = ["add"]
@@ -147,12 +146,11 @@ def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
 
     if run is None:
         return
-    snapshot = find_snapshot(run, _warn)
+    snapshot = find_snapshot(run, warn)
+    model = asdict(recipe.model)
+    del model["eos_token_ids"]  # which come with the data's tokenizer
+    snapshot.require_same({"model": model}, "model", "of another model")
     layout, held = dict(snapshot.record["layout"]), snapshot.record.get("memory")
-    theirs = snapshot.record["model"]
-    for key, ours in json.loads(json.dumps(asdict(recipe.model))).items():
-        if key != "eos_token_ids" and theirs.get(key) != ours:  # which come with the data's tokenizer
-            raise ConfigError(f"--measured {run} is of another model: {key}={theirs.get(key)!r}, this has {ours!r}")
     if held is None:
         raise ConfigError(f"--measured {run} does not say what it held: an older version wrote it; train a step more")
     copies = layout.pop("copies")
@@ -168,10 +166,6 @@ def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
         if kind not in STATES and size:
             yield f"{kind:{WHAT}}{'·':>{CELL}}{_size(size):>{CELL}}"
     yield ""
-
-
-def _warn(message: str) -> None:
-    print(f"headrace: warning: {message}", file=sys.stderr)
 
 
 def _layouts(planner: Any, devices: int | None, memory: _Memory) -> Iterator[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
-__all__ = ["compiling", "kernels", "load", "status"]
+__all__ = ["compiling", "kernels", "load", "status", "warn"]
 
 
 def status(text: str) -> Any:
@@ -43,3 +44,8 @@ def kernels(name: str, ranks: int = 1, device: Any = None) -> Any:
         ops = load_ops(name, alone=ranks == 1, **(own if name == "cpu" else {"device": device} if device else {}))
         ops.warm_up(progress=compiling(line))
         return ops
+
+
+def warn(message: str) -> None:
+    """Say what should be known but stops nothing."""
+    print(f"headrace: warning: {message}", file=sys.stderr)

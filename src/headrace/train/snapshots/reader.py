@@ -38,8 +38,8 @@ class Snapshot:
         for key, ours in json.loads(json.dumps(record[section])).items():
             theirs = self.record[section].get(key)
             if theirs != ours:
-                raise ConfigError(f"the snapshot {self.folder} is {what}: {key}={theirs!r}, this run has "
-                                  f"{key}={ours!r}; change the recipe, or train into another --out")
+                raise ConfigError(f"the snapshot {self.folder} is {what}: {key}={theirs!r}, this recipe has "
+                                  f"{key}={ours!r}; change the recipe, or take another folder")
 
     def read(self, regions: Iterable[tuple[str, Region]], mesh: Mesh | None = None, kind: str = "") -> None:
         """Fill this rank's regions; every rank calls it. No more of the files is read than they need.
