@@ -62,12 +62,22 @@ class Bench:
 
     def serve(self, *flags: str, seqs: int = 64, cache: Path | None = None) -> Any:
         """Our server with the options that all sides share."""
-        return headrace(self.checkpoint, "--threads", str(self.arguments.threads), "--kv-cache-memory",
-                        self.arguments.kv_cache_memory, "--max-num-seqs", str(seqs), *flags, cache=cache)
+        return headrace(
+            self.checkpoint,
+            "--threads",
+            str(self.arguments.threads),
+            "--kv-cache-memory",
+            self.arguments.kv_cache_memory,
+            "--max-num-seqs",
+            str(seqs),
+            *flags,
+            cache=cache,
+        )
 
 
-def at_once(server: RunningServer, count: int, prompt: int, output: int, seed: int, rate: float = 1e6,
-            limit: float = LIMIT) -> list[RequestRow]:
+def at_once(
+    server: RunningServer, count: int, prompt: int, output: int, seed: int, rate: float = 1e6, limit: float = LIMIT
+) -> list[RequestRow]:
     """`count` requests, all at once where no rate is given."""
     plan = [(i / rate, TraceRow(0.0, prompt, output)) for i in range(count)]
     calls = make_calls(plan, Prompts(VOCAB, seed), find_model(server.url))
@@ -102,9 +112,16 @@ def overhead(b: Bench) -> None:
             pairs = interleave(ours, generate, b.pairs)
     finally:
         worker.close()
-    b.record(f"{count} streams over HTTP",
-             f"{statistics.median(pairs.ours):8.1f} tok/s   LLM.generate {statistics.median(pairs.theirs):8.1f}"
-             f"   {pairs.verdict}", pairs=pairs, unit="tok/s", streams=count, prompt=prompt, output=output)
+    b.record(
+        f"{count} streams over HTTP",
+        f"{statistics.median(pairs.ours):8.1f} tok/s   LLM.generate {statistics.median(pairs.theirs):8.1f}"
+        f"   {pairs.verdict}",
+        pairs=pairs,
+        unit="tok/s",
+        streams=count,
+        prompt=prompt,
+        output=output,
+    )
 
 
 def startup(b: Bench) -> None:
@@ -116,14 +133,16 @@ def startup(b: Bench) -> None:
 
     seconds(None)  # now the kernels are compiled
     warm = [seconds(None) for _ in range(b.pairs)]
-    b.record("start, kernels cached", f"{statistics.median(warm):.1f} s ({min(warm):.1f}–{max(warm):.1f})",
-             seconds=warm)
+    b.record(
+        "start, kernels cached", f"{statistics.median(warm):.1f} s ({min(warm):.1f}–{max(warm):.1f})", seconds=warm
+    )
     cold = []
     for _ in range(1 if b.quick else min(3, b.pairs)):
         with tempfile.TemporaryDirectory() as folder:
             cold.append(seconds(Path(folder)))
-    b.record("start, kernels compiled", f"{statistics.median(cold):.1f} s ({min(cold):.1f}–{max(cold):.1f})",
-             seconds=cold)
+    b.record(
+        "start, kernels compiled", f"{statistics.median(cold):.1f} s ({min(cold):.1f}–{max(cold):.1f})", seconds=cold
+    )
 
 
 def answers(b: Bench) -> None:
@@ -146,8 +165,7 @@ def answers(b: Bench) -> None:
         for label, found in (("open", busy), ("idle", idle)):
             figures = spread(s * 1e3 for s in found[path])
             assert figures is not None
-            parts.append(f"{label}: p99 {figures['p99']:.1f} ms, worst {figures['max']:.1f} ms "
-                         f"of {len(found[path])}")
+            parts.append(f"{label}: p99 {figures['p99']:.1f} ms, worst {figures['max']:.1f} ms of {len(found[path])}")
         b.record(f"{path}, {count} streams", "   ".join(parts), open=busy[path], idle=idle[path])
 
 
@@ -160,8 +178,21 @@ def trace(b: Bench) -> None:
     longest = max(sum(Prompts(VOCAB, 0, a.scale).lengths(row)) for _, row in plan) + 8
     sides: dict[str, Callable[[], Any]] = {"headrace": lambda: b.serve(seqs=a.seqs)}
     if a.llama_server:
-        command = shlex.join([a.llama_server, "-m", a.gguf, "--port", "PORT", "-t", str(a.threads), "-np", str(a.seqs),
-                              "-c", str(longest * a.seqs)]).replace("PORT", "{port}")
+        command = shlex.join(
+            [
+                a.llama_server,
+                "-m",
+                a.gguf,
+                "--port",
+                "PORT",
+                "-t",
+                str(a.threads),
+                "-np",
+                str(a.seqs),
+                "-c",
+                str(longest * a.seqs),
+            ]
+        ).replace("PORT", "{port}")
         sides["llama.cpp"] = lambda: peer(command)
     if a.vllm:
         sides["vllm"] = lambda: peer(a.vllm)
@@ -176,8 +207,14 @@ def trace(b: Bench) -> None:
                 calls = make_calls(plan, Prompts(VOCAB, seed, a.scale), model)
                 done = asyncio.run(run_calls(server.url, calls, duration + a.grace))
             found[name].append(summarise(done, a.slo_ttft, a.slo_tpot))
-    what = {"trace": Path(a.trace).name if a.trace else "made up", "rate": a.rate, "duration": duration,
-            "scale": a.scale, "requests": len(plan), "seqs": a.seqs}
+    what = {
+        "trace": Path(a.trace).name if a.trace else "made up",
+        "rate": a.rate,
+        "duration": duration,
+        "scale": a.scale,
+        "requests": len(plan),
+        "seqs": a.seqs,
+    }
     for name, runs in found.items():
         b.record(f"trace, {name}", _trace_line(runs), **what, runs=runs)
     for name in list(found)[1:]:
@@ -234,10 +271,17 @@ def memory(b: Bench) -> None:
             failures.append(summarise(rows)["failures"] | {"answered": sum(row.failure is None for row in rows)})
             resident.append(server.resident_mib())
         peak = server.resident_mib(peak=True)
-    b.record(f"gateway, {count} requests × 3",
-             " → ".join(f"{m:.0f}" for m in resident) + f" MiB, peak {peak:.0f}   "
-             + "; ".join(", ".join(f"{n} × {kind}" for kind, n in sorted(f.items())) for f in failures),
-             resident_mib=resident, peak_mib=peak, outcomes=failures, max_queue=queue, rate=rate)
+    b.record(
+        f"gateway, {count} requests × 3",
+        " → ".join(f"{m:.0f}" for m in resident)
+        + f" MiB, peak {peak:.0f}   "
+        + "; ".join(", ".join(f"{n} × {kind}" for kind, n in sorted(f.items())) for f in failures),
+        resident_mib=resident,
+        peak_mib=peak,
+        outcomes=failures,
+        max_queue=queue,
+        rate=rate,
+    )
 
 
 SECTIONS = {f.__name__: f for f in (overhead, startup, answers, trace, memory)}

@@ -35,7 +35,8 @@ class Worker:
 
     def __init__(self, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            [sys.executable, __file__, *arguments], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def send(self, task: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -101,8 +102,9 @@ def peer(command: str) -> Iterator[RunningServer]:
         port = free.getsockname()[1]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(shlex.split(command.replace("{port}", str(port))), stdout=log, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            shlex.split(command.replace("{port}", str(port))), stdout=log, stderr=log, start_new_session=True
+        )
         try:
             while not _healthy(port):
                 if process.poll() is not None or time.perf_counter() - start > START_SECONDS:
@@ -115,8 +117,10 @@ def peer(command: str) -> Iterator[RunningServer]:
 
 
 def _healthy(port: int) -> bool:
-    with contextlib.suppress(OSError, http.client.HTTPException), \
-            contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection,
+    ):
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
     return False

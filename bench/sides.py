@@ -30,9 +30,14 @@ class Side:
         self._what = f"{script.name} {words[0]}"
         port = _free_port()
         self._processes = [
-            subprocess.Popen([python, script, *map(str, words), str(rank), str(ranks), str(port)],
-                             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for rank in range(ranks)]
+            subprocess.Popen(
+                [python, script, *map(str, words), str(rank), str(ranks), str(port)],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(ranks)
+        ]
 
     def run(self, steps: int) -> dict[str, Any]:
         """Do some steps; what rank 0 says, but all ranks' memory together and the mean of their losses."""
@@ -47,8 +52,11 @@ class Side:
             if not line:
                 raise SystemExit(f"the side {self._what} died: see what it said")
             answers.append(json.loads(line))
-        return {**answers[0], "memory": sum(answer["memory"] for answer in answers),
-                "loss": sum(answer["loss"] for answer in answers) / len(answers)}
+        return {
+            **answers[0],
+            "memory": sum(answer["memory"] for answer in answers),
+            "loss": sum(answer["loss"] for answer in answers) / len(answers),
+        }
 
     def close(self) -> None:
         """End the processes."""
@@ -97,8 +105,12 @@ def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, ran
         traffic.clear()
         waited = ours.sharded.waited
         record = ours.step()
-        return record.loss, {"communication": traffic.seconds, "waited": ours.sharded.waited - waited,
-                             "bytes": traffic.bytes_sent, "volume": traffic.volume()}
+        return record.loss, {
+            "communication": traffic.seconds,
+            "waited": ours.sharded.waited - waited,
+            "bytes": traffic.bytes_sent,
+            "volume": traffic.volume(),
+        }
 
     return step
 
@@ -121,8 +133,13 @@ def gloo(rank: int, size: int, port: int) -> None:
     """Join torch's default process group, on the loopback."""
     import torch.distributed as dist
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size),
-                   "LOCAL_RANK": str(rank)}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+    }
     dist.init_process_group("gloo")
 
 

@@ -99,16 +99,24 @@ def beside(ours: tuple[Any, ...], theirs: tuple[Any, ...], tokens: int, steps: i
             side.close()
     said = last[0]
     share = said.get("communication", 0.0) / said["seconds"][-1]
-    return {"tokens_per_second": found, "memory": [one["memory"] for one in last], "communication_share": share,
-            "bytes_sent": said.get("bytes", 0), "loss": [one["loss"] for one in last]}
+    return {
+        "tokens_per_second": found,
+        "memory": [one["memory"] for one in last],
+        "communication_share": share,
+        "bytes_sent": said.get("bytes", 0),
+        "loss": [one["loss"] for one in last],
+    }
 
 
 def report(label: str, found: dict[str, Any]) -> None:
     """One line."""
     speed, (ours, theirs) = found["tokens_per_second"], found["memory"]
-    print(f"  {label:11s} {statistics.median(speed.ours):6.0f} / {statistics.median(speed.theirs):6.0f} tokens/s  "
-          f"{speed.verdict:26s} memory {ours / 2**20:5.0f} / {theirs / 2**20:5.0f} MiB  "
-          f"communication {found['communication_share']:.0%}", flush=True)
+    print(
+        f"  {label:11s} {statistics.median(speed.ours):6.0f} / {statistics.median(speed.theirs):6.0f} tokens/s  "
+        f"{speed.verdict:26s} memory {ours / 2**20:5.0f} / {theirs / 2**20:5.0f} MiB  "
+        f"communication {found['communication_share']:.0%}",
+        flush=True,
+    )
 
 
 def corpus(work: Path, vocab_size: int) -> Path:

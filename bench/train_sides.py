@@ -21,13 +21,20 @@ RATE = 1e-4
 
 def headrace(folder: str, data: str, rows: int, tokens: int, threads: int, rank: int, size: int, port: int) -> Step:
     """Our trainer, from the weights in `folder`."""
-    return trainer(Path(folder) / "recipe.toml",
-                   [f"model.init={folder}", f"data.source={data}", f"train.batch_size={rows}",
-                    f"train.seq_length={tokens}"], threads, size, rank, size, port)
+    return trainer(
+        Path(folder) / "recipe.toml",
+        [f"model.init={folder}", f"data.source={data}", f"train.batch_size={rows}", f"train.seq_length={tokens}"],
+        threads,
+        size,
+        rank,
+        size,
+        port,
+    )
 
 
-def torch_side(kind: str, folder: str, data: str, rows: int, tokens: int, threads: int, rank: int, size: int,
-               port: int) -> Step:
+def torch_side(
+    kind: str, folder: str, data: str, rows: int, tokens: int, threads: int, rank: int, size: int, port: int
+) -> Step:
     """The transformers model with fused AdamW; compiled, or split by torch.distributed.tensor."""
     from transformers import LlamaForCausalLM
 

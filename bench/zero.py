@@ -53,14 +53,24 @@ class Test:
 
 
 TESTS = {
-    "plain": Test([*PLAIN, "ddp"], [("headrace:1", "headrace:0", 0.95), ("headrace:2", "headrace:0", 0.95),
-                                    *((ours, "ddp", 1.05) for ours in PLAIN)]),
-    "deepspeed": Test([*PLAIN, "deepspeed:0", "deepspeed:1", "deepspeed:2"],
-                      [(f"headrace:{i}", f"deepspeed:{i}", 1.05) for i in range(3)]),
-    "divided": Test(["headrace:3", "fsdp", "deepspeed:3"],
-                    [("headrace:3", "fsdp", 1.05), ("headrace:3", "deepspeed:3", 1.1)]),
-    "overlap": Test([side + way for side in ALL for way in ("", ":still")],
-                    [(side, f"{side}:still", None) for side in ALL]),
+    "plain": Test(
+        [*PLAIN, "ddp"],
+        [
+            ("headrace:1", "headrace:0", 0.95),
+            ("headrace:2", "headrace:0", 0.95),
+            *((ours, "ddp", 1.05) for ours in PLAIN),
+        ],
+    ),
+    "deepspeed": Test(
+        [*PLAIN, "deepspeed:0", "deepspeed:1", "deepspeed:2"],
+        [(f"headrace:{i}", f"deepspeed:{i}", 1.05) for i in range(3)],
+    ),
+    "divided": Test(
+        ["headrace:3", "fsdp", "deepspeed:3"], [("headrace:3", "fsdp", 1.05), ("headrace:3", "deepspeed:3", 1.1)]
+    ),
+    "overlap": Test(
+        [side + way for side in ALL for way in ("", ":still")], [(side, f"{side}:still", None) for side in ALL]
+    ),
     "snapshots": Test([f"snapshots:{stage}" for stage in (0, 2, 3)], []),
 }
 CASES = [(ranks, "float32", name) for ranks in (2, 4) for name in ("plain", "deepspeed", "divided")]
@@ -112,38 +122,64 @@ def measured(test: Test, folder: Path, ranks: int, dtype: str, quick: bool, deep
             last[kind] = sides[kind].run(1 if alone else steps)
             return ROWS * TOKENS / statistics.median(last[kind]["seconds"])
 
-        speeds = in_turn([lambda kind=kind: measure(kind) for kind in kinds],  # type: ignore[misc]
-                         1 if alone else rounds, 0 if alone else 1)
+        speeds = in_turn(
+            [lambda kind=kind: measure(kind) for kind in kinds],  # type: ignore[misc]
+            1 if alone else rounds,
+            0 if alone else 1,
+        )
     found = dict(zip(kinds, speeds))
     for kind in kinds:
         report(kind, found[kind], last[kind])
     bars = [held(ours, theirs, bar, found, last) for ours, theirs, bar in test.bars if theirs not in left_out]
-    return {"sides": {kind: {"tokens_per_second": found[kind], **last[kind]} for kind in kinds}, "ratios": bars,
-            "not measured": left_out}
+    return {
+        "sides": {kind: {"tokens_per_second": found[kind], **last[kind]} for kind in kinds},
+        "ratios": bars,
+        "not measured": left_out,
+    }
 
 
 def report(kind: str, speed: Sequence[float], told: dict[str, Any]) -> None:
     """A side's line."""
     if "resume" in told:
-        print(f"  {kind:16s} a snapshot costs {told['snapshot']:.2f} s, one a minute {told['snapshot'] / 60:.1%} (bar "
-              f"5%); a run begins in {told['begin']:.2f} s, resumes in {told['resume']:.2f} s; "
-              f"a step {told['step']:.2f} s, loss {told['loss']:.5f}")
+        print(
+            f"  {kind:16s} a snapshot costs {told['snapshot']:.2f} s, one a minute {told['snapshot'] / 60:.1%} (bar "
+            f"5%); a run begins in {told['begin']:.2f} s, resumes in {told['resume']:.2f} s; "
+            f"a step {told['step']:.2f} s, loss {told['loss']:.5f}"
+        )
         return
-    ours = (f"  sent {told['bytes'] / 2**20:5.1f} MiB, in messages {told['communication'] / told['seconds'][-1]:4.0%}, "
-            f"waiting {told['waited'] / told['seconds'][-1]:4.0%} of a step") if "bytes" in told else ""
-    print(f"  {kind:16s} {statistics.median(speed):6.0f} tokens/s  memory {told['memory'] / 2**20:5.0f} MiB  "
-          f"loss {told['loss']:.5f}{ours}", flush=True)
+    ours = (
+        (
+            f"  sent {told['bytes'] / 2**20:5.1f} MiB, in messages {told['communication'] / told['seconds'][-1]:4.0%}, "
+            f"waiting {told['waited'] / told['seconds'][-1]:4.0%} of a step"
+        )
+        if "bytes" in told
+        else ""
+    )
+    print(
+        f"  {kind:16s} {statistics.median(speed):6.0f} tokens/s  memory {told['memory'] / 2**20:5.0f} MiB  "
+        f"loss {told['loss']:.5f}{ours}",
+        flush=True,
+    )
 
 
-def held(ours: str, theirs: str, bar: float | None, found: dict[str, list[float]],
-         last: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def held(
+    ours: str, theirs: str, bar: float | None, found: dict[str, list[float]], last: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """A ratio, printed beside its bar."""
     speed = pairs(found[ours], found[theirs])
     memory = last[ours]["memory"] / last[theirs]["memory"]
     verdict = "" if bar is None else f"bar {bar:.2f}: {'holds' if speed.ratio >= bar else 'FALLS SHORT'}"
     print(f"  {ours:12s} / {theirs:16s} {speed.verdict:28s} {verdict:22s} memory {memory:.2f}×", flush=True)
-    return {"ours": ours, "theirs": theirs, "bar": bar, "ratio": speed.ratio, "range": [speed.low, speed.high],
-            "holds": None if bar is None else speed.ratio >= bar, "memory": memory, "memory holds": memory <= 1.0}
+    return {
+        "ours": ours,
+        "theirs": theirs,
+        "bar": bar,
+        "ratio": speed.ratio,
+        "range": [speed.low, speed.high],
+        "holds": None if bar is None else speed.ratio >= bar,
+        "memory": memory,
+        "memory holds": memory <= 1.0,
+    }
 
 
 def prepared(work: Path) -> Path:

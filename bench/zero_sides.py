@@ -34,8 +34,15 @@ STEPS, EVERY = 30, 6
 
 def headrace(stage: str, folder: Path, dtype: str, rank: int, size: int, port: int, still: bool = False) -> Step:
     """Our trainer at a stage."""
-    return trainer(folder / "recipe.toml", [f"parallel.zero={stage}", f"parallel.overlap={str(not still).lower()}",
-                                            f"model.dtype={dtype}"], 1, 1, rank, size, port)
+    return trainer(
+        folder / "recipe.toml",
+        [f"parallel.zero={stage}", f"parallel.overlap={str(not still).lower()}", f"model.dtype={dtype}"],
+        1,
+        1,
+        rank,
+        size,
+        port,
+    )
 
 
 def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: int) -> Step:
@@ -59,9 +66,17 @@ def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
         def note(line: Mapping[str, Any]) -> None:
             times.append(time.perf_counter())
 
-        recipe = load_recipe(folder / "recipe.toml", [
-            f"parallel.zero={stage}", f"train.steps={steps}", f"train.snapshot_every={EVERY}",
-            f"model.dtype={dtype}", "train.validation_sequences=1", "train.peak_flops=1e12"])
+        recipe = load_recipe(
+            folder / "recipe.toml",
+            [
+                f"parallel.zero={stage}",
+                f"train.steps={steps}",
+                f"train.snapshot_every={EVERY}",
+                f"model.dtype={dtype}",
+                "train.validation_sequences=1",
+                "train.peak_flops=1e12",
+            ],
+        )
         done = train(recipe, f"{out}/{runs}", note, ops=ops, mesh=mesh, resume=resume, warn=lambda _: None)
         return times, done.final_loss
 
@@ -76,8 +91,12 @@ def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
         lasted = [b - a for a, b in zip(times[1:], times[2:])]  # the first step warms up
         rounds = [lasted[i : i + EVERY] for i in range(EVERY - 1, len(lasted) - EVERY + 1, EVERY)]
         usual = statistics.median(x for one in rounds for x in one[EVERY // 2 :])
-        return loss, {"step": usual, "snapshot": statistics.median(sum(one) - EVERY * usual for one in rounds),
-                      "begin": times[1] - times[0] - usual, "resume": again[1] - again[0] - usual}
+        return loss, {
+            "step": usual,
+            "snapshot": statistics.median(sum(one) - EVERY * usual for one in rounds),
+            "begin": times[1] - times[0] - usual,
+            "resume": again[1] - again[0] - usual,
+        }
 
     return step
 
@@ -98,8 +117,10 @@ def fsdp(folder: Path, dtype: str, rank: int, size: int, port: int) -> Step:
     gloo(rank, size, port)
     model = _model(folder, "float32")
     narrow = getattr(torch, dtype)
-    how: dict[str, Any] = {"mesh": init_device_mesh("cpu", (size,)),
-                           "mp_policy": MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=narrow)}
+    how: dict[str, Any] = {
+        "mesh": init_device_mesh("cpu", (size,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=narrow),
+    }
     for layer in model.model.layers:
         fully_shard(layer, **how)
     fully_shard(model, **how)
@@ -115,10 +136,19 @@ def deepspeed(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
 
     peer.init_distributed("gloo")
     model = _model(folder, dtype)
-    engine, *_ = peer.initialize(model=model, optimizer=_adamw(model), config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": int(stage)}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
-        "bf16": {"enabled": dtype == "bfloat16"}})
+    engine, *_ = peer.initialize(
+        model=model,
+        optimizer=_adamw(model),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": CLIP,
+            "zero_optimization": {"stage": int(stage)},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+            "bf16": {"enabled": dtype == "bfloat16"},
+        },
+    )
     loss_of = _losses(folder, rank, size)
 
     def step() -> tuple[float, dict[str, Any]]:
@@ -143,8 +173,13 @@ def _model(folder: Path, dtype: str) -> Any:
 def _adamw(model: Any) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}],
-                             lr=RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
 
 
 def _losses(folder: Path, rank: int, size: int) -> Callable[[Any], torch.Tensor]:
@@ -154,8 +189,9 @@ def _losses(folder: Path, rank: int, size: int) -> Callable[[Any], torch.Tensor]
     def loss_of(model: Any) -> torch.Tensor:
         ids, targets, count = next(batches)
         logits = model(input_ids=ids[rank::size], use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets[rank::size].flatten(),
-                                                 reduction="sum") * (size / count)
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets[rank::size].flatten(), reduction="sum"
+        ) * (size / count)
 
     return loss_of
 
@@ -178,8 +214,13 @@ def main() -> None:
     """Serve one rank of one side."""
     kind, folder, dtype, *numbers = sys.argv[1:]
     name, *options = kind.split(":")
-    makers: dict[str, Callable[..., Step]] = {"headrace": headrace, "snapshots": snapshots, "ddp": ddp, "fsdp": fsdp,
-                                              "deepspeed": deepspeed}
+    makers: dict[str, Callable[..., Step]] = {
+        "headrace": headrace,
+        "snapshots": snapshots,
+        "ddp": ddp,
+        "fsdp": fsdp,
+        "deepspeed": deepspeed,
+    }
     still = {"still": True} if "still" in options else {}
     serve(partial(makers[name], *options[:1], Path(folder), dtype, *map(int, numbers), **still))
 

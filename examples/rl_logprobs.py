@@ -34,8 +34,9 @@ def main() -> None:
     """Sample, recompute, compare; update, and again."""
     with tempfile.TemporaryDirectory() as folder:
         ops = load_ops("cpu")
-        checkpoint = train(load_recipe(RECIPE, ["train.steps=30", "train.sample_every=0"]), Path(folder) / "run",
-                           ops=ops).checkpoint
+        checkpoint = train(
+            load_recipe(RECIPE, ["train.steps=30", "train.sample_every=0"]), Path(folder) / "run", ops=ops
+        ).checkpoint
         trainer = Trainer(load_recipe(RECIPE, [f"model.init={checkpoint}"]), ops)
         batch, sampled = sample_over_http(checkpoint)
         logprobs = trainer.log_probabilities(batch)
@@ -64,18 +65,26 @@ def policy_gradient_step(trainer: Trainer, logprobs: torch.Tensor) -> None:
 
 def sample_over_http(checkpoint: Path) -> tuple[Batch, list[float]]:
     """Completions from `headrace serve`, as a batch, and the log-probabilities that it reported."""
-    server = subprocess.Popen([sys.executable, "-m", "headrace", "serve", str(checkpoint), "--port", "0"],
-                              stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "headrace", "serve", str(checkpoint), "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         url = re.search(r"http://\S+", server.stdout.readline())
         assert url is not None
         rows, scores = [], []
         for seed, prompt in enumerate(PROMPTS):
-            asked = {"prompt": prompt, "max_tokens": 24, "temperature": 1.0, "seed": seed, "logprobs": 1,
-                     "return_token_ids": True}
-            request = urllib.request.Request(f"{url[0]}/v1/completions", json.dumps(asked).encode(),
-                                             {"Content-Type": "application/json"})
+            asked = {
+                "prompt": prompt,
+                "max_tokens": 24,
+                "temperature": 1.0,
+                "seed": seed,
+                "logprobs": 1,
+                "return_token_ids": True,
+            }
+            request = urllib.request.Request(
+                f"{url[0]}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+            )
             with urllib.request.urlopen(request) as answer:
                 choice = json.load(answer)["choices"][0]
             rows.append((choice["prompt_token_ids"], choice["token_ids"]))

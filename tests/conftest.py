@@ -18,12 +18,19 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     from headrace.bench.measure import write_results
 
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])
-               if report.when == "call" and "soak" in report.keywords]
-    told = {report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1),
-                            **dict(report.user_properties)} for report in reports}
-    terminalreporter.write_line(str(write_results("soak", {"tests": dict(sorted(told.items()))},
-                                                  config.rootpath / "docs" / "results")))
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.when == "call" and "soak" in report.keywords
+    ]
+    told = {
+        report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
+        for report in reports
+    }
+    terminalreporter.write_line(
+        str(write_results("soak", {"tests": dict(sorted(told.items()))}, config.rootpath / "docs" / "results"))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +50,16 @@ def tinyworld_checkpoint(tmp_path_factory) -> Path:
     from headrace.train.run import train
 
     recipe = Path(__file__).resolve().parents[1] / "recipes" / "demo.toml"
-    sizes = {"model.hidden_size": 64, "model.intermediate_size": 172, "model.num_layers": 2, "model.head_dim": 16,
-             "train.steps": 60, "train.batch_size": 2, "optimizer.warmup_steps": 5, "train.sample_every": 0}
+    sizes = {
+        "model.hidden_size": 64,
+        "model.intermediate_size": 172,
+        "model.num_layers": 2,
+        "model.head_dim": 16,
+        "train.steps": 60,
+        "train.batch_size": 2,
+        "optimizer.warmup_steps": 5,
+        "train.sample_every": 0,
+    }
     out = tmp_path_factory.mktemp("tinyworld")
     return train(load_recipe(recipe, [f"{name}={value}" for name, value in sizes.items()]), out).checkpoint
 

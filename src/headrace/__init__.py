@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from headrace.engine.sampling import SamplingParams
 
-__all__ = ["LLM", "AsyncLLM", "CheckpointError", "CompletionOutput", "ConfigError", "HeadraceError", "Logprob",
-           "RequestError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "HeadraceError",
+    "Logprob",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 
@@ -24,8 +35,14 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-_HOMES = {"LLM": "engine.llm", "AsyncLLM": "engine.async_llm", "SamplingParams": "engine.sampling",
-          "CompletionOutput": "engine.outputs", "Logprob": "engine.outputs", "RequestOutput": "engine.outputs"}
+_HOMES = {
+    "LLM": "engine.llm",
+    "AsyncLLM": "engine.async_llm",
+    "SamplingParams": "engine.sampling",
+    "CompletionOutput": "engine.outputs",
+    "Logprob": "engine.outputs",
+    "RequestOutput": "engine.outputs",
+}
 
 
 def __getattr__(name: str) -> Any:

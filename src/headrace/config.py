@@ -88,26 +88,41 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-                     "num_kv_heads", "head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive integer")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             require(number and 0.0 < value < math.inf, f"{name}={value!r} must be a positive number")
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+        )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
         one_of("dtype", self.dtype, DTYPES)
         rate = self.dropout
-        require(isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < 1,
-                f"dropout={rate!r} must be a number, at least 0 and less than 1")
-        require(self.virtual_shards in (1, 2, 4, 8, 16),
-                f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16")
+        require(
+            isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < 1,
+            f"dropout={rate!r} must be a number, at least 0 and less than 1",
+        )
+        require(
+            self.virtual_shards in (1, 2, 4, 8, 16), f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16"
+        )
         require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative")
-        require(len(self.sliding_layers) in (0, self.num_layers),
-                f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers")
+        require(
+            len(self.sliding_layers) in (0, self.num_layers),
+            f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers",
+        )
 
     @property
     def shards(self) -> int:
@@ -133,8 +148,10 @@ class CacheConfig:
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        require(self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256),
-                f"block_size={self.block_size} must be a power of two from 1 to 256 (splits are 256 tokens)")
+        require(
+            self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256),
+            f"block_size={self.block_size} must be a power of two from 1 to 256 (splits are 256 tokens)",
+        )
         one_of("kv_cache_dtype", self.dtype, DTYPES)
         for name in ("memory_bytes", "num_blocks", "swap_bytes"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")

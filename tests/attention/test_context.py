@@ -41,12 +41,17 @@ def test_paged_context_stores_then_attends():
             calls.append(("attend", layer, scale, window))
             return q
 
-    config = ModelConfig("Qwen2ForCausalLM", 100, 64, 128, 2, 4, 2, 16, 128, sliding_window=6,
-                         sliding_layers=(False, True))
+    config = ModelConfig(
+        "Qwen2ForCausalLM", 100, 64, 128, 2, 4, 2, 16, 128, sliding_window=6, sliding_layers=(False, True)
+    )
     ctx = PagedContext(Ops(), KVStore(3, 2, 2, 4, 16, torch.float32), packed_meta([2], 4, CPU), config)
     q, k = torch.zeros(2, 4, 16), torch.zeros(2, 2, 16)
     for layer in range(2):
         assert ctx.attend(layer, q, k, k) is q
     shape = (3, 2, 2, 2, 4, 16)
-    assert calls == [("store", 0, shape, [4, 5]), ("attend", 0, 0.25, 0),
-                     ("store", 1, shape, [4, 5]), ("attend", 1, 0.25, 6)]
+    assert calls == [
+        ("store", 0, shape, [4, 5]),
+        ("attend", 0, 0.25, 0),
+        ("store", 1, shape, [4, 5]),
+        ("attend", 1, 0.25, 6),
+    ]

@@ -28,8 +28,10 @@ def server(tinyworld_checkpoint):
 @pytest.fixture
 def trace(tmp_path):
     path = tmp_path / "trace.jsonl"
-    rows = [{"timestamp": 20 * i, "input_length": 60 + i, "output_length": 3 + i % 4, "hash_ids": [i % 2]}
-            for i in range(12)]
+    rows = [
+        {"timestamp": 20 * i, "input_length": 60 + i, "output_length": 3 + i % 4, "hash_ids": [i % 2]}
+        for i in range(12)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -45,9 +47,26 @@ def bench(capsys, *argv):
 
 def test_a_run_from_the_command_line(capsys, server, trace, tmp_path):
     out = tmp_path / "out"
-    code, text, error = bench(capsys, "--url", f"{server.url}/v1", "--trace", trace, "--rate", 50, "--duration", 0.2,
-                              "--vocab-size", VOCAB, "--out", out, "--slo-ttft", 60_000, "--slo-tpot", 60_000,
-                              "--token-events")
+    code, text, error = bench(
+        capsys,
+        "--url",
+        f"{server.url}/v1",
+        "--trace",
+        trace,
+        "--rate",
+        50,
+        "--duration",
+        0.2,
+        "--vocab-size",
+        VOCAB,
+        "--out",
+        out,
+        "--slo-ttft",
+        60_000,
+        "--slo-tpot",
+        60_000,
+        "--token-events",
+    )
     assert (code, error) == (0, "") and "10 of 10 requests answered" in text and "100.0% of all" in text
     found = json.loads((out / "serve.json").read_text())
     assert found["settings"]["model"] == "tiny" and "api_key" not in found["settings"]
@@ -101,7 +120,7 @@ class FakeServer:
         self.bodies.append((head, await reader.readexactly(length)))
         with contextlib.suppress(ConnectionError):
             for byte in range(0, len(self.answer), 7):  # no event or chunk comes in one piece
-                writer.write(self.answer[byte:byte + 7])
+                writer.write(self.answer[byte : byte + 7])
                 await writer.drain()
             if self.hold:
                 await reader.read()
@@ -126,9 +145,11 @@ class FakeServer:
 def test_events_are_read_whatever_their_pieces():
     usage = b'data: {"choices": [], "usage": {"completion_tokens": 3}}\r\n\r\n'
     whole = event("a") + b": a comment\n\n" + event("é\n") + usage + b"data: [DONE]\n\n"
-    answers = [HEAD + b"".join(chunk(whole[i:i + 5]) for i in range(0, len(whole), 5)) + b"0\r\n\r\n",
-               b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole,
-               b"HTTP/1.0 200 OK\r\n\r\n" + whole]
+    answers = [
+        HEAD + b"".join(chunk(whole[i : i + 5]) for i in range(0, len(whole), 5)) + b"0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole,
+        b"HTTP/1.0 200 OK\r\n\r\n" + whole,
+    ]
     for answer in answers:
         server = FakeServer(answer)
         [row] = server.run(key="secret")
@@ -146,19 +167,26 @@ def test_an_answer_whose_tokens_have_no_text_is_an_answer():
     assert (row.failure, row.output_tokens, len(row.tokens_at)) == (None, 3, 1)
 
 
-@pytest.mark.parametrize("answer, kind, says", [
-    (b"HTTP/1.1 429 Full\r\nContent-Length: 33\r\n\r\n" + b'{"error": {"message": "no room"}}', "HTTP 429", "no room"),
-    (b"HTTP/1.1 503 Gone\r\nContent-Length: 0\r\n\r\n", "HTTP 503", "no reason"),
-    (b"HTTP/1.1 500 Oh\r\nContent-Length: 99\r\n\r\nhalf", "HTTP 500", "ended before"),
-    (HEAD + chunk(event("a")), "broken stream", "ended before"),
-    (HEAD + chunk(event("a")) + b"0\r\n\r\n", "broken stream", r"without \[DONE\]"),
-    (HEAD + chunk(event("a")) + chunk(b'data: {"error": {"message": "lost"}}\n\n'), "broken stream", "lost"),
-    (HEAD + chunk(b"data: {]\n\n"), "broken stream", "not a completion"),
-    (HEAD + chunk(b"data: [DONE]\n\n"), "broken stream", "no token"),
-    (HEAD + b"zz\r\n", "broken stream", "no size"),
-    (b"", "connection", "no HTTP answer"),
-    (b"220 mail.example\r\n\r\n", "connection", "not HTTP"),
-])
+@pytest.mark.parametrize(
+    "answer, kind, says",
+    [
+        (
+            b"HTTP/1.1 429 Full\r\nContent-Length: 33\r\n\r\n" + b'{"error": {"message": "no room"}}',
+            "HTTP 429",
+            "no room",
+        ),
+        (b"HTTP/1.1 503 Gone\r\nContent-Length: 0\r\n\r\n", "HTTP 503", "no reason"),
+        (b"HTTP/1.1 500 Oh\r\nContent-Length: 99\r\n\r\nhalf", "HTTP 500", "ended before"),
+        (HEAD + chunk(event("a")), "broken stream", "ended before"),
+        (HEAD + chunk(event("a")) + b"0\r\n\r\n", "broken stream", r"without \[DONE\]"),
+        (HEAD + chunk(event("a")) + chunk(b'data: {"error": {"message": "lost"}}\n\n'), "broken stream", "lost"),
+        (HEAD + chunk(b"data: {]\n\n"), "broken stream", "not a completion"),
+        (HEAD + chunk(b"data: [DONE]\n\n"), "broken stream", "no token"),
+        (HEAD + b"zz\r\n", "broken stream", "no size"),
+        (b"", "connection", "no HTTP answer"),
+        (b"220 mail.example\r\n\r\n", "connection", "not HTTP"),
+    ],
+)
 def test_failures_have_kinds(answer, kind, says):
     [row] = FakeServer(answer).run()
     assert row.failure == kind and row.end is not None
@@ -200,8 +228,9 @@ def test_arrivals_do_not_wait_for_answers():
 def test_a_server_that_is_not_there(capsys, trace, free_port):
     with pytest.raises(RequestError, match="cannot be reached"):
         find_model(f"http://127.0.0.1:{free_port}")
-    code, _, error = bench(capsys, "--url", f"http://127.0.0.1:{free_port}", "--trace", trace, "--rate", 1,
-                           "--duration", 1)
+    code, _, error = bench(
+        capsys, "--url", f"http://127.0.0.1:{free_port}", "--trace", trace, "--rate", 1, "--duration", 1
+    )
     assert code == 2 and error.count("\n") == 1 and "cannot be reached" in error
     [row] = run(f"http://127.0.0.1:{free_port}", FakeServer.calls())
     assert row.failure == "connection"
@@ -224,23 +253,27 @@ def test_a_key_that_is_refused(capsys, tinyworld_checkpoint, trace, monkeypatch)
         assert code == 0 and "2 of 2 requests answered" in text
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--trace", "nowhere.csv"], "nowhere.csv cannot be read"),
-    (["--trace", __file__], "is not a trace"),
-    (["--rate", 0], "rate=0"),
-    (["--rate", "fast"], "--rate"),
-    (["--duration", -1], "duration=-1"),
-    (["--scale", 0], "scale=0"),
-    (["--max-requests", 0], "max_requests=0"),
-    (["--vocab-size", 3], "vocab_size=3"),
-    (["--grace", -1], "--grace"),
-    (["--slo-ttft", 0], "--slo-ttft"),
-    (["--url", "there"], "is not an address"),
-    (["--url", "http://[::1"], "is not an address"),
-    (["--api-key", "schlüssel"], "printable ASCII"),
-    (["--out", f"{__file__}/below"], "cannot be written"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--trace", "nowhere.csv"], "nowhere.csv cannot be read"),
+        (["--trace", __file__], "is not a trace"),
+        (["--rate", 0], "rate=0"),
+        (["--rate", "fast"], "--rate"),
+        (["--duration", -1], "duration=-1"),
+        (["--scale", 0], "scale=0"),
+        (["--max-requests", 0], "max_requests=0"),
+        (["--vocab-size", 3], "vocab_size=3"),
+        (["--grace", -1], "--grace"),
+        (["--slo-ttft", 0], "--slo-ttft"),
+        (["--url", "there"], "is not an address"),
+        (["--url", "http://[::1"], "is not an address"),
+        (["--api-key", "schlüssel"], "printable ASCII"),
+        (["--out", f"{__file__}/below"], "cannot be written"),
+    ],
+)
 def test_bad_input_is_one_line(capsys, trace, flags, says):
-    code, out, error = bench(capsys, "--url", "http://127.0.0.1:1", "--trace", trace, "--rate", 1, "--duration", 1,
-                             *flags)
+    code, out, error = bench(
+        capsys, "--url", "http://127.0.0.1:1", "--trace", trace, "--rate", 1, "--duration", 1, *flags
+    )
     assert (code, out) == (2, "") and error.count("\n") == 1 and says in error, error

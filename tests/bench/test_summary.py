@@ -10,8 +10,16 @@ from headrace.bench.summary import goodput, spread, summarise, summary_text
 
 
 def answer(sent, tokens_at, end, **fields):
-    return RequestRow(fields.pop("scheduled", sent), 10, len(tokens_at), sent=sent, tokens_at=list(tokens_at), end=end,
-                      output_tokens=len(tokens_at), **fields)
+    return RequestRow(
+        fields.pop("scheduled", sent),
+        10,
+        len(tokens_at),
+        sent=sent,
+        tokens_at=list(tokens_at),
+        end=end,
+        output_tokens=len(tokens_at),
+        **fields,
+    )
 
 
 def refusal(sent, kind="HTTP 429"):
@@ -33,8 +41,13 @@ def test_percentiles_are_in_order(values):
 
 
 def test_goodput_counts_answers_within_both_limits_over_all_requests():
-    rows = [answer(0, [0.1, 0.2, 0.3], 0.3), answer(0, [0.5, 0.6], 0.6), answer(0, [0.1, 0.5], 0.5),
-            answer(0, [0.1], 0.1), refusal(0)]
+    rows = [
+        answer(0, [0.1, 0.2, 0.3], 0.3),
+        answer(0, [0.5, 0.6], 0.6),
+        answer(0, [0.1, 0.5], 0.5),
+        answer(0, [0.1], 0.1),
+        refusal(0),
+    ]
     assert goodput(rows, 2.0, None, None) is None
     assert goodput(rows, 2.0, 200, None) == {"requests": 3, "requests_per_second": 1.5, "share": 0.6}
     # One token has no time between tokens, so it is within any limit of it.
@@ -43,8 +56,14 @@ def test_goodput_counts_answers_within_both_limits_over_all_requests():
 
 
 def test_a_summary_adds_up():
-    rows = [answer(1.0, [1.5, 1.7, 2.1], 2.2, scheduled=0.99), answer(2.0, [2.5], 3.0), refusal(3.0), refusal(3.5),
-            refusal(0.0, "timeout"), RequestRow(9.0, 10, 5, end=10.0, failure="not sent")]
+    rows = [
+        answer(1.0, [1.5, 1.7, 2.1], 2.2, scheduled=0.99),
+        answer(2.0, [2.5], 3.0),
+        refusal(3.0),
+        refusal(3.5),
+        refusal(0.0, "timeout"),
+        RequestRow(9.0, 10, 5, end=10.0, failure="not sent"),
+    ]
     rows[1].max_tokens = 4
     found = summarise(rows)
     assert (found["requests"], found["completed"], found["failed"], found["short"]) == (6, 2, 4, 1)

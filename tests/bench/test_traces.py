@@ -38,7 +38,7 @@ def test_lengths_are_exact_and_prompts_share_just_the_shared_blocks(case, scale,
     assert a[:common] == b[:common]
     # Where they part, 8 tokens are alike by chance once in 10^24.
     if min(len(a), len(b)) >= common + 8:
-        assert a[common:common + 8] != b[common:common + 8]
+        assert a[common : common + 8] != b[common : common + 8]
 
 
 @settings(deadline=None)
@@ -60,8 +60,12 @@ def test_prompts_are_a_function_of_the_seed_and_rows_without_hashes_share_nothin
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0.01, 100), st.floats(0.01, 100),
-       st.none() | st.integers(1, 40))
+@given(
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=30),
+    st.floats(0.01, 100),
+    st.floats(0.01, 100),
+    st.none() | st.integers(1, 40),
+)
 def test_a_schedule_is_the_trace_stretched(times, rate, duration, most):
     trace = [TraceRow(t, 1, 1) for t in sorted(times)]
     try:
@@ -70,7 +74,7 @@ def test_a_schedule_is_the_trace_stretched(times, rate, duration, most):
         assert "all at once" in str(error)
         return
     at = [t for t, _ in plan]
-    assert [row for _, row in plan] == trace[:len(plan)] and at == sorted(at) and at[0] == 0
+    assert [row for _, row in plan] == trace[: len(plan)] and at == sorted(at) and at[0] == 0
     assert len(plan) <= max(1, rate * duration * (1 + 1e-9)) and len(plan) <= (most or len(plan))
     assert at[-1] <= duration * (1 + 1e-9)
     if len(plan) == len(trace) > 1:
@@ -85,28 +89,34 @@ def test_a_schedule_keeps_bursts():
 
 def test_both_formats_are_recognised_by_content(tmp_path):
     azure, mooncake = tmp_path / "a.txt", tmp_path / "b.txt"
-    azure.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n"
-                     "2023-11-16 18:15:50.9951690,396,109\n2023-11-16 18:15:46.6805900,374,44\n")
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:50.9951690,396,109\n2023-11-16 18:15:46.6805900,374,44\n"
+    )
     first, second = read_trace(azure)
     assert (first.input_tokens, first.output_tokens, second.input_tokens) == (374, 44, 396)
     assert second.time - first.time == pytest.approx(4.314579, abs=1e-6)
-    mooncake.write_text("\n" + json.dumps({"timestamp": 1500, "input_length": 700, "output_length": 6,
-                                           "hash_ids": [3, 4]}) + "\n")
+    mooncake.write_text(
+        "\n" + json.dumps({"timestamp": 1500, "input_length": 700, "output_length": 6, "hash_ids": [3, 4]}) + "\n"
+    )
     assert read_trace(mooncake) == [TraceRow(1.5, 700, 6, (3, 4))]
 
 
-@pytest.mark.parametrize("text, says", [
-    ("", "is not a trace"),
-    ("a,b,c\n1,2,3\n", "is not a trace"),
-    ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
-    ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", ":2 is not a request"),
-    ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1\n", ":2 is not a request"),
-    ('{"timestamp": 0, "input_length": 1}\n', ":1 is not a request"),
-    ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [-1]}\n', "negative"),
-    ('{"timestamp": 1e999, "input_length": 1, "output_length": 1}\n', "finite"),
-    ('{"timestamp": 0, "input_length": -1, "output_length": 1}\n', "negative"),
-    ('{"timestamp"', ":1 is not a request"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "is not a trace"),
+        ("a,b,c\n1,2,3\n", "is not a trace"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", ":2 is not a request"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1\n", ":2 is not a request"),
+        ('{"timestamp": 0, "input_length": 1}\n', ":1 is not a request"),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [-1]}\n', "negative"),
+        ('{"timestamp": 1e999, "input_length": 1, "output_length": 1}\n', "finite"),
+        ('{"timestamp": 0, "input_length": -1, "output_length": 1}\n', "negative"),
+        ('{"timestamp"', ":1 is not a request"),
+    ],
+)
 def test_what_is_not_a_trace_is_refused_with_its_place(tmp_path, text, says):
     path = tmp_path / "trace"
     path.write_text(text)
@@ -114,8 +124,17 @@ def test_what_is_not_a_trace_is_refused_with_its_place(tmp_path, text, says):
         read_trace(path)
 
 
-@pytest.mark.parametrize("wrong", [{"rate": 0.0}, {"rate": -1.0}, {"rate": float("nan")}, {"duration": 0.0},
-                                   {"duration": float("inf")}, {"max_requests": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rate": 0.0},
+        {"rate": -1.0},
+        {"rate": float("nan")},
+        {"duration": 0.0},
+        {"duration": float("inf")},
+        {"max_requests": 0},
+    ],
+)
 def test_impossible_schedules_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         schedule([TraceRow(0.0, 1, 1)], **{"rate": 1.0, "duration": 1.0} | wrong)

@@ -161,8 +161,9 @@ class Machine(RuleBasedStateMachine):
     sequence that was seated or granted tokens in the same step.
     """
 
-    @initialize(blocks=st.integers(6, 24), slots=st.integers(0, 12), size=st.sampled_from([1, 2, 4]),
-                caching=st.booleans())
+    @initialize(
+        blocks=st.integers(6, 24), slots=st.integers(0, 12), size=st.sampled_from([1, 2, 4]), caching=st.booleans()
+    )
     def start(self, blocks, slots, size, caching):
         self.manager = CacheManager(blocks, size, slots, caching)
         self.size = size
@@ -172,8 +173,11 @@ class Machine(RuleBasedStateMachine):
         self.writes = {}  # granted in this step → (start, end)
 
     def alive(self, granted=None, swapped=False):
-        return [seq for seq in self.tokens if bool(seq.host) == swapped
-                and (granted is None or (seq in self.writes) == granted)]
+        return [
+            seq
+            for seq in self.tokens
+            if bool(seq.host) == swapped and (granted is None or (seq in self.writes) == granted)
+        ]
 
     def write(self, seq, end):
         if self.manager.need(seq, end) > self.manager.available:
@@ -289,5 +293,6 @@ class Machine(RuleBasedStateMachine):
 
 
 TestManager = Machine.TestCase
-TestManager.settings = settings(max_examples=150, stateful_step_count=40, deadline=None,
-                                suppress_health_check=list(HealthCheck))
+TestManager.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -154,8 +154,13 @@ def test_chat_keeps_the_conversation(capsys, tinyworld_checkpoint, monkeypatch):
 
 
 def test_train_writes_metrics_and_a_checkpoint(capsys, tmp_path):
-    sizes = ["train.steps=3", "optimizer.warmup_steps=1", "train.batch_size=1", "train.sample_every=2",
-             "train.validate_every=2"]
+    sizes = [
+        "train.steps=3",
+        "optimizer.warmup_steps=1",
+        "train.batch_size=1",
+        "train.sample_every=2",
+        "train.validate_every=2",
+    ]
     command = ["train", "recipes/demo.toml", "--out", tmp_path / "run"]
     flags = [word for size in sizes for word in ("--set", size)]
     code, out, _ = run(capsys, *command, *flags)
@@ -192,7 +197,7 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     flags = [word for size in sizes for word in ("--set", size)]
     code, out, _ = run(capsys, "demo", "--once", *flags)
     assert code == 0 and "32/32 replies bit-identical to solo" in out and "cached " in out and "TTFT" in out
-    assert "playground: http://127.0.0.1:" in out and "/v1/completions -d '{\"model\": \"demo\"" in out
+    assert "playground: http://127.0.0.1:" in out and '/v1/completions -d \'{"model": "demo"' in out
     summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     assert set(summary) == {
         "train_seconds",

@@ -28,8 +28,9 @@ def test_devices_and_memory(capsys):
     table = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "✓" in table["8 × 2"] and "✓" not in table["1 × 16"]
     assert "smallest degree that fits with train.recompute = 'selective': parallel.tensor = 8" in out
-    code, out, _ = run(capsys, RECIPES / "7b.toml", "--devices", 64, "--set", "parallel.zero=3", "--set",
-                       "train.batch_size=64")
+    code, out, _ = run(
+        capsys, RECIPES / "7b.toml", "--devices", 64, "--set", "parallel.zero=3", "--set", "train.batch_size=64"
+    )
     states = next(line for line in out.split("ZeRO's stages")[1].splitlines() if line.startswith("all"))
     assert code == 0 and "zero 3, 8 tensor-parallel" in out
     assert states.split()[1::2] == ["12.57", "4.32", "2.95", "1.57"]
@@ -53,12 +54,17 @@ def test_what_a_run_has_held_stands_beside_the_plan(capsys, tinyworld_checkpoint
     assert code == 2 and out == "" and "holds no whole snapshot" in error
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--set", "parallel.tensor=16"], "does not divide the model's 8 virtual shards"),
-    (["--devices", "4"], "--devices 4 are fewer than parallel.tensor=8"), (["--memory", "much"], "amount of memory"),
-    (["--devices", "24"], "3 copies of the model are not a power of two"), (["--memory", "0"], "more than nothing"),
-    (["--set", "model.hiden_size=3"], "did you mean model.hidden_size"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--set", "parallel.tensor=16"], "does not divide the model's 8 virtual shards"),
+        (["--devices", "4"], "--devices 4 are fewer than parallel.tensor=8"),
+        (["--memory", "much"], "amount of memory"),
+        (["--devices", "24"], "3 copies of the model are not a power of two"),
+        (["--memory", "0"], "more than nothing"),
+        (["--set", "model.hiden_size=3"], "did you mean model.hidden_size"),
+    ],
+)
 def test_what_cannot_be_is_one_clear_line(capsys, flags, message):
     code, out, error = run(capsys, RECIPES / "7b.toml", *flags)
     assert code == 2 and out == "" and message in error and error.count("\n") == 1

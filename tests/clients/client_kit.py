@@ -22,11 +22,24 @@ class Clients:
     def run(self, command: str, *arguments: object) -> str:
         """What a command of the environment printed; it must end well."""
         environ = os.environ | {
-            "HOME": str(self.home), "HF_HOME": str(self.home / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-        done = subprocess.run([self.folder / command, *map(str, arguments)], env=environ, cwd=self.home, timeout=240,
-                              capture_output=True, text=True)
+            "HOME": str(self.home),
+            "HF_HOME": str(self.home / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "default",
+        }
+        done = subprocess.run(
+            [self.folder / command, *map(str, arguments)],
+            env=environ,
+            cwd=self.home,
+            timeout=240,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -11,8 +11,16 @@ from headrace.train.trainer import Trainer
 from serve.http_kit import served
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo.toml"
-SIZES = {"model.hidden_size": 64, "model.intermediate_size": 172, "model.num_layers": 2, "model.head_dim": 16,
-         "train.steps": 60, "train.batch_size": 2, "optimizer.warmup_steps": 5, "train.sample_every": 0}
+SIZES = {
+    "model.hidden_size": 64,
+    "model.intermediate_size": 172,
+    "model.num_layers": 2,
+    "model.head_dim": 16,
+    "train.steps": 60,
+    "train.batch_size": 2,
+    "optimizer.warmup_steps": 5,
+    "train.sample_every": 0,
+}
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,29 @@ REQUESTS, PROMPT, OUTPUT = 6, 32, 12
 def test_a_run_ends_with_no_failed_request(clients, server, checkpoint, trainer, tmp_path, path):
     generated, succeeded = (server.metric(f"vllm:{name}_total") for name in ("generation_tokens", "request_success"))
     clients.run(
-        "guidellm", "run", "--backend", f"kind=openai_http,target={server.url},model=tiny,request_format={path}",
-        "--profile", "kind=concurrent,streams=2", "--constraint", f"kind=max_requests,count={REQUESTS}",
-        "--tokenizer", f"kind=huggingface_auto,model={checkpoint}",
-        "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={OUTPUT}",
-        "--output", f"kind=json,path={tmp_path / 'run.json'}", "--disable-console-interactive")
+        "guidellm",
+        "run",
+        "--backend",
+        f"kind=openai_http,target={server.url},model=tiny,request_format={path}",
+        "--profile",
+        "kind=concurrent,streams=2",
+        "--constraint",
+        f"kind=max_requests,count={REQUESTS}",
+        "--tokenizer",
+        f"kind=huggingface_auto,model={checkpoint}",
+        "--data",
+        f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={OUTPUT}",
+        "--output",
+        f"kind=json,path={tmp_path / 'run.json'}",
+        "--disable-console-interactive",
+    )
     [run] = json.loads((tmp_path / "run.json").read_text())["benchmarks"]
     assert run["metrics"]["request_totals"] == {
-        "successful": REQUESTS, "errored": 0, "incomplete": 0, "total": REQUESTS}
+        "successful": REQUESTS,
+        "errored": 0,
+        "incomplete": 0,
+        "total": REQUESTS,
+    }
     requests = run["requests"]["successful"]
     assert [request["output_tokens"] for request in requests] == [OUTPUT] * REQUESTS
     assert server.metric("vllm:generation_tokens_total") - generated == REQUESTS * OUTPUT

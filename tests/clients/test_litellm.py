@@ -18,16 +18,26 @@ def generated(llm, prompt):
     """(text, why it ended, [tokens of the prompt, of the answer], log-probabilities) by the engine in this process."""
     output = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=0))[0]
     [choice] = output.outputs
-    return (choice.text, choice.finish_reason, [len(output.prompt_token_ids), len(choice.token_ids)],
-            [table[token].logprob for token, table in zip(choice.token_ids, choice.logprobs)])
+    return (
+        choice.text,
+        choice.finish_reason,
+        [len(output.prompt_token_ids), len(choice.token_ids)],
+        [table[token].logprob for token, table in zip(choice.token_ids, choice.logprobs)],
+    )
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_answers_are_the_engines(told, llm, kind):
     text, finish, usage, scores = generated(llm, llm.chat_prompt(MESSAGES) if kind == "chat" else PROMPT)
     assert text
-    assert told[kind] == {"text": text, "finish": finish, "usage": usage, "scores": scores, "model": "tiny",
-                          "fingerprint": llm.fingerprint}
+    assert told[kind] == {
+        "text": text,
+        "finish": finish,
+        "usage": usage,
+        "scores": scores,
+        "model": "tiny",
+        "fingerprint": llm.fingerprint,
+    }
     stream = told[f"{kind}_stream"]
     assert stream.pop("parts") > 1
     assert stream == {"text": text, "finish": finish, "usage": usage}

@@ -5,15 +5,55 @@ import itertools
 import pytest
 
 GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info"}
-COUNTERS = {"prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens",
-            "request_success", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
-            "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos"}
-HISTOGRAMS = {"time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
-              "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
-              "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens",
-              "iteration_tokens_total"}
-FIRST_TOKEN = [.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
-               float("inf")]
+COUNTERS = {
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_preemptions",
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
+}
+HISTOGRAMS = {
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "iteration_tokens_total",
+}
+FIRST_TOKEN = [
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+    float("inf"),
+]
 MINE = {"model_name": "tiny", "engine": "0"}
 
 
@@ -24,8 +64,9 @@ class Scrape:
         told = clients.program("scrape.py", url=server.url)
         self.kind, self.lines = told["kind"], told["lines"]
         self.families = {family["name"]: family for family in told["families"]}
-        self.samples = [(name, labels, float(value)) for family in told["families"]
-                        for name, labels, value in family["samples"]]
+        self.samples = [
+            (name, labels, float(value)) for family in told["families"] for name, labels, value in family["samples"]
+        ]
 
     def value(self, name, **labels):
         """The one sample of this name with these labels."""
@@ -57,8 +98,11 @@ def test_the_text_is_well_formed(loaded):
     for family in scrape.families.values():
         assert family["type"] in ("counter", "gauge", "histogram") and family["says"], family["name"]
         if family["type"] == "counter":
-            assert all(name == f"{family['name']}_total" and float(value) >= 0 for name, _, value in family["samples"]
-                       if not name.endswith("_created"))
+            assert all(
+                name == f"{family['name']}_total" and float(value) >= 0
+                for name, _, value in family["samples"]
+                if not name.endswith("_created")
+            )
 
 
 def test_every_name_is_there_with_its_labels(loaded):
@@ -92,8 +136,14 @@ def test_counters_match_the_load(loaded):
     assert grew("prompt_tokens_total") == grew("request_prompt_tokens_sum") == prompt_tokens > 15
     assert grew("request_success_total", finished_reason="length") == 3
     assert grew("request_success_total", finished_reason="stop") == 0
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
-                 "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens"):
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_prompt_tokens",
+    ):
         assert grew(f"{name}_count") == 3, name
     assert grew("inter_token_latency_seconds_count") == 3 * 4
     assert grew("prefix_cache_queries_total") >= grew("prefix_cache_hits_total")

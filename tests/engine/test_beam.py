@@ -16,8 +16,9 @@ VOCAB = 11
 
 
 def make(num_blocks=80, block_size=4, eos=(3,), **options):
-    scheduler = Scheduler(SchedulerConfig(**options), CacheConfig(block_size=block_size, num_blocks=num_blocks), 64,
-                          eos)
+    scheduler = Scheduler(
+        SchedulerConfig(**options), CacheConfig(block_size=block_size, num_blocks=num_blocks), 64, eos
+    )
     runner = NullRunner(num_blocks, block_size, vocab_size=VOCAB, check=True)
     return Engine(scheduler, runner, options.get("queue_depth", 1))
 
@@ -84,10 +85,22 @@ def test_beams_are_those_of_a_search_by_hand(width, penalty, eos):
 
 
 @pytest.mark.parametrize("blocks", [14, 18, 80])
-@pytest.mark.parametrize("options", [
-    {}, {"preemption": "swap"}, {"queue_depth": 2}, {"max_num_batched_tokens": 3}, {"max_num_seqs": 2},
-    {"policy": "lpm"}, {"policy": "priority"}, {"batching": "orca"}, {"batching": "static"}, {"reserve": "oracle"},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preemption": "swap"},
+        {"queue_depth": 2},
+        {"max_num_batched_tokens": 3},
+        {"max_num_seqs": 2},
+        {"policy": "lpm"},
+        {"policy": "priority"},
+        {"batching": "orca"},
+        {"batching": "static"},
+        {"reserve": "oracle"},
+    ],
+    ids=str,
+)
 def test_beams_do_not_depend_on_the_schedule(blocks, options):
     prompt = list(range(9)) * 2
     params = SamplingParams(beam_width=4, n=3, max_tokens=20, length_penalty=1.0)
@@ -118,8 +131,9 @@ def test_scores_are_the_formula_and_records_add_up():
 def test_an_aborted_search_frees_everything():
     engine = make()
     ids = itertools.count(1000)
-    beams = BeamSearch(engine.scheduler, Request(1, [1, 2, 3], SamplingParams(beam_width=4, max_tokens=30)),
-                       lambda: next(ids))
+    beams = BeamSearch(
+        engine.scheduler, Request(1, [1, 2, 3], SamplingParams(beam_width=4, max_tokens=30)), lambda: next(ids)
+    )
     for _ in range(5):
         for update in engine.step():
             beams.take(update)

@@ -15,8 +15,9 @@ from headrace.engine.scheduler import Scheduler
 
 
 def make(num_blocks=200, block_size=4, context=400, **options):
-    scheduler = Scheduler(SchedulerConfig(**options), CacheConfig(block_size=block_size, num_blocks=num_blocks),
-                          context, ())
+    scheduler = Scheduler(
+        SchedulerConfig(**options), CacheConfig(block_size=block_size, num_blocks=num_blocks), context, ()
+    )
     return Engine(scheduler, NullRunner(num_blocks, block_size, check=True), options.get("queue_depth", 1))
 
 
@@ -53,8 +54,12 @@ def test_longest_prefix_goes_first_and_ties_go_by_arrival():
 def test_lpm_reaches_the_depth_first_hit_rate():
     """With the cache holding the longest request, longest-prefix-first equals a depth-first walk (SGLang §3)."""
     rng = random.Random(0)
-    prompts = [[a] * 8 + [10 * a + b] * 8 + [rng.randrange(1000, 9999) for _ in range(8)]
-               for a in range(4) for b in range(4) for _ in range(3)]
+    prompts = [
+        [a] * 8 + [10 * a + b] * 8 + [rng.randrange(1000, 9999) for _ in range(8)]
+        for a in range(4)
+        for b in range(4)
+        for _ in range(3)
+    ]
     tree = sum(8 for _ in {p[0] for p in prompts}) + sum(8 for _ in {tuple(p[:16]) for p in prompts})
     rng.shuffle(prompts)
     computed = {}
@@ -110,8 +115,15 @@ def test_equal_priorities_do_not_push_out():
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_oldest_request_always_progresses(policy, batching, preemption, depth):
     """In a pool that holds little more than one request, the first in order gains tokens in every step."""
-    engine = make(num_blocks=12, context=40, policy=policy, batching=batching, preemption=preemption,
-                  max_num_batched_tokens=5, queue_depth=depth)
+    engine = make(
+        num_blocks=12,
+        context=40,
+        policy=policy,
+        batching=batching,
+        preemption=preemption,
+        max_num_batched_tokens=5,
+        queue_depth=depth,
+    )
     for i in range(6):
         engine.scheduler.add(request(i, [i * 7 + k for k in range(10 + i)], 24))
     scheduler, last = engine.scheduler, (-1, 0)

@@ -38,8 +38,9 @@ def test_a_step_comes_through_whole(out, back, copies, lengths, wanted):
     total = sum(lengths)
     inputs = None
     if lengths:
-        inputs = Inputs(torch.arange(total), torch.arange(total) * 2, packed_meta(lengths, 8, CPU),
-                        torch.arange(min(wanted, total)))
+        inputs = Inputs(
+            torch.arange(total), torch.arange(total) * 2, packed_meta(lengths, 8, CPU), torch.arange(min(wanted, total))
+        )
     kind, values, arrays = read_frame(io.BytesIO(step_frame(moves, inputs)))
     assert kind == "step"
     got_moves, got = read_step(values, arrays, CPU)

@@ -12,8 +12,9 @@ from headrace.errors import RequestError
 
 
 def fresh():
-    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=4), CacheConfig(block_size=4, num_blocks=40), 100,
-                          (3,))
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_batched_tokens=4), CacheConfig(block_size=4, num_blocks=40), 100, (3,)
+    )
     return Engine(scheduler, NullRunner(40, 4, check=True))
 
 
@@ -28,9 +29,19 @@ def run(engine, steps=1000):
     return tokens, scores
 
 
-PARAMS = SamplingParams(max_tokens=25, min_tokens=20, temperature=0.7, top_p=0.9, repetition_penalty=1.2,
-                        frequency_penalty=0.3, logit_bias={7: 1.5}, allowed_token_ids=tuple(range(60)),
-                        stop=("end",), stop_token_ids=(5,), prompt_logprobs=0)
+PARAMS = SamplingParams(
+    max_tokens=25,
+    min_tokens=20,
+    temperature=0.7,
+    top_p=0.9,
+    repetition_penalty=1.2,
+    frequency_penalty=0.3,
+    logit_bias={7: 1.5},
+    allowed_token_ids=tuple(range(60)),
+    stop=("end",),
+    stop_token_ids=(5,),
+    prompt_logprobs=0,
+)
 
 
 @pytest.mark.parametrize("steps", range(0, 24, 3))

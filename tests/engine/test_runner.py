@@ -8,11 +8,28 @@ from headrace import LLM, SamplingParams
 from headrace.engine.plan import SAMPLE, Plan, Slice
 
 BOOKKEEPING = {
-    "aten.empty.memory_format", "aten.new_empty.default", "aten.view.default", "aten.slice.Tensor", "aten.select.int",
-    "aten.detach.default", "aten.alias.default", "aten.as_strided.default", "aten.split_with_sizes.default",
-    "aten.split.Tensor", "aten.view.dtype", "aten.t.default", "aten.unsqueeze.default", "aten._unsafe_view.default",
-    "aten.lift_fresh.default", "aten.empty_like.default", "aten.empty_strided.default", "aten._reshape_alias.default",
-    "aten.reshape.default", "aten.unflatten.int", "aten.flatten.using_ints", "aten.narrow.default",
+    "aten.empty.memory_format",
+    "aten.new_empty.default",
+    "aten.view.default",
+    "aten.slice.Tensor",
+    "aten.select.int",
+    "aten.detach.default",
+    "aten.alias.default",
+    "aten.as_strided.default",
+    "aten.split_with_sizes.default",
+    "aten.split.Tensor",
+    "aten.view.dtype",
+    "aten.t.default",
+    "aten.unsqueeze.default",
+    "aten._unsafe_view.default",
+    "aten.lift_fresh.default",
+    "aten.empty_like.default",
+    "aten.empty_strided.default",
+    "aten._reshape_alias.default",
+    "aten.reshape.default",
+    "aten.unflatten.int",
+    "aten.flatten.using_ints",
+    "aten.narrow.default",
 }
 """Allocation, and views of memory: they compute nothing."""
 
@@ -32,9 +49,11 @@ def llm(tinyworld_checkpoint):
 
 
 def test_a_step_runs_only_our_kernels(llm):
-    params = [SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),
-              SamplingParams(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01, seed=1, max_tokens=6, ignore_eos=True),
-              SamplingParams(repetition_penalty=1.2, logit_bias={3: 1.0}, seed=1, max_tokens=6, ignore_eos=True)]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),
+        SamplingParams(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01, seed=1, max_tokens=6, ignore_eos=True),
+        SamplingParams(repetition_penalty=1.2, logit_bias={3: 1.0}, seed=1, max_tokens=6, ignore_eos=True),
+    ]
     with Raiser():
         outputs = llm.generate(["One day", "Once upon a time", "Mia"], params)
     assert all(len(o.outputs[0].token_ids) == 6 for o in outputs)

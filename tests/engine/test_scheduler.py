@@ -99,8 +99,14 @@ def check(engine, requests):
 
 
 AXES = [
-    ("fcfs", "lpm", "priority"), ("sarathi", "orca", "static"), ("none", "max", "pow2", "oracle"),
-    ("recompute", "swap"), (1, 2), (1, 7, 64), (26, 40, 300), (True, False),
+    ("fcfs", "lpm", "priority"),
+    ("sarathi", "orca", "static"),
+    ("none", "max", "pow2", "oracle"),
+    ("recompute", "swap"),
+    (1, 2),
+    (1, 7, 64),
+    (26, 40, 300),
+    (True, False),
 ]
 
 
@@ -124,9 +130,19 @@ def pairs(values):
 
 @pytest.mark.parametrize("policy,batching,reserve,preemption,depth,budget,blocks,caching", list(combinations()))
 def test_tokens_do_not_depend_on_the_schedule(policy, batching, reserve, preemption, depth, budget, blocks, caching):
-    engine = make(blocks, 4, 30 if preemption == "swap" else 0, context=100, caching=caching, policy=policy,
-                  batching=batching, reserve=reserve, preemption=preemption, queue_depth=depth,
-                  max_num_batched_tokens=budget)
+    engine = make(
+        blocks,
+        4,
+        30 if preemption == "swap" else 0,
+        context=100,
+        caching=caching,
+        policy=policy,
+        batching=batching,
+        reserve=reserve,
+        preemption=preemption,
+        queue_depth=depth,
+        max_num_batched_tokens=budget,
+    )
     check(engine, workload(1))
     preemptions = engine.scheduler.stats.preemptions
     assert preemptions == 0 if reserve != "none" or (blocks == 300 and policy != "priority") else preemptions >= 0
@@ -147,19 +163,51 @@ def test_swap_without_room_on_the_host_recomputes():
 
 
 @settings(max_examples=250, deadline=None)
-@given(seed=st.integers(0, 2**32), depth=st.sampled_from([1, 2, 3]), policy=st.sampled_from(AXES[0]),
-       batching=st.sampled_from(AXES[1]), preemption=st.sampled_from(AXES[3]), blocks=st.integers(24, 60),
-       size=st.sampled_from([1, 2, 4]), slots=st.sampled_from([0, 10, 50]), budget=st.sampled_from([1, 5, 16, 200]))
+@given(
+    seed=st.integers(0, 2**32),
+    depth=st.sampled_from([1, 2, 3]),
+    policy=st.sampled_from(AXES[0]),
+    batching=st.sampled_from(AXES[1]),
+    preemption=st.sampled_from(AXES[3]),
+    blocks=st.integers(24, 60),
+    size=st.sampled_from([1, 2, 4]),
+    slots=st.sampled_from([0, 10, 50]),
+    budget=st.sampled_from([1, 5, 16, 200]),
+)
 def test_any_mix_of_arrivals_aborts_and_stops(seed, depth, policy, batching, preemption, blocks, size, slots, budget):
     """Requests and choices come, are aborted and are stopped late at random times; the others never notice."""
     rng = random.Random(seed)
-    engine = make(blocks, size, slots, context=60, policy=policy, batching=batching, preemption=preemption,
-                  queue_depth=depth, max_num_seqs=8, max_num_batched_tokens=budget)
+    engine = make(
+        blocks,
+        size,
+        slots,
+        context=60,
+        policy=policy,
+        batching=batching,
+        preemption=preemption,
+        queue_depth=depth,
+        max_num_seqs=8,
+        max_num_batched_tokens=budget,
+    )
     scheduler = engine.scheduler
-    requests = [r for r in workload(seed, count=10, longest=16)
-                if r.num_prompt_tokens + r.params.max_tokens <= scheduler.max_model_len]
-    requests += [Case(100 + r.request_id, r.prompt_token_ids, r.params, seed=r.seed, choice=1, priority=r.priority,
-                      parent_id=r.request_id, group_id=r.request_id) for r in requests[::3]]
+    requests = [
+        r
+        for r in workload(seed, count=10, longest=16)
+        if r.num_prompt_tokens + r.params.max_tokens <= scheduler.max_model_len
+    ]
+    requests += [
+        Case(
+            100 + r.request_id,
+            r.prompt_token_ids,
+            r.params,
+            seed=r.seed,
+            choice=1,
+            priority=r.priority,
+            parent_id=r.request_id,
+            group_id=r.request_id,
+        )
+        for r in requests[::3]
+    ]
     expected = {r.request_id: alone(r)[0] for r in requests}
     got = {r.request_id: [] for r in requests}
     waiting, ended = list(requests), set()
@@ -267,8 +315,9 @@ def test_prompt_logprobs_score_every_position_once_and_touch_no_cached_block(bud
     tokens, scores, _ = got[1]
     assert tokens == alone(request)[0]
     assert [s.token_id for s in scores] == prompt[1:]
-    assert [s.logprob for s in scores] == [runner.logprob(runner.state(prompt[: i + 1]), t)
-                                           for i, t in enumerate(prompt[1:])]
+    assert [s.logprob for s in scores] == [
+        runner.logprob(runner.state(prompt[: i + 1]), t) for i, t in enumerate(prompt[1:])
+    ]
 
 
 class ShortChunks(Sarathi):
@@ -336,8 +385,15 @@ def test_namespaces_do_not_share():
 def test_penalties_bias_and_bans_follow_the_output():
     from headrace.engine.edits import EditState
 
-    penalties = SamplingParams(max_tokens=30, min_tokens=12, repetition_penalty=1.3, presence_penalty=0.5,
-                               frequency_penalty=0.25, logit_bias={5: 2.0}, stop_token_ids=tuple(range(40)))
+    penalties = SamplingParams(
+        max_tokens=30,
+        min_tokens=12,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={5: 2.0},
+        stop_token_ids=tuple(range(40)),
+    )
     bans = SamplingParams(max_tokens=30, min_tokens=12, stop_token_ids=tuple(range(40)))  # planned ahead
     for depth, params in itertools.product((1, 2), (penalties, bans)):
         case = Case(0, [1, 5, 9, 1], params)
@@ -356,15 +412,20 @@ def test_penalties_bias_and_bans_follow_the_output():
 def test_edits_are_what_the_formulas_say():
     from headrace.engine.edits import EditState
 
-    params = SamplingParams(min_tokens=3, max_tokens=9, repetition_penalty=2.0, presence_penalty=0.5,
-                            frequency_penalty=0.25, logit_bias={5: 2.0, 8: -1.0})
+    params = SamplingParams(
+        min_tokens=3,
+        max_tokens=9,
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={5: 2.0, 8: -1.0},
+    )
     state = EditState(params, [3], [1, 5, 1])
     for token in (5, 6, 5):
         state.append(token)
     ban = state.current(2)
     table = {t: (d, a) for t, d, a in zip(ban.token_ids, ban.divide, ban.add)}
-    assert table == {1: (2.0, 0.0), 5: (2.0, 2.0 - 0.5 - 0.5), 6: (2.0, -0.75), 8: (1.0, -1.0),
-                     3: (1.0, float("-inf"))}
+    assert table == {1: (2.0, 0.0), 5: (2.0, 2.0 - 0.5 - 0.5), 6: (2.0, -0.75), 8: (1.0, -1.0), 3: (1.0, float("-inf"))}
     after = state.current(3)
     assert dict(zip(after.token_ids, after.add))[3] == 0.0
 
@@ -407,11 +468,14 @@ def test_results_come_in_order():
         engine.scheduler.update(second, results[1])
 
 
-@pytest.mark.parametrize("prompt,params,message", [
-    (list(range(90)), {"max_tokens": 20}, "90 tokens and max_tokens=20 make 110, more than the context of 100"),
-    (list(range(100)), {"max_tokens": None}, "prompt of 100 tokens leaves no room in the context of 100"),
-    ([1], {"max_tokens": 9, "min_tokens": 4, "allowed_token_ids": (EOS,)}, "min_tokens=4 bans every"),
-])
+@pytest.mark.parametrize(
+    "prompt,params,message",
+    [
+        (list(range(90)), {"max_tokens": 20}, "90 tokens and max_tokens=20 make 110, more than the context of 100"),
+        (list(range(100)), {"max_tokens": None}, "prompt of 100 tokens leaves no room in the context of 100"),
+        ([1], {"max_tokens": 9, "min_tokens": 4, "allowed_token_ids": (EOS,)}, "min_tokens=4 bans every"),
+    ],
+)
 def test_what_can_never_fit_is_refused_with_the_numbers(prompt, params, message):
     engine = make(context=100)
     with pytest.raises(RequestError, match=message):

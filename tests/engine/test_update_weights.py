@@ -26,8 +26,12 @@ def other(other_checkpoint):
 
 def sources(other):
     folder, model = other
-    return {"folder": folder, "text": str(folder), "model": model,
-            "tensors": {name: piece.tensor for name, piece in model.tensors()}}
+    return {
+        "folder": folder,
+        "text": str(folder),
+        "model": model,
+        "tensors": {name: piece.tensor for name, piece in model.tensors()},
+    }
 
 
 @pytest.mark.parametrize("kind", ["folder", "text", "model", "tensors"])
@@ -78,9 +82,11 @@ def test_what_does_not_fit_changes_nothing(tinyworld_checkpoint, other, tmp_path
     before = llm.generate(PROMPT, GREEDY)[0]
     tensors = sources(other)["tensors"]
     name = "model.norm.weight"
-    for wrong, said in (({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
-                        ({**tensors, "extra": tensors[name]}, "extra is none of it"),
-                        ({**tensors, name: torch.ones(3)}, f"{name} has shape")):
+    for wrong, said in (
+        ({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
+        ({**tensors, "extra": tensors[name]}, "extra is none of it"),
+        ({**tensors, name: torch.ones(3)}, f"{name} has shape"),
+    ):
         with pytest.raises(CheckpointError, match=said):
             llm.update_weights(wrong)
     with pytest.raises(CheckpointError):

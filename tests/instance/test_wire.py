@@ -25,8 +25,12 @@ TABLE = [TokenEntry(3, -math.pi / 7, 1, "é"), TokenEntry(4, -1e-300, 2, "\N{SNO
 
 def test_events_come_through_with_their_bits():
     choice = ChoiceDelta(1, "text", [3, 4], [TABLE, TABLE], -0.1 - 0.2, "stop", "end")
-    news = [Accepted("1"), Delta("1", [choice], [None, TABLE], 5, True, Explanation(0.1, batch_sizes=[1, 2])),
-            Tree([(1, -1, 16, 2, "a")], complete=False), StepReport({"steps": 1, "finished": {"stop": 2}})]
+    news = [
+        Accepted("1"),
+        Delta("1", [choice], [None, TABLE], 5, True, Explanation(0.1, batch_sizes=[1, 2])),
+        Tree([(1, -1, 16, 2, "a")], complete=False),
+        StepReport({"steps": 1, "finished": {"stop": 2}}),
+    ]
     assert decode_event(encode(Batch(news))) == Batch(news)
 
 

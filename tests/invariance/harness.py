@@ -328,4 +328,3 @@ def pairwise(axes: dict[str, tuple[Any, ...]], seed: int = 0) -> list[Cell]:
 def full_product(axes: dict[str, tuple[Any, ...]]) -> Iterator[Cell]:
     for values in itertools.product(*axes.values()):
         yield Cell(**dict(zip(axes, values)))
-

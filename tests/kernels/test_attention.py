@@ -24,16 +24,24 @@ class Sequence:
     v: torch.Tensor
 
 
-def sequence(seed: int, length: int, kv_heads: int, group: int, dim: int,
-             dtype: torch.dtype = torch.float32) -> Sequence:
+def sequence(
+    seed: int, length: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype = torch.float32
+) -> Sequence:
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(length, heads, dim, generator=generator) * 2
-               for heads in (kv_heads * group, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(length, heads, dim, generator=generator) * 2 for heads in (kv_heads * group, kv_heads, kv_heads)
+    )
     return Sequence(q, k.to(dtype), v.to(dtype))
 
 
-def attend(ops: Ops, parts: list[tuple[Sequence, int, int]], block_size: int = 16, window: int = 0,
-           scale: float | None = None, forget: bool = False) -> list[torch.Tensor]:
+def attend(
+    ops: Ops,
+    parts: list[tuple[Sequence, int, int]],
+    block_size: int = 16,
+    window: int = 0,
+    scale: float | None = None,
+    forget: bool = False,
+) -> list[torch.Tensor]:
     """Rows first … last − 1 of each sequence, from one packed batch over a cache whose every other slot is NaN.
 
     With `forget`, blocks before the first row's window are gone: their table entries are the null block.
@@ -50,11 +58,16 @@ def attend(ops: Ops, parts: list[tuple[Sequence, int, int]], block_size: int = 1
                 continue
             table[s, i] = next(order)
             for part, x in enumerate((seq.k, seq.v)):
-                blocks[table[s, i], LAYER, part, :, :stop - start] = x[start:stop].transpose(0, 1)
+                blocks[table[s, i], LAYER, part, :, : stop - start] = x[start:stop].transpose(0, 1)
     starts = [0, *itertools.accumulate(last - first for _, first, last in parts)]
-    meta = AttentionMeta(table, torch.tensor(starts, dtype=torch.int32),
-                         torch.tensor([last for _, _, last in parts], dtype=torch.int32),
-                         torch.zeros(starts[-1], dtype=torch.int32), 0, 0)
+    meta = AttentionMeta(
+        table,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor([last for _, _, last in parts], dtype=torch.int32),
+        torch.zeros(starts[-1], dtype=torch.int32),
+        0,
+        0,
+    )
     q = torch.cat([seq.q[first:last] for seq, first, last in parts])
     out = ops.attention(q, blocks, LAYER, meta, scale or k.shape[2] ** -0.5, window)
     return [out[a:b] for a, b in itertools.pairwise(starts)]
@@ -119,7 +132,7 @@ def test_chunking_changes_no_bit(ops, whole, chunk):
     starts = [*range(0, 40, chunk), *range(240, 280, chunk), *range(600 - chunk, 601 - chunk)]
     for start in starts:
         (rows,) = attend(ops, [(seq, start, start + chunk)], window=window)
-        assert torch.equal(rows, expected[start:start + chunk]), f"rows from {start}"
+        assert torch.equal(rows, expected[start : start + chunk]), f"rows from {start}"
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 32, 256])
@@ -144,7 +157,7 @@ def test_a_group_is_its_heads_alone(ops):
     seq = sequence(3, 530, 1, 4, 64)
     (together,) = attend(ops, [(seq, 529, 530)])
     for head in range(4):
-        (alone,) = attend(ops, [(Sequence(seq.q[:, head:head + 1], seq.k, seq.v), 529, 530)])
+        (alone,) = attend(ops, [(Sequence(seq.q[:, head : head + 1], seq.k, seq.v), 529, 530)])
         assert torch.equal(alone[:, 0], together[:, head])
 
 
@@ -183,28 +196,49 @@ def test_nothing_to_do(ops):
 
 # ---- the law itself: the tree, written again in Python over the kernel's own partials --------------------------
 
+
 def nodes_of(seq: Sequence, splits: int) -> tuple[np.ndarray, int]:
     """The partials of the last row's every split: [split, node]."""
     position, dim = splits * SPLIT - 1, seq.q.shape[2]
     blocks = torch.stack((seq.k, seq.v)).transpose(1, 2).unflatten(2, (-1, SPLIT)).permute(2, 0, 1, 3, 4).contiguous()
-    paged = Paged(blocks.numpy().reshape(-1), np.arange(splits + 1, dtype=np.int32), 2 * SPLIT * dim, 0, SPLIT * dim,
-                  8, dim, np.empty(SPLIT, np.int64))
+    paged = Paged(
+        blocks.numpy().reshape(-1),
+        np.arange(splits + 1, dtype=np.int32),
+        2 * SPLIT * dim,
+        0,
+        SPLIT * dim,
+        8,
+        dim,
+        np.empty(SPLIT, np.int64),
+    )
     node = dim + 8
     at, positions = np.full(ROWS, position * dim), np.full(ROWS, position)
     found = []
     for split in range(splits):
         scratch = np.zeros(NODES + ROWS * node, np.float32)
         locate(paged, split * SPLIT, (split + 1) * SPLIT)
-        partial(seq.q.numpy(), at, positions, 1, paged, split, 0, False, np.float32(dim**-0.5), scratch,
-                    np.zeros((dim + 7) // 8 * 64, np.float32), node)
-        found.append(scratch[NODES:NODES + node].copy())
+        partial(
+            seq.q.numpy(),
+            at,
+            positions,
+            1,
+            paged,
+            split,
+            0,
+            False,
+            np.float32(dim**-0.5),
+            scratch,
+            np.zeros((dim + 7) // 8 * 64, np.float32),
+            node,
+        )
+        found.append(scratch[NODES : NODES + node].copy())
     return np.stack(found), node
 
 
 def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     both = np.concatenate((left, right))
     merge(both, 0, len(left), len(left))
-    return both[len(left):]
+    return both[len(left) :]
 
 
 def by_law(nodes: list[np.ndarray]) -> np.ndarray:
@@ -217,7 +251,7 @@ def by_law(nodes: list[np.ndarray]) -> np.ndarray:
     total, start = None, 0
     while start < len(nodes):
         size = 1 << ((len(nodes) - start).bit_length() - 1)
-        tree = balanced(nodes[start:start + size])
+        tree = balanced(nodes[start : start + size])
         total = tree if total is None else join(total, tree)
         start += size
     return total

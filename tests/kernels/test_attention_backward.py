@@ -52,23 +52,26 @@ def wanted(g: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: i
 def test_gradients(lengths, heads, kv_heads, dim, window):
     given = g, q, k, v, out, lse, starts = case(lengths, heads, kv_heads, dim, window)
     got = ONE.attention_backward(*given, SCALE, window)
-    for ours, plain, true in zip(got, REFERENCE.attention_backward(*given, SCALE, window),
-                                 wanted(g, q, k, v, starts, window), strict=True):
+    for ours, plain, true in zip(
+        got, REFERENCE.attention_backward(*given, SCALE, window), wanted(g, q, k, v, starts, window), strict=True
+    ):
         torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(plain.double(), true, rtol=1e-4, atol=2e-5)
     for ours, other in zip(got, TWO.attention_backward(*given, SCALE, window), strict=True):
         assert torch.equal(ours, other)
     for start, stop in pairwise(starts.tolist()):
-        alone = ONE.attention_backward(*(x[start:stop] for x in given[:6]), torch.tensor([0, stop - start]), SCALE,
-                                       window)
+        alone = ONE.attention_backward(
+            *(x[start:stop] for x in given[:6]), torch.tensor([0, stop - start]), SCALE, window
+        )
         for ours, own in zip(got, alone, strict=True):
             assert torch.equal(ours[start:stop], own)
     group = heads // kv_heads
     for head in range(kv_heads):
         mine = slice(head * group, (head + 1) * group)
-        few = [g[:, mine], q[:, mine], k[:, head:head + 1], v[:, head:head + 1], out[:, mine], lse[:, mine]]
-        own = ONE.attention_backward(*(x.contiguous() for x in few[:2]), *few[2:4],
-                                     *(x.contiguous() for x in few[4:]), starts, SCALE, window)
+        few = [g[:, mine], q[:, mine], k[:, head : head + 1], v[:, head : head + 1], out[:, mine], lse[:, mine]]
+        own = ONE.attention_backward(
+            *(x.contiguous() for x in few[:2]), *few[2:4], *(x.contiguous() for x in few[4:]), starts, SCALE, window
+        )
         assert torch.equal(own[0], got[0][:, mine])
         assert torch.equal(own[1][:, 0], got[1][:, head]) and torch.equal(own[2][:, 0], got[2][:, head])
 

@@ -62,11 +62,21 @@ def test_linear_of_half_weights_has_half_gradients(base):
 def test_norms(base):
     ops = AutogradOps(base)
     check(lambda x, w: ops.rms_norm(x, w, 1e-5), rms, normal(T, D), normal(D))
-    check(lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5), lambda x, r, w: (rms(x + r, w), x + r),
-          normal(T, D), normal(T, D, seed=3), normal(D))
+    check(
+        lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5),
+        lambda x, r, w: (rms(x + r, w), x + r),
+        normal(T, D),
+        normal(T, D, seed=3),
+        normal(D),
+    )
     # Each output alone: the other's gradient does not exist.
-    check(lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5)[0], lambda x, r, w: rms(x + r, w),
-          normal(T, D), normal(T, D, seed=3), normal(D))
+    check(
+        lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5)[0],
+        lambda x, r, w: rms(x + r, w),
+        normal(T, D),
+        normal(T, D, seed=3),
+        normal(D),
+    )
     check(lambda x, r: ops.add_rms_norm(x, r, normal(D), 1e-5)[1], torch.add, normal(T, D), normal(T, D, seed=3))
 
 
@@ -99,8 +109,11 @@ def test_log_probability(base):
     targets = torch.arange(T) * 5 % 130
     bounds = vocab_bounds(130, 2)
     part = VocabPart(0, bounds, RankGroup())
-    check(lambda z: log_probability(AutogradOps(base), z, targets, part),
-          lambda z: F.log_softmax(z, -1)[torch.arange(T), targets], normal(T, 130) * 4)
+    check(
+        lambda z: log_probability(AutogradOps(base), z, targets, part),
+        lambda z: F.log_softmax(z, -1)[torch.arange(T), targets],
+        normal(T, 130) * 4,
+    )
 
 
 def test_the_head_s_loss_is_never_all_logits_at_once(base, monkeypatch):
@@ -110,9 +123,12 @@ def test_the_head_s_loss_is_never_all_logits_at_once(base, monkeypatch):
     monkeypatch.setattr(base, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
     targets, weights = torch.arange(T) * 5 % 130, normal(T)
     part = VocabPart(0, vocab_bounds(130, 2), RankGroup())
-    check(lambda x, w: head_loss(AutogradOps(base), x, w, targets, weights, part)[0],
-          lambda x, w: (F.log_softmax((x @ w.T).double(), -1)[torch.arange(T), targets] * weights).sum(),
-          normal(T, D), normal(130, D))
+    check(
+        lambda x, w: head_loss(AutogradOps(base), x, w, targets, weights, part)[0],
+        lambda x, w: (F.log_softmax((x @ w.T).double(), -1)[torch.arange(T), targets] * weights).sum(),
+        normal(T, D),
+        normal(130, D),
+    )
     assert rows == [8, 8, 5]
     with torch.no_grad():
         _, logprob = head_loss(base, normal(T, D), normal(130, D), targets, weights, part)
@@ -139,18 +155,28 @@ def plain_attention(q, k, v, lengths, scale, window):
 def test_causal_attention(base, lengths, window):
     meta = packed_meta(lengths, 16, base.device)
     rows = sum(lengths)
-    check(lambda q, k, v: causal_attention(base, q, k, v, meta, 16, torch.float32, 0.4, window),
-          lambda q, k, v: plain_attention(q, k, v, lengths, 0.4, window),
-          normal(rows, H, d), normal(rows, G, d, seed=5), normal(rows, G, d, seed=6))
+    check(
+        lambda q, k, v: causal_attention(base, q, k, v, meta, 16, torch.float32, 0.4, window),
+        lambda q, k, v: plain_attention(q, k, v, lengths, 0.4, window),
+        normal(rows, H, d),
+        normal(rows, G, d, seed=5),
+        normal(rows, G, d, seed=6),
+    )
 
 
 def test_attention_reads_what_the_cache_holds(base):
     """With a bf16 cache, forward and backward see the rounded k and v; the rounding itself has gradient one."""
     meta = packed_meta([30], 16, base.device)
     q, k, v = normal(30, H, d), normal(30, G, d, seed=5), normal(30, G, d, seed=6)
-    check(lambda q, k, v: causal_attention(base, q, k, v, meta, 16, torch.bfloat16, 0.4),
-          lambda q, k, v: plain_attention(q, k + (k.bfloat16().float() - k).detach(),
-                                          v + (v.bfloat16().float() - v).detach(), [30], 0.4, 0), q, k, v)
+    check(
+        lambda q, k, v: causal_attention(base, q, k, v, meta, 16, torch.bfloat16, 0.4),
+        lambda q, k, v: plain_attention(
+            q, k + (k.bfloat16().float() - k).detach(), v + (v.bfloat16().float() - v).detach(), [30], 0.4, 0
+        ),
+        q,
+        k,
+        v,
+    )
 
 
 def test_forward_has_the_bits_of_the_base(base):

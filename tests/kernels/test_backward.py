@@ -42,6 +42,7 @@ def random_cuts(draw, size: int, shards: int) -> tuple[int, ...]:
 
 # ---- norms -----------------------------------------------------------------------------------------------------
 
+
 @examples
 @given(st.data(), rows_st, width_st, st.sampled_from(DTYPES))
 def test_gradients_of_a_norm(cut, data, rows, width, dtype):
@@ -69,11 +70,13 @@ def test_gradients_of_a_norm(cut, data, rows, width, dtype):
 @pytest.mark.parametrize("rows", [64, 65, 200, 64 * 5 + 3])
 def test_chunks_of_64_rows_are_added_in_a_tree(rows):
     g, x, weight = normal(rows, 20), normal(rows, 20, seed=1), normal(20, seed=2)
-    parts = [ONE.rms_norm_backward(g[a:a + 64], x[a:a + 64], weight, EPS, (0, len(g[a:a + 64])))[1][0]
-             for a in range(0, rows, 64)]
+    parts = [
+        ONE.rms_norm_backward(g[a : a + 64], x[a : a + 64], weight, EPS, (0, len(g[a : a + 64])))[1][0]
+        for a in range(0, rows, 64)
+    ]
     while len(parts) > 1:
         pairs = [a + b for a, b in zip(parts[::2], parts[1::2])]
-        parts = pairs + parts[2 * len(pairs):]
+        parts = pairs + parts[2 * len(pairs) :]
     assert torch.equal(ONE.rms_norm_backward(g, x, weight, EPS, (0, rows))[1][0], parts[0])
 
 
@@ -100,6 +103,7 @@ def test_row_shards_that_do_not_fit_are_refused(bounds):
 
 
 # ---- SwiGLU ----------------------------------------------------------------------------------------------------
+
 
 @examples
 @given(st.data(), rows_st, width_st)
@@ -134,10 +138,11 @@ def test_gradients_of_silu_at_extremes():
 
 # ---- rotary positions ------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dim", [2, 20, 64])
 def test_the_gradient_of_rotary_is_rotary_with_the_sine_negated(dim):
     g, x, table, positions = normal(9, 3, dim), normal(9, 3, dim, seed=1), normal(40, dim, seed=2), torch.arange(9) * 4
-    back = torch.cat((table[:, :dim // 2], -table[:, dim // 2:]), 1)
+    back = torch.cat((table[:, : dim // 2], -table[:, dim // 2 :]), 1)
     cos, sin = table.double()[positions].unsqueeze(1).chunk(2, -1)
 
     def turn(x):
@@ -148,6 +153,7 @@ def test_the_gradient_of_rotary_is_rotary_with_the_sine_negated(dim):
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------
+
 
 def logits(rows: int, vocab: int) -> Tensor:
     z = normal(rows, vocab, seed=rows) * 5
@@ -174,9 +180,9 @@ def test_parts_of_a_log_sum_exp(cut, rows, vocab, shards):
     assert torch.equal(ONE.merge_logsumexp(parts), ONE.logsumexp(z, bounds)) and torch.equal(parts, kept)
     assert_close(REFERENCE.merge_logsumexp(parts), ONE.logsumexp(z, bounds), 3.0)
     half = shards // 2
-    for own, want in ((bounds[:half + 1], parts[:, :half]), (bounds[half:], parts[:, half:])):
+    for own, want in ((bounds[: half + 1], parts[:, :half]), (bounds[half:], parts[:, half:])):
         if shards > 1:
-            alone = cut.logsumexp_parts(z[:, own[0]:own[-1]].contiguous(), [bound - own[0] for bound in own])
+            alone = cut.logsumexp_parts(z[:, own[0] : own[-1]].contiguous(), [bound - own[0] for bound in own])
             assert torch.equal(alone, want)
 
 
@@ -221,8 +227,9 @@ def test_a_target_outside_the_vocabulary_is_refused(bad):
 
 # ---- dropout ---------------------------------------------------------------------------------------------------
 
+
 @examples
-@given(st.data(), rows_st, width_st, st.integers(-2**63, 2**64), st.floats(0.01, 0.99))
+@given(st.data(), rows_st, width_st, st.integers(-(2**63), 2**64), st.floats(0.01, 0.99))
 def test_dropout_keeps_what_the_reference_keeps(cut, data, rows, width, key, rate):
     x, numbers, first = normal(rows, width), torch.arange(rows) * 2**33 - 5, data.draw(st.integers(0, 2**40))
     got = ONE.dropout(x, key, numbers, first, rate)
@@ -235,8 +242,10 @@ def test_dropout_keeps_what_the_reference_keeps(cut, data, rows, width, key, rat
 
 def test_dropout_is_fair_and_depends_on_every_part_of_its_key():
     ones, numbers = torch.ones(100, 1000), torch.arange(100)
-    draws = [ONE.dropout(ones, key, numbers + row, first, 0.3)
-             for key, row, first in ((7, 0, 0), (8, 0, 0), (7 + 2**40, 0, 0), (7, 100, 0), (7, 0, 1000))]
+    draws = [
+        ONE.dropout(ones, key, numbers + row, first, 0.3)
+        for key, row, first in ((7, 0, 0), (8, 0, 0), (7 + 2**40, 0, 0), (7, 100, 0), (7, 0, 1000))
+    ]
     for draw in draws:
         assert set(draw.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
         assert abs((draw == 0).double().mean() - 0.3) < 5 * math.sqrt(0.21 / draw.numel())

@@ -50,7 +50,7 @@ def test_warm_up_for_training_compiles_more(ops):
     served, trained = [], []
     ops.warm_up(progress=lambda done, total, name: served.append(name))
     ops.warm_up(progress=lambda done, total, name: trained.append(name), training=True)
-    assert trained[:len(served) - 1] == served[:-1] and "adamw" in trained
+    assert trained[: len(served) - 1] == served[:-1] and "adamw" in trained
 
 
 def test_a_view_follows_its_weight(ops):
@@ -85,6 +85,7 @@ def test_editing_a_source_does_not_change_a_running_process(ops, monkeypatch):
 
 # ---- the cache of compiled kernels -----------------------------------------------------------------------------
 
+
 def test_any_change_of_source_is_another_build(tmp_path):
     """Numba alone would keep a kernel whose callee, in another file, has changed."""
     (tmp_path / "kernel.py").write_text("def f(x): return g(x)\n")
@@ -95,8 +96,10 @@ def test_any_change_of_source_is_another_build(tmp_path):
     assert launch.build_key(tmp_path) != before
 
 
-@pytest.mark.parametrize("owner,name", [(numba, "__version__"), (launch.llvmlite, "__version__"), (launch, "cpu_name"),
-                                        (launch, "cpu_features")])
+@pytest.mark.parametrize(
+    "owner,name",
+    [(numba, "__version__"), (launch.llvmlite, "__version__"), (launch, "cpu_name"), (launch, "cpu_features")],
+)
 def test_another_compiler_or_cpu_is_another_build(monkeypatch, owner, name):
     before = launch.build_key()
     monkeypatch.setattr(owner, name, "other" if name == "__version__" else lambda: "other")
@@ -178,6 +181,7 @@ print(sum(elementwise.rms_norm.stats.cache_hits.values()), sum(elementwise.rms_n
 def test_a_second_process_compiles_nothing(tmp_path):
     environment = os.environ | {"HEADRACE_CACHE_DIR": str(tmp_path)}
     for hits_and_misses in ("0 1\n", "1 0\n"):
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stdout == hits_and_misses

@@ -52,7 +52,7 @@ def test_norms(ops, reference, rows, width):
     assert torch.equal(total, x + residual)
     assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
     row = rows // 2
-    assert torch.equal(ops.rms_norm(x[row:row + 1].contiguous(), weight, 1e-5)[0], ops.rms_norm(x, weight, 1e-5)[row])
+    assert torch.equal(ops.rms_norm(x[row : row + 1].contiguous(), weight, 1e-5)[0], ops.rms_norm(x, weight, 1e-5)[row])
 
 
 @pytest.mark.parametrize("dim", [2, 6, 16, 20, 64])
@@ -67,7 +67,7 @@ def test_rotary(ops, reference, rows, dim):
             assert got.is_contiguous()
             assert_close(got, reference.rotary(view, positions, table, *arguments))
             row = rows // 2
-            alone = ops.rotary(view[row:row + 1], positions[row:row + 1], table, *arguments)
+            alone = ops.rotary(view[row : row + 1], positions[row : row + 1], table, *arguments)
             assert torch.equal(alone[0], got[row])
 
 
@@ -154,7 +154,7 @@ def test_an_edit_outside_the_logits_is_refused(ops, row, token):
 @pytest.mark.parametrize("words", [1, 2, 3, 4])
 def test_masks(ops, reference, words):
     """A mask may be shorter than the vocabulary (the rest is banned) or longer (padding)."""
-    mask = torch.randint(-2**31, 2**31, (3, words), generator=torch.Generator().manual_seed(0)).int()
+    mask = torch.randint(-(2**31), 2**31, (3, words), generator=torch.Generator().manual_seed(0)).int()
     mask[1] = -1
     got, want = normal(5, 77), normal(5, 77)
     ops.mask_logits_(got, torch.tensor([4, 0, 2]), mask)
@@ -172,9 +172,13 @@ def test_threads_change_no_bits():
     for ops, cache in zip((one, two), blocks):
         ops.store_kv_(heads, heads, cache, 0, positions.int())
     assert torch.equal(*blocks)
-    for run in (lambda ops: ops.rms_norm(x, weight, 1e-6), lambda ops: torch.cat(ops.add_rms_norm(x, x, weight, 1e-6)),
-                lambda ops: ops.silu_mul(x), lambda ops: ops.rotary(heads, positions, table, weight[:20], 1e-6),
-                lambda ops: ops.embedding(positions, x)):
+    for run in (
+        lambda ops: ops.rms_norm(x, weight, 1e-6),
+        lambda ops: torch.cat(ops.add_rms_norm(x, x, weight, 1e-6)),
+        lambda ops: ops.silu_mul(x),
+        lambda ops: ops.rotary(heads, positions, table, weight[:20], 1e-6),
+        lambda ops: ops.embedding(positions, x),
+    ):
         assert torch.equal(run(one), run(two))
 
 

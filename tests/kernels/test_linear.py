@@ -51,9 +51,10 @@ def test_rows_and_outputs_do_not_see_each_other(ops, dtype, depth):
     """M 1–9 × N 1–40, with and without shards: `==` with the row alone, and with the output alone."""
     x, w, bias = operands(9, 40, depth, dtype)
     for bounds in (None, shard_bounds(depth, 4)):
-        alone = torch.cat([ops.linear(x[i:i + 1].contiguous(), w, bias, bounds) for i in range(9)])
-        single = torch.cat([ops.linear(x, w[n:n + 1].contiguous(), bias[n:n + 1].contiguous(), bounds)
-                            for n in range(40)], dim=1)
+        alone = torch.cat([ops.linear(x[i : i + 1].contiguous(), w, bias, bounds) for i in range(9)])
+        single = torch.cat(
+            [ops.linear(x, w[n : n + 1].contiguous(), bias[n : n + 1].contiguous(), bounds) for n in range(40)], dim=1
+        )
         assert torch.equal(alone, single)
         for rows, outputs in itertools.product(range(1, 10), range(1, 41)):
             y = ops.linear(x[:rows].contiguous(), w[:outputs], bias[:outputs], bounds)
@@ -67,7 +68,7 @@ def test_panels_chunks_and_groups_change_no_bits(ops, dtype, rows, outputs, dept
     for bounds in (None, shard_bounds(depth, 2)):
         y = ops.linear(x, w, bias, bounds)
         some = [0, 1, rows // 2, rows - 1]
-        alone = [ops.linear(x[i:i + 1].contiguous(), w, bias, bounds) for i in some]
+        alone = [ops.linear(x[i : i + 1].contiguous(), w, bias, bounds) for i in some]
         assert torch.equal(y[some], torch.cat(alone))
         assert (y - (x.double() @ w.double().T + bias)).abs().max() < 3e-4
 
@@ -142,13 +143,17 @@ I, YES = numba.types.int64, numba.types.boolean
 
 
 @pytest.mark.skipif("+fma" not in launch.cpu_features(), reason="reads x86 assembly with FMA")
-@pytest.mark.parametrize("tile,arguments,register", [
-    (tiles.tile1x8, (FP32, I, FP32, *[I] * 10, FP32, I), "%ymm"),
-    (tiles.tile1x8, (FP32, I, BF16, *[I] * 10, FP32, I), "%ymm"),
-    (tiles.tile4x2, (FP32, *[I] * 4, FP32, I, I, I, YES, YES, FP32, I, FP32, I, I), "%ymm"),
-    (tiles.tile4x3, (FP32, *[I] * 4, FP32, I, I, I, I, YES, YES, FP32, I, FP32, I, I), "%ymm"),
-    (tiles.tile8x4, (FP32, I, FP32, *[I] * 5, YES, YES, FP32, I, FP32, I, I, BF16, I, I, I), "%zmm"),
-], ids=["1x8", "1x8-bf16", "4x2", "4x3", "8x4"])
+@pytest.mark.parametrize(
+    "tile,arguments,register",
+    [
+        (tiles.tile1x8, (FP32, I, FP32, *[I] * 10, FP32, I), "%ymm"),
+        (tiles.tile1x8, (FP32, I, BF16, *[I] * 10, FP32, I), "%ymm"),
+        (tiles.tile4x2, (FP32, *[I] * 4, FP32, I, I, I, YES, YES, FP32, I, FP32, I, I), "%ymm"),
+        (tiles.tile4x3, (FP32, *[I] * 4, FP32, I, I, I, I, YES, YES, FP32, I, FP32, I, I), "%ymm"),
+        (tiles.tile8x4, (FP32, I, FP32, *[I] * 5, YES, YES, FP32, I, FP32, I, I, BF16, I, I, I), "%zmm"),
+    ],
+    ids=["1x8", "1x8-bf16", "4x2", "4x3", "8x4"],
+)
 def test_tiles_are_packed_fused_multiply_adds(tile, arguments, register):
     if register == "%zmm" and not linear.WIDE:
         pytest.skip("no AVX-512 here")
@@ -171,8 +176,9 @@ print(numba.threading_layer(), "wide" if linear.WIDE else "narrow", hashlib.sha2
 
 def said(**environment: str) -> tuple[str, str, str]:
     """(threading layer, register width, hash of some products) of a process of its own."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=os.environ | environment, capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
     layer, width, digest = done.stdout.split()
     return layer, width, digest
 
@@ -191,8 +197,13 @@ def test_the_threading_layer_changes_no_bits(here):
 def test_threads_wait_awake_where_nobody_else_needs_the_cores(alone, spins):
     script = f"from headrace.kernels.ops import load_ops; import os; load_ops('cpu', alone={alone})\n"
     script += "load_ops('cpu', alone=True); print(os.environ['GOMP_SPINCOUNT'])"  # the first ops have decided
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"OMP_DISPLAY_ENV": "verbose"},
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("no libgomp here")
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -52,11 +52,13 @@ def test_by_the_inputs(data, rows, outputs, inputs, dtype):
     assert_close(REFERENCE.linear_backward_input(g, weight, spans), g.double() @ weight.double(), outputs)
     assert torch.equal(got, TWO.linear_backward_input(g, weight, spans))
     row = data.draw(st.integers(0, rows - 1))
-    assert torch.equal(got[row], ONE.linear_backward_input(g[row:row + 1], weight, spans)[0])
+    assert torch.equal(got[row], ONE.linear_backward_input(g[row : row + 1], weight, spans)[0])
     k = data.draw(st.integers(1, inputs))
     assert torch.equal(got[:, :k], TWO.linear_backward_input(g, weight[:, :k].contiguous(), spans))
-    alone = [ONE.linear_backward_input(g[:, a:a + n].contiguous(), weight[a:a + n].contiguous(), ((0, 0, 0, n),))
-             for _, a, _, n in spans]
+    alone = [
+        ONE.linear_backward_input(g[:, a : a + n].contiguous(), weight[a : a + n].contiguous(), ((0, 0, 0, n),))
+        for _, a, _, n in spans
+    ]
     assert torch.equal(got, tree(alone))
 
 
@@ -72,7 +74,7 @@ def test_by_the_weight(data, rows, outputs, inputs):
     assert torch.equal(got[a:b], TWO.linear_backward_weight(g[:, a:b].contiguous(), x))
     into = torch.zeros(outputs, inputs)
     for start in range(0, rows, 2 * DEPTH):
-        ONE.linear_backward_weight(g[start:start + 2 * DEPTH], x[start:start + 2 * DEPTH], into)
+        ONE.linear_backward_weight(g[start : start + 2 * DEPTH], x[start : start + 2 * DEPTH], into)
     assert torch.equal(into, got)
 
 
@@ -87,14 +89,27 @@ def test_the_order_of_terms():
 def test_several_spans_of_a_shard_and_rows_that_shards_share():
     g, weight = normal(9, 60), normal(40, 33, seed=1)
     spans = ((0, 0, 0, 15), (0, 30, 30, 10), (1, 15, 15, 15), (1, 50, 30, 10))
-    wanted = tree([sum(g[:, c:c + n].double() @ weight[r:r + n].double() for s, c, r, n in spans if s == shard)
-                   for shard in range(2)])
+    wanted = tree(
+        [
+            sum(g[:, c : c + n].double() @ weight[r : r + n].double() for s, c, r, n in spans if s == shard)
+            for shard in range(2)
+        ]
+    )
     assert_close(ONE.linear_backward_input(g, weight, spans), wanted, 50)
     assert_close(REFERENCE.linear_backward_input(g, weight, spans), wanted, 50)
 
 
-@pytest.mark.parametrize("spans", [((0, 0, 0, 9),), ((0, 1, 0, 8),), ((1, 0, 0, 8),), ((1, 0, 0, 4), (0, 4, 4, 4)),
-                                   ((0, 0, 0, 2), (1, 2, 2, 2), (2, 4, 4, 4)), ((0, -1, 0, 2),)])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        ((0, 0, 0, 9),),
+        ((0, 1, 0, 8),),
+        ((1, 0, 0, 8),),
+        ((1, 0, 0, 4), (0, 4, 4, 4)),
+        ((0, 0, 0, 2), (1, 2, 2, 2), (2, 4, 4, 4)),
+        ((0, -1, 0, 2),),
+    ],
+)
 def test_spans_that_do_not_fit_are_refused(spans):
     with pytest.raises(ValueError, match="spans="):
         ONE.linear_backward_input(normal(2, 8), normal(8, 4), spans)
@@ -121,8 +136,9 @@ print(launch.WIDE, *(sum(y.flatten().view(torch.int32).tolist()) for y in found)
 
 
 def said(**environment: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | environment, text=True,
-                          capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=os.environ | environment, text=True, capture_output=True, check=True
+    )
     return done.stdout.split()
 
 

@@ -23,8 +23,13 @@ def normal(size: int, seed: int = 0) -> Tensor:
 
 def state(size: int, dtype: torch.dtype) -> list[Tensor]:
     """master, grad, first, second, stored."""
-    return [normal(size), normal(size, 1).to(dtype), normal(size, 2) * 0.1, normal(size, 3).square() * 0.1,
-            torch.zeros(size, dtype=dtype)]
+    return [
+        normal(size),
+        normal(size, 1).to(dtype),
+        normal(size, 2) * 0.1,
+        normal(size, 3).square() * 0.1,
+        torch.zeros(size, dtype=dtype),
+    ]
 
 
 @examples
@@ -96,7 +101,7 @@ def test_tensors_that_do_not_fit_are_refused():
 def test_sums_of_squares(cut, size, chunk, dtype):
     flat = (normal(size) * 1e3).to(dtype)
     got = ONE.sum_of_squares(flat, chunk)
-    parts = [flat[i:i + chunk] for i in range(0, size, chunk)]
+    parts = [flat[i : i + chunk] for i in range(0, size, chunk)]
     assert got.dtype == torch.float64 and got.shape == (len(parts),)
     for total, part in zip(got.tolist(), parts):
         assert total == pytest.approx(math.fsum(x * x for x in part.tolist()), rel=1e-14)

@@ -60,8 +60,9 @@ def test_rotary_is_a_rotation_of_pairs():
     assert out.is_contiguous()
     weight = normal(16, seed=2)
     normed = OPS.rotary(x, positions, torch.cat((angle.cos(), angle.sin()), dim=1), weight, 1e-6)
-    torch.testing.assert_close(normed, OPS.rotary(OPS.rms_norm(x, weight, 1e-6), positions,
-                                                  torch.cat((angle.cos(), angle.sin()), dim=1)))
+    torch.testing.assert_close(
+        normed, OPS.rotary(OPS.rms_norm(x, weight, 1e-6), positions, torch.cat((angle.cos(), angle.sin()), dim=1))
+    )
 
 
 def test_silu_mul():
@@ -100,14 +101,20 @@ def test_attention_is_softmax_over_what_a_row_sees(window):
             at = context - count + i
             seen = slice(max(0, at - window + 1) if window else 0, at + 1)
             weights = torch.softmax(k[s, seen, h // 2].double() @ q[starts[s] + i, h].double() * 0.3, dim=0)
-            torch.testing.assert_close(got[starts[s] + i, h].double(), weights @ v[s, seen, h // 2].double(),
-                                       rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                got[starts[s] + i, h].double(), weights @ v[s, seen, h // 2].double(), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_edits_of_one_token_apply_in_order():
     z = torch.tensor([[2.0, -2.0, 5.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    OPS.edit_logits_(z, integers(0, 1, 0, 0, 0, 1), integers(0, 3, 1, 0, 0, 2),
-                     torch.tensor([2.0, 1, 2, 1, 4, 1]), torch.tensor([0.0, -math.inf, 1, -3, 0.5, 7]))
+    OPS.edit_logits_(
+        z,
+        integers(0, 1, 0, 0, 0, 1),
+        integers(0, 3, 1, 0, 0, 2),
+        torch.tensor([2.0, 1, 2, 1, 4, 1]),
+        torch.tensor([0.0, -math.inf, 1, -3, 0.5, 7]),
+    )
     # token 0 of row 0: 2/2 = 1, then 1 - 3 = -2, then -2·4 + 0.5
     assert z.tolist() == [[-7.5, -3.0, 5.0, 0.0], [1.0, 1.0, 8.0, -math.inf]]
     OPS.edit_logits_(z, integers(), integers(), torch.empty(0), torch.empty(0))
@@ -178,8 +185,15 @@ def test_cuda_without_a_gpu_is_refused():
 def test_the_gpu_agrees_with_the_cpu():
     gpu = load_ops("cuda")
     z = normal(16, 1000)
-    params = SampleParams(torch.full((16,), 0.8), torch.full((16,), 50), torch.full((16,), 0.9), torch.zeros(16),
-                          torch.arange(16), torch.zeros(16, dtype=torch.int64), torch.arange(16))
+    params = SampleParams(
+        torch.full((16,), 0.8),
+        torch.full((16,), 50),
+        torch.full((16,), 0.9),
+        torch.zeros(16),
+        torch.arange(16),
+        torch.zeros(16, dtype=torch.int64),
+        torch.arange(16),
+    )
     assert torch.equal(gpu.sample(z.cuda(), params).cpu(), OPS.sample(z, params))
     x, w = normal(5, 100), normal(100, seed=1)
     torch.testing.assert_close(gpu.rms_norm(x.cuda(), w.cuda(), 1e-6).cpu(), OPS.rms_norm(x, w, 1e-6))

@@ -21,12 +21,19 @@ FIELDS = SampleParams.__slots__
 
 def params(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1, choice=0, position=None) -> SampleParams:
     """The same parameters for every row, at positions 0, 1, … unless given."""
+
     def full(value, dtype):
         return torch.as_tensor(value, dtype=dtype).expand(rows).contiguous()
 
-    return SampleParams(full(temperature, torch.float32), full(top_k, torch.int64), full(top_p, torch.float32),
-                        full(min_p, torch.float32), full(seed, torch.int64), full(choice, torch.int64),
-                        torch.arange(rows) if position is None else full(position, torch.int64))
+    return SampleParams(
+        full(temperature, torch.float32),
+        full(top_k, torch.int64),
+        full(top_p, torch.float32),
+        full(min_p, torch.float32),
+        full(seed, torch.int64),
+        full(choice, torch.int64),
+        torch.arange(rows) if position is None else full(position, torch.int64),
+    )
 
 
 def take(p: SampleParams, rows: torch.Tensor) -> SampleParams:
@@ -57,6 +64,7 @@ def naive_kept(z: list[float], temperature: float, top_k: int, top_p: float, min
 
 # ---- noise -----------------------------------------------------------------------------------------------------
 
+
 def test_the_hash_is_splitmix64():
     """The generator's published first outputs, from state 0."""
     states = torch.tensor([0x9E3779B97F4A7C15 - 2**64, 2 * (0x9E3779B97F4A7C15 - 2**64) + 2**64])
@@ -86,23 +94,39 @@ def test_noise_is_gumbel_and_depends_on_every_part_of_its_key():
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("vocab", [1, 7, 8, 513, 32000])
-@pytest.mark.parametrize("knobs", [
-    {}, {"temperature": 0.0}, {"temperature": 0.3, "top_k": 40}, {"top_p": 0.9}, {"min_p": 0.05},
-    {"temperature": 1.7, "top_k": 200, "top_p": 0.8, "min_p": 0.01}, {"temperature": 1e-30}, {"temperature": 100.0},
-], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.3, "top_k": 40},
+        {"top_p": 0.9},
+        {"min_p": 0.05},
+        {"temperature": 1.7, "top_k": 200, "top_p": 0.8, "min_p": 0.01},
+        {"temperature": 1e-30},
+        {"temperature": 100.0},
+    ],
+    ids=str,
+)
 def test_tokens_equal_the_references(vocab, knobs):
     z, p = logits(12, vocab), params(12, seed=-5, **knobs)
     assert torch.equal(OPS.sample(z, p), REFERENCE.sample(z, p))
 
 
-knob_sets = st.tuples(st.sampled_from([0.25, 1.0, 1.5]), st.integers(0, 14), st.floats(0.0625, 1.0, width=32),
-                      st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]))
+knob_sets = st.tuples(
+    st.sampled_from([0.25, 1.0, 1.5]),
+    st.integers(0, 14),
+    st.floats(0.0625, 1.0, width=32),
+    st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]),
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([-math.inf, -2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 1.75]), min_size=1, max_size=14),
-       knob_sets)
+@given(
+    st.lists(st.sampled_from([-math.inf, -2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 1.75]), min_size=1, max_size=14), knob_sets
+)
 def test_exactly_the_right_tokens_are_kept(row, knobs):
     """With the noise known, the token is the best of the naively kept ones: one too many or too few would show."""
     temperature, top_k, top_p, min_p = knobs
@@ -135,8 +159,13 @@ def test_draws_follow_the_distribution(knobs, walk):
     index = torch.arange(draws)
     p = params(draws, **{"position": 9, walk: index}, **knobs)
     counts = torch.bincount(OPS.sample(z.expand(draws, -1).contiguous(), p), minlength=12).double()
-    kept = naive_kept(z[0].tolist(), knobs.get("temperature", 1.0), knobs.get("top_k", 0), knobs.get("top_p", 1.0),
-                      knobs.get("min_p", 0.0))
+    kept = naive_kept(
+        z[0].tolist(),
+        knobs.get("temperature", 1.0),
+        knobs.get("top_k", 0),
+        knobs.get("top_p", 1.0),
+        knobs.get("min_p", 0.0),
+    )
     weight = torch.exp(z[0].double() / knobs.get("temperature", 1.0))
     weight = torch.where(torch.tensor([i in kept for i in range(12)]), weight, 0.0)
     expected = weight / weight.sum() * draws
@@ -162,8 +191,17 @@ def test_a_row_stands_alone():
 
 def test_greedy_and_broken_rows():
     inf, nan = math.inf, math.nan
-    rows = [([1, 3, 3, 2], 1), ([nan, 1, nan, 1], 1), ([-inf] * 4, 0), ([nan] * 4, 0), ([nan, -inf, nan, -inf], 0),
-            ([-inf, -5, -inf, -inf], 1), ([1, inf, 2, inf], 1), ([-0.0, 0.0, -1, -1], 0), ([0] * 8 + [9], 8)]
+    rows = [
+        ([1, 3, 3, 2], 1),
+        ([nan, 1, nan, 1], 1),
+        ([-inf] * 4, 0),
+        ([nan] * 4, 0),
+        ([nan, -inf, nan, -inf], 0),
+        ([-inf, -5, -inf, -inf], 1),
+        ([1, inf, 2, inf], 1),
+        ([-0.0, 0.0, -1, -1], 0),
+        ([0] * 8 + [9], 8),
+    ]
     for row, token in rows:
         z = torch.tensor([row], dtype=torch.float32)
         for ops in (OPS, REFERENCE):
@@ -176,10 +214,11 @@ def test_greedy_and_broken_rows():
 
 # ---- log-sum-exp, scores, best tokens --------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("vocab,shards", [(1, 1), (172, 4), (512, 4), (1003, 2), (32000, 8), (130, 4)])
 def test_logsumexp_is_close_to_float64(vocab, shards):
     z = logits(5, vocab, spread=8.0)
-    z[1, vocab // 3:] = -math.inf
+    z[1, vocab // 3 :] = -math.inf
     z[2] = -math.inf
     z[3] += 1e30
     got = OPS.logsumexp(z, vocab_bounds(vocab, shards))
@@ -192,9 +231,11 @@ def test_logsumexp_depends_on_its_row_and_shards_alone():
     z, bounds = logits(40, 1000), vocab_bounds(1000, 4)
     together = OPS.logsumexp(z, bounds)
     for row in (0, 17, 39):
-        assert torch.equal(load_ops("cpu", threads=1).logsumexp(z[row:row + 1], bounds), together[row:row + 1])
-    assert torch.equal(OPS.logsumexp(z[:, :900].contiguous(), (0, 256, 512, 768, *[900] * 5)),
-                       OPS.logsumexp(z[:, :900].contiguous(), (0, 256, 512, 768, 900)))
+        assert torch.equal(load_ops("cpu", threads=1).logsumexp(z[row : row + 1], bounds), together[row : row + 1])
+    assert torch.equal(
+        OPS.logsumexp(z[:, :900].contiguous(), (0, 256, 512, 768, *[900] * 5)),
+        OPS.logsumexp(z[:, :900].contiguous(), (0, 256, 512, 768, 900)),
+    )
     assert not torch.equal(OPS.logsumexp(z, (0, 1000)), together), "other shards: other bits, or this shows nothing"
 
 
@@ -214,7 +255,7 @@ def test_scores_and_best_tokens_against_a_sort():
     for row in range(6):
         order = sorted(range(300), key=lambda i: (-z[row, i].item(), i))
         for token in (0, 3, 5, 299):
-            logprob, rank = OPS.score(z[row:row + 1], lse[row:row + 1], torch.tensor([token]))
+            logprob, rank = OPS.score(z[row : row + 1], lse[row : row + 1], torch.tensor([token]))
             assert rank.item() == order.index(token) + 1
             wanted = z[row, token] - lse[row] if z[row, token] > -math.inf else torch.tensor(-math.inf)
             assert torch.equal(logprob[0], wanted)
@@ -224,8 +265,10 @@ def test_scores_equal_the_references():
     z, targets = logits(8, 2000), torch.arange(8) * 200
     z[3, 700], z[0, 9] = math.nan, math.inf
     lse = torch.logsumexp(torch.nan_to_num(z, nan=-math.inf, posinf=3e38), dim=1)
-    for ours, theirs in ((OPS.score(z, lse, targets), REFERENCE.score(z, lse, targets)),
-                         (OPS.top_logprobs(z, lse, 7), REFERENCE.top_logprobs(z, lse, 7))):
+    for ours, theirs in (
+        (OPS.score(z, lse, targets), REFERENCE.score(z, lse, targets)),
+        (OPS.top_logprobs(z, lse, 7), REFERENCE.top_logprobs(z, lse, 7)),
+    ):
         for a, b in zip(ours, theirs):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)

@@ -28,8 +28,29 @@ from headrace.kernels.cpu.simd import (
     zero8,
 )
 
-SPECIAL = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.2e-38, 3e38, -3e38, 88.7, 88.8,
-                    -87.4, -103.9, -104.1, -1e9], np.float32)
+SPECIAL = np.array(
+    [
+        np.inf,
+        -np.inf,
+        np.nan,
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        1e-45,
+        -1e-45,
+        1.2e-38,
+        3e38,
+        -3e38,
+        88.7,
+        88.8,
+        -87.4,
+        -103.9,
+        -104.1,
+        -1e9,
+    ],
+    np.float32,
+)
 
 
 @numba.njit
@@ -58,8 +79,9 @@ def dot(x, w, count):
 @numba.njit
 def reduce(x, out):
     p = pointer(x)
-    total = hsum8x8(load8(p, 0), load8(p, 8), load8(p, 16), load8(p, 24), load8(p, 32), load8(p, 40), load8(p, 48),
-                    load8(p, 56))
+    total = hsum8x8(
+        load8(p, 0), load8(p, 8), load8(p, 16), load8(p, 24), load8(p, 32), load8(p, 40), load8(p, 48), load8(p, 56)
+    )
     to = pointer(out)
     store_lanes(to, 0, total, 0, 4), store_lanes(to, 4, total, 4, 2), store_lanes(to, 6, total, 6, 2)
     for i in range(8):
@@ -175,8 +197,21 @@ def every_pattern() -> torch.Tensor:
     spread = np.arange(0, 2**32, 65_521, dtype=np.uint64).astype(np.uint32)
     ties = (np.arange(0x3F00, 0x4080, dtype=np.uint32) << 16) + np.array([[0x7FFF], [0x8000], [0x8001]], np.uint32)
     half_ties = np.arange(0x3F80_0000, 0x3F90_0000, 0x1000, dtype=np.uint32)
-    edges = np.array([0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0x477FEFFF, 0x477FF000, 0x33000000,
-                      0x33000001, 0x387FC000], np.uint32)
+    edges = np.array(
+        [
+            0x7F800000,
+            0xFF800000,
+            0x7F800001,
+            0xFFFFFFFF,
+            0x7F7FFFFF,
+            0x477FEFFF,
+            0x477FF000,
+            0x33000000,
+            0x33000001,
+            0x387FC000,
+        ],
+        np.uint32,
+    )
     return torch.from_numpy(np.concatenate([spread, ties.ravel(), half_ties, edges]).view(np.float32).copy())
 
 

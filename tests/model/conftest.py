@@ -14,9 +14,19 @@ from headrace.attention.paged import PagedContext
 from headrace.attention.store import KVStore
 from headrace.kernels.ops import AttentionMeta, load_ops
 
-SMALL = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-         "initializer_range": 0.15, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +86,9 @@ def make_peer(transformers):
 def checkpoint(tmp_path_factory, make_peer):
     """checkpoint(family, seed, **changes) → (folder, peer), a checkpoint that transformers wrote."""
 
-    def make(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, shard: str = "1GB",
-             **changes: Any) -> tuple[Path, torch.nn.Module]:
+    def make(
+        family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any
+    ) -> tuple[Path, torch.nn.Module]:
         folder = tmp_path_factory.mktemp(family)
         make_peer(family, seed, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
         return folder, load_peer(folder)
@@ -114,13 +125,13 @@ def dense_logits():
 class PagedRun:
     """Sequences that grow in a paged cache, any number of rows a step. Blocks are handed out interleaved."""
 
-    def __init__(self, model, count: int, block_size: int = 8,
-                 cache_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model, count: int, block_size: int = 8, cache_dtype: torch.dtype = torch.float32) -> None:
         config = model.config
         per_sequence = -(-config.max_position_embeddings // block_size)
         self.model, self.block_size = model, block_size
-        self.store = KVStore(count * per_sequence + 1, config.num_layers, config.num_kv_heads, block_size,
-                             config.head_dim, cache_dtype)
+        self.store = KVStore(
+            count * per_sequence + 1, config.num_layers, config.num_kv_heads, block_size, config.head_dim, cache_dtype
+        )
         self.tables = [list(range(1 + i, 1 + count * per_sequence, count)) for i in range(count)]
         self.done = [0] * count
 
@@ -136,10 +147,12 @@ class PagedRun:
             slots += [self.tables[s][p // size] * size + p % size for p in at]
             self.done[s] = at.stop
         width = max(-(-c // self.block_size) for c in contexts)
-        table = [(self.tables[s][: -(-c // self.block_size)] + [0] * width)[:width]
-                 for s, c in zip(parts, contexts)]
-        meta = AttentionMeta(*(torch.tensor(x, dtype=torch.int32) for x in (table, starts, contexts, slots)),
-                             max_query=max(map(len, parts.values())), max_context=max(contexts))
+        table = [(self.tables[s][: -(-c // self.block_size)] + [0] * width)[:width] for s, c in zip(parts, contexts)]
+        meta = AttentionMeta(
+            *(torch.tensor(x, dtype=torch.int32) for x in (table, starts, contexts, slots)),
+            max_query=max(map(len, parts.values())),
+            max_context=max(contexts),
+        )
         ids = torch.tensor([token for tokens in parts.values() for token in tokens])
         ctx = PagedContext(self.model.ops, self.store, meta, self.model.config)
         return self.model(ids, torch.tensor(positions, dtype=torch.int32), ctx, rows)
@@ -159,8 +172,7 @@ def paged_logits():
         paged = PagedRun(model, len(sequences), **options)
         found: list[list[torch.Tensor]] = [[] for _ in sequences]
         for start in range(0, max(map(len, sequences)), chunk):
-            parts = {s: tokens[start : start + chunk]
-                     for s, tokens in enumerate(sequences) if start < len(tokens)}
+            parts = {s: tokens[start : start + chunk] for s, tokens in enumerate(sequences) if start < len(tokens)}
             logits = paged.step(parts).split([len(tokens) for tokens in parts.values()])
             for s, part in zip(parts, logits):
                 found[s].append(part)

@@ -19,8 +19,18 @@ from headrace.model.huggingface import load_model, read_config, resolve, save_mo
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = [
     ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    ("Llama", {"tie_word_embeddings": True, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}}),
+    (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     ("Mistral", {"sliding_window": 9}),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     ("Qwen3", {"head_dim": 32, "eos_token_id": None}),
@@ -91,6 +101,7 @@ def edit_config(**changes) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
     return edit
 
 
@@ -99,6 +110,7 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
         tensors = safetensors.torch.load_file(folder / SINGLE)
         change(tensors)
         safetensors.torch.save_file(tensors, folder / SINGLE, {"format": "pt"})
+
     return edit
 
 
@@ -124,34 +136,46 @@ BROKEN = {
     "config a list": (write("config.json", b"[1]"), r"config\.json must hold a JSON object, not list"),
     "bad generation config": (write("generation_config.json", b"{"), r"n_config\.json is not valid JSON"),
     "architecture": (edit_config(architectures=["GPT2LMHeadModel"]), r"config\.json: architecture 'GPT2LMHead"),
-    "dynamic rope": (edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-                     r"config\.json: rope scaling 'dynamic'"),
-    "quantized": (edit_config(quantization_config={"quant_method": "gptq"}),
-                  r"config\.json: quantization_config \(gptq\)"),
+    "dynamic rope": (
+        edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        r"config\.json: rope scaling 'dynamic'",
+    ),
+    "quantized": (
+        edit_config(quantization_config={"quant_method": "gptq"}),
+        r"config\.json: quantization_config \(gptq\)",
+    ),
     "bad value": (edit_config(num_attention_heads=5), r"config\.json: num_heads=5 is not a multiple"),
-    "no weights": (lambda f: (f / SINGLE).unlink(),
-                   r"has neither model\.safetensors nor model\.safetensors\.index\.json$"),
+    "no weights": (
+        lambda f: (f / SINGLE).unlink(),
+        r"has neither model\.safetensors nor model\.safetensors\.index\.json$",
+    ),
     "pickled weights": (pickled, "pickled weights are not read"),
     "truncated": (truncate, r"model\.safetensors is truncated or corrupt"),
     "empty": (write(SINGLE, b""), r"model\.safetensors is truncated or corrupt"),
     "corrupt header": (write(SINGLE, b"\x10" + bytes(7) + b"not a json header"), "is truncated or corrupt"),
     "huge header": (write(SINGLE, b"\xff" * 8 + b"{}"), "is truncated or corrupt"),
     "missing tensor": (edit_tensors(lambda t: t.pop(Q)), f"{Q} is missing from the checkpoint"),
-    "missing tensors": (edit_tensors(lambda t: [t.pop(n) for n in list(t) if "layers.2" in n]),
-                        r"model\.layers\.2\..* \(and 8 more\) is missing"),
+    "missing tensors": (
+        edit_tensors(lambda t: [t.pop(n) for n in list(t) if "layers.2" in n]),
+        r"model\.layers\.2\..* \(and 8 more\) is missing",
+    ),
     "missing head": (edit_tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
-    "extra tensor": (edit_tensors(lambda t: t.update({BIAS: torch.ones(64)})),
-                     f"{BIAS} is in the checkpoint, but config.json describes a model without it"),
-    "misshapen": (edit_tensors(lambda t: t.update({Q: t[Q][:-1].clone()})),
-                  rf"{Q} has shape \[63, 64\], where config\.json makes it \[64, 64\]"),
-    "one axis more": (edit_tensors(lambda t: t.update({NORM: t[NORM][None].clone()})),
-                      rf"{NORM} has shape \[1, 64\]"),
+    "extra tensor": (
+        edit_tensors(lambda t: t.update({BIAS: torch.ones(64)})),
+        f"{BIAS} is in the checkpoint, but config.json describes a model without it",
+    ),
+    "misshapen": (
+        edit_tensors(lambda t: t.update({Q: t[Q][:-1].clone()})),
+        rf"{Q} has shape \[63, 64\], where config\.json makes it \[64, 64\]",
+    ),
+    "one axis more": (edit_tensors(lambda t: t.update({NORM: t[NORM][None].clone()})), rf"{NORM} has shape \[1, 64\]"),
     "wrong vocabulary": (edit_config(vocab_size=161), r"has shape \[160, 64\], where config.json makes it \[161"),
-    "integers": (edit_tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})),
-                 f"{Q} in .* is I8, not one of F32, BF16, F16"),
+    "integers": (
+        edit_tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})),
+        f"{Q} in .* is I8, not one of F32, BF16, F16",
+    ),
     "double": (edit_tensors(lambda t: t.update({NORM: t[NORM].double()})), f"{NORM} in .* is F64"),
-    "untied after all": (edit_config(tie_word_embeddings=True),
-                         r"lm_head\.weight differs from model\.embed_tokens"),
+    "untied after all": (edit_config(tie_word_embeddings=True), r"lm_head\.weight differs from model\.embed_tokens"),
 }
 
 
@@ -180,6 +204,7 @@ def edit_index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], N
         index = json.loads((folder / INDEX).read_text())
         change(index["weight_map"])
         (folder / INDEX).write_text(json.dumps(index))
+
     return edit
 
 
@@ -188,10 +213,14 @@ def second_shard(folder: Path) -> Path:
 
 
 BROKEN_SHARDS = {
-    "missing shard": (lambda f: second_shard(f).unlink(),
-                      r"model-00002-of-\d+\.safetensors is missing: model\.safetensors\.index\.json places"),
-    "truncated shard": (lambda f: second_shard(f).write_bytes(second_shard(f).read_bytes()[:500]),
-                        r"model-00002-of-\d+\.safetensors is truncated or corrupt"),
+    "missing shard": (
+        lambda f: second_shard(f).unlink(),
+        r"model-00002-of-\d+\.safetensors is missing: model\.safetensors\.index\.json places",
+    ),
+    "truncated shard": (
+        lambda f: second_shard(f).write_bytes(second_shard(f).read_bytes()[:500]),
+        r"model-00002-of-\d+\.safetensors is truncated or corrupt",
+    ),
     "no weight map": (write(INDEX, b"{}"), "has no weight_map"),
     "index not json": (write(INDEX, b"{"), r"index\.json is not valid JSON"),
     "path outside": (edit_index(lambda m: m.update({Q: "../other.safetensors"})), "which is not a file name"),
@@ -210,11 +239,15 @@ def test_broken_shards_are_named(name, tmp_path, reference_ops, sharded):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [
-    lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
-    lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
-    lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
-], ids=["tied copy", "tied by the other name", "rotary buffer"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+    ],
+    ids=["tied copy", "tied by the other name", "rotary buffer"],
+)
 def test_harmless_extras_are_ignored(change, tmp_path, reference_ops, checkpoint):
     folder = checkpoint("Llama", tie_word_embeddings=True)[0]
     plain = load_model(folder, reference_ops)

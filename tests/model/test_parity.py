@@ -9,33 +9,65 @@ import torch
 
 from headrace.model.huggingface import load_model
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 CASES = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-multi-head": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 8}),
-    "llama-multi-query-odd": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48,
-                                        "vocab_size": 131, "intermediate_size": 70}),
+    "llama-multi-query-odd": (
+        "Llama",
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "hidden_size": 48,
+            "vocab_size": 131,
+            "intermediate_size": 70,
+        },
+    ),
     "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4,
-                                                        "factor": 2.5}}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
-    "llama-yarn-mscale": ("Llama", {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7,
-                                                               "truncate": False}}),
-    "qwen2-yarn-factor": ("Qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8.0,
-                                                               "beta_slow": 0.5}}),
+    "llama-yarn-mscale": (
+        "Llama",
+        {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}},
+    ),
+    "qwen2-yarn-factor": (
+        "Qwen2",
+        {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 0.5}},
+    ),
     "mistral-window": ("Mistral", {"sliding_window": 7}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
-    "qwen2-listed": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [
-        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen2-listed": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 32, "hidden_size": 48}),
-    "qwen3-bias-window": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True,
-                                    "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    "qwen3-bias-window": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+        },
+    ),
 }
 PROMPT, NEW = 12, 36
 
@@ -82,8 +114,9 @@ def test_logits_and_greedy_tokens(name, ops, checkpoint, dense_logits, paged_log
     assert expected.std() > 0.5, "the peer says too little to be compared with"
     torch.testing.assert_close(dense_logits(model, batch), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(paged_logits(model, batch, 7), expected, rtol=0, atol=1e-4)
-    check_greedy(model, peer, sequences(model.config.vocab_size, (PROMPT, 5), seed=1), paged_run,
-                 f"{name} on {ops.name}")
+    check_greedy(
+        model, peer, sequences(model.config.vocab_size, (PROMPT, 5), seed=1), paged_run, f"{name} on {ops.name}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -12,8 +12,21 @@ from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.ops import vocab_bounds
 from headrace.model.transformer import Transformer
 
-CONFIG = ModelConfig("Qwen3ForCausalLM", 300, 64, 172, 3, 4, 2, 32, 400, qk_norm=True, qkv_bias=True,
-                     sliding_window=50, sliding_layers=(False, True, False))
+CONFIG = ModelConfig(
+    "Qwen3ForCausalLM",
+    300,
+    64,
+    172,
+    3,
+    4,
+    2,
+    32,
+    400,
+    qk_norm=True,
+    qkv_bias=True,
+    sliding_window=50,
+    sliding_layers=(False, True, False),
+)
 BATCH = [[(7 * i * i + 3 * s) % 300 for i in range(length)] for s, length in enumerate((300, 1, 45))]
 
 
@@ -57,8 +70,7 @@ def test_rows_are_rows_of_all_the_logits(model):
     every = forward(model)
     assert every.shape == (346, 300) and every.dtype == torch.float32
     rows = torch.tensor([299, 0, 300, 345])
-    torch.testing.assert_close(forward(model, rows), every[rows], rtol=0,
-                               atol=0 if model.ops.name == "cpu" else 1e-4)
+    torch.testing.assert_close(forward(model, rows), every[rows], rtol=0, atol=0 if model.ops.name == "cpu" else 1e-4)
     assert forward(model, rows[:0]).shape == (0, 300)
 
 

@@ -36,9 +36,13 @@ def traffic(group, rows, width):
     own = group.reduce_scatter(torch.ones(rows, width), "norm")
     group.all_gather(own, "norm")
     counted = group.traffic
-    return {"messages": [[*key, n] for key, n in sorted(counted.messages.items())],
-            "elements": [[*key, n] for key, n in sorted(counted.elements.items())],
-            "volume": counted.volume(), "volume of norms": counted.volume("norm"), "bytes": counted.bytes_sent}
+    return {
+        "messages": [[*key, n] for key, n in sorted(counted.messages.items())],
+        "elements": [[*key, n] for key, n in sorted(counted.elements.items())],
+        "volume": counted.volume(),
+        "volume of norms": counted.volume("norm"),
+        "bytes": counted.bytes_sent,
+    }
 
 
 def operators(group):

@@ -19,13 +19,23 @@ LENGTHS = (37, 1, 90, 64, 8)
 
 
 def build(group, changes):
-    shape = {"architecture": "Qwen3ForCausalLM", "vocab_size": 300, "hidden_size": 40, "intermediate_size": 172,
-             "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
-             "qk_norm": True}
+    shape = {
+        "architecture": "Qwen3ForCausalLM",
+        "vocab_size": 300,
+        "hidden_size": 40,
+        "intermediate_size": 172,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "qk_norm": True,
+    }
     config = ModelConfig(**{**shape, **changes})
     local = config.shards // group.size
-    ops = AutogradOps(load_ops("cpu", threads=1 if group.size > 1 else 2), local,
-                      local if group.sequence else config.shards)
+    ops = AutogradOps(
+        load_ops("cpu", threads=1 if group.size > 1 else 2), local, local if group.sequence else config.shards
+    )
     model = Transformer(config, ops, group=group)
     model.init_weights(7, 0.3)
     return model
@@ -58,11 +68,18 @@ def loss_and_gradients(group, changes, recompute="none"):
     for name, piece in model.tensors():
         for shard, view in piece.shards(piece.tensor):
             told[f"{name} {shard}"] = digest(view)
-    messages = {" ".join(key): [forward.get(key, 0), count - forward.get(key, 0)]
-                for key, count in group.traffic.messages.items()}
+    messages = {
+        " ".join(key): [forward.get(key, 0), count - forward.get(key, 0)]
+        for key, count in group.traffic.messages.items()
+    }
     elements = {" ".join(key): count for key, count in group.traffic.elements.items()}
-    return {"loss": loss.item(), "logprob": digest(logprob), "gradients": told, "messages": messages,
-            "elements": elements}
+    return {
+        "loss": loss.item(),
+        "logprob": digest(logprob),
+        "gradients": told,
+        "messages": messages,
+        "elements": elements,
+    }
 
 
 def recomputed_to_the_end(group, changes):

@@ -31,9 +31,15 @@ class RankPool:
         self._store = keep_store(size, SECONDS)
         self._jobs = 0
         self._processes = [
-            subprocess.Popen([sys.executable, "-m", "parallel.rank_kit", str(rank), str(size), str(self._store.port)],
-                             cwd=TESTS, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for rank in range(size)]
+            subprocess.Popen(
+                [sys.executable, "-m", "parallel.rank_kit", str(rank), str(size), str(self._store.port)],
+                cwd=TESTS,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(size)
+        ]
         atexit.register(self.close)
 
     def run(self, job: dict[str, Any]) -> list[Any]:
@@ -62,13 +68,15 @@ def run_ranks(function: str, size: int, *arguments: Any, link: str = "auto", seq
     return pool(size).run({"function": function, "arguments": arguments, "link": link, "sequence": sequence})
 
 
-def run_mesh(function: str, size: int, tensor: int, *arguments: Any, sequence: bool = False,
-             library: bool = False) -> list[Any]:
+def run_mesh(
+    function: str, size: int, tensor: int, *arguments: Any, sequence: bool = False, library: bool = False
+) -> list[Any]:
     """The same as f(mesh, *arguments), `tensor` of the `size` processes to a copy of the model."""
     if size == 1:
         return [_load(function)(Mesh(), *arguments)]
-    return pool(size).run({"function": function, "arguments": arguments, "tensor": tensor, "sequence": sequence,
-                           "library": library})
+    return pool(size).run(
+        {"function": function, "arguments": arguments, "tensor": tensor, "sequence": sequence, "library": library}
+    )
 
 
 def _load(name: str) -> Any:
@@ -87,8 +95,7 @@ def main() -> None:
         here = dist.PrefixStore(f"job {job['number']}", store)
         place: Any
         if "tensor" in job:
-            place = Mesh.meet(here, rank, size, job["tensor"], CPU, job["sequence"], SECONDS,
-                              job["library"])
+            place = Mesh.meet(here, rank, size, job["tensor"], CPU, job["sequence"], SECONDS, job["library"])
         else:
             place = connect(here, rank, size, CPU, SECONDS, job["sequence"], job["link"])
         out.write(json.dumps(_load(job["function"])(place, *job["arguments"])) + "\n")

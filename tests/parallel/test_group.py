@@ -16,8 +16,9 @@ from parallel.group_jobs import SIZES, numbers
 from parallel.rank_kit import run_ranks
 
 
-@pytest.fixture(scope="module", params=[(2, "socket"), (2, "gloo"), (4, "socket"), (4, "gloo")],
-                ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(2, "socket"), (2, "gloo"), (4, "socket"), (4, "gloo")], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def collected(request):
     size, link = request.param
     return size, run_ranks("parallel.group_jobs:collectives", size, link=link)

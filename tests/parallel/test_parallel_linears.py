@@ -19,14 +19,24 @@ def ops():
 
 
 def test_parts_are_views_in_order(ops):
-    linear = ColumnParallelLinear(ops, 4, (("q_proj", (0, 3, 6)), ("k_proj", (0, 1, 2))), bias=True,
-                                  dtype=torch.bfloat16, group=ALONE, purpose="test")
+    linear = ColumnParallelLinear(
+        ops,
+        4,
+        (("q_proj", (0, 3, 6)), ("k_proj", (0, 1, 2))),
+        bias=True,
+        dtype=torch.bfloat16,
+        group=ALONE,
+        purpose="test",
+    )
     pieces = dict(linear.tensors("here."))
     assert all(piece.shape == piece.tensor.shape for piece in pieces.values())
     tensors = {name: piece.tensor for name, piece in pieces.items()}
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        "here.q_proj.weight": (6, 4), "here.q_proj.bias": (6,),
-        "here.k_proj.weight": (2, 4), "here.k_proj.bias": (2,)}
+        "here.q_proj.weight": (6, 4),
+        "here.q_proj.bias": (6,),
+        "here.k_proj.weight": (2, 4),
+        "here.k_proj.bias": (2,),
+    }
     for i, tensor in enumerate(tensors.values()):
         tensor.fill_(i)
     assert linear.weight[:, 0].tolist() == [0] * 6 + [2] * 2
@@ -36,8 +46,9 @@ def test_parts_are_views_in_order(ops):
 
 
 def test_row_parallel_passes_its_bounds(ops):
-    linear = RowParallelLinear(ops, "down_proj", (0, 3, 3, 8), 5, bias=False, dtype=torch.float32, group=ALONE,
-                               purpose="test")
+    linear = RowParallelLinear(
+        ops, "down_proj", (0, 3, 3, 8), 5, bias=False, dtype=torch.float32, group=ALONE, purpose="test"
+    )
     linear.init_(Streams(0, 3, ALONE), 1.0)
     x = torch.randn(3, 8)
     assert torch.equal(linear(x), ops.linear(x, linear.weight, None, (0, 3, 3, 8)))
@@ -45,8 +56,10 @@ def test_row_parallel_passes_its_bounds(ops):
     assert linear.kernel.bounds == (0, 3, 3, 8)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "offsets"), [
-    (8, 4, (0, 32, 64, 96, 128)), (6, 2, (0, 48, 96)), (3, 1, (0, 48)), (12, 4, (0, 48, 96, 144, 192))])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "offsets"),
+    [(8, 4, (0, 32, 64, 96, 128)), (6, 2, (0, 48, 96)), (3, 1, (0, 48)), (12, 4, (0, 48, 96, 144, 192))],
+)
 def test_shards_are_head_groups(ops, heads, kv_heads, offsets):
     config = ModelConfig("LlamaForCausalLM", 100, 64, 172, 1, heads, kv_heads, 16, 32)
     assert Attention(config, ops, 0, torch.zeros(32, 16), ALONE).out.kernel.bounds == offsets
@@ -56,8 +69,9 @@ def test_shards_are_head_groups(ops, heads, kv_heads, offsets):
 
 
 def test_the_kernel_slot_is_what_computes(ops):
-    linear = ColumnParallelLinear(ops, 4, (("q_proj", (0, 3)),), bias=False, dtype=torch.float32, group=ALONE,
-                                  purpose="test")
+    linear = ColumnParallelLinear(
+        ops, 4, (("q_proj", (0, 3)),), bias=False, dtype=torch.float32, group=ALONE, purpose="test"
+    )
     linear.kernel = lambda x: x.new_full((x.shape[0], 3), 7.0)
     assert linear(torch.zeros(2, 4)).tolist() == [[7.0] * 3] * 2
 

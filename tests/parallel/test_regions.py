@@ -78,8 +78,10 @@ def test_whole_is_every_element_once(data, shape):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1, "qkv_bias": True, "o_bias": True},
-                                     {"tie_word_embeddings": True, "virtual_shards": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_kv_heads": 1, "qkv_bias": True, "o_bias": True}, {"tie_word_embeddings": True, "virtual_shards": 4}],
+)
 def test_ranks_of_a_model_speak_for_each_element_once(size, changes):
     """Also where ranks hold the same kv head, and where a table is tied: it then has no name of its own."""
     spoken, shapes = {}, {}

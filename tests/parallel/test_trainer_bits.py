@@ -52,10 +52,15 @@ def assert_same(answers, expected):
     assert set().union(*(answer["weights"] for answer in answers)) == set(expected["weights"])
 
 
-@pytest.fixture(scope="module", params=[
-    [], ["model.dtype=bfloat16", "model.num_kv_heads=1"],
-    ["model.dtype=float16", "train.loss_scale=16777216", "train.recompute=full", "model.tie_word_embeddings=false"]],
-    ids=["fp32", "bf16", "fp16"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        [],
+        ["model.dtype=bfloat16", "model.num_kv_heads=1"],
+        ["model.dtype=float16", "train.loss_scale=16777216", "train.recompute=full", "model.tie_word_embeddings=false"],
+    ],
+    ids=["fp32", "bf16", "fp16"],
+)
 def alone(request, recipe):
     return request.param, run_mesh(CURVE, 1, 1, recipe, request.param, STEPS)[0]
 
@@ -76,8 +81,13 @@ def test_copies_of_the_model_add_up_in_one_tree(recipe, sequence):
         assert_same(run_mesh(CURVE, size, tensor, recipe, changes, 6, sequence=sequence), expected)
 
 
-DROPOUT = ["model.dropout=0.2", "model.qkv_bias=true", "model.o_bias=true", "model.mlp_bias=true",
-           "train.micro_batches=4"]
+DROPOUT = [
+    "model.dropout=0.2",
+    "model.qkv_bias=true",
+    "model.o_bias=true",
+    "model.mlp_bias=true",
+    "train.micro_batches=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +95,18 @@ def dropped(recipe):
     return run_mesh(CURVE, 1, 1, recipe, DROPOUT, 4)[0]
 
 
-@pytest.mark.parametrize(("size", "tensor", "sequence", "recompute"), [
-    (2, 2, False, "none"), (2, 2, True, "selective"), (4, 4, False, "full"), (4, 4, True, "full"),
-    (4, 1, False, "none"), (4, 2, False, "selective"), (4, 2, True, "none")])
+@pytest.mark.parametrize(
+    ("size", "tensor", "sequence", "recompute"),
+    [
+        (2, 2, False, "none"),
+        (2, 2, True, "selective"),
+        (4, 4, False, "full"),
+        (4, 4, True, "full"),
+        (4, 1, False, "none"),
+        (4, 2, False, "selective"),
+        (4, 2, True, "none"),
+    ],
+)
 def test_dropout_drops_the_same_whoever_has_the_rows(recipe, dropped, size, tensor, sequence, recompute):
     changes = [*DROPOUT, f"parallel.tensor={tensor}", f"train.recompute={recompute}"]
     assert_same(run_mesh(CURVE, size, tensor, recipe, changes, 4, sequence=sequence), dropped)

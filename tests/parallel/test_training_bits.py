@@ -77,4 +77,3 @@ def test_a_mutant_is_noticed(mutant, wrong_size):
     job = f"{MODULE}:{mutant}"
     alone, ranks = run_ranks(job, 1, {})[0], run_ranks(job, wrong_size, {})
     assert any(bits != alone["gradients"][name] for answer in ranks for name, bits in answer["gradients"].items())
-

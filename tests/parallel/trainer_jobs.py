@@ -18,16 +18,22 @@ def trainer_of(mesh, recipe, changes):
 
 
 def told(trainer):
-    return {f"{name} {shard}": digest(view) for name, piece in trainer.model.tensors()
-            for shard, view in piece.shards(piece.tensor)}
+    return {
+        f"{name} {shard}": digest(view)
+        for name, piece in trainer.model.tensors()
+        for shard, view in piece.shards(piece.tensor)
+    }
 
 
 def curve(mesh, recipe, changes, steps):
     """Every step's loss and gradient norm, the held-out loss, and the weights at the end."""
     trainer = trainer_of(mesh, recipe, changes)
     records = [trainer.step() for _ in range(steps)]
-    return {"curve": [[r.loss, r.grad_norm, r.lr, r.tokens, r.flops, r.loss_scale, r.skipped] for r in records],
-            "held out": trainer.validation_loss(20), "weights": told(trainer)}
+    return {
+        "curve": [[r.loss, r.grad_norm, r.lr, r.tokens, r.flops, r.loss_scale, r.skipped] for r in records],
+        "held out": trainer.validation_loss(20),
+        "weights": told(trainer),
+    }
 
 
 def every_rank_drops_alike(mesh, recipe, changes, steps):

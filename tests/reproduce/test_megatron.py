@@ -37,15 +37,19 @@ def test_bits_are_compared(answers):
     assert not any("NOT" in ours for ours in told.values())
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda rank: rank["gradients"].update({"model.norm.weight 0": "0"}),
-    lambda rank: rank["curve"]["steps"][-1].__setitem__(0, 0.0),
-    lambda rank: rank["curve"]["weights"].popitem(),
-    lambda rank: rank.update(loss=rank["loss"] * (1 + 1e-15)),
-    lambda rank: rank["start"].update({"model.norm.weight 0": "0"}),
-    lambda rank: rank["dropout"]["masks"].__setitem__(3, "0"),
-    lambda rank: rank["dropout"]["weights"].popitem(),
-], ids=["gradient", "curve", "weights", "loss", "first weights", "mask", "weights after dropout"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda rank: rank["gradients"].update({"model.norm.weight 0": "0"}),
+        lambda rank: rank["curve"]["steps"][-1].__setitem__(0, 0.0),
+        lambda rank: rank["curve"]["weights"].popitem(),
+        lambda rank: rank.update(loss=rank["loss"] * (1 + 1e-15)),
+        lambda rank: rank["start"].update({"model.norm.weight 0": "0"}),
+        lambda rank: rank["dropout"]["masks"].__setitem__(3, "0"),
+        lambda rank: rank["dropout"]["weights"].popitem(),
+    ],
+    ids=["gradient", "curve", "weights", "loss", "first weights", "mask", "weights after dropout"],
+)
 def test_one_wrong_bit_is_seen(answers, spoil):
     wrong = copy.deepcopy(answers)
     spoil(wrong[2, 2][1])

@@ -100,8 +100,10 @@ class Visit:
     def ask_for(self, **fields):
         """Put fields into requests that the page has no control for."""
         self.page.unroute_all()
-        self.page.route("**/v1/chat/completions", lambda route: route.continue_(
-            post_data=json.dumps({**route.request.post_data_json, **fields})))
+        self.page.route(
+            "**/v1/chat/completions",
+            lambda route: route.continue_(post_data=json.dumps({**route.request.post_data_json, **fields})),
+        )
 
     def set(self, **values):
         """Sampling controls, by what the API calls them."""
@@ -126,7 +128,8 @@ class Visit:
         """The last reply's."""
         return self.at(".reply").last.evaluate(
             "(reply) => [...reply.querySelector('.words').childNodes]"
-            ".filter((n) => !n.classList?.contains('silent')).map((n) => n.textContent).join('')")
+            ".filter((n) => !n.classList?.contains('silent')).map((n) => n.textContent).join('')"
+        )
 
 
 @contextlib.contextmanager

@@ -64,8 +64,7 @@ class Served:
         import psutil
 
         [pid] = [
-            child.pid for child in psutil.Process(self.process.pid).children()
-            if "headrace.instance" in child.cmdline()
+            child.pid for child in psutil.Process(self.process.pid).children() if "headrace.instance" in child.cmdline()
         ]
         return pid
 

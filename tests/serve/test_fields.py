@@ -38,35 +38,77 @@ BASE = {
 TEMPLATE = "{{ messages[0].content }}{{ reasoning_effort }}{{ mood }}"
 # A value that a server honours, with what it must come with.
 VALUES = {
-    "model": "tiny", "prompt": [5, 6, 7], "n": 2, "max_tokens": 2, "max_completion_tokens": 3, "min_tokens": 2,
-    "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}], "input": ["a", "b"],
-    "stream": True, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 7, "frequency_penalty": 0.5,
-    "presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"5": 50}, "allowed_token_ids": [5, 6],
-    "stop": ["the"], "stop_token_ids": [9], "include_stop_str_in_output": True, "ignore_eos": True,
-    "add_special_tokens": False, "truncate_prompt_tokens": 1, "add_generation_prompt": False,
-    "chat_template": "{{ messages[0].content }}!", "skip_special_tokens": False, "return_token_ids": True,
-    "explain": True, "encoding_format": "base64", "return_token_strs": True, "tokens": [7], "request_id": "mine",
-    "cache_salt": "pepper", "prompt_logprobs": 1, "echo": True,
+    "model": "tiny",
+    "prompt": [5, 6, 7],
+    "n": 2,
+    "max_tokens": 2,
+    "max_completion_tokens": 3,
+    "min_tokens": 2,
+    "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
+    "input": ["a", "b"],
+    "stream": True,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "seed": 7,
+    "frequency_penalty": 0.5,
+    "presence_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 50},
+    "allowed_token_ids": [5, 6],
+    "stop": ["the"],
+    "stop_token_ids": [9],
+    "include_stop_str_in_output": True,
+    "ignore_eos": True,
+    "add_special_tokens": False,
+    "truncate_prompt_tokens": 1,
+    "add_generation_prompt": False,
+    "chat_template": "{{ messages[0].content }}!",
+    "skip_special_tokens": False,
+    "return_token_ids": True,
+    "explain": True,
+    "encoding_format": "base64",
+    "return_token_strs": True,
+    "tokens": [7],
+    "request_id": "mine",
+    "cache_salt": "pepper",
+    "prompt_logprobs": 1,
+    "echo": True,
     "stream_options": ({"include_usage": True}, {"stream": True}),
-    "use_beam_search": (True, {"n": 2}), "length_penalty": (0.5, {"use_beam_search": True, "n": 2}),
-    "top_logprobs": (2, {"logprobs": True}), "reasoning_effort": ("low", {"chat_template": TEMPLATE}),
+    "use_beam_search": (True, {"n": 2}),
+    "length_penalty": (0.5, {"use_beam_search": True, "n": 2}),
+    "top_logprobs": (2, {"logprobs": True}),
+    "reasoning_effort": ("low", {"chat_template": TEMPLATE}),
     "chat_template_kwargs": ({"mood": "good"}, {"chat_template": TEMPLATE}),
-    "continue_final_message": (True, {"messages": [{"role": "user", "content": "a"},
-                                                   {"role": "assistant", "content": "b"}]}),
+    "continue_final_message": (
+        True,
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ),
     ("echo", CHAT): (True, {"continue_final_message": True, "messages": [{"role": "assistant", "content": "b"}]}),
-    ("logprobs", CHAT): True, ("logprobs", COMPLETIONS): 2,
+    ("logprobs", CHAT): True,
+    ("logprobs", COMPLETIONS): 2,
     ("messages", TOKENIZE): ([{"role": "user", "content": "hi"}], {"prompt": None}),
     ("prompt", TOKENIZE): "some text",
     ("chat_template", TOKENIZE): ("{{ messages[0].content }}!", {"prompt": None, "messages": BASE[CHAT]["messages"]}),
     ("chat_template_kwargs", TOKENIZE): (
-        {"mood": "good"}, {"prompt": None, "messages": BASE[CHAT]["messages"], "chat_template": TEMPLATE}),
+        {"mood": "good"},
+        {"prompt": None, "messages": BASE[CHAT]["messages"], "chat_template": TEMPLATE},
+    ),
     ("add_generation_prompt", TOKENIZE): (False, {"prompt": None, "messages": BASE[CHAT]["messages"]}),
     ("continue_final_message", TOKENIZE): (True, {"prompt": None, "messages": [{"role": "assistant", "content": "b"}]}),
 }
 NEEDS_ITS_OWN_SERVER = {"priority"}
 # Whether three tokens show it depends on the model. That they reach the engine is tested below.
 SHOWN_ELSEWHERE = {f.name for f in TABLE if f.sampling} - {"prompt_logprobs"} | {
-    "n", "stop", "max_tokens", "max_completion_tokens", "cache_salt", "add_special_tokens", "add_generation_prompt"}
+    "n",
+    "stop",
+    "max_tokens",
+    "max_completion_tokens",
+    "cache_salt",
+    "add_special_tokens",
+    "add_generation_prompt",
+}
 # Wrong for every honoured field of any type.
 WRONG = {"not": ["what", {"is": "expected"}]}
 
@@ -119,8 +161,18 @@ def test_a_sampling_field_reaches_the_engine(field):
 
 
 def test_fields_that_are_read_together_reach_the_engine():
-    body = {"n": 2, "use_beam_search": True, "stop": "x", "logit_bias": {"5": 1}, "max_tokens": 7, "cache_salt": "s",
-            "priority": 3, "logprobs": 2, "echo": True, "prompt_logprobs": 4}
+    body = {
+        "n": 2,
+        "use_beam_search": True,
+        "stop": "x",
+        "logit_bias": {"5": 1},
+        "max_tokens": 7,
+        "cache_salt": "s",
+        "priority": 3,
+        "logprobs": 2,
+        "echo": True,
+        "prompt_logprobs": 4,
+    }
     ask = read_ask(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
     params = ask.params
     assert (params.n, params.beam_width, params.stop, params.logit_bias, params.max_tokens) == (2, 2, ("x",), {5: 1}, 7)

@@ -227,8 +227,10 @@ def test_another_fingerprint_ends_what_runs(monkeypatch):
 
 def test_a_request_that_kills_every_engine_is_dropped_and_the_next_one_served(monkeypatch):
     async def scenario():
-        last = FakeClient(says=[Accepted("2"), Delta("2", [ChoiceDelta(0, "a", [7], finish_reason="stop")],
-                                                     finished=True)], waits=True)
+        last = FakeClient(
+            says=[Accepted("2"), Delta("2", [ChoiceDelta(0, "a", [7], finish_reason="stop")], finished=True)],
+            waits=True,
+        )
         clients = [FakeClient(says=[Accepted("1")]) for _ in range(3)]
         gateway, left = fake(monkeypatch, [*clients, last])
         await gateway.start()

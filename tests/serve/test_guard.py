@@ -107,8 +107,15 @@ def test_too_many_large_bodies_at_once_are_asked_to_come_again(monkeypatch):
 @pytest.mark.parametrize(
     ("header", "status"),
     [
-        (b"Bearer one", 200), (b"bearer two", 200), (b"Bearer  one ", 200), (b"Bearer three", 401), (b"Bearer", 401),
-        (b"Basic one", 401), (b"one", 401), (b"\xff", 401), (None, 401),
+        (b"Bearer one", 200),
+        (b"bearer two", 200),
+        (b"Bearer  one ", 200),
+        (b"Bearer three", 401),
+        (b"Bearer", 401),
+        (b"Basic one", 401),
+        (b"one", 401),
+        (b"\xff", 401),
+        (None, 401),
     ],
 )
 def test_keys(header, status):

@@ -80,10 +80,28 @@ DEEP += [b'{"prompt":' + b'{"a":' * n + b"1" + b"}" * n + b"}" for n in (900, 10
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, EMBEDDINGS, TOKENIZE, DETOKENIZE])
 def test_bodies_that_are_no_requests(attacked, path):
-    for body in (b"", b" ", b"[]", b"null", b"3", b'"a"', b"{", b'{"prompt"', b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"{}}",
-                 b'{"prompt":"\xff"}', rb'{"prompt":"\ud800"}', rb'{"\udc00":1}', b'{"prompt":"\xed\xa0\x80"}',
-                 b'{"prompt":NaN}', b'{"prompt":"a","temperature":Infinity}', b'{"seed":' + b"9" * 10_000 + b"}",
-                 b"\x00" * 1000, *DEEP):
+    for body in (
+        b"",
+        b" ",
+        b"[]",
+        b"null",
+        b"3",
+        b'"a"',
+        b"{",
+        b'{"prompt"',
+        b"\xff\xfe{}",
+        b"\xef\xbb\xbf{}",
+        b"{}}",
+        b'{"prompt":"\xff"}',
+        rb'{"prompt":"\ud800"}',
+        rb'{"\udc00":1}',
+        b'{"prompt":"\xed\xa0\x80"}',
+        b'{"prompt":NaN}',
+        b'{"prompt":"a","temperature":Infinity}',
+        b'{"seed":' + b"9" * 10_000 + b"}",
+        b"\x00" * 1000,
+        *DEEP,
+    ):
         answer = attacked.client.post(path, content=body)
         assert answer.status_code == 400, (body[:40], answer.text[:300])
         refused(answer)
@@ -95,15 +113,49 @@ def test_of_a_key_that_is_there_twice_the_last_counts(attacked, expected):
     assert twice.json()["choices"][0]["token_ids"] == expected
 
 
-NUMBERS = [b"1e308", b"-1e308", b"5e-324", b"1e999", b"-1e999", b"NaN", b"true", b'"1"', b"[]", b"{}", b"1.5", b"-0.0",
-           *(str(n).encode() for n in (-1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1,
-                                       10**30, 10**400))]
+NUMBERS = [
+    b"1e308",
+    b"-1e308",
+    b"5e-324",
+    b"1e999",
+    b"-1e999",
+    b"NaN",
+    b"true",
+    b'"1"',
+    b"[]",
+    b"{}",
+    b"1.5",
+    b"-0.0",
+    *(
+        str(n).encode()
+        for n in (-1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**30, 10**400)
+    ),
+]
 
 
-@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "n",
-                                   "logprobs", "presence_penalty", "repetition_penalty", "min_tokens", "priority",
-                                   "stop_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "length_penalty",
-                                   "logit_bias", "stop"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "frequency_penalty",
+        "n",
+        "logprobs",
+        "presence_penalty",
+        "repetition_penalty",
+        "min_tokens",
+        "priority",
+        "stop_token_ids",
+        "prompt_logprobs",
+        "truncate_prompt_tokens",
+        "length_penalty",
+        "logit_bias",
+        "stop",
+    ],
+)
 def test_numbers_of_every_size(attacked, field):
     for number in NUMBERS:
         body = b'{"prompt":"a","max_tokens":2,"%s":%s}' % (field.encode(), number)
@@ -114,9 +166,15 @@ def test_numbers_of_every_size(attacked, field):
 @pytest.mark.parametrize(
     ("path", "field", "item"),
     [
-        (COMPLETIONS, "prompt", b"{}"), (COMPLETIONS, "prompt", b"true"), (COMPLETIONS, "prompt", b"[]"),
-        (COMPLETIONS, "stop", b"1"), (COMPLETIONS, "stop_token_ids", b"-1"), (COMPLETIONS, "allowed_token_ids", b'""'),
-        (CHAT, "messages", b"1"), (EMBEDDINGS, "input", b"[1.5]"), (DETOKENIZE, "tokens", b"null"),
+        (COMPLETIONS, "prompt", b"{}"),
+        (COMPLETIONS, "prompt", b"true"),
+        (COMPLETIONS, "prompt", b"[]"),
+        (COMPLETIONS, "stop", b"1"),
+        (COMPLETIONS, "stop_token_ids", b"-1"),
+        (COMPLETIONS, "allowed_token_ids", b'""'),
+        (CHAT, "messages", b"1"),
+        (EMBEDDINGS, "input", b"[1.5]"),
+        (DETOKENIZE, "tokens", b"null"),
     ],
 )
 def test_millions_of_mistakes_cost_no_more_than_one(attacked, path, field, item):
@@ -128,13 +186,31 @@ def test_millions_of_mistakes_cost_no_more_than_one(attacked, path, field, item)
 
 def test_more_than_can_be_served(attacked):
     for fields in (
-        {"prompt": ["a"] * 10_000}, {"prompt": ["a"] * 1_000_000}, {"prompt": [5] * 2_000_000}, {"prompt": [-1]},
-        {"prompt": [2**70]}, {"prompt": [True]}, {"prompt": [5, "a"]}, {"prompt": []}, {"prompt": [[]]}, {"prompt": ""},
-        {"stop": ["x"] * 5000}, {"stop": "x" * MIB}, {"stop": ["a", ""]}, {"stop_token_ids": [5] * 2_000_000},
-        {"allowed_token_ids": list(range(100_000))}, {"allowed_token_ids": [5] * 2_000_000},
-        {"logit_bias": {str(i): 1 for i in range(200_000)}}, {"logit_bias": {str(i): "" for i in range(400_000)}},
-        {"logit_bias": {"-1": 1}}, {"logit_bias": {"\u0663": 1}}, {"logit_bias": {"5": 1e308}},
-        {"logit_bias": {"9" * 5000: 1}}, {"n": 257}, {"n": 256, "use_beam_search": True}, {"x" * MIB: 1},
+        {"prompt": ["a"] * 10_000},
+        {"prompt": ["a"] * 1_000_000},
+        {"prompt": [5] * 2_000_000},
+        {"prompt": [-1]},
+        {"prompt": [2**70]},
+        {"prompt": [True]},
+        {"prompt": [5, "a"]},
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": ""},
+        {"stop": ["x"] * 5000},
+        {"stop": "x" * MIB},
+        {"stop": ["a", ""]},
+        {"stop_token_ids": [5] * 2_000_000},
+        {"allowed_token_ids": list(range(100_000))},
+        {"allowed_token_ids": [5] * 2_000_000},
+        {"logit_bias": {str(i): 1 for i in range(200_000)}},
+        {"logit_bias": {str(i): "" for i in range(400_000)}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"\u0663": 1}},
+        {"logit_bias": {"5": 1e308}},
+        {"logit_bias": {"9" * 5000: 1}},
+        {"n": 257},
+        {"n": 256, "use_beam_search": True},
+        {"x" * MIB: 1},
     ):
         field = next(iter(fields))
         param = refused(attacked.post(COMPLETIONS, **{"prompt": "a", **fields}))
@@ -144,14 +220,19 @@ def test_more_than_can_be_served(attacked):
 
 
 def test_much_that_can_be_served(attacked):
-    for fields in ({"n": 256, "max_tokens": 2}, {"allowed_token_ids": [5] * 100_000, "max_tokens": 2},
-                   {"stop": ["x" * 1024] * 64, "max_tokens": 2}, {"logit_bias": {str(i): 1 for i in range(400)}}):
+    for fields in (
+        {"n": 256, "max_tokens": 2},
+        {"allowed_token_ids": [5] * 100_000, "max_tokens": 2},
+        {"stop": ["x" * 1024] * 64, "max_tokens": 2},
+        {"logit_bias": {str(i): 1 for i in range(400)}},
+    ):
         assert attacked.post(COMPLETIONS, prompt="a", **fields).status_code == 200
     told = attacked.post(TOKENIZE, prompt="word " * 20_000, return_token_strs=True).json()
     assert "".join(told["token_strs"]).strip() == ("word " * 20_000).strip()
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("size", [10 * MIB, 60 * MIB, 70 * MIB])
 def test_clients_that_send_everything_before_they_read(attacked, size):
@@ -178,11 +259,24 @@ def test_bodies_in_chunks_without_a_length(attacked, expected):
 
 
 def test_paths_and_methods_that_are_not_served(attacked):
-    for path in ("/v2", "/v1/completions/", "/%2e%2e/etc/passwd", "/%ff%00", "/v1/models/%0d%0aSet-Cookie:x",
-                 "/playground/../../pyproject.toml", "/" + "x" * 5000):
+    for path in (
+        "/v2",
+        "/v1/completions/",
+        "/%2e%2e/etc/passwd",
+        "/%ff%00",
+        "/v1/models/%0d%0aSet-Cookie:x",
+        "/playground/../../pyproject.toml",
+        "/" + "x" * 5000,
+    ):
         refused(attacked.client.get(path), 404)
-    for method, path in (("GET", COMPLETIONS), ("DELETE", "/health"), ("PUT", "/"), ("TRACE", "/metrics"),
-                         ("BREW", "/v1/models"), ("HEAD", CHAT)):
+    for method, path in (
+        ("GET", COMPLETIONS),
+        ("DELETE", "/health"),
+        ("PUT", "/"),
+        ("TRACE", "/metrics"),
+        ("BREW", "/v1/models"),
+        ("HEAD", CHAT),
+    ):
         answer = attacked.client.request(method, path)
         assert answer.status_code == 405 and (method == "HEAD" or refused(answer, 405) is None)
     for lines in (b"GET /nope HTTP/1.1\r\nHost: [\r\n\r\n", b"GET /nope HTTP/1.1\r\nHost: \xff\r\n\r\n"):
@@ -194,9 +288,14 @@ def test_paths_and_methods_that_are_not_served(attacked):
 @pytest.mark.parametrize(
     "sent",
     [
-        b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"GET\r\n\r\n",
-        b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\n:\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", b"G" * 100_000,
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\n:\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"G" * 100_000,
         b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
@@ -212,8 +311,11 @@ def test_what_is_no_http(attacked, sent):
 
 def test_pipelined_requests_are_answered_in_order(attacked, expected):
     with connect(attacked) as connection:
-        connection.sendall(request(COMPLETIONS, **ORDINARY) + b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n"
-                           + request(COMPLETIONS, **ORDINARY))
+        connection.sendall(
+            request(COMPLETIONS, **ORDINARY)
+            + b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n"
+            + request(COMPLETIONS, **ORDINARY)
+        )
         whole = b""
         while whole.count(b'"total_tokens"') < 2:
             whole += connection.recv(65536)
@@ -256,6 +358,7 @@ def test_a_thousand_connections_that_say_nothing(attacked, expected):
 
 
 # ---- clients that leave ----------------------------------------------------------------------------------------
+
 
 def kv_usage(server):
     return server.metric("vllm:kv_cache_usage_perc")
@@ -309,8 +412,12 @@ def test_clients_that_leave_before_anything_is_done_for_them(attacked):
         for _ in range(20):
             with connect(attacked) as connection:
                 connection.sendall(whole[:cut])
-    body = json.dumps({"messages": MESSAGES, "chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}"
-                       "{% endfor %}{% endfor %}"}).encode()
+    body = json.dumps(
+        {
+            "messages": MESSAGES,
+            "chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        }
+    ).encode()
     with connect(attacked) as connection:
         connection.sendall(head(CHAT, len(body)) + body)
     assert attacked.post(CHAT, messages=MESSAGES, chat_template="hello", max_tokens=2).status_code == 200
@@ -336,22 +443,42 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 @pytest.mark.parametrize(
     "template",
     [
-        ENDLESS, "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('id') }}",
-        "{{ (messages|map(attribute='__class__')|list)[0].__base__ }}", "{{ self.__init__.__globals__ }}",
-        "{{ 'x' * 10**12 }}", "{{ 9 ** (9 ** 9) }}", "{{ [0] * 10**9 }}", "{{ 'x'|center(2**40) }}",
-        "{{ range(10**12)|list }}", "{{ lipsum(n=10**9) }}", "{{ '%10000000000d' % 1 }}",
+        ENDLESS,
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.popen('id') }}",
+        "{{ (messages|map(attribute='__class__')|list)[0].__base__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ 'x' * 10**12 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ [0] * 10**9 }}",
+        "{{ 'x'|center(2**40) }}",
+        "{{ range(10**12)|list }}",
+        "{{ lipsum(n=10**9) }}",
+        "{{ '%10000000000d' % 1 }}",
         "{{ '{:>10000000000}'.format(1) }}",
-        "{{ '\\ud800' }}", "{{ raise_exception('\\ud800') }}", "{{ raise_exception('x' * 10000000) }}",
+        "{{ '\\ud800' }}",
+        "{{ raise_exception('\\ud800') }}",
+        "{{ raise_exception('x' * 10000000) }}",
         "{% set n = namespace(x='a' * 1000) %}{% for i in range(99999) %}{{ n.x }}{% endfor %}",
-        "{%- macro f(x) -%}{{ f(x) }}{%- endmacro -%}{{ f(1) }}", "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
-        "{% include '/etc/passwd' %}", "{% import 'os' as os %}{{ os }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}",
-        "{% if %}", "{{ ''.join(['x' * 1000000] * 100000) }}", "{{ strftime_now('%' * 1000000) }}", "{{ '' }}",
+        "{%- macro f(x) -%}{{ f(x) }}{%- endmacro -%}{{ f(1) }}",
+        "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}{{ os }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+        "{{ ''.join(['x' * 1000000] * 100000) }}",
+        "{{ strftime_now('%' * 1000000) }}",
+        "{{ '' }}",
     ],
 )
 def test_a_hostile_template_ends_and_chats_go_on_beside_it(attacked, template):
     chats = []
-    chat = threading.Thread(target=lambda: chats.extend(
-        attacked.post(CHAT, messages=MESSAGES, temperature=0, max_tokens=4) for _ in range(3)))
+    chat = threading.Thread(
+        target=lambda: chats.extend(
+            attacked.post(CHAT, messages=MESSAGES, temperature=0, max_tokens=4) for _ in range(3)
+        )
+    )
     chat.start()
     refused(attacked.post(CHAT, messages=MESSAGES, chat_template=template))
     chat.join()
@@ -361,8 +488,11 @@ def test_a_hostile_template_ends_and_chats_go_on_beside_it(attacked, template):
 
 def test_messages_are_no_templates_and_variables_no_attributes(attacked):
     for text in ("{{ 7 * 7 }}", "{% raw %}", "\x00\r\n<|im_start|>{{", "\u202e"):
-        told = attacked.post(TOKENIZE, messages=[{"role": text, "content": text, "name": text}],
-                             chat_template="{{ messages[0].content }}|{{ messages[0].role }}").json()
+        told = attacked.post(
+            TOKENIZE,
+            messages=[{"role": text, "content": text, "name": text}],
+            chat_template="{{ messages[0].content }}|{{ messages[0].role }}",
+        ).json()
         assert attacked.post(DETOKENIZE, tokens=told["tokens"]).json()["prompt"] == f"{text}|{text}"
     for name in ("messages", "self", "tools", "add_generation_prompt"):
         param = refused(attacked.post(CHAT, messages=MESSAGES, chat_template="x", chat_template_kwargs={name: 1}))
@@ -372,19 +502,23 @@ def test_messages_are_no_templates_and_variables_no_attributes(attacked):
 @pytest.mark.parametrize("depth", [100, 600, 940])
 def test_nested_messages_and_variables(attacked, depth):
     nested = b"[" * depth + b"]" * depth
-    for body in (b'{"messages":[{"role":"user","content":"a","x":%s}],"max_tokens":1}' % nested,
-                 b'{"messages":[{"role":"user","content":"a"}],"chat_template":"{{ x }}",'
-                 b'"chat_template_kwargs":{"x":%s},"max_tokens":1}' % nested):
+    for body in (
+        b'{"messages":[{"role":"user","content":"a","x":%s}],"max_tokens":1}' % nested,
+        b'{"messages":[{"role":"user","content":"a"}],"chat_template":"{{ x }}",'
+        b'"chat_template_kwargs":{"x":%s},"max_tokens":1}' % nested,
+    ):
         answer = attacked.client.post(CHAT, content=body)
         assert answer.status_code == 200 or refused(answer) == "messages"
 
 
 # ---- work off the loop -----------------------------------------------------------------------------------------
 
+
 def test_small_requests_overtake_a_large_one(attacked):
     done = []
-    large = threading.Thread(target=lambda: done.append(
-        attacked.post(COMPLETIONS, prompt="word " * 1_500_000).status_code))
+    large = threading.Thread(
+        target=lambda: done.append(attacked.post(COMPLETIONS, prompt="word " * 1_500_000).status_code)
+    )
     large.start()
     for _ in range(20):
         done.append(attacked.post(COMPLETIONS, prompt="a", max_tokens=1).status_code)

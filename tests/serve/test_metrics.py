@@ -14,17 +14,48 @@ from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.serve.metrics import Metrics
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info",
-          "lora_requests_info")
-COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "generation_tokens",
-            "request_success", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
-            "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos")
-HISTOGRAMS = ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
-              "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
-              "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens",
-              "iteration_tokens_total")
-INFO = Ready(pid=1, fingerprint="f", max_model_len=300, vocab_size=9, kv_tokens=640, kv_blocks=40, block_size=16,
-             default_sampling_params={}, startup_seconds=0.1)
+GAUGES = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "lora_requests_info",
+)
+COUNTERS = (
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_preemptions",
+    "prompt_tokens",
+    "generation_tokens",
+    "request_success",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
+)
+HISTOGRAMS = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "iteration_tokens_total",
+)
+INFO = Ready(
+    pid=1,
+    fingerprint="f",
+    max_model_len=300,
+    vocab_size=9,
+    kv_tokens=640,
+    kv_blocks=40,
+    block_size=16,
+    default_sampling_params={},
+    startup_seconds=0.1,
+)
 MINE = {"model_name": "m", "engine": "0"}
 
 
@@ -34,8 +65,12 @@ def families(metrics):
 
 def value(metrics, sample, **labels):
     """The one sample of that name with these labels."""
-    found = [s.value for f in families(metrics).values() for s in f.samples
-             if s.name == sample and s.labels.items() >= labels.items()]
+    found = [
+        s.value
+        for f in families(metrics).values()
+        for s in f.samples
+        if s.name == sample and s.labels.items() >= labels.items()
+    ]
     assert len(found) == 1, (sample, labels, found)
     return found[0]
 
@@ -65,7 +100,11 @@ def test_labels_are_vllms(metrics):
     info = families(metrics)["vllm:cache_config_info"].samples
     assert [s.labels for s in info] == [{**MINE, "block_size": "16", "num_gpu_blocks": "40"}]
     assert {s.labels["finished_reason"] for s in families(metrics)["vllm:request_success"].samples} == {
-        "stop", "length", "abort", "error"}
+        "stop",
+        "length",
+        "abort",
+        "error",
+    }
 
 
 def edges(metrics, name):
@@ -74,10 +113,41 @@ def edges(metrics, name):
 
 def test_buckets_are_vllms(metrics):
     assert edges(metrics, "vllm:time_to_first_token_seconds") == [
-        "0.001", "0.005", "0.01", "0.02", "0.04", "0.06", "0.08", "0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0",
-        "7.5", "10.0", "20.0", "40.0", "80.0", "160.0", "640.0", "2560.0", "+Inf"]
+        "0.001",
+        "0.005",
+        "0.01",
+        "0.02",
+        "0.04",
+        "0.06",
+        "0.08",
+        "0.1",
+        "0.25",
+        "0.5",
+        "0.75",
+        "1.0",
+        "2.5",
+        "5.0",
+        "7.5",
+        "10.0",
+        "20.0",
+        "40.0",
+        "80.0",
+        "160.0",
+        "640.0",
+        "2560.0",
+        "+Inf",
+    ]
     assert edges(metrics, "vllm:request_prompt_tokens") == [
-        "1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "200.0", "+Inf"]
+        "1.0",
+        "2.0",
+        "5.0",
+        "10.0",
+        "20.0",
+        "50.0",
+        "100.0",
+        "200.0",
+        "+Inf",
+    ]
     assert edges(metrics, "vllm:inter_token_latency_seconds")[:3] == ["0.01", "0.025", "0.05"]
     assert edges(metrics, "vllm:e2e_request_latency_seconds")[-2:] == ["7680.0", "+Inf"]
 
@@ -99,8 +169,17 @@ def test_counters_go_on_where_a_new_instance_begins_anew(metrics):
 
 
 def test_gauges_are_of_the_last_step_and_fall_when_the_instance_dies(metrics):
-    metrics.stepped(report(num_running=3, num_waiting=2, kv_usage=0.25, physical_blocks=10, cached_blocks=5,
-                           held_slots=160, used_slots=120))
+    metrics.stepped(
+        report(
+            num_running=3,
+            num_waiting=2,
+            kv_usage=0.25,
+            physical_blocks=10,
+            cached_blocks=5,
+            held_slots=160,
+            used_slots=120,
+        )
+    )
     assert value(metrics, "vllm:num_requests_running") == 3
     assert value(metrics, "vllm:num_requests_waiting") == 2
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25
@@ -122,8 +201,9 @@ def test_a_request_is_measured_part_by_part(metrics):
     metrics.first_token("a", 0.003)
     metrics.token_gap("a", 0.02)
     output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6])])
-    metrics.finished("a", "length", output,
-                     Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0)
+    metrics.finished(
+        "a", "length", output, Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0
+    )
     assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.003
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 1
     sums = [value(metrics, f"vllm:request_{k}_time_seconds_sum") for k in ("queue", "prefill", "decode", "inference")]
@@ -164,5 +244,13 @@ def test_the_dashboard_asks_only_for_what_is_there(metrics):
     assert asked and asked <= have, asked - have
     assert len({p["id"] for p in dashboard["panels"]}) == len(dashboard["panels"])
     titles = {p["title"] for p in dashboard["panels"]}
-    assert titles >= {"Time to first token", "Time between tokens", "End to end", "Running and waiting",
-                      "Prefix hit rate", "Tokens a second", "Preemptions", "Aborts"}
+    assert titles >= {
+        "Time to first token",
+        "Time between tokens",
+        "End to end",
+        "Running and waiting",
+        "Prefix hit rate",
+        "Tokens a second",
+        "Preemptions",
+        "Aborts",
+    }

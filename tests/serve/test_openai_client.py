@@ -48,10 +48,21 @@ def test_a_completion_is_what_the_engine_says(client, llm):
 
 def test_a_streamed_completion_adds_up(client):
     whole = client.completions.create(model="tiny", prompt=PROMPT, n=3, seed=4, max_tokens=20, logprobs=2)
-    chunks = list(client.completions.create(model="tiny", prompt=PROMPT, n=3, seed=4, max_tokens=20, logprobs=2,
-                                            stream=True, stream_options={"include_usage": True}))
-    assert chunks[-1].choices == [] and chunks[-1].usage.model_dump(exclude={"prompt_tokens_details"}) == \
-        whole.usage.model_dump(exclude={"prompt_tokens_details"})
+    chunks = list(
+        client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            n=3,
+            seed=4,
+            max_tokens=20,
+            logprobs=2,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[-1].choices == [] and chunks[-1].usage.model_dump(
+        exclude={"prompt_tokens_details"}
+    ) == whole.usage.model_dump(exclude={"prompt_tokens_details"})
     assert {c.id for c in chunks} == {chunks[0].id} and all(c.usage is None for c in chunks[:-1])
     for i, choice in enumerate(whole.choices):
         parts = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == i]
@@ -80,12 +91,17 @@ def test_echo_gives_the_prompt_and_its_log_probabilities(client, llm):
     scores += [table[t].logprob for t, table in zip(expected.outputs[0].token_ids, expected.outputs[0].logprobs)]
     for prompt in (PROMPT, ids):
         [choice] = client.completions.create(
-            model="tiny", prompt=prompt, echo=True, logprobs=1, temperature=0, max_tokens=6).choices
+            model="tiny", prompt=prompt, echo=True, logprobs=1, temperature=0, max_tokens=6
+        ).choices
         assert choice.text == PROMPT + expected.outputs[0].text
         assert choice.logprobs.token_logprobs == [None, *scores]
         assert choice.logprobs.top_logprobs[0] is None and len(choice.logprobs.tokens) == len(scores) + 1
-    parts = [c.choices[0] for c in client.completions.create(
-        model="tiny", prompt=PROMPT, echo=True, logprobs=1, temperature=0, max_tokens=6, stream=True)]
+    parts = [
+        c.choices[0]
+        for c in client.completions.create(
+            model="tiny", prompt=PROMPT, echo=True, logprobs=1, temperature=0, max_tokens=6, stream=True
+        )
+    ]
     assert "".join(p.text for p in parts) == PROMPT + expected.outputs[0].text
     assert joined(p.logprobs.token_logprobs for p in parts if p.logprobs) == [None, *scores]
     [only] = client.completions.create(model="tiny", prompt=PROMPT, echo=True, logprobs=0, max_tokens=0).choices
@@ -112,11 +128,22 @@ def test_a_chat_whole_and_streamed(client, llm):
     assert (message.role, message.content) == ("assistant", expected.text) and whole.id.startswith("chatcmpl-")
     told = whole.choices[0].logprobs.content
     assert [t.logprob for t in told] == [table[t].logprob for t, table in zip(expected.token_ids, expected.logprobs)]
-    assert all([e.logprob for e in t.top_logprobs] == sorted((e.logprob for e in t.top_logprobs), reverse=True)
-               and len(t.top_logprobs) == 3 for t in told)
-    chunks = list(client.chat.completions.create(
-        model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True,
-        stream_options={"include_usage": True, "continuous_usage_stats": True}, **GREEDY))
+    assert all(
+        [e.logprob for e in t.top_logprobs] == sorted((e.logprob for e in t.top_logprobs), reverse=True)
+        and len(t.top_logprobs) == 3
+        for t in told
+    )
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            logprobs=True,
+            top_logprobs=3,
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+            **GREEDY,
+        )
+    )
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == expected.text
     assert joined(c.choices[0].logprobs.content for c in chunks[:-1] if c.choices[0].logprobs) == told
@@ -135,8 +162,12 @@ def test_content_in_parts_and_a_message_to_go_on_with(client, llm):
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24)
     expected = llm.generate({"prompt_token_ids": ids}, params)[0]
     answer = client.chat.completions.create(
-        model="tiny", messages=begun, temperature=0, max_tokens=24,
-        extra_body={"continue_final_message": True, "echo": True, "ignore_eos": True})
+        model="tiny",
+        messages=begun,
+        temperature=0,
+        max_tokens=24,
+        extra_body={"continue_final_message": True, "echo": True, "ignore_eos": True},
+    )
     assert answer.choices[0].message.content == "Mia lives at the" + expected.outputs[0].text
 
 
@@ -156,8 +187,14 @@ def test_stop_strings_and_tokens(client, llm):
     stop = text[8:13]
     [choice] = client.completions.create(model="tiny", prompt=PROMPT, stop=[stop, "never"], **GREEDY).choices
     assert choice.text == text[: text.index(stop)] and choice.finish_reason == "stop" and choice.stop_reason == stop
-    [shown] = client.completions.create(model="tiny", prompt=PROMPT, stop=stop, temperature=0, max_tokens=24,
-                                        extra_body={"include_stop_str_in_output": True, "ignore_eos": True}).choices
+    [shown] = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        stop=stop,
+        temperature=0,
+        max_tokens=24,
+        extra_body={"include_stop_str_in_output": True, "ignore_eos": True},
+    ).choices
     assert shown.text == text[: text.index(stop)] + stop
 
 
@@ -176,8 +213,9 @@ def test_errors_have_openais_shape(client):
 
 def test_the_async_client_streams_many_at_once(server):
     async def one(client, seed):
-        stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, seed=seed, max_tokens=16,
-                                                      stream=True)
+        stream = await client.chat.completions.create(
+            model="tiny", messages=MESSAGES, seed=seed, max_tokens=16, stream=True
+        )
         return "".join([c.choices[0].delta.content or "" async for c in stream])
 
     async def scenario():

@@ -14,8 +14,16 @@ import pytest
 from serve.browser_kit import FAINT, PATIENCE, PHONE, QUESTION, WATCH, WIDE, visiting
 from serve.http_kit import served
 
-ARGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update")
+ARGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+)
 ATTEMPTS = 5
 """To do something while a reply is under way, before a quick engine has ended it."""
 LONG = {"ignore_eos": True, "max_tokens": 300}
@@ -107,7 +115,7 @@ def test_log_probabilities_are_the_apis_by_hover_and_by_focus(browser, server):
             else:
                 tokens.nth(i).hover()
             heads = [line.replace("\u2212", "-") for line in hint.locator("p").all_inner_texts()]
-            entries, shown = told[shown:shown + len(heads)], shown + len(heads)
+            entries, shown = told[shown : shown + len(heads)], shown + len(heads)
             assert heads == [f"log p {entry['logprob']:.3f}".replace("-0.000", "0.000") for entry in entries]
             shares = [percent(math.exp(top["logprob"])) for entry in entries for top in entry["top_logprobs"]]
             assert hint.locator(".alt span").all_inner_texts() == shares
@@ -136,7 +144,10 @@ def test_sampling_controls_act(browser, server):
         visit.ask_for(ignore_eos=True)
         fresh(top_p=0.5, min_p=0.1, max_tokens=9)
         assert {name: visit.bodies[-1][name] for name in ("top_p", "min_p", "max_tokens")} == {
-            "top_p": 0.5, "min_p": 0.1, "max_tokens": 9}
+            "top_p": 0.5,
+            "min_p": 0.1,
+            "max_tokens": 9,
+        }
         visit.expect(visit.at("#summary")).to_have_text(re.compile("Temperature 1 · top p 0.5 · min p 0.1 · seed 8"))
         visit.at("#system").fill("Answer in one word.")
         visit.reply()
@@ -216,8 +227,10 @@ def test_keys_alone_are_enough(browser, server):
         for _ in range(9):
             press("Tab")
             order.append(page.evaluate(FOCUSED))
-            assert order[-1] in ("prompt", "log", "tint") or page.evaluate(
-                "() => getComputedStyle(document.activeElement).outlineStyle") == "solid"
+            assert (
+                order[-1] in ("prompt", "log", "tint")
+                or page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") == "solid"
+            )
         assert order == ["new", "theme", "log", "BUTTON", "BUTTON", "BUTTON", "prompt", "send", "tune"]
         press("Enter")
         press("Tab")
@@ -254,8 +267,18 @@ def test_a_phone_has_all_of_it_and_scrolls_one_way(browser, server):
         assert visit.page.evaluate(WIDE) == []
         visit.at("#fold").tap()
         visit.expect(visit.at("#settings")).to_be_hidden()
-        for part in ("#running", "#steps", "#blocks", "#tree-box", "#tree-line", "#send", "#prompt", "#tune", "#new",
-                     "#theme"):
+        for part in (
+            "#running",
+            "#steps",
+            "#blocks",
+            "#tree-box",
+            "#tree-line",
+            "#send",
+            "#prompt",
+            "#tune",
+            "#new",
+            "#theme",
+        ):
             visit.at(part).click(trial=True)
         assert visit.page.evaluate(WIDE) == []
         assert visit.at("#log").evaluate("(log) => log.clientHeight") > 100
@@ -295,8 +318,10 @@ def test_the_colours_can_be_chosen_and_stay_so(browser, server):
 
 
 def test_a_key_is_asked_for_and_used(browser, tinyworld_checkpoint):
-    with served(tinyworld_checkpoint, "--api-key", "secret") as server, visiting(
-            browser, server.url, allowed="401") as visit:
+    with (
+        served(tinyworld_checkpoint, "--api-key", "secret") as server,
+        visiting(browser, server.url, allowed="401") as visit,
+    ):
         visit.expect(visit.at("#notice-text")).to_contain_text("API key")
         visit.expect(visit.at("#key")).to_be_focused()
         visit.expect(visit.at("#state")).to_have_attribute("data-state", "locked")
@@ -313,8 +338,10 @@ def test_a_key_is_asked_for_and_used(browser, tinyworld_checkpoint):
 
 
 def test_a_reply_outlives_its_engine_and_a_lost_server_is_told(browser, tinyworld_checkpoint):
-    with served(tinyworld_checkpoint) as server, visiting(
-            browser, server.url, allowed="ERR_CONNECTION|ERR_INCOMPLETE|ERR_NETWORK") as visit:
+    with (
+        served(tinyworld_checkpoint) as server,
+        visiting(browser, server.url, allowed="ERR_CONNECTION|ERR_INCOMPLETE|ERR_NETWORK") as visit,
+    ):
         visit.ready().ask_for(**LONG)
         whole = asked_of_the_api(server, **LONG)["message"]["content"]
         visit.set(temperature=0)

@@ -22,8 +22,19 @@ CONFIG = {
 MOST_TOKENS = 8
 OPERATIONS = 11
 UNLIKELY = {field.name for field in TABLE if field.fate == "refused"} | {
-    "reasoning_effort", "chat_template", "chat_template_kwargs", "continue_final_message", "priority", "stream_options",
-    "length_penalty", "use_beam_search", "logit_bias", "allowed_token_ids", "min_tokens", "top_logprobs"}
+    "reasoning_effort",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "priority",
+    "stream_options",
+    "length_penalty",
+    "use_beam_search",
+    "logit_bias",
+    "allowed_token_ids",
+    "min_tokens",
+    "top_logprobs",
+}
 """Fields that are refused, or need others beside them."""
 
 

@@ -27,8 +27,11 @@ def lines(answer):
 
 
 def stream(server, **fields):
-    return server.client.stream("POST", "/v1/completions", json={"prompt": PROMPT, "stream": True, "ignore_eos": True,
-                                                                 "return_token_ids": True, **fields})
+    return server.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": PROMPT, "stream": True, "ignore_eos": True, "return_token_ids": True, **fields},
+    )
 
 
 def token_ids(events):
@@ -79,9 +82,7 @@ def _kill_rounds(folder, llm, rounds):
     draw = random.Random(rounds)
     sampling = [{"temperature": 0.8, "seed": i} if i % 2 else {"temperature": 0} for i in range(32)]
     asked = [{**fields, "max_tokens": draw.randrange(20, 60), "logprobs": 1} for fields in sampling]
-    expected = [
-        llm.generate(PROMPT, SamplingParams(ignore_eos=True, **fields))[0].outputs[0] for fields in asked
-    ]
+    expected = [llm.generate(PROMPT, SamplingParams(ignore_eos=True, **fields))[0].outputs[0] for fields in asked]
     total = sum(fields["max_tokens"] for fields in asked)
     with served(folder) as server:
         for round_ in range(rounds):
@@ -208,6 +209,11 @@ def test_chat_talks_to_a_server(server):
     assert first == second == answer["choices"][0]["message"]["content"] and said.returncode == 0
     assert "not served" in chat("hi\n", "another").stderr
     assert "--block-size is set where the server starts" in chat("hi\n", "--block-size", "8").stderr
-    gone = subprocess.run([sys.executable, "-m", "headrace", "chat", "--url", "http://127.0.0.1:9"],
-                          input="hi\n", capture_output=True, text=True, timeout=60)
+    gone = subprocess.run(
+        [sys.executable, "-m", "headrace", "chat", "--url", "http://127.0.0.1:9"],
+        input="hi\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert gone.returncode == 2 and "cannot be reached" in gone.stderr

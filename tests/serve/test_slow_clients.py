@@ -21,6 +21,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone"
 
 # ---- heads -----------------------------------------------------------------------------------------------------
 
+
 class Slow:
     """An application that answers when it is let, and says when it was called."""
 
@@ -43,8 +44,16 @@ def against(scenario):
 
     async def run():
         app, listens = Slow(), asyncio.Event()
-        config = uvicorn.Config(app, http=_Protocol, ws="none", lifespan="off", log_config=None, server_header=False,
-                                date_header=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=1,
+        )
         server = _Uvicorn(config, listens.set)
         with socket.create_server(("127.0.0.1", 0)) as bound:
             running = asyncio.ensure_future(server.serve([bound]))
@@ -182,8 +191,16 @@ def test_a_connection_that_is_kept_may_be_idle_for_longer(soon):
 
 MIB = 1 << 20
 CHOICES = 8
-UNREAD = {"prompt": "Once upon a time, Mia", "n": CHOICES, "seed": 1, "ignore_eos": True, "logprobs": 20,
-          "stream": True, "stream_options": {"continuous_usage_stats": True}, "request_id": "x" * 256}
+UNREAD = {
+    "prompt": "Once upon a time, Mia",
+    "n": CHOICES,
+    "seed": 1,
+    "ignore_eos": True,
+    "logprobs": 20,
+    "stream": True,
+    "stream_options": {"continuous_usage_stats": True},
+    "request_id": "x" * 256,
+}
 """Large events, which fill the sockets soon."""
 WHOLE = 480
 """Tokens of a choice whose stream no socket holds."""
@@ -218,8 +235,10 @@ def generated(server):
 
 
 def at_rest(server):
-    return all(server.metric(name) == 0 for name in ("vllm:num_requests_running", "vllm:num_requests_waiting",
-                                                     "vllm:kv_cache_usage_perc"))
+    return all(
+        server.metric(name) == 0
+        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    )
 
 
 def test_a_client_that_goes_without_having_read_ends_its_request(busy):

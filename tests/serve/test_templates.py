@@ -16,8 +16,13 @@ PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 def job(source=PLAIN, messages=MESSAGES, **variables):
     told = {name: ("chat_template_kwargs", value) for name, value in variables.items()}
-    return {"source": source, "special": {"bos_token": "<s>"}, "messages": messages, "add_generation_prompt": True,
-            "variables": told}
+    return {
+        "source": source,
+        "special": {"bos_token": "<s>"},
+        "messages": messages,
+        "add_generation_prompt": True,
+        "variables": told,
+    }
 
 
 def run(scenario, seconds=5.0):
@@ -99,8 +104,9 @@ def test_a_worker_that_dies_is_replaced():
 def test_a_caller_that_leaves_holds_up_others_for_its_limit_at_most():
     async def scenario(worker):
         await worker.start()
-        endless = await begun(worker.render(job("{% for i in range(99999) %}{% for j in range(99999) %}"
-                                                "{% endfor %}{% endfor %}")))
+        endless = await begun(
+            worker.render(job("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"))
+        )
         unheard = await begun(worker.render(job()))
         waiting = await begun(worker.render(job()))
         endless.cancel(), unheard.cancel()

@@ -39,8 +39,9 @@ def tokens(llms, name, prompt=PROMPT, count=40):
 @pytest.fixture(scope="module")
 def server(tinyworld_checkpoint):
     """It wants a key, and lets its weights be changed."""
-    with served(tinyworld_checkpoint, "--allow-weight-updates", "--api-key", "secret", "--served-model-name", "tiny"
-                ) as running:
+    with served(
+        tinyworld_checkpoint, "--allow-weight-updates", "--api-key", "secret", "--served-model-name", "tiny"
+    ) as running:
         running.client.headers["Authorization"] = "Bearer secret"
         yield running
 
@@ -69,14 +70,19 @@ def events(server, **fields):
 
 def test_every_answer_is_of_the_new_weights_and_says_so(server, fresh, folders, llms):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+
         def told():
             more = {"ignore_eos": True, "return_token_ids": True}
-            whole = client.completions.create(model="tiny", prompt=PROMPT, temperature=0, max_tokens=40,
-                                              extra_body=more)
+            whole = client.completions.create(
+                model="tiny", prompt=PROMPT, temperature=0, max_tokens=40, extra_body=more
+            )
             messages = [{"role": "user", "content": "Where is Mia?"}]
             chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
-            chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=2, stream=True,
-                                                         stream_options={"include_usage": True}))
+            chunks = list(
+                client.chat.completions.create(
+                    model="tiny", messages=messages, max_tokens=2, stream=True, stream_options={"include_usage": True}
+                )
+            )
             vector = client.embeddings.create(model="tiny", input=PROMPT)
             seen = {answer.weights_version for answer in (whole, chat, *chunks, vector, client.models.retrieve("tiny"))}
             return whole.choices[0].token_ids, vector.data[0].embedding, seen, whole.usage.prompt_tokens_details
@@ -160,8 +166,18 @@ def broken(kind, good, folder):
     return folder, said
 
 
-KINDS = ("nowhere", "hub", "file", "empty", "endless", "null", "truncated", "another model", "tensor missing",
-         "misshapen")
+KINDS = (
+    "nowhere",
+    "hub",
+    "file",
+    "empty",
+    "endless",
+    "null",
+    "truncated",
+    "another model",
+    "tensor missing",
+    "misshapen",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,10 +193,19 @@ def test_what_cannot_be_put_in_is_a_400_and_changes_nothing(server, folders, llm
     assert after["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, "the cache is whole, too"
 
 
-@pytest.mark.parametrize(("fields", "param"), [
-    ({}, "path"), ({"path": None}, "path"), ({"path": ""}, "path"), ({"path": 3}, "path"),
-    ({"path": "x", "version": -1}, "version"), ({"path": "x", "version": 2**53}, "version"),
-    ({"path": "x", "version": 1.5}, "version"), ({"path": "x", "verson": 1}, "verson")])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "path"),
+        ({"path": None}, "path"),
+        ({"path": ""}, "path"),
+        ({"path": 3}, "path"),
+        ({"path": "x", "version": -1}, "version"),
+        ({"path": "x", "version": 2**53}, "version"),
+        ({"path": "x", "version": 1.5}, "version"),
+        ({"path": "x", "verson": 1}, "verson"),
+    ],
+)
 def test_fields_are_checked(server, fields, param):
     refused = server.post(PATH, **fields)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == param
@@ -202,6 +227,7 @@ def test_without_the_flag_it_is_refused_by_its_name(tinyworld_checkpoint):
 
 
 # ---- the gateway by itself
+
 
 def test_files_that_have_changed_are_not_taken_for_the_same_weights(folders, tmp_path, capfd):
     folder = Path(shutil.copytree(folders["other"], tmp_path / "hf"))

@@ -10,17 +10,45 @@ from headrace.text.chat import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
 
 TEMPLATES = (
-    "alpaca", "amberchat", "chatml", "chatqa", "falcon-instruct", "gemma-it", "granite-3.0-instruct", "llama-2-chat",
-    "llama-3-instruct", "mistral-instruct", "openchat-3.5", "phi-3-small", "phi-3", "qwen2.5-instruct", "saiga",
-    "solar-instruct", "vicuna", "zephyr")
+    "alpaca",
+    "amberchat",
+    "chatml",
+    "chatqa",
+    "falcon-instruct",
+    "gemma-it",
+    "granite-3.0-instruct",
+    "llama-2-chat",
+    "llama-3-instruct",
+    "mistral-instruct",
+    "openchat-3.5",
+    "phi-3-small",
+    "phi-3",
+    "qwen2.5-instruct",
+    "saiga",
+    "solar-instruct",
+    "vicuna",
+    "zephyr",
+)
 SYSTEM = {"role": "system", "content": "  Be brief. "}
-TURNS = [{"role": "user", "content": " Hi <there> & 'you'\n"}, {"role": "assistant", "content": "Hello é漢😀 "},
-         {"role": "user", "content": "And \"now\"?", "name": None}]
-TOOL = {"type": "function", "function": {"name": "add", "description": "a < b", "parameters": {
-    "type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}}}
+TURNS = [
+    {"role": "user", "content": " Hi <there> & 'you'\n"},
+    {"role": "assistant", "content": "Hello é漢😀 "},
+    {"role": "user", "content": 'And "now"?', "name": None},
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "a < b",
+        "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
+    },
+}
 CONVERSATIONS = {
-    "turns": (TURNS, {}), "system": ([SYSTEM, *TURNS], {}), "one": (TURNS[:1], {}),
-    "answered": (TURNS[:2], {"add_generation_prompt": False}), "tools": ([SYSTEM, *TURNS], {"tools": [TOOL]}),
+    "turns": (TURNS, {}),
+    "system": ([SYSTEM, *TURNS], {}),
+    "one": (TURNS[:1], {}),
+    "answered": (TURNS[:2], {"add_generation_prompt": False}),
+    "tools": ([SYSTEM, *TURNS], {"tools": [TOOL]}),
     "variables": (TURNS, {"enable_thinking": False}),
     "reasoning": ([TURNS[0], {**TURNS[1], "reasoning": "because"}, TURNS[2]], {}),
 }
@@ -28,9 +56,18 @@ CONVERSATIONS = {
 
 def folder_with(tmp_path, data_dir, template, **config):
     shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        **({} if template is None else {"chat_template": template}), **config}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                **({} if template is None else {"chat_template": template}),
+                **config,
+            }
+        )
+    )
     return tmp_path
 
 
@@ -70,14 +107,28 @@ def test_no_template_is_a_clear_error(data_dir, tmp_path):
         tokenizer.apply_chat_template(TURNS)
 
 
-@pytest.mark.parametrize("template", [
-    "{{ messages.__class__ }}", "{{ ''.__class__.__mro__ }}", "{{ messages[0].get.__globals__ }}",
-    "{{ raise_exception.__globals__ }}", "{{ strftime_now.__code__ }}", "{{ messages.append(1) }}",
-    "{{ 'x' * 10**12 }}", "{{ 9**9**9**9**9 }}", "{{ [0] * 99999999 }}", "{% for i in range(10**9) %}x{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
-    "{{ cycler.__init__.__globals__ }}", "{{ ''|attr('__class__') }}", "{{ '%s'.__mod__.__self__ }}",
-    "{{ self._TemplateReference__context }}", "{{ namespace.__init__.__globals__ }}", "{{ '{0.__class__}'.format(1) }}",
-])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__ }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages[0].get.__globals__ }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__code__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 'x' * 10**12 }}",
+        "{{ 9**9**9**9**9 }}",
+        "{{ [0] * 99999999 }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ '%s'.__mod__.__self__ }}",
+        "{{ self._TemplateReference__context }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ '{0.__class__}'.format(1) }}",
+    ],
+)
 def test_hostile_templates_are_refused(template):
     with pytest.raises((CheckpointError, RequestError), match="template"):
         text = ChatTemplate(template).render(TURNS)
@@ -94,7 +145,8 @@ def test_a_template_that_does_not_compile_is_the_checkpoints_fault(template):
 def test_the_dialect():
     render = ChatTemplate(
         "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
-        "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}{{ strftime_now('%%') }}").render
+        "{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}{{ strftime_now('%%') }}"
+    ).render
     assert render([{"role": "user", "content": "a"}] * 3) == "aa%"
 
 
@@ -104,8 +156,19 @@ def test_a_template_that_refuses_the_messages_says_why():
         template.render(TURNS)
 
 
-@pytest.mark.parametrize("messages", [[], "hello", {"role": "user"}, [{"content": "x"}], ["x"], None,
-                                      [{"role": 7, "content": "x"}], [{"role": "user", "content": object()}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hello",
+        {"role": "user"},
+        [{"content": "x"}],
+        ["x"],
+        None,
+        [{"role": 7, "content": "x"}],
+        [{"role": "user", "content": object()}],
+    ],
+)
 def test_what_is_not_a_conversation_is_refused(messages):
     with pytest.raises(RequestError, match="messages"):
         ChatTemplate("x").render(messages)

@@ -43,7 +43,7 @@ def test_pushes_and_flush_add_up_to_decoding_everything(tokenizer, data, skip):
     ids = data.draw(token_ids(tokenizer))
     stream = tokenizer.detokenizer(skip)
     parts = []
-    while ids[sum(map(len, parts)):]:
+    while ids[sum(map(len, parts)) :]:
         done = sum(map(len, parts))
         parts.append(ids[done : done + data.draw(st.integers(1, 5))])
     text = ""
@@ -124,8 +124,11 @@ def naive_stop(text: str, stops: list[str], include: bool) -> str:
 
 
 @settings(max_examples=300, deadline=None)
-@given(pieces=st.lists(st.text("abc", max_size=4), max_size=12), include=st.booleans(),
-       stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    pieces=st.lists(st.text("abc", max_size=4), max_size=12),
+    include=st.booleans(),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 def test_stop_strings_are_found_wherever_the_pieces_are_cut(pieces, include, stops):
     checker = StopChecker(stops, include)
     shown = ""

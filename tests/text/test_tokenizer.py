@@ -13,8 +13,19 @@ from headrace.text.tokenizer import Tokenizer
 
 FOLDERS = ("checkpoints/stories260K", "tokenizers/ort_ext/phi-2", "tokenizers/ort_ext/phi-3-mini")
 TEXTS = (
-    "Hello world", " lead", "", "  two   spaces ", "a<|end|>b<|user|> x", "é漢字😀👩‍👩‍👧\n\n", "<s>hi</s> there",
-    "tabs\t\tx", " <|assistant|>\n hi", "12345 + 678 = 13023", "naïve façade", "\u200bzero\u0000width", "e\u0301",
+    "Hello world",
+    " lead",
+    "",
+    "  two   spaces ",
+    "a<|end|>b<|user|> x",
+    "é漢字😀👩‍👩‍👧\n\n",
+    "<s>hi</s> there",
+    "tabs\t\tx",
+    " <|assistant|>\n hi",
+    "12345 + 678 = 13023",
+    "naïve façade",
+    "\u200bzero\u0000width",
+    "e\u0301",
 )
 
 
@@ -36,7 +47,10 @@ def ours(folder) -> Tokenizer:
 
 def test_ids_and_special_tokens_equal_transformers(ours, theirs):
     assert (ours.vocab_size, ours.bos_token_id, ours.eos_token_id) == (
-        len(theirs), theirs.bos_token_id, theirs.eos_token_id)
+        len(theirs),
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+    )
     for text in TEXTS:
         for special in (True, False):
             ids = ours.encode(text, add_special_tokens=special)
@@ -56,9 +70,17 @@ def test_ids_equal_transformers_on_any_text(ours, theirs, text):
 def test_add_bos_and_eos_in_the_configuration_do_what_transformers_does(data_dir, tmp_path, bos, eos):
     transformers = pytest.importorskip("transformers")
     shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "add_bos_token": bos,
-        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}, "add_eos_token": eos}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<s>",
+                "add_bos_token": bos,
+                "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+                "add_eos_token": eos,
+            }
+        )
+    )
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encode("Once upon") == theirs.encode("Once upon")
 
@@ -66,10 +88,15 @@ def test_add_bos_and_eos_in_the_configuration_do_what_transformers_does(data_dir
 def test_tokens_named_only_in_the_configuration_are_appended(data_dir, tmp_path):
     transformers = pytest.importorskip("transformers")
     shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {"512": {"content": "<|call|>", "special": True, "normalized": False}},
-        "eos_token": "<|stop|>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "added_tokens_decoder": {"512": {"content": "<|call|>", "special": True, "normalized": False}},
+                "eos_token": "<|stop|>",
+            }
+        )
+    )
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("a<|call|>b", "a<|stop|>", "plain"):
         assert ours.encode(text) == theirs.encode(text)
@@ -88,10 +115,17 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("file", "text"), [
-    ("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[1]"),
-    ("tokenizer_config.json", "not json"), ("tokenizer_config.json", '{"chat_template": 7}'),
-    ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}')])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", "not json"),
+        ("tokenizer_config.json", '{"chat_template": 7}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'),
+    ],
+)
 def test_a_broken_file_is_named(data_dir, tmp_path, file, text):
     shutil.copy(data_dir / "checkpoints/stories260K/tokenizer.json", tmp_path)
     (tmp_path / file).write_text(text)

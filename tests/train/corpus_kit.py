@@ -5,8 +5,24 @@ import json
 from headrace.train.corpus.build import BuildConfig, build
 from headrace.train.corpus.folder import Corpus
 
-WORDS = ("the", "river", "went", "to", "a", "mill,", "where", "Ada", "had", "12", "bells.", '"so', 'blue!"', "über",
-         "漢字", "😀")
+WORDS = (
+    "the",
+    "river",
+    "went",
+    "to",
+    "a",
+    "mill,",
+    "where",
+    "Ada",
+    "had",
+    "12",
+    "bells.",
+    '"so',
+    'blue!"',
+    "über",
+    "漢字",
+    "😀",
+)
 
 
 def some_text(rng, words):

@@ -96,8 +96,9 @@ def main(root):
         write(folder, 3)
         whole = newest_whole(folder, print)
         assert [path.name for path in folder.iterdir()] == ["step-00000003"]
-        print(json.dumps({"ended": ended, "step": found.step, "right": right, "then": whole.step,
-                          "warnings": warnings}))
+        print(
+            json.dumps({"ended": ended, "step": found.step, "right": right, "then": whole.step, "warnings": warnings})
+        )
         instant += 1
 
 

@@ -71,5 +71,9 @@ def measured(mesh, file, changes):
     trainer._gradients(batch, 1.0)
     with Alive() as alive:
         trainer._gradients(batch, 1.0)
-    return {**trainer.memory(), "kept": kept, "peak": alive.peak,
-            "elsewhere": int(((part.ids_T < embed.start) | (part.ids_T >= embed.stop)).sum())}
+    return {
+        **trainer.memory(),
+        "kept": kept,
+        "peak": alive.peak,
+        "elsewhere": int(((part.ids_T < embed.start) | (part.ids_T >= embed.stop)).sum()),
+    }

@@ -81,8 +81,13 @@ def load(mesh, recipe, changes, folder):
     size = sum(region.tensor.nbytes for _, region in trainer.tensors())
     trainer.restore(dict(snapshot.record["state"]))
     records = [trainer.step() for _ in range(3)]
-    return {"held": held, "read": sum(spy.reads), "own": size, "state": snapshot.record["state"],
-            "curve": [[r.step, r.loss, r.grad_norm] for r in records]}
+    return {
+        "held": held,
+        "read": sum(spy.reads),
+        "own": size,
+        "state": snapshot.record["state"],
+        "curve": [[r.step, r.loss, r.grad_norm] for r in records],
+    }
 
 
 def full(mesh, recipe, changes, folder, rank):

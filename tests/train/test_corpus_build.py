@@ -47,7 +47,13 @@ def test_a_folder_holds_the_texts(tmp_path, texts):
     assert (corpus.index.token_dtype, corpus.index.made_from) == ("uint16", ("texts.jsonl",))
     assert check_folder(tmp_path / "data") == corpus.index
     assert {entry.name for entry in (tmp_path / "data").iterdir()} == {
-        "index.json", "offsets.npy", "validation.npy", "shard-00000.bin", "tokenizer.json", "tokenizer_config.json"}
+        "index.json",
+        "offsets.npy",
+        "validation.npy",
+        "shard-00000.bin",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_text_files_are_split_where_the_marker_is(tmp_path):
@@ -149,10 +155,12 @@ def test_a_failed_build_leaves_nothing(tmp_path, texts):
 
 def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path, texts):
     file, _ = texts
-    code = ("import os, signal, sys; from pathlib import Path\n"
-            "from headrace.train.corpus import build as room\n"
-            "room.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"room.build(room.BuildConfig(({str(file)!r},), Path({str(tmp_path / 'data')!r}), 300))\n")
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from headrace.train.corpus import build as room\n"
+        "room.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"room.build(room.BuildConfig(({str(file)!r},), Path({str(tmp_path / 'data')!r}), 300))\n"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL
     assert not (tmp_path / "data").exists()
@@ -164,12 +172,14 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path, texts):
 
 def test_a_full_disk_is_told(tmp_path, texts):
     file, _ = texts
-    code = ("import resource, signal, sys; from pathlib import Path\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "from headrace.cli import main\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-            f"sys.exit(main(['data', 'build', {str(file)!r}, '--out', {str(tmp_path / 'data')!r},"
-            " '--vocab-size', '300']))\n")
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from headrace.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+        f"sys.exit(main(['data', 'build', {str(file)!r}, '--out', {str(tmp_path / 'data')!r},"
+        " '--vocab-size', '300']))\n"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and "data: cannot be written: File too large" in ended.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["texts.jsonl"]
@@ -204,26 +214,37 @@ def test_bytes_that_changed_are_found_by_checking(tmp_path, texts):
         Corpus(tmp_path / "data").piece(0, 0, 8)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"inputs": ()}, "name the files"),
-    ({"validation": 1.0}, "--validation=1.0"), ({"validation": -0.1}, "--validation"),
-    ({"vocab_size": 0}, "--vocab-size=0"), ({"seed": -1}, "--seed=-1"), ({"documents": 1}, "--documents=1"),
-    ({"inputs": ("tinyworld", "a.txt")}, "tinyworld cannot be mixed"),
-    ({"inputs": ("tinyworld",), "chat": True}, "--chat is for files"),
-    ({"inputs": ("missing.txt",)}, r"missing\.txt: there is no such file"),
-    ({"inputs": ("hub:",)}, "name a dataset"), ({"inputs": (os.sep,)}, "is a folder: name its files"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": ()}, "name the files"),
+        ({"validation": 1.0}, "--validation=1.0"),
+        ({"validation": -0.1}, "--validation"),
+        ({"vocab_size": 0}, "--vocab-size=0"),
+        ({"seed": -1}, "--seed=-1"),
+        ({"documents": 1}, "--documents=1"),
+        ({"inputs": ("tinyworld", "a.txt")}, "tinyworld cannot be mixed"),
+        ({"inputs": ("tinyworld",), "chat": True}, "--chat is for files"),
+        ({"inputs": ("missing.txt",)}, r"missing\.txt: there is no such file"),
+        ({"inputs": ("hub:",)}, "name a dataset"),
+        ({"inputs": (os.sep,)}, "is a folder: name its files"),
+    ],
+)
 def test_what_cannot_work_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         build(BuildConfig(**{"inputs": ("x.txt",), "out": tmp_path / "data", **change}))
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("", "there is no text in it"), ('{"text": "<|endoftext|>"}', "there is no text in it"),
-    ('{"text": ""}\n{"text": " \\n"}\n', "there is no text in it"),
-    ('{"text": "a"}\n{"body": "b"}\n', r"x\.jsonl:2: has no field 'text'; it has body: .*--text-field"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "there is no text in it"),
+        ('{"text": "<|endoftext|>"}', "there is no text in it"),
+        ('{"text": ""}\n{"text": " \\n"}\n', "there is no text in it"),
+        ('{"text": "a"}\n{"body": "b"}\n', r"x\.jsonl:2: has no field 'text'; it has body: .*--text-field"),
+    ],
+)
 def test_inputs_without_text_are_refused(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=message):

@@ -15,15 +15,23 @@ from headrace.train.corpus.bpe import CHAT_TEMPLATE
 from headrace.train.corpus.chat import encode_chat
 from train.corpus_kit import built, whole_document, write_jsonl
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-LLAMA = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}")
-BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" \
-       "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-FORGETFUL = ("{% for m in messages %}{{ '<|' + m.role + '|>' }}"
-             "{{ m.content if loop.last or m.role == 'user' else '…' }}{{ eos_token }}{% endfor %}"
-             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+BARE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{{ m.content if loop.last or m.role == 'user' else '…' }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 TOOLS = "{% if tools %}{{ 'tools: ' + tools | tojson }}{% endif %}" + CHATML
 
 
@@ -57,10 +65,14 @@ def tokenizers(with_template):
     metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     special = {"eos_token": "</s>", "bos_token": "<s>"}
     return {
-        "headrace": with_template(CHAT_TEMPLATE), "chatml": with_template(CHATML, "<|im_end|>", chatml),
-        "other end": with_template(CHATML, "<|end|>", chatml), "bare": with_template(BARE),
-        "tools": with_template(TOOLS, "<|im_end|>", chatml), "forgetful": with_template(FORGETFUL),
-        "llama": Tokenizer(llama, special, LLAMA), "metaspace": Tokenizer(metaspace, special, LLAMA),
+        "headrace": with_template(CHAT_TEMPLATE),
+        "chatml": with_template(CHATML, "<|im_end|>", chatml),
+        "other end": with_template(CHATML, "<|end|>", chatml),
+        "bare": with_template(BARE),
+        "tools": with_template(TOOLS, "<|im_end|>", chatml),
+        "forgetful": with_template(FORGETFUL),
+        "llama": Tokenizer(llama, special, LLAMA),
+        "metaspace": Tokenizer(metaspace, special, LLAMA),
     }
 
 
@@ -82,9 +94,16 @@ def chat(*contents, system=None):
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-@pytest.mark.parametrize(("name", "end"), [
-    ("headrace", "<|end|>"), ("chatml", "<|im_end|>"), ("other end", "<|im_end|>"), ("llama", " </s>"),
-    ("metaspace", " </s>")])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("headrace", "<|end|>"),
+        ("chatml", "<|im_end|>"),
+        ("other end", "<|im_end|>"),
+        ("llama", " </s>"),
+        ("metaspace", " </s>"),
+    ],
+)
 def test_what_the_assistant_says_and_its_end_count(tokenizers, name, end):
     tokenizer = tokenizers[name]
     whole, runs = said(tokenizer, chat("hi there", "yes", "and now", "it is so"))
@@ -104,8 +123,11 @@ def test_what_follows_the_last_reply_is_left_out(tokenizers):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<|>"), max_size=12), min_size=2, max_size=6),
-       st.sampled_from(["headrace", "chatml"]), st.sampled_from([None, "be kind"]))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<|>"), max_size=12), min_size=2, max_size=6),
+    st.sampled_from(["headrace", "chatml"]),
+    st.sampled_from([None, "be kind"]),
+)
 def test_tokens_are_those_that_the_server_is_asked_with(tokenizers, contents, name, system):
     tokenizer, messages = tokenizers[name], chat(*contents, system=system)
     ids, counts = encode_chat(tokenizer, messages, "x:1")
@@ -137,15 +159,21 @@ def test_a_conversation_that_the_assistant_begins_is_refused(tokenizers):
         said(tokenizers["headrace"], [{"role": "assistant", "content": "hi"}])
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    ({"text": "a"}, r"c\.jsonl:2: has no field 'messages'; it has text: name the right one with --messages-field"),
-    ({"messages": []}, r"c\.jsonl:2: messages must be a list"),
-    ({"messages": "hi"}, r"c\.jsonl:2: messages must be a list"),
-    ({"messages": [{"content": "a"}]}, r"c\.jsonl:2: messages\[0\] must be an object with a role"),
-    ({"messages": chat("hi", "yes")[::-1]}, r"c\.jsonl:2: the conversation begins with the assistant"),
-    ({"messages": [{"role": "judge", "content": ""}, *chat("a", "b")[1:]]}, r"c\.jsonl:2: .*role judge is not one of"),
-    ({"messages": [{"role": "user"}, *chat("a", "b")[1:]]}, r"c\.jsonl:2: messages: the model's chat template"),
-])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a"}, r"c\.jsonl:2: has no field 'messages'; it has text: name the right one with --messages-field"),
+        ({"messages": []}, r"c\.jsonl:2: messages must be a list"),
+        ({"messages": "hi"}, r"c\.jsonl:2: messages must be a list"),
+        ({"messages": [{"content": "a"}]}, r"c\.jsonl:2: messages\[0\] must be an object with a role"),
+        ({"messages": chat("hi", "yes")[::-1]}, r"c\.jsonl:2: the conversation begins with the assistant"),
+        (
+            {"messages": [{"role": "judge", "content": ""}, *chat("a", "b")[1:]]},
+            r"c\.jsonl:2: .*role judge is not one of",
+        ),
+        ({"messages": [{"role": "user"}, *chat("a", "b")[1:]]}, r"c\.jsonl:2: messages: the model's chat template"),
+    ],
+)
 def test_a_corrupt_conversation_is_named(tmp_path, record, message):
     file = write_jsonl(tmp_path / "c.jsonl", [{"messages": chat("hi", "yes")}, record])
     with pytest.raises(ConfigError, match=message):
@@ -153,8 +181,10 @@ def test_a_corrupt_conversation_is_named(tmp_path, record, message):
 
 
 def test_chats_are_built_with_their_masks(tmp_path):
-    file = write_jsonl(tmp_path / "c.jsonl", [
-        {"talk": chat("what is 3+4?", "it is 7")}, {"talk": chat("hello")}, {"talk": chat("a", "b", "c", "d")}])
+    file = write_jsonl(
+        tmp_path / "c.jsonl",
+        [{"talk": chat("what is 3+4?", "it is 7")}, {"talk": chat("hello")}, {"talk": chat("a", "b", "c", "d")}],
+    )
     result, corpus = built(tmp_path, file, chat=True, messages_field="talk", validation=0)
     assert (result.skipped, corpus.index.documents, corpus.index.masked) == (1, 2, True)
     ids, counts = whole_document(corpus, 0)

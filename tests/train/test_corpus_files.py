@@ -30,8 +30,11 @@ def documents(parts):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from(["\n", " ", "ab", "é", "<|", "<|end|>", "漢", "\r\n", "x y", " \n "]), max_size=50),
-       st.sampled_from(["<|end|>", "", "\n\n", "x y"]), st.integers(1, 40))
+@given(
+    st.lists(st.sampled_from(["\n", " ", "ab", "é", "<|", "<|end|>", "漢", "\r\n", "x y", " \n "]), max_size=50),
+    st.sampled_from(["<|end|>", "", "\n\n", "x y"]),
+    st.integers(1, 40),
+)
 def test_any_block_size_reads_the_same_documents(tmp_path_factory, pieces, marker, block):
     text = "".join(pieces)
     file = tmp_path_factory.mktemp("text") / "a.txt"
@@ -50,8 +53,10 @@ def test_any_block_size_reads_the_same_documents(tmp_path_factory, pieces, marke
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([*WORDS, " ", "\n", "\n\n", "  ", "\t", "12", "3.", "'s", " '", "a"]), max_size=80),
-       st.integers(4, 60))
+@given(
+    st.lists(st.sampled_from([*WORDS, " ", "\n", "\n\n", "  ", "\t", "12", "3.", "'s", " '", "a"]), max_size=80),
+    st.integers(4, 60),
+)
 def test_parts_have_the_tokens_of_the_whole(tmp_path_factory, learnt, pieces, block):
     text = "x" + "".join(pieces) + "x"
     file = tmp_path_factory.mktemp("text") / "a.txt"
@@ -94,12 +99,18 @@ def test_a_cut_off_character_is_named(tmp_path):
         built(tmp_path, tmp_path / "bad.txt")
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"text": "a"', r"x\.jsonl:3: not JSON: .*; each line must be one JSON object"),
-    ("[1]", r"x\.jsonl:3: each line must be a JSON object, not list"), ("null", r"x\.jsonl:3: .*NoneType"),
-    ("[" * 100_000, r"x\.jsonl:3: not JSON"), ('{"text": null}', r"x\.jsonl:3: text must be a string, not NoneType"),
-    ('{"text": "\\ud800"}', r"x\.jsonl:3: holds a lone surrogate"), ("{}", r"x\.jsonl:3: has no field 'text'"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', r"x\.jsonl:3: not JSON: .*; each line must be one JSON object"),
+        ("[1]", r"x\.jsonl:3: each line must be a JSON object, not list"),
+        ("null", r"x\.jsonl:3: .*NoneType"),
+        ("[" * 100_000, r"x\.jsonl:3: not JSON"),
+        ('{"text": null}', r"x\.jsonl:3: text must be a string, not NoneType"),
+        ('{"text": "\\ud800"}', r"x\.jsonl:3: holds a lone surrogate"),
+        ("{}", r"x\.jsonl:3: has no field 'text'"),
+    ],
+)
 def test_a_corrupt_line_is_named(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_text(f'{{"text": "fine"}}\n\n{line}\n{{"text": "fine"}}\n')
     with pytest.raises(ConfigError, match=message):
@@ -134,8 +145,9 @@ def test_unknown_kinds_are_refused(tmp_path, name):
         built(tmp_path, tmp_path / name)
 
 
-@pytest.mark.parametrize(("name", "package"), [
-    ("x.parquet", "pyarrow"), ("x.txt.zst", "zstandard"), ("hub:owner/name", "datasets")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("x.parquet", "pyarrow"), ("x.txt.zst", "zstandard"), ("hub:owner/name", "datasets")]
+)
 def test_a_library_that_is_not_there_is_named(tmp_path, monkeypatch, name, package):
     (tmp_path / name.replace("/", "-")).write_text("a")
     monkeypatch.setitem(sys.modules, package, None)

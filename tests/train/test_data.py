@@ -34,9 +34,19 @@ def chats(tmp_path_factory):
     """40 conversations: masked, some with long stretches in which nothing counts."""
     rng = random.Random(1)
     path = tmp_path_factory.mktemp("chats")
-    file = write_jsonl(path / "chats.jsonl", [
-        {"messages": [{"role": role, "content": some_text(rng, rng.choice([1, 30]))}
-                      for _ in range(rng.randint(1, 3)) for role in ("user", "assistant")]} for _ in range(40)])
+    file = write_jsonl(
+        path / "chats.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": role, "content": some_text(rng, rng.choice([1, 30]))}
+                    for _ in range(rng.randint(1, 3))
+                    for role in ("user", "assistant")
+                ]
+            }
+            for _ in range(40)
+        ],
+    )
     built(path, file, chat=True, shard_tokens=700)
     return path / "data"
 
@@ -52,8 +62,10 @@ def source(request):
 
 def plain(batch):
     """A batch as what can be compared."""
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value
-            for name, value in ((name, getattr(batch, name)) for name in type(batch).__slots__)}
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in ((name, getattr(batch, name)) for name in type(batch).__slots__)
+    }
 
 
 def sequences(batch):
@@ -62,8 +74,13 @@ def sequences(batch):
     out, start = [], 0
     for row, length in zip(batch.row_of, batch.lengths):
         places = range(start, start + length)
-        out.append((row, batch.ids_T[start : start + length].tolist(),
-                    [(place - start, targets[place]) for place in places if place in targets]))
+        out.append(
+            (
+                row,
+                batch.ids_T[start : start + length].tolist(),
+                [(place - start, targets[place]) for place in places if place in targets],
+            )
+        )
         start += length
     return out
 
@@ -76,7 +93,11 @@ def test_batches_have_their_shape(source):
         assert sum(batch.lengths) == batch.num_tokens == len(batch.positions_T) == len(batch.tokens_T)
         assert batch.positions_T.tolist() == [i for length in batch.lengths for i in range(length)]
         assert (batch.ids_T.dtype, batch.positions_T.dtype, batch.rows_R.dtype, batch.targets_R.dtype) == (
-            torch.int64, torch.int32, torch.int64, torch.int64)
+            torch.int64,
+            torch.int32,
+            torch.int64,
+            torch.int64,
+        )
         fill = np.bincount(batch.row_of, weights=batch.lengths)
         assert fill.max() <= 32 and len(batch.rows_R) > 0
         for _, ids, counted in sequences(batch):
@@ -127,8 +148,11 @@ def test_shares_and_micro_batches_are_the_whole(source, skip, batch_size, data):
     batch = stream.next()
     parts = data.draw(st.integers(1, batch_size))
     shares = batch.split(parts)
-    together = sorted((row * parts + part, n, ids, counted) for part, share in enumerate(shares)
-                      for n, (row, ids, counted) in enumerate(sequences(share)))
+    together = sorted(
+        (row * parts + part, n, ids, counted)
+        for part, share in enumerate(shares)
+        for n, (row, ids, counted) in enumerate(sequences(share))
+    )
     assert [one[0::2] for one in together] == [(row, ids) for row, ids, _ in sequences(batch)]
     assert sorted((row, ids, counted) for row, _, ids, counted in together) == sorted(sequences(batch))
     assert sorted(token for share in shares for token in share.tokens_T.tolist()) == batch.tokens_T.tolist()
@@ -161,13 +185,16 @@ def epoch(corpus_source, number, seq_length):
 def test_an_epoch_has_every_token_of_every_training_document_once(folder, shuffle, seq_length):
     source = open_source(DataConfig(str(folder), 0, 5, shuffle))
     corpus = Corpus(folder)
-    expected = sorted((tuple(ids[:-1][i : i + seq_length]), tuple(ids[1:][i : i + seq_length]))
-                      for ids in (whole_document(corpus, int(d))[0] for d in corpus.training)
-                      for i in range(0, len(ids) - 1, seq_length))
+    expected = sorted(
+        (tuple(ids[:-1][i : i + seq_length]), tuple(ids[1:][i : i + seq_length]))
+        for ids in (whole_document(corpus, int(d))[0] for d in corpus.training)
+        for i in range(0, len(ids) - 1, seq_length)
+    )
     for number in (0, 1, 7):
         # An epoch's last batch may end with the first pieces of the next.
-        found = [(tuple(ids), tuple(target for _, target in counted))
-                 for ids, counted in epoch(source, number, seq_length)][: len(expected)]
+        found = [
+            (tuple(ids), tuple(target for _, target in counted)) for ids, counted in epoch(source, number, seq_length)
+        ][: len(expected)]
         assert sorted(found) == expected
 
 
@@ -233,14 +260,19 @@ def test_prompts_suit_the_data(source):
 
 
 def test_prompts_of_chats_end_where_the_assistant_begins(chats):
-    assert all(prompt.startswith("<|user|>") and prompt.endswith("<|assistant|>")
-               for prompt in open_source(DataConfig(str(chats), 0)).prompts(5))
+    assert all(
+        prompt.startswith("<|user|>") and prompt.endswith("<|assistant|>")
+        for prompt in open_source(DataConfig(str(chats), 0)).prompts(5)
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"seed": 1}, r"data\.seed=0, this run has 1"),
-    ({"shuffle": "pieces"}, r"data\.shuffle='documents', this run has 'pieces'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"data\.seed=0, this run has 1"),
+        ({"shuffle": "pieces"}, r"data\.shuffle='documents', this run has 'pieces'"),
+    ],
+)
 def test_a_state_of_other_settings_is_refused(folder, change, message):
     state = open_source(DataConfig(str(folder), 0)).stream(2, 32).state()
     other = open_source(DataConfig(str(folder), 0, **change))
@@ -268,9 +300,13 @@ def test_the_configuration_agrees_with_the_folder(folder):
     assert DataConfig(str(folder), size + 20).resolved().vocab_size == size + 20
     with pytest.raises(ConfigError, match=rf"data\.vocab_size={size - 1} differs from the {size} tokens .* or 0"):
         DataConfig(str(folder), size - 1)
-    for bad, message in (({"source": "nowhere"}, r"data\.source='nowhere' is not one of tinyworld"),
-                         ({"source": ""}, r"data\.source"), ({"source": str(folder.parent)}, r"data\.source: .*index"),
-                         ({"vocab_size": 0}, r"data\.vocab_size=0.*tinyworld"), ({"seed": -1}, r"data\.seed"),
-                         ({"shuffle": "rows"}, r"data\.shuffle='rows'")):
+    for bad, message in (
+        ({"source": "nowhere"}, r"data\.source='nowhere' is not one of tinyworld"),
+        ({"source": ""}, r"data\.source"),
+        ({"source": str(folder.parent)}, r"data\.source: .*index"),
+        ({"vocab_size": 0}, r"data\.vocab_size=0.*tinyworld"),
+        ({"seed": -1}, r"data\.seed"),
+        ({"shuffle": "rows"}, r"data\.shuffle='rows'"),
+    ):
         with pytest.raises(ConfigError, match=message):
             DataConfig(**bad)

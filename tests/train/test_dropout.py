@@ -125,8 +125,11 @@ def test_only_a_step_drops(recipe_file, load, cpu_ops):
     assert trainer.validation_loss(8) == plain.validation_loss(8)
     ours, theirs = trainer.log_probabilities(batch), plain.log_probabilities(batch)
     assert torch.equal(ours, theirs)
-    for a, b in zip(torch.autograd.grad(ours.sum(), trainer.parameters),
-                    torch.autograd.grad(theirs.sum(), plain.parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), trainer.parameters),
+        torch.autograd.grad(theirs.sum(), plain.parameters),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -152,8 +155,10 @@ def test_a_run_that_goes_on_drops_as_if_never_stopped(load, cpu_ops, tmp_path):
     train(load(*changes), tmp_path / "cut", ops=cpu_ops, resume=True)
     whole, cut = (load_model(tmp_path / name / "hf", cpu_ops) for name in ("whole", "cut"))
     assert all(map(torch.equal, whole.parameters(), cut.parameters()))
-    lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-             for name in ("whole", "cut")]
+    lines = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
     assert lines[0] == lines[1]
     record = json.loads((tmp_path / "whole/snapshots/step-00000004/snapshot.json").read_text())
     assert record["recipe"]["model"]["dropout"] == RATE

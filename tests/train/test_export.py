@@ -36,8 +36,10 @@ def runs(tmp_path_factory, recipe_text, cpu_ops):
 def test_it_is_the_folder_that_the_run_has_left(runs, tmp_path, cpu_ops, name, inner):
     snapshot = export_snapshot(runs / name / inner, tmp_path / "deep" / "out", cpu_ops, pytest.fail)
     assert snapshot.step == 3
-    ours, theirs = ({file.name: file.read_bytes() for file in folder.iterdir()}
-                    for folder in (tmp_path / "deep" / "out", runs / name / "hf"))
+    ours, theirs = (
+        {file.name: file.read_bytes() for file in folder.iterdir()}
+        for folder in (tmp_path / "deep" / "out", runs / name / "hf")
+    )
     assert ours == theirs
     stored = load_file(tmp_path / "deep" / "out" / "model.safetensors")
     wide = torch.bfloat16 if name == "bf16" else torch.float32
@@ -55,8 +57,14 @@ def test_an_older_step_has_its_own_weights(runs, tmp_path, cpu_ops):
 def test_what_ranks_have_written_is_one_model(tmp_path, cpu_ops, recipe_text):
     """Without the data, from the regions of two ranks: the folder that the trainer saves."""
     (tmp_path / "recipe.toml").write_text(recipe_text)
-    run_mesh("train.snapshot_jobs:run", 2, 2, str(tmp_path / "recipe.toml"),
-             [*MODELS["bf16"], "train.steps=2", "parallel.tensor=2"], str(tmp_path / "run"))
+    run_mesh(
+        "train.snapshot_jobs:run",
+        2,
+        2,
+        str(tmp_path / "recipe.toml"),
+        [*MODELS["bf16"], "train.steps=2", "parallel.tensor=2"],
+        str(tmp_path / "run"),
+    )
     export_snapshot(tmp_path / "run", tmp_path / "out", cpu_ops, pytest.fail)
     assert len(list((tmp_path / "run" / "snapshots" / "step-00000002").glob("*.safetensors"))) == 2
     for file in (tmp_path / "run" / "hf").iterdir():
@@ -113,8 +121,9 @@ def test_a_scaled_rotary_table_comes_through_json(runs, tmp_path, cpu_ops):
     config = json.loads((folder / "config.json").read_text())
     config["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config))
-    (tmp_path / "recipe.toml").write_text(f'[model]\ninit = "{folder}"\n[train]\nsteps = 1\nseq_length = 64\n'
-                                          'batch_size = 1\npeak_flops = 1e11\n')
+    (tmp_path / "recipe.toml").write_text(
+        f'[model]\ninit = "{folder}"\n[train]\nsteps = 1\nseq_length = 64\nbatch_size = 1\npeak_flops = 1e11\n'
+    )
     train(load_recipe(tmp_path / "recipe.toml"), tmp_path / "run", ops=cpu_ops)
     export_snapshot(tmp_path / "run", tmp_path / "out", cpu_ops, pytest.fail)
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "run" / "hf" / "config.json").read_text()

@@ -33,8 +33,10 @@ def chunked(grads):
 def test_adamw_equals_torch(cpu_ops):
     config = OptimizerConfig(weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
     ours, theirs = tensors(*SHAPES), tensors(*SHAPES)
-    groups = [{"params": [p for p in theirs if p.ndim >= 2], "weight_decay": 0.1},
-              {"params": [p for p in theirs if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in theirs if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs if p.ndim < 2], "weight_decay": 0.0},
+    ]
     reference = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
     optimizer = AdamW(updated(ours), config, cpu_ops)
     for step, rate in enumerate((0.1, 0.03, 0.01)):

@@ -10,8 +10,13 @@ from headrace.train.plan import MOMENTS, STATES, Planner
 from parallel.rank_kit import run_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
-CHANGES = ["model.intermediate_size=172", "model.num_layers=3", "train.batch_size=8", "train.seq_length=50",
-           "model.max_position_embeddings=64"]
+CHANGES = [
+    "model.intermediate_size=172",
+    "model.num_layers=3",
+    "train.batch_size=8",
+    "train.seq_length=50",
+    "model.max_position_embeddings=64",
+]
 LAYOUTS = {  # processes, tensor, changes
     "alone": (1, 1, []),
     "tied, biases": (1, 1, ["model.qkv_bias=true", "model.o_bias=true", "model.mlp_bias=true", "model.qk_norm=false"]),
@@ -33,8 +38,9 @@ BUFFERS = ("gathered weights", "gradients on their way")
 
 def work_of(plan):
     """What a step needs beside that, at the moment when it is most."""
-    return max(sum(n for kind, n in account.items() if kind not in (*STATES, *BUFFERS))
-               for account in plan.moments.values())
+    return max(
+        sum(n for kind, n in account.items() if kind not in (*STATES, *BUFFERS)) for account in plan.moments.values()
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -44,8 +50,9 @@ def test_a_plan_is_what_the_trainer_holds(recipe_file, layout, recompute, dtype)
     processes, tensor, changes = LAYOUTS[layout]
     changes = [*CHANGES, f"train.recompute={recompute}", f"model.dtype={dtype}", f"parallel.tensor={tensor}", *changes]
     recipe = load_recipe(recipe_file, changes)
-    answers = run_mesh("train.plan_jobs:measured", processes, tensor, str(recipe_file), changes,
-                       sequence=recipe.parallel.sequence)
+    answers = run_mesh(
+        "train.plan_jobs:measured", processes, tensor, str(recipe_file), changes, sequence=recipe.parallel.sequence
+    )
     planner = Planner(recipe)
     plan = planner.plan(tensor, processes // tensor)
     for part, answer in zip(planner.ranks(tensor), answers):
@@ -57,13 +64,15 @@ def test_a_plan_is_what_the_trainer_holds(recipe_file, layout, recompute, dtype)
         elsewhere = answer["elsewhere"] * (4 * recipe.model.hidden_size + 16)
         assert sum(part.kept(plan.rows, recompute).values()) == answer["kept"] + elsewhere
     assert max(answer[kind] for answer in answers for kind in BUFFERS) <= max(
-        account[kind] for account in plan.moments.values() for kind in BUFFERS)
+        account[kind] for account in plan.moments.values() for kind in BUFFERS
+    )
     peak = max(answer["peak"] for answer in answers)
     assert peak <= work_of(plan) <= 1.7 * peak
 
 
-@pytest.mark.parametrize("keys, tensor", [(["parallel.partition_activations=true"], 2),
-                                          (["parallel.offload_activations=true"], 1)])
+@pytest.mark.parametrize(
+    "keys, tensor", [(["parallel.partition_activations=true"], 2), (["parallel.offload_activations=true"], 1)]
+)
 def test_a_plan_knows_what_is_kept_elsewhere(recipe_file, keys, tensor):
     changes = [*CHANGES, "train.recompute=full", f"parallel.tensor={tensor}", *keys]
     answers = run_mesh("train.plan_jobs:measured", tensor, tensor, str(recipe_file), changes)
@@ -92,12 +101,17 @@ def test_the_recipe_of_7b():
     assert by["none"] > by["selective"] > by["full"]
 
 
-@pytest.mark.parametrize(("tensor", "devices", "message"), [
-    (16, 16, "tensor parallelism of 16 does not divide the model's 8 virtual shards"),
-    (8, 12, "12 devices are no multiple of 8"), (2, 12, "6 copies of the model are not a power of two"),
-    (8, 4, "4 devices are fewer than 8"), (1, 32, "train.micro_batches=16 is no multiple of 32 copies|too few"),
-    (8, 256, "train.batch_size=16 rows are too few for 32 copies"),
-])
+@pytest.mark.parametrize(
+    ("tensor", "devices", "message"),
+    [
+        (16, 16, "tensor parallelism of 16 does not divide the model's 8 virtual shards"),
+        (8, 12, "12 devices are no multiple of 8"),
+        (2, 12, "6 copies of the model are not a power of two"),
+        (8, 4, "4 devices are fewer than 8"),
+        (1, 32, "train.micro_batches=16 is no multiple of 32 copies|too few"),
+        (8, 256, "train.batch_size=16 rows are too few for 32 copies"),
+    ],
+)
 def test_layouts_that_cannot_be(tensor, devices, message):
     with pytest.raises(ConfigError, match=message):
         Planner(load_recipe(ROOT / "recipes/7b.toml")).over(tensor, devices)

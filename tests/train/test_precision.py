@@ -68,8 +68,10 @@ def test_gradients_that_overflow_float16_are_skipped_and_training_recovers(recip
 
 def test_the_scale_changes_no_bit_where_nothing_over_or_underflows(recipe_file, cpu_ops):
     """A power of two moves exponents only: two scales give the same fp32 parameters' updates, to rounding."""
-    runs = [Trainer(load_recipe(recipe_file, ["model.dtype=float16", f"train.loss_scale={scale}"]), cpu_ops)
-            for scale in (2.0**12, 2.0**13)]
+    runs = [
+        Trainer(load_recipe(recipe_file, ["model.dtype=float16", f"train.loss_scale={scale}"]), cpu_ops)
+        for scale in (2.0**12, 2.0**13)
+    ]
     norms = [trainer.step().grad_norm for trainer in runs]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 

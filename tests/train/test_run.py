@@ -25,8 +25,14 @@ def test_a_run_leaves_metrics_and_a_folder(recipe_file, tmp_path, cpu_ops):
     recipe = load_recipe(recipe_file, ["train.sample_every=4", "train.validate_every=2"])
     seen, sampled, ticks = [], [], itertools.count(0, 0.5)
     out = tmp_path / "run"
-    result = train(recipe, out, seen.append, lambda trainer: sampled.append((trainer.steps, trainer.source.prompts(1))),
-                   ops=cpu_ops, clock=lambda: next(ticks))
+    result = train(
+        recipe,
+        out,
+        seen.append,
+        lambda trainer: sampled.append((trainer.steps, trainer.source.prompts(1))),
+        ops=cpu_ops,
+        clock=lambda: next(ticks),
+    )
     lines = lines_of(out)
     assert lines == seen and [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     ordinary = {"step", "loss", "lr", "grad_norm", "tokens", *TIMES}
@@ -39,7 +45,13 @@ def test_a_run_leaves_metrics_and_a_folder(recipe_file, tmp_path, cpu_ops):
     assert result.tokens == sum(line["tokens"] for line in lines)
     assert sampled == [(4, tinyworld.prompts(1))]
     assert result.checkpoint == out / "hf" and {f.name for f in out.iterdir()} == {
-        "hf", "loss.png", "metrics.jsonl", "run.json", "snapshots", "tensorboard"}
+        "hf",
+        "loss.png",
+        "metrics.jsonl",
+        "run.json",
+        "snapshots",
+        "tensorboard",
+    }
 
 
 def test_the_same_recipe_leaves_the_same_metrics_but_for_times(recipe, tmp_path, cpu_ops):
@@ -118,8 +130,13 @@ def test_the_folder_loads_here_and_in_transformers(recipe, tmp_path, cpu_ops):
     transformers = pytest.importorskip("transformers")
     checkpoint = train(recipe, tmp_path / "run", ops=cpu_ops).checkpoint
     names = {file.name for file in checkpoint.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                     "generation_config.json"}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }
     ours, theirs = Tokenizer.from_folder(checkpoint), transformers.AutoTokenizer.from_pretrained(checkpoint)
     chat = [{"role": "user", "content": "What is 3+4?"}]
     text = ours.apply_chat_template(chat)
@@ -131,8 +148,7 @@ def test_the_folder_loads_here_and_in_transformers(recipe, tmp_path, cpu_ops):
     peer = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.tensor(ours.encode(text))
     with torch.no_grad():
-        logits = model(ids, torch.arange(len(ids), dtype=torch.int32),
-                       DenseContext(cpu_ops, model.config, [len(ids)]))
+        logits = model(ids, torch.arange(len(ids), dtype=torch.int32), DenseContext(cpu_ops, model.config, [len(ids)]))
         expected = peer(ids[None]).logits[0]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert model.config.eos_token_ids == (0,)
@@ -167,8 +183,18 @@ def test_a_disk_that_takes_no_more_is_a_clear_error_and_the_last_snapshot_stays(
     out, overrides = tmp_path / "run", ["train.snapshot_every=3"]
     train(load_recipe(recipe_file, [*overrides, "train.steps=3"]), out, ops=cpu_ops)
     [snapshot] = (out / "snapshots").iterdir()
-    command = [sys.executable, "-c", FULL, "train", str(recipe_file), "--out", str(out), "--resume",
-               "--set", overrides[0]]
+    command = [
+        sys.executable,
+        "-c",
+        FULL,
+        "train",
+        str(recipe_file),
+        "--out",
+        str(out),
+        "--resume",
+        "--set",
+        overrides[0],
+    ]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "cannot be written: File too large" in ended.stderr and str(snapshot) in ended.stderr

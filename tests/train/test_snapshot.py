@@ -40,8 +40,11 @@ def record():
 
 def some_tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {"model/a": torch.randn(5, 3, generator=generator).bfloat16(),
-            "first/a": torch.randn(5, 3, generator=generator), "model/b": torch.randn(4, generator=generator)}
+    return {
+        "model/a": torch.randn(5, 3, generator=generator).bfloat16(),
+        "first/a": torch.randn(5, 3, generator=generator),
+        "model/b": torch.randn(4, generator=generator),
+    }
 
 
 def empty_tensors():
@@ -162,9 +165,11 @@ def test_another_model_is_refused_with_both_values(tmp_path, record):
 
 def test_tensors_that_differ_are_named(tmp_path, record):
     snapshot = open_snapshot(written(tmp_path, record, some_tensors()))
-    for changed, message in (({"model/c": torch.zeros(1)}, "does not hold model/c"),
-                             ({"model/a": torch.zeros(5, 4)}, r"model/a with shape \[5, 4\]"),
-                             ({"model/a": torch.zeros(5, 3)}, "model/a in bfloat16, not float32")):
+    for changed, message in (
+        ({"model/c": torch.zeros(1)}, "does not hold model/c"),
+        ({"model/a": torch.zeros(5, 4)}, r"model/a with shape \[5, 4\]"),
+        ({"model/a": torch.zeros(5, 3)}, "model/a in bfloat16, not float32"),
+    ):
         with pytest.raises(CheckpointError, match=f"{message}.*another model"):
             snapshot.read(regions({**empty_tensors(), **changed}))
     rest = {name: tensor for name, tensor in empty_tensors().items() if name != "first/a"}
@@ -173,10 +178,14 @@ def test_tensors_that_differ_are_named(tmp_path, record):
     snapshot.read(regions(rest), kind="model/")
 
 
-@pytest.mark.parametrize(("start", "speaks", "message"), [
-    (1, True, r"model/a is held twice: \[0:2\] and \[1:3\] overlap"),
-    (2, False, "model/a has a hole: ranks hold 2 of its 4"),
-    (3, True, r"model/a has shape \[4\], and a rank holds \[3:5\]")])
+@pytest.mark.parametrize(
+    ("start", "speaks", "message"),
+    [
+        (1, True, r"model/a is held twice: \[0:2\] and \[1:3\] overlap"),
+        (2, False, "model/a has a hole: ranks hold 2 of its 4"),
+        (3, True, r"model/a has shape \[4\], and a rank holds \[3:5\]"),
+    ],
+)
 def test_regions_that_are_not_each_element_once_are_no_snapshot(tmp_path, record, start, speaks, message):
     parts = [("model/a", Region(torch.ones(2), (0,), (4,))), ("model/a", Region(torch.ones(2), (start,), (4,), speaks))]
     with pytest.raises(CheckpointError, match=message), SnapshotWriter(tmp_path) as one:
@@ -187,6 +196,7 @@ def test_regions_that_are_not_each_element_once_are_no_snapshot(tmp_path, record
 @given(st.data(), SHAPES)
 def test_any_cuts_read_what_any_others_have_written(data, shape):
     """Rows, columns, rectangles: of one tensor a rank may hold several regions, views of any strides."""
+
     def cut(tensor, boxes):
         return [("x", Region(tensor[inside(box, [0] * len(shape))], tuple(a for a, _ in box), shape)) for box in boxes]
 
@@ -243,6 +253,7 @@ def stop_after(step):
     def on_step(line):
         if line["step"] == step:
             raise KeyboardInterrupt
+
     return on_step
 
 
@@ -329,16 +340,26 @@ def test_a_snapshot_of_other_hardware_is_used_with_a_warning(recipe_file, tmp_pa
     assert len(warnings) == 1 and "elsewhere" in warnings[0] and "not with the bits" in warnings[0]
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("model.intermediate_size=64", "of another model: intermediate_size=48, this recipe has intermediate_size=64"),
-    ("data.seed=3", "data.seed"), ("train.seq_length=64", "train.seq_length")])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.intermediate_size=64", "of another model: intermediate_size=48, this recipe has intermediate_size=64"),
+        ("data.seed=3", "data.seed"),
+        ("train.seq_length=64", "train.seq_length"),
+    ],
+)
 def test_another_model_or_other_data_cannot_go_on(recipe_file, tmp_path, cpu_ops, override, message):
     with pytest.raises(KeyboardInterrupt):
         train(load_recipe(recipe_file, OVERRIDES), tmp_path / "run", stop_after(4), ops=cpu_ops)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=message):
-        train(load_recipe(recipe_file, [*OVERRIDES, override]), tmp_path / "run", ops=cpu_ops, resume=True,
-              warn=lambda _: None)
+        train(
+            load_recipe(recipe_file, [*OVERRIDES, override]),
+            tmp_path / "run",
+            ops=cpu_ops,
+            resume=True,
+            warn=lambda _: None,
+        )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -394,8 +415,11 @@ def test_what_the_disk_refuses_in_the_thread_ends_the_run(recipe_file, tmp_path,
         return write(path, parts)
 
     monkeypatch.setattr(writer, "write_file", full)
-    with pytest.raises(ConfigError, match=r"safetensors cannot be written: No space left on device; the last good "
-                                          r"snapshot is .*step-00000003. Make room"):
+    with pytest.raises(
+        ConfigError,
+        match=r"safetensors cannot be written: No space left on device; the last good "
+        r"snapshot is .*step-00000003. Make room",
+    ):
         train(recipe, tmp_path / "run", lambda line: steps.append(line["step"]), ops=cpu_ops)
     assert 6 <= steps[-1] < 10  # at a poll, or as the next one begins
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["step-00000003"]
@@ -406,8 +430,13 @@ def test_what_the_disk_refuses_in_the_thread_ends_the_run(recipe_file, tmp_path,
 
 def test_a_kill_at_any_instant_leaves_a_whole_snapshot(tmp_path):
     """A child kills itself at its first change of the disk, another at its second, and so on to the last."""
-    done = subprocess.run([sys.executable, "-m", "train.kill_jobs", str(tmp_path)], cwd=Path(__file__).parents[1],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "train.kill_jobs", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) > 20 and not any(one["ended"] for one in found[:-1]) and found[-1]["ended"]
     steps = [one["step"] for one in found]

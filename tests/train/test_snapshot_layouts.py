@@ -18,8 +18,10 @@ from parallel.rank_kit import run_mesh
 
 LAYOUTS = list(itertools.product((1, 2), (1, 2)))
 """(tensor, copies)"""
-KINDS = {"fp32": ["model.tie_word_embeddings=false"],
-         "bf16": ["model.dtype=bfloat16", "model.num_kv_heads=1", "model.qkv_bias=true"]}
+KINDS = {
+    "fp32": ["model.tie_word_embeddings=false"],
+    "bf16": ["model.dtype=bfloat16", "model.num_kv_heads=1", "model.qkv_bias=true"],
+}
 """The second has a kv head that both ranks hold."""
 MORE = ["train.batch_size=4", "train.micro_batches=2"]
 
@@ -39,8 +41,10 @@ def recipe(tmp_path_factory, recipe_text):
 def whole_state(folder):
     """Every tensor of the newest snapshot, whole."""
     snapshot = open_snapshot(snapshots(Path(folder))[-1])
-    state = {name: torch.empty(told["shape"], dtype=getattr(torch, told["dtype"]))
-             for name, told in snapshot.record["tensors"].items()}
+    state = {
+        name: torch.empty(told["shape"], dtype=getattr(torch, told["dtype"]))
+        for name, told in snapshot.record["tensors"].items()
+    }
     snapshot.read((name, Region(tensor, (0,) * tensor.ndim, tuple(tensor.shape))) for name, tensor in state.items())
     return state
 
@@ -90,8 +94,10 @@ def test_any_layout_reads_what_any_other_has_written(written, recipe, tensor, co
 
 def test_ranks_that_hold_the_same_write_it_once(written):
     _, folders, _ = written
-    sizes = {layout: sum(file.stat().st_size for file in snapshots(Path(folder))[-1].glob("*.safetensors"))
-             for layout, folder in folders.items()}
+    sizes = {
+        layout: sum(file.stat().st_size for file in snapshots(Path(folder))[-1].glob("*.safetensors"))
+        for layout, folder in folders.items()
+    }
     elements = sum(tensor.nbytes for tensor in whole_state(folders[1, 1]).values())
     assert all(0 < size - elements < 0.4 * elements for size in sizes.values())  # headers
     assert len(list(snapshots(Path(folders[2, 2]))[-1].glob("*.safetensors"))) == 2

@@ -16,8 +16,14 @@ from headrace.train.run import train
 from headrace.train.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "finetune.toml"
-TINY = ("data.source=tinyworld", "train.steps=3", "train.batch_size=2", "train.seq_length=64", "train.sample_every=0",
-        "optimizer.warmup_steps=1")
+TINY = (
+    "data.source=tinyworld",
+    "train.steps=3",
+    "train.batch_size=2",
+    "train.seq_length=64",
+    "train.sample_every=0",
+    "optimizer.warmup_steps=1",
+)
 
 
 @pytest.fixture
@@ -44,13 +50,19 @@ def test_dtype_and_virtual_shards_are_the_recipes_to_choose(load, tinyworld_chec
         assert torch.equal(ours, theirs.to(ours.dtype))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("model.hidden_size=128", "model.hidden_size=128 differs from 64 of .*model.init starts from: leave it out"),
-    ("model.architecture=LlamaForCausalLM", "model.architecture='LlamaForCausalLM' differs from 'Qwen3ForCausalLM'"),
-    ("data.vocab_size=600", "data.vocab_size=600 differs from the 512 tokens"),
-    ("data.source=nowhere", "data.source='nowhere'"),
-    ("train.seq_length=4096", "max_position_embeddings=512"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.hidden_size=128", "model.hidden_size=128 differs from 64 of .*model.init starts from: leave it out"),
+        (
+            "model.architecture=LlamaForCausalLM",
+            "model.architecture='LlamaForCausalLM' differs from 'Qwen3ForCausalLM'",
+        ),
+        ("data.vocab_size=600", "data.vocab_size=600 differs from the 512 tokens"),
+        ("data.source=nowhere", "data.source='nowhere'"),
+        ("train.seq_length=4096", "max_position_embeddings=512"),
+    ],
+)
 def test_what_the_folder_is_not_is_refused(load, change, message):
     with pytest.raises(ConfigError, match=message):
         load(change)

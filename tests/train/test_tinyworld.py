@@ -78,12 +78,22 @@ def test_about_a_sixth_is_held_out_and_the_exam_ends():
 
 
 def test_the_same_seed_writes_the_same_world_in_any_process():
-    code = ("from itertools import islice; from headrace.train import tinyworld as w;"
-            "t = w.build_tokenizer(400, 3);"
-            "print(list(islice(w.documents(3), 50)), w.exam(3, 9), w.prompts(8, 3),"
-            " [t.token_text(i) for i in range(t.vocab_size)])")
-    outs = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed},
-                           capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
+    code = (
+        "from itertools import islice; from headrace.train import tinyworld as w;"
+        "t = w.build_tokenizer(400, 3);"
+        "print(list(islice(w.documents(3), 50)), w.exam(3, 9), w.prompts(8, 3),"
+        " [t.token_text(i) for i in range(t.vocab_size)])"
+    )
+    outs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(outs) == 1
     assert list(islice(tinyworld.documents(1), 5)) != list(islice(tinyworld.documents(2), 5))
 

@@ -19,15 +19,36 @@ from headrace.train.trainer import Trainer
 from serve.http_kit import served, until
 from train.run_kit import lines_of
 
-CHANGES = ["train.steps=8", "train.batch_size=4", "train.micro_batches=2", "train.snapshot_every=2",
-           "train.validate_every=4", "train.sample_every=4"]
+CHANGES = [
+    "train.steps=8",
+    "train.batch_size=4",
+    "train.micro_batches=2",
+    "train.snapshot_every=2",
+    "train.validate_every=4",
+    "train.sample_every=4",
+]
 
 
 def torchrun(processes, recipe_file, out, *changes, restarts=0):
     """The command as users write it, on a port of its own."""
     sets = [part for change in changes for part in ("--set", change)]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-            "--max-restarts", str(restarts), "-m", "headrace", "train", str(recipe_file), "--out", str(out), *sets]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        str(restarts),
+        "-m",
+        "headrace",
+        "train",
+        str(recipe_file),
+        "--out",
+        str(out),
+        *sets,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +69,20 @@ def same_run(out, undisturbed):
 @pytest.mark.parametrize(("processes", "tensor"), [(2, 2), (4, 2)])
 def test_ranks_leave_what_one_process_leaves(recipe_file, tmp_path, undisturbed, processes, tensor):
     out = tmp_path / "ranks"
-    done = subprocess.run(torchrun(processes, recipe_file, out, *CHANGES, f"parallel.tensor={tensor}"),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        torchrun(processes, recipe_file, out, *CHANGES, f"parallel.tensor={tensor}"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     same_run(out, undisturbed)
     assert done.stdout.count("held out") == 3 and done.stdout.count("step    4 │ ") == 2
     assert {file.name for file in (out / "snapshots" / "step-00000008").iterdir()} == {
-        "snapshot.json", "tokenizer", *(f"rank-{i:05d}-of-{processes:05d}.safetensors" for i in range(tensor))}
+        "snapshot.json",
+        "tokenizer",
+        *(f"rank-{i:05d}-of-{processes:05d}.safetensors" for i in range(tensor)),
+    }
 
 
 def test_a_killed_rank_is_started_again_and_the_run_is_the_same(recipe_file, tmp_path, undisturbed):
@@ -62,8 +90,11 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_same(recipe_file, tmp
     command = torchrun(2, recipe_file, out, *CHANGES, "parallel.tensor=2", restarts=2)
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
         until(lambda: (out / "metrics.jsonl").exists() and len(lines_of(out)) >= 3)
-        [second] = [child for child in psutil.Process(launcher.pid).children(recursive=True)
-                    if child.environ().get("RANK") == "1"]
+        [second] = [
+            child
+            for child in psutil.Process(launcher.pid).children(recursive=True)
+            if child.environ().get("RANK") == "1"
+        ]
         os.kill(second.pid, signal.SIGKILL)
         _, said = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, said
@@ -73,8 +104,9 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_same(recipe_file, tmp
 
 def test_a_layout_that_cannot_be_is_refused_by_every_rank(recipe_file, tmp_path):
     changes = ["train.micro_batches=3", "train.batch_size=3"]
-    done = subprocess.run(torchrun(2, recipe_file, tmp_path / "out", *changes), capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        torchrun(2, recipe_file, tmp_path / "out", *changes), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0 and "train.micro_batches=3 is no multiple of the 2 copies" in done.stderr
     assert "headrace: rank 1:" in done.stderr and 'File "/' not in done.stderr.split("headrace:")[1].splitlines()[0]
 
@@ -90,6 +122,7 @@ def test_what_two_processes_cannot_be_is_refused_before_they_meet(recipe_file, c
 @pytest.mark.parametrize(("processes", "tensor"), [(2, 2), (2, 1)])
 def test_a_run_goes_on_in_another_layout(recipe_file, tmp_path, undisturbed, cpu_ops, processes, tensor):
     """Begun by one process, stopped, ended by two: the bits are those of one, and a line says what has changed."""
+
     def stop(line):
         if line["step"] == 5:
             raise KeyboardInterrupt

@@ -36,9 +36,13 @@ def paged_log_probabilities(model, ops, batch, chunk, cache_dtype):
         for begin in range(0, length, chunk):
             positions = torch.arange(begin, min(begin + chunk, length), dtype=torch.int32)
             meta = AttentionMeta(
-                table, torch.tensor([0, len(positions)], dtype=torch.int32),
+                table,
+                torch.tensor([0, len(positions)], dtype=torch.int32),
                 torch.tensor([begin + len(positions)], dtype=torch.int32),
-                table[0, positions.long() // size] * size + positions % size, len(positions), begin + len(positions))
+                table[0, positions.long() // size] * size + positions % size,
+                len(positions),
+                begin + len(positions),
+            )
             logits.append(model(ids[positions.long()], positions, PagedContext(ops, store, meta, config)))
         logits_TV = torch.cat(logits)
         mine = (batch.rows_R >= start) & (batch.rows_R < start + length)
@@ -112,8 +116,10 @@ def test_gradients_are_those_of_plain_torch(recipe, cpu_ops):
 
 
 def test_divergence_is_a_clear_error(recipe_file, cpu_ops):
-    trainer = Trainer(load_recipe(recipe_file, ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0",
-                                                "optimizer.grad_clip=0"]), cpu_ops)
+    trainer = Trainer(
+        load_recipe(recipe_file, ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", "optimizer.grad_clip=0"]),
+        cpu_ops,
+    )
     with pytest.raises(ConfigError, match=r"at step [23], whose batch begins at .*documents.*lower optimizer\.learn"):
         for _ in range(3):
             trainer.step()
@@ -173,8 +179,9 @@ def test_recomputation_keeps_less_and_has_the_same_bits(recipe_file, cpu_ops):
 
 
 def test_a_recomputing_trainer_is_sampled_and_validated_as_any(recipe_file, cpu_ops):
-    trainer, plain = (Trainer(load_recipe(recipe_file, [f"train.recompute={what}"]), cpu_ops)
-                      for what in ("full", "none"))
+    trainer, plain = (
+        Trainer(load_recipe(recipe_file, [f"train.recompute={what}"]), cpu_ops) for what in ("full", "none")
+    )
     assert trainer.validation_loss(8) == plain.validation_loss(8)
     ids, ctx = torch.tensor([5, 6, 7]), DenseContext(cpu_ops, trainer.config, [3])
     positions = torch.arange(3, dtype=torch.int32)

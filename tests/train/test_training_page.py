@@ -26,5 +26,16 @@ def test_every_key_and_default_is_there_and_no_other():
 
 def test_every_metric_is_explained():
     told = set(re.findall(r"`([a-z_]+)`", PAGE.read_text()))
-    assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_bytes", "val_loss",
-            "loss_scale", "skipped"} <= told
+    assert {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "memory_bytes",
+        "val_loss",
+        "loss_scale",
+        "skipped",
+    } <= told

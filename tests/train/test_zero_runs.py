@@ -28,8 +28,9 @@ def test_a_rank_killed_at_any_instant_changes_nothing(recipe_file, tmp_path, und
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
         lines = draw.randrange(1, 5)
         until(lambda: (out / "metrics.jsonl").exists() and len(lines_of(out)) >= lines)
-        victim = draw.choice([child for child in psutil.Process(launcher.pid).children(recursive=True)
-                              if "RANK" in child.environ()])
+        victim = draw.choice(
+            [child for child in psutil.Process(launcher.pid).children(recursive=True) if "RANK" in child.environ()]
+        )
         # Somewhere within a step or a save, by the time that the victim itself has computed.
         instant = victim.cpu_times().user + draw.uniform(0, 0.2)
         until(lambda: victim.cpu_times().user >= instant)
@@ -45,8 +46,9 @@ def test_a_rank_killed_at_any_instant_changes_nothing(recipe_file, tmp_path, und
 def test_a_run_goes_on_with_fewer_ranks_at_another_stage(recipe_file, tmp_path, undisturbed):
     """Four processes at stage 3, stopped in the middle; then two at stage 1."""
     out = tmp_path / "ranks"
-    with subprocess.Popen(torchrun(4, recipe_file, out, *CHANGES, *ZERO), stderr=subprocess.PIPE,
-                          stdout=subprocess.DEVNULL, text=True) as launcher:
+    with subprocess.Popen(
+        torchrun(4, recipe_file, out, *CHANGES, *ZERO), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as launcher:
         until(lambda: (out / "metrics.jsonl").exists() and len(lines_of(out)) >= 4)
         for child in psutil.Process(launcher.pid).children(recursive=True):
             child.kill()
@@ -90,8 +92,13 @@ def test_what_does_not_fit_into_one_rank_fits_into_four(tmp_path, stage):
     (tmp_path / "big.toml").write_text(BIG)
     command = torchrun(4, tmp_path / "big.toml", tmp_path / "run", f"parallel.zero={stage}")
     limited = ["bash", "-c", f'ulimit -d {LIMIT * 1024} && exec "$@"', "limited", *map(str, command)]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"})
+    done = subprocess.run(
+        limited,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
+    )
     if stage == 3:
         assert done.returncode == 0, done.stderr
         assert len(lines_of(tmp_path / "run")) == 1

@@ -35,10 +35,20 @@ def layouts(draw):
     heads = draw(st.sampled_from([2, 4]))
     kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0]))
     config = ModelConfig(
-        "Qwen3ForCausalLM", draw(st.integers(300, 900)), 8 * draw(st.integers(1, 8)), draw(st.integers(20, 200)),
-        draw(st.integers(1, 3)), heads, kv_heads, 2 * draw(st.integers(1, 6)), 64,
-        tie_word_embeddings=draw(st.booleans()), qk_norm=draw(st.booleans()), qkv_bias=draw(st.booleans()),
-        dtype=draw(st.sampled_from(["float32", "bfloat16"])))
+        "Qwen3ForCausalLM",
+        draw(st.integers(300, 900)),
+        8 * draw(st.integers(1, 8)),
+        draw(st.integers(20, 200)),
+        draw(st.integers(1, 3)),
+        heads,
+        kv_heads,
+        2 * draw(st.integers(1, 6)),
+        64,
+        tie_word_embeddings=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+    )
     tensor = draw(st.sampled_from([n for n in (1, 2, 4) if config.shards % n == 0]))
     return config, tensor, draw(st.sampled_from([1, 2, 4, 8])), draw(st.integers(500, 40_000))
 
@@ -84,7 +94,8 @@ def test_ranks_together_keep_each_element_of_the_checkpoint_once(layout, stage):
                 seen[at] += part.speaks
     assert all((seen == 1).all() for seen in found.values())
     names = {"model.embed_tokens.weight", "model.norm.weight"} | (
-        set() if config.tie_word_embeddings else {"lm_head.weight"})
+        set() if config.tie_word_embeddings else {"lm_head.weight"}
+    )
     assert {f"model/{name}" for name in names} <= set(found)
 
 
@@ -104,8 +115,10 @@ def test_chunks_of_the_norm_are_the_same_for_every_layout(layout):
                 one = sharded(config, tensor, rank, copies, copy, stage, bucket)
                 filled = [torch.zeros(slot.weights.numel(), dtype=torch.float64) for slot in one.slots]
                 for name, part in one.regions("model", filled):
-                    whole = numbers.setdefault(name, torch.rand(
-                        part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name))))
+                    whole = numbers.setdefault(
+                        name,
+                        torch.rand(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name))),
+                    )
                     at = tuple(slice(a, a + n) for a, n in zip(part.start, part.tensor.shape))
                     part.tensor.copy_(whole[at])
                 for flat, chunk in one.chunks(filled):

@@ -51,11 +51,24 @@ def test_stages_go_with_tensor_parallelism(recipe, stage, sequence):
     assert curve(recipe, 4, 2, *changes, f"parallel.zero={stage}", sequence=sequence) == expected
 
 
-@pytest.mark.parametrize("size, tensor, changes", [
-    (1, 1, ["parallel.offload_activations=true", "parallel.offload_optimizer=true", "model.dtype=bfloat16"]),
-    (2, 2, ["parallel.partition_activations=true"]),
-    (4, 2, ["parallel.partition_activations=true", "parallel.offload_activations=true", "parallel.zero=3",
-            "parallel.offload_optimizer=true"])], ids=["offloaded", "P_a", "P_a+cpu, stage 3"])
+@pytest.mark.parametrize(
+    "size, tensor, changes",
+    [
+        (1, 1, ["parallel.offload_activations=true", "parallel.offload_optimizer=true", "model.dtype=bfloat16"]),
+        (2, 2, ["parallel.partition_activations=true"]),
+        (
+            4,
+            2,
+            [
+                "parallel.partition_activations=true",
+                "parallel.offload_activations=true",
+                "parallel.zero=3",
+                "parallel.offload_optimizer=true",
+            ],
+        ),
+    ],
+    ids=["offloaded", "P_a", "P_a+cpu, stage 3"],
+)
 def test_what_is_kept_elsewhere_changes_no_bit(recipe, size, tensor, changes):
     narrow = [change for change in changes if "dtype" in change]
     expected = curve(recipe, 1, 1, "train.micro_batches=2", *narrow)
@@ -92,8 +105,11 @@ def test_a_tree_of_another_shape_is_seen(recipe):
     assert answer["curve"] != curve(recipe, 4, 1, *changes)[0]
 
 
-@pytest.mark.parametrize("changes", [["parallel.reduce_every=step", "parallel.zero=1"],
-                                     ["parallel.reduction=library", "parallel.zero=2"]], ids=["once", "library"])
+@pytest.mark.parametrize(
+    "changes",
+    [["parallel.reduce_every=step", "parallel.zero=1"], ["parallel.reduction=library", "parallel.zero=2"]],
+    ids=["once", "library"],
+)
 def test_other_sums_are_nearly_the_same(recipe, changes):
     """What a flag gives up is the last bits, and nothing else."""
     expected, held_out, _ = curve(recipe, 2, 1, "train.micro_batches=4")
@@ -106,10 +122,14 @@ def test_other_sums_are_nearly_the_same(recipe, changes):
 
 # ---- memory and traffic
 
-WIDE = RECIPE.replace("hidden_size = 40", "hidden_size = 128").replace("intermediate_size = 100", (
-    "intermediate_size = 384")).replace("head_dim = 12", "head_dim = 32").replace("vocab_size = 320", (
-        "vocab_size = 640")).replace("num_layers = 2", "num_layers = 6").replace(
-            "tie_word_embeddings = true", "tie_word_embeddings = false")
+WIDE = (
+    RECIPE.replace("hidden_size = 40", "hidden_size = 128")
+    .replace("intermediate_size = 100", ("intermediate_size = 384"))
+    .replace("head_dim = 12", "head_dim = 32")
+    .replace("vocab_size = 320", ("vocab_size = 640"))
+    .replace("num_layers = 2", "num_layers = 6")
+    .replace("tie_word_embeddings = true", "tie_word_embeddings = false")
+)
 BUCKET = 100_000
 STATES = ("weights", "gathered weights", "gradients", "fp32 masters", "optimizer moments")
 
@@ -146,7 +166,8 @@ def test_states_take_the_paper_s_bytes_inside_a_step(wide, size, stage, dtype):
             # C_B: what is on its way is a handful of buckets, however large the model.
             assert sample.get("gradients on their way", 0) <= 6 * BUCKET * told["width"]
         assert {name: told["idle"].get(name, 0) for name in told["said"] if told["said"][name]} == {
-            name: size for name, size in told["said"].items() if size}
+            name: size for name, size in told["said"].items() if size
+        }
         # Nothing else of that order stays from step to step.
         assert told["idle"].get("rest", 0) < 0.1 * told["matrices"] * told["width"]
 
@@ -189,15 +210,21 @@ def test_keys_that_cannot_be_together_are_refused(recipe):
     from headrace.train.config import load_recipe
 
     for changes, message in (
-            (["parallel.zero=4"], "must be a stage of ZeRO: 0, 1, 2 or 3"),
-            (["parallel.zero=2", "parallel.reduce_every=step"], "use parallel.zero=1, or reduce every micro_step"),
-            (["parallel.partition_activations=true"], "set parallel.tensor to 2 or more"),
-            (["parallel.offload_activations=true"], "set train.recompute=full"),
-            (["parallel.offload_folder=/nowhere"], "is not a folder"),
-            (["parallel.tensor=2", "parallel.sequence=true", "parallel.partition_activations=true",
-              "train.recompute=full"], "do the same"),
-            (["parallel.reduction=best"], "parallel.reduction")):
+        (["parallel.zero=4"], "must be a stage of ZeRO: 0, 1, 2 or 3"),
+        (["parallel.zero=2", "parallel.reduce_every=step"], "use parallel.zero=1, or reduce every micro_step"),
+        (["parallel.partition_activations=true"], "set parallel.tensor to 2 or more"),
+        (["parallel.offload_activations=true"], "set train.recompute=full"),
+        (["parallel.offload_folder=/nowhere"], "is not a folder"),
+        (
+            [
+                "parallel.tensor=2",
+                "parallel.sequence=true",
+                "parallel.partition_activations=true",
+                "train.recompute=full",
+            ],
+            "do the same",
+        ),
+        (["parallel.reduction=best"], "parallel.reduction"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load_recipe(recipe, changes)
-
-

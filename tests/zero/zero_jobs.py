@@ -19,11 +19,11 @@ def live(trainer):
     sharded, optimizer = trainer.sharded, trainer._optimizer
     owners = {
         "weights": sharded.weights.tensors(),
-        "gathered weights": list(sharded.weights._open.values()) + [
-            free for arena in sharded.weights._arenas.values() for free in arena._free],
+        "gathered weights": list(sharded.weights._open.values())
+        + [free for arena in sharded.weights._arenas.values() for free in arena._free],
         "gradients": sharded.gradients.tensors(),
-        "gradients on their way": [b.buffer for b in sharded.gradients._buckets if b.buffer is not None] + [
-            free for arena in sharded.gradients._arenas.values() for free in arena._free],
+        "gradients on their way": [b.buffer for b in sharded.gradients._buckets if b.buffer is not None]
+        + [free for arena in sharded.gradients._arenas.values() for free in arena._free],
         "fp32 masters": [m.master for m in optimizer.state if m.stored is not None],
         "optimizer moments": [t for m in optimizer.state for t in (m.first, m.second)],
     }
@@ -52,6 +52,7 @@ def sampled(mesh, recipe, changes):
                 samples["forward"].append(live(trainer))
                 out.register_hook(lambda g: samples["backward"].append(live(trainer)))
             return out
+
         return call
 
     for layer in (0, len(trainer.model.blocks) // 2, -1):
@@ -60,10 +61,16 @@ def sampled(mesh, recipe, changes):
     trainer.step()
     parameters = list(trainer.model.parameters())
     largest = max(sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in trainer.model.blocks)
-    return {**samples, "idle": live(trainer), "said": trainer.memory(), "block": largest,
-            "matrices": sum(p.numel() for p in parameters if p.ndim == 2),
-            "vectors": sum(p.numel() for p in parameters if p.ndim == 1),
-            "table": trainer.model.lm_head.weight.numel(), "width": parameters[0].element_size()}
+    return {
+        **samples,
+        "idle": live(trainer),
+        "said": trainer.memory(),
+        "block": largest,
+        "matrices": sum(p.numel() for p in parameters if p.ndim == 2),
+        "vectors": sum(p.numel() for p in parameters if p.ndim == 1),
+        "table": trainer.model.lm_head.weight.numel(),
+        "width": parameters[0].element_size(),
+    }
 
 
 def volumes(mesh, recipe, changes):
@@ -74,6 +81,11 @@ def volumes(mesh, recipe, changes):
     mesh.tensor.traffic.clear()
     trainer.step()
     sizes = {unit.name: unit.size for unit in trainer.sharded.units}
-    return {"gradients": mesh.data.traffic.volume("gradients"), "weights": mesh.data.traffic.volume("weights"),
-            "sizes": sizes, "bytes": mesh.data.traffic.bytes_sent,
-            "tensor": mesh.tensor.traffic.volume(), "checkpoints": mesh.tensor.traffic.volume("checkpoints")}
+    return {
+        "gradients": mesh.data.traffic.volume("gradients"),
+        "weights": mesh.data.traffic.volume("weights"),
+        "sizes": sizes,
+        "bytes": mesh.data.traffic.bytes_sent,
+        "tensor": mesh.tensor.traffic.volume(),
+        "checkpoints": mesh.tensor.traffic.volume("checkpoints"),
+    }

@@ -35,8 +35,12 @@ def packed_meta(lengths: Sequence[int], block_size: int, device: torch.device) -
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, (count, start) in enumerate(zip(counts, first)):
         table[row, :count] = torch.arange(start, start + count, dtype=torch.int32)
-    slots = torch.cat([torch.arange(start * block_size, start * block_size + length, dtype=torch.int32)
-                       for length, start in zip(lengths, first)])
+    slots = torch.cat(
+        [
+            torch.arange(start * block_size, start * block_size + length, dtype=torch.int32)
+            for length, start in zip(lengths, first)
+        ]
+    )
     return AttentionMeta(
         block_table_SM=table.to(device),
         query_start_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),

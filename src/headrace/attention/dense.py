@@ -24,8 +24,14 @@ class DenseContext:
 
     __slots__ = ("block_size", "cache_dtype", "meta", "ops", "scale", "windows")
 
-    def __init__(self, ops: Ops, config: ModelConfig, lengths: Sequence[int],
-                 cache_dtype: torch.dtype = torch.float32, block_size: int = 16) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        lengths: Sequence[int],
+        cache_dtype: torch.dtype = torch.float32,
+        block_size: int = 16,
+    ) -> None:
         self.ops = ops
         self.meta = packed_meta(lengths, block_size, ops.device)
         self.cache_dtype = cache_dtype
@@ -35,5 +41,6 @@ class DenseContext:
 
     def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Attend causally within each sequence: [T, H, d] fp32."""
-        return causal_attention(self.ops, q_THd, k_TGd, v_TGd, self.meta, self.block_size, self.cache_dtype,
-                                self.scale, self.windows[layer])
+        return causal_attention(
+            self.ops, q_THd, k_TGd, v_TGd, self.meta, self.block_size, self.cache_dtype, self.scale, self.windows[layer]
+        )

@@ -29,8 +29,16 @@ class KVStore:
     others start uninitialised: a row is always written before it is read.
     """
 
-    def __init__(self, num_blocks: int, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int,
-                 dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        num_layers: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Raises `ConfigError` with the numbers where there is no memory for `num_blocks` blocks."""
         require(num_blocks >= 2, f"num_blocks={num_blocks} must be at least 2, as block 0 is the null block")
         self.num_blocks = num_blocks
@@ -42,7 +50,8 @@ class KVStore:
         except RuntimeError as error:
             raise ConfigError(
                 f"no memory for a KV cache of {num_blocks} blocks × {self.block_bytes} bytes = "
-                f"{num_blocks * self.block_bytes / 2**30:.1f} GiB on {device}: ask for less") from error
+                f"{num_blocks * self.block_bytes / 2**30:.1f} GiB on {device}: ask for less"
+            ) from error
         self.blocks[0].zero_()
 
     @staticmethod

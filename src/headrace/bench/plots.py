@@ -20,9 +20,10 @@ def write_plots(rows: Sequence[RequestRow], folder: Path) -> list[Path]:
     """ttft.png, gaps.png and in_flight.png."""
     whole = [row for row in rows if row.failure is None]
     gaps = [gap * 1e3 for row in whole for gap in row.gaps]
-    paths = [_cdf([row.ttft * 1e3 for row in whole if row.ttft is not None], "time to first token, ms",
-                  folder / "ttft.png"),
-             _cdf(gaps, "time between tokens, ms", folder / "gaps.png")]
+    paths = [
+        _cdf([row.ttft * 1e3 for row in whole if row.ttft is not None], "time to first token, ms", folder / "ttft.png"),
+        _cdf(gaps, "time between tokens, ms", folder / "gaps.png"),
+    ]
     figure, axes = _axes("seconds", "requests in flight")
     times, counts = in_flight(rows)
     axes.step(times, counts, where="post")

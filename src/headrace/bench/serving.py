@@ -122,8 +122,9 @@ def find_model(url: str, key: str | None = None, model: str | None = None) -> st
         raise RequestError(f"{base} lists no model (/v1/models answers {answer.status_code}): give --model") from None
 
 
-def make_calls(plan: Sequence[tuple[float, TraceRow]], prompts: Prompts, model: str,
-               token_events: bool = False) -> list[Call]:
+def make_calls(
+    plan: Sequence[tuple[float, TraceRow]], prompts: Prompts, model: str, token_events: bool = False
+) -> list[Call]:
     """The requests of a schedule, as bytes already: nothing is computed for them while the clock runs.
 
     `token_events` asks for an event a token, by a field that headrace and vLLM know and others may refuse.
@@ -132,8 +133,14 @@ def make_calls(plan: Sequence[tuple[float, TraceRow]], prompts: Prompts, model: 
     for number, (at, row) in enumerate(plan):
         ids, (_, output) = prompts.make(number, row), prompts.lengths(row)
         body: dict[str, Any] = {
-            "model": model, "prompt": ids, "max_tokens": output, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}}
+            "model": model,
+            "prompt": ids,
+            "max_tokens": output,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         if token_events:
             body["return_token_ids"] = True
         calls.append(Call(at, json.dumps(body, separators=(",", ":")).encode(), len(ids), output))

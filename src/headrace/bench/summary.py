@@ -25,8 +25,9 @@ def spread(values: Iterable[float | None]) -> dict[str, float] | None:
     return {"mean": float(np.mean(known)), "p50": p50, "p90": p90, "p99": p99, "max": max(known)}
 
 
-def goodput(rows: Sequence[RequestRow], seconds: float, slo_ttft: float | None,
-            slo_tpot: float | None) -> dict[str, float] | None:
+def goodput(
+    rows: Sequence[RequestRow], seconds: float, slo_ttft: float | None, slo_tpot: float | None
+) -> dict[str, float] | None:
     """Answers within both limits (ms): a second, and as a share of all that was to be sent. None without a limit."""
     if slo_ttft is None and slo_tpot is None:
         return None
@@ -36,12 +37,16 @@ def goodput(rows: Sequence[RequestRow], seconds: float, slo_ttft: float | None,
         and (slo_tpot is None or row.tpot is None or row.tpot * 1e3 <= slo_tpot)
         for row in rows
     )
-    return {"requests": good, "requests_per_second": good / seconds if seconds else 0.0,
-            "share": good / len(rows) if rows else 0.0}
+    return {
+        "requests": good,
+        "requests_per_second": good / seconds if seconds else 0.0,
+        "share": good / len(rows) if rows else 0.0,
+    }
 
 
-def summarise(rows: Sequence[RequestRow], slo_ttft: float | None = None,
-              slo_tpot: float | None = None) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[RequestRow], slo_ttft: float | None = None, slo_tpot: float | None = None
+) -> dict[str, Any]:
     """Figures of a run. Its length is from its start to the last end, of failures too."""
     whole = [row for row in rows if row.failure is None]
     seconds = max((row.end for row in rows if row.end is not None), default=0.0)
@@ -76,18 +81,23 @@ def summarise(rows: Sequence[RequestRow], slo_ttft: float | None = None,
 
 def summary_text(summary: dict[str, Any]) -> str:
     """For a terminal."""
-    lines = [f"{summary['completed']} of {summary['requests']} requests answered in {summary['seconds']:.1f} s",
-             f"{'ms':16}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}"]
+    lines = [
+        f"{summary['completed']} of {summary['requests']} requests answered in {summary['seconds']:.1f} s",
+        f"{'ms':16}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}",
+    ]
     for name, label in LATENCIES.items():
         figures = summary[name]
         cells = [f"{figures[k]:10.1f}" for k in ("mean", "p50", "p90", "p99", "max")] if figures else [f"{'–':>10}"] * 5
         lines.append(f"{label:16}" + "".join(cells))
-    lines.append(f"throughput: {summary['requests_per_second']:.2f} requests/s · "
-                 f"{summary['output_tokens_per_second']:.1f} output tokens/s · "
-                 f"{summary['prompt_tokens_per_second']:.1f} prompt tokens/s")
+    lines.append(
+        f"throughput: {summary['requests_per_second']:.2f} requests/s · "
+        f"{summary['output_tokens_per_second']:.1f} output tokens/s · "
+        f"{summary['prompt_tokens_per_second']:.1f} prompt tokens/s"
+    )
     if good := summary["goodput"]:
-        lines.append(f"goodput: {good['requests_per_second']:.2f} requests/s within the limits, "
-                     f"{good['share']:.1%} of all")
+        lines.append(
+            f"goodput: {good['requests_per_second']:.2f} requests/s within the limits, {good['share']:.1%} of all"
+        )
     for kind, count in summary["failures"].items():
         lines.append(f"failed: {count} × {kind}: {summary['first_reasons'][kind] or 'unfinished at the end'}")
     if summary["short"]:

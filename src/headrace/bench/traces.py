@@ -54,8 +54,9 @@ def read_trace(path: Path) -> list[TraceRow]:
     elif set(AZURE) <= {name.strip() for name in head.split(",")}:
         rows = _azure(path, lines)
     else:
-        raise ConfigError(f"{path} is not a trace: neither a CSV with {','.join(AZURE)} nor JSON lines with "
-                          f"{', '.join(MOONCAKE)}")
+        raise ConfigError(
+            f"{path} is not a trace: neither a CSV with {','.join(AZURE)} nor JSON lines with {', '.join(MOONCAKE)}"
+        )
     require(bool(rows), f"the trace {path} holds no requests")
     return sorted(rows, key=lambda row: row.time)
 
@@ -93,8 +94,9 @@ def _row(time: float, prompt: int, output: int, ids: tuple[int, ...] = ()) -> Tr
     return TraceRow(time, prompt, output, ids)
 
 
-def schedule(rows: Sequence[TraceRow], rate: float, duration: float,
-             max_requests: int | None = None) -> list[tuple[float, TraceRow]]:
+def schedule(
+    rows: Sequence[TraceRow], rate: float, duration: float, max_requests: int | None = None
+) -> list[tuple[float, TraceRow]]:
     """(seconds from the start, row) of the requests to send: a mean of `rate` a second for `duration` seconds.
 
     They are the trace's first rate·duration requests, at the trace's own distances, all stretched by one factor: bursts

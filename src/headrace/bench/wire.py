@@ -54,8 +54,10 @@ class Endpoint:
         """A POST's first lines, for a JSON body of `length` bytes."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
-        return (f"POST {self.path} HTTP/1.1\r\nHost: {name}:{self.port}\r\nContent-Type: application/json\r\n"
-                f"Accept: text/event-stream\r\nConnection: close\r\n{key}Content-Length: {length}\r\n\r\n").encode()
+        return (
+            f"POST {self.path} HTTP/1.1\r\nHost: {name}:{self.port}\r\nContent-Type: application/json\r\n"
+            f"Accept: text/event-stream\r\nConnection: close\r\n{key}Content-Length: {length}\r\n\r\n"
+        ).encode()
 
 
 class Reply:

@@ -20,8 +20,7 @@ KEY_VARIABLE = "HEADRACE_API_KEY"
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("bench", help="measure a server under real traffic",
-                                 description="Measure a server.")
+    parser = commands.add_parser("bench", help="measure a server under real traffic", description="Measure a server.")
     kinds = parser.add_subparsers(title="what", required=True, metavar="WHAT")
     serve = kinds.add_parser(
         "serve",
@@ -36,28 +35,50 @@ def add(commands: Any) -> None:
 
 
 def _add_load(group: Any) -> None:
-    group.add_argument("--trace", required=True, metavar="FILE",
-                       help="Azure's CSV or Mooncake's JSON lines, told apart by content")
+    group.add_argument(
+        "--trace", required=True, metavar="FILE", help="Azure's CSV or Mooncake's JSON lines, told apart by content"
+    )
     group.add_argument("--rate", type=float, required=True, metavar="R", help="mean requests a second")
     group.add_argument("--duration", type=float, required=True, metavar="S", help="seconds in which requests are sent")
-    group.add_argument("--scale", type=float, default=1.0, metavar="X",
-                       help="all lengths times this, for small machines (default: 1, as the trace has them)")
+    group.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="all lengths times this, for small machines (default: 1, as the trace has them)",
+    )
     group.add_argument("--max-requests", type=int, metavar="N", help="at most so many (default: as many as fit)")
-    group.add_argument("--vocab-size", type=int, default=1000, metavar="N",
-                       help="prompts are random token ids from 3 to N-1 (default: 1000, which every vocabulary holds)")
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="prompts are random token ids from 3 to N-1 (default: 1000, which every vocabulary holds)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts' tokens (default: 0)")
-    group.add_argument("--grace", type=float, default=60.0, metavar="S",
-                       help="seconds after --duration until what still runs has failed (default: 60)")
+    group.add_argument(
+        "--grace",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds after --duration until what still runs has failed (default: 60)",
+    )
 
 
 def _add_server(group: Any) -> None:
     group.add_argument("--url", required=True, metavar="URL", help="for example http://127.0.0.1:8000")
     group.add_argument("--model", metavar="NAME", help="the name to send (default: the first that the server lists)")
-    group.add_argument("--api-key", metavar="KEY",
-                       help=f"sent as a bearer token; better set {KEY_VARIABLE}, which process lists do not show")
-    group.add_argument("--token-events", action="store_true",
-                       help="ask for an event a token by return_token_ids, which headrace and vLLM know (default: no, "
-                       "as clients get them: several tokens may come in one event)")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"sent as a bearer token; better set {KEY_VARIABLE}, which process lists do not show",
+    )
+    group.add_argument(
+        "--token-events",
+        action="store_true",
+        help="ask for an event a token by return_token_ids, which headrace and vLLM know (default: no, "
+        "as clients get them: several tokens may come in one event)",
+    )
 
 
 def _add_report(group: Any) -> None:
@@ -79,8 +100,10 @@ def run(arguments: argparse.Namespace) -> None:
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     model = find_model(arguments.url, key, arguments.model)
     calls = make_calls(plan, prompts, model, arguments.token_events)
-    print(f"{len(calls)} requests of {arguments.trace} over {calls[-1].at:.1f} s to {model} at {arguments.url}",
-          flush=True)
+    print(
+        f"{len(calls)} requests of {arguments.trace} over {calls[-1].at:.1f} s to {model} at {arguments.url}",
+        flush=True,
+    )
     rows = asyncio.run(run_calls(arguments.url, calls, arguments.duration + arguments.grace, key))
     summary = summarise(rows, arguments.slo_ttft, arguments.slo_tpot)
     print(summary_text(summary))

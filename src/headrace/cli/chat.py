@@ -27,13 +27,19 @@ Answer = Callable[[list[dict[str, str]]], Iterator[str]]
 def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
-        "chat", help="talk to a model",
-        description="Talk to a checkpoint, or to a server. Ctrl-D or /quit ends, /new begins again."
+        "chat",
+        help="talk to a model",
+        description="Talk to a checkpoint, or to a server. Ctrl-D or /quit ends, /new begins again.",
     )
-    parser.add_argument("model", nargs="?", help="a checkpoint folder in Hugging Face layout, or a hub id; with --url "
-                        "the served model's name (default: its first)")
-    parser.add_argument("--url", help="talk to a server, as http://127.0.0.1:8000; a key is taken from "
-                        f"{' or '.join(KEY_VARIABLES)}")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a checkpoint folder in Hugging Face layout, or a hub id; with --url "
+        "the served model's name (default: its first)",
+    )
+    parser.add_argument(
+        "--url", help=f"talk to a server, as http://127.0.0.1:8000; a key is taken from {' or '.join(KEY_VARIABLES)}"
+    )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     add_sampling_options(parser)
     add_engine_options(parser)

@@ -20,43 +20,77 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("data", help="build a folder to train on from files", description="Training data.")
     kinds = parser.add_subparsers(title="what", required=True, metavar="WHAT")
     build = kinds.add_parser(
-        "build", help="tokenize files into a folder",
+        "build",
+        help="tokenize files into a folder",
         description="Tokenize text, JSON lines, parquet files or a hub dataset into a folder of memory-mapped shards.",
     )
-    build.add_argument("inputs", nargs="+", metavar="INPUT",
-                       help="*.txt, *.jsonl (both also .gz or .zst), *.parquet, hub:owner/name[@split], or tinyworld")
+    build.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="*.txt, *.jsonl (both also .gz or .zst), *.parquet, hub:owner/name[@split], or tinyworld",
+    )
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     build.add_argument("--force", action="store_true", help="replace an earlier build once the new one is whole")
     _add_tokenizer(build.add_argument_group("tokenizer"))
     _add_reading(build.add_argument_group("reading"))
     build.set_defaults(run=run_build)
-    check = kinds.add_parser("check", help="read every byte of a built folder and compare its hashes",
-                             description="Read every byte of a built folder and compare its hashes.")
+    check = kinds.add_parser(
+        "check",
+        help="read every byte of a built folder and compare its hashes",
+        description="Read every byte of a built folder and compare its hashes.",
+    )
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(run=run_check)
 
 
 def _add_tokenizer(group: Any) -> None:
-    group.add_argument("--vocab-size", type=int, default=8192, metavar="N",
-                       help="tokens of the byte-level BPE tokenizer that is learnt from the inputs (default: 8192)")
-    group.add_argument("--tokenizer", type=Path, metavar="FOLDER",
-                       help="take the tokenizer of this model or data folder instead")
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="tokens of the byte-level BPE tokenizer that is learnt from the inputs (default: 8192)",
+    )
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer of this model or data folder instead"
+    )
 
 
 def _add_reading(group: Any) -> None:
-    group.add_argument("--text-field", default="text", metavar="NAME",
-                       help="where a record has its text (default: text)")
-    group.add_argument("--chat", action="store_true",
-                       help="records are conversations: only what the assistant says counts in the loss")
-    group.add_argument("--messages-field", default="messages", metavar="NAME",
-                       help="with --chat, where a record has its messages (default: messages)")
-    group.add_argument("--split-on", default=END, metavar="TEXT",
-                       help=f"what stands between the documents of a text file; '' for none (default: {END})")
-    group.add_argument("--validation", type=float, default=0.01, metavar="SHARE",
-                       help="share of the documents to hold out, one at least; 0 for none (default: 0.01)")
+    group.add_argument(
+        "--text-field", default="text", metavar="NAME", help="where a record has its text (default: text)"
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="records are conversations: only what the assistant says counts in the loss"
+    )
+    group.add_argument(
+        "--messages-field",
+        default="messages",
+        metavar="NAME",
+        help="with --chat, where a record has its messages (default: messages)",
+    )
+    group.add_argument(
+        "--split-on",
+        default=END,
+        metavar="TEXT",
+        help=f"what stands between the documents of a text file; '' for none (default: {END})",
+    )
+    group.add_argument(
+        "--validation",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the documents to hold out, one at least; 0 for none (default: 0.01)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="which are held out (default: 0)")
-    group.add_argument("--documents", type=int, default=20_000, metavar="N",
-                       help="how many texts of tinyworld to write (default: 20000)")
+    group.add_argument(
+        "--documents",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="how many texts of tinyworld to write (default: 20000)",
+    )
 
 
 def run_build(arguments: argparse.Namespace) -> None:
@@ -64,19 +98,32 @@ def run_build(arguments: argparse.Namespace) -> None:
     from headrace.train.corpus.build import BuildConfig, build
 
     config = BuildConfig(
-        tuple(arguments.inputs), arguments.out, arguments.vocab_size, arguments.tokenizer, arguments.text_field,
-        arguments.messages_field, arguments.chat, arguments.validation, arguments.split_on, arguments.seed,
-        arguments.documents, arguments.force)
+        tuple(arguments.inputs),
+        arguments.out,
+        arguments.vocab_size,
+        arguments.tokenizer,
+        arguments.text_field,
+        arguments.messages_field,
+        arguments.chat,
+        arguments.validation,
+        arguments.split_on,
+        arguments.seed,
+        arguments.documents,
+        arguments.force,
+    )
     with status("reading …") as line:
         built = build(config, _shown(line))
     if built.skipped:
         print(f"skipped {built.skipped} without {'a turn of the assistant' if config.chat else 'text'}")
     if built.ended_within:
-        print(f"{built.ended_within} documents have the end token inside them, and attention crosses it: is --split-on "
-              "what stands between them?")
+        print(
+            f"{built.ended_within} documents have the end token inside them, and attention crosses it: is --split-on "
+            "what stands between them?"
+        )
     _describe(config.out, built.index)
-    print(f"headrace train RECIPE --out … --set data.source={config.out} "
-          f"--set data.vocab_size={built.index.vocab_size}")
+    print(
+        f"headrace train RECIPE --out … --set data.source={config.out} --set data.vocab_size={built.index.vocab_size}"
+    )
 
 
 def run_check(arguments: argparse.Namespace) -> None:
@@ -90,8 +137,10 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 def _describe(folder: Path, index: Any) -> None:
     counted = f", {index.counted:,} of which count" if index.masked else ""
-    print(f"{folder}: {index.documents:,} documents ({index.validation:,} held out), {index.tokens:,} tokens{counted}, "
-          f"vocabulary {index.vocab_size:,}, {len(index.shards)} shards")
+    print(
+        f"{folder}: {index.documents:,} documents ({index.validation:,} held out), {index.tokens:,} tokens{counted}, "
+        f"vocabulary {index.vocab_size:,}, {len(index.shards)} shards"
+    )
 
 
 def _shown(line: Any) -> Any:

@@ -28,10 +28,16 @@ def add(commands: Any) -> None:
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/7b.toml")
     add_overrides(parser)
     parser.add_argument("--devices", type=int, metavar="N", help="how many there are (default: one copy of the model)")
-    parser.add_argument("--memory", metavar="BYTES", help="of one device, as 80GiB (default: of this machine, shared "
-                        "by its devices)")
-    parser.add_argument("--measured", type=Path, metavar="RUN", help="a run of this model (its --out, or a snapshot): "
-                        "what its first rank held, beside what is planned for its layout")
+    parser.add_argument(
+        "--memory", metavar="BYTES", help="of one device, as 80GiB (default: of this machine, shared by its devices)"
+    )
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="RUN",
+        help="a run of this model (its --out, or a snapshot): "
+        "what its first rank held, beside what is planned for its layout",
+    )
     parser.set_defaults(run=run)
 
 
@@ -44,8 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     tensor, devices = recipe.parallel.tensor, arguments.devices
-    require(devices is None or devices >= tensor, f"--devices {devices} are fewer than parallel.tensor={tensor}: "
-            "--set parallel.tensor=… to a smaller degree")
+    require(
+        devices is None or devices >= tensor,
+        f"--devices {devices} are fewer than parallel.tensor={tensor}: --set parallel.tensor=… to a smaller degree",
+    )
     memory = _machine(recipe.train.kernels)
     if arguments.memory is not None:
         size = parse_bytes(arguments.memory)
@@ -53,9 +61,17 @@ def run(arguments: argparse.Namespace) -> None:
         memory = _Memory(size, "--memory")
     planner = Planner(recipe)
     plan = planner.over(tensor, devices or tensor)[recipe.train.recompute]
-    for line in (*_head(recipe, plan), *_moments(plan), *_kept(plan), *_verdict(plan, memory), "",
-                 *_stages(planner, plan), *_measured(recipe, arguments.measured),
-                 *_layouts(planner, devices, memory), *_largest(planner, plan, memory)):
+    for line in (
+        *_head(recipe, plan),
+        *_moments(plan),
+        *_kept(plan),
+        *_verdict(plan, memory),
+        "",
+        *_stages(planner, plan),
+        *_measured(recipe, arguments.measured),
+        *_layouts(planner, devices, memory),
+        *_largest(planner, plan, memory),
+    ):
         print(line.rstrip())
 
 
@@ -84,10 +100,14 @@ def _head(recipe: Any, plan: Any) -> Iterator[str]:
     layout = f"zero {plan.zero}, {plan.tensor} tensor-parallel"
     layout += ", stream split by rows" if recipe.parallel.sequence else ""
     devices = _count(plan.tensor * plan.copies, "device", "devices")
-    yield (f"{model.num_layers} layers of {model.hidden_size}, {model.dtype} weights; {devices}: {layout} × "
-           f"{_count(plan.copies, 'copy', 'copies')}")
-    yield (f"a step of {train.batch_size} rows × {train.seq_length} tokens in {plan.parts} micro-batches of "
-           f"{_count(plan.rows, 'row', 'rows')}; train.recompute = {plan.recompute!r}")
+    yield (
+        f"{model.num_layers} layers of {model.hidden_size}, {model.dtype} weights; {devices}: {layout} × "
+        f"{_count(plan.copies, 'copy', 'copies')}"
+    )
+    yield (
+        f"a step of {train.batch_size} rows × {train.seq_length} tokens in {plan.parts} micro-batches of "
+        f"{_count(plan.rows, 'row', 'rows')}; train.recompute = {plan.recompute!r}"
+    )
     yield ""
 
 
@@ -100,8 +120,9 @@ def _moments(plan: Any) -> Iterator[str]:
         if any(account[kind] for account in plan.moments.values()):
             cells = (_size(account[kind]) if account[kind] else "·" for account in plan.moments.values())
             yield f"{kind:{WHAT}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
-    totals = (("► " if name == plan.fullest else "") + _size(sum(account.values()))
-              for name, account in plan.moments.items())
+    totals = (
+        ("► " if name == plan.fullest else "") + _size(sum(account.values())) for name, account in plan.moments.items()
+    )
     yield f"{'all':{WHAT}}" + "".join(f"{total:>{CELL}}" for total in totals)
     yield ""
 
@@ -128,8 +149,10 @@ def _stages(planner: Any, plan: Any) -> Iterator[str]:
     yield f"states a device that {plan.copies} copies share at each of ZeRO's stages (parallel.zero)"
     yield f"{'':{WHAT}}" + "".join(f"{f'{stage}' + (' ◄' if stage == plan.zero else ''):>{CELL}}" for stage in range(4))
     parts = planner.ranks(plan.tensor)
-    states = [max((part.state(plan.copies, stage) for part in parts), key=lambda state: sum(state.values()))
-              for stage in range(4)]
+    states = [
+        max((part.state(plan.copies, stage) for part in parts), key=lambda state: sum(state.values()))
+        for stage in range(4)
+    ]
     for kind in STATES:
         yield f"{kind:{WHAT}}" + "".join(f"{_size(state[kind]):>{CELL}}" for state in states)
     yield f"{'all':{WHAT}}" + "".join(f"{_size(sum(state.values())):>{CELL}}" for state in states)
@@ -156,8 +179,10 @@ def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
     copies = layout.pop("copies")
     tensor, zero = layout["tensor"], layout["zero"]
     own = Planner(replace(recipe, parallel=replace(recipe.parallel, **layout))).ranks(tensor)[0].state(copies, zero)
-    yield (f"held by the first rank of {snapshot.folder}: zero {zero}, {tensor} tensor-parallel × "
-           f"{_count(copies, 'copy', 'copies')}")
+    yield (
+        f"held by the first rank of {snapshot.folder}: zero {zero}, {tensor} tensor-parallel × "
+        f"{_count(copies, 'copy', 'copies')}"
+    )
     yield f"{'':{WHAT}}{'planned':>{CELL}}{'measured':>{CELL}}"
     for kind in STATES:
         yield f"{kind:{WHAT}}{_size(own[kind]):>{CELL}}{_size(held[kind]):>{CELL}}"
@@ -191,13 +216,17 @@ def _layouts(planner: Any, devices: int | None, memory: _Memory) -> Iterator[str
             fitting = tensor
     yield ""
     yield f"smallest degree that fits with train.recompute = {asked!r}: " + (
-        f"parallel.tensor = {fitting}" if fitting else "none")
+        f"parallel.tensor = {fitting}" if fitting else "none"
+    )
 
 
 def _largest(planner: Any, plan: Any, memory: _Memory) -> Iterator[str]:
     best = planner.greatest_micro_batch(plan.tensor, plan.copies, memory.each(plan.tensor * plan.copies))
-    found = "none" if best is None else (f"{_count(best.rows, 'row', 'rows')}, train.micro_batches = {best.parts}, "
-                                         f"{_size(best.total)}")
+    found = (
+        "none"
+        if best is None
+        else (f"{_count(best.rows, 'row', 'rows')}, train.micro_batches = {best.parts}, {_size(best.total)}")
+    )
     yield f"largest micro-batch that fits at parallel.tensor = {plan.tensor}: {found}"
 
 

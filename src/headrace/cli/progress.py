@@ -18,6 +18,7 @@ def status(text: str) -> Any:
 
 def compiling(status: Any) -> Any:
     """A `progress` that says on a status line which kernel is compiled."""
+
     def progress(done: int, total: int, name: str) -> None:
         status.update(f"compiling kernels for this machine, once: {done}/{total} {name}")
 

@@ -26,8 +26,10 @@ class Remote:
             raise RequestError(f"--url {url!r} is not an address such as http://127.0.0.1:8000")
         self._url = base
         self._client = httpx.Client(
-            base_url=base, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            headers={"Authorization": f"Bearer {key}"} if key else {})
+            base_url=base,
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
 
     def first_model(self) -> str:
         """The name of the first model that is served."""

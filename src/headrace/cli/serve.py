@@ -33,38 +33,90 @@ def add(commands: Any) -> None:
 
 
 def _add_server(group: Any) -> None:
-    group.add_argument("--host", default="127.0.0.1", metavar="NAME",
-                       help="address to listen on (default: 127.0.0.1, which only this machine reaches)")
-    group.add_argument("--port", type=int, default=8000, metavar="N",
-                       help="port; 0 takes a free one (default: 8000, where clients of such servers look)")
-    group.add_argument("--served-model-name", nargs="+", default=(), metavar="NAME",
-                       help="names that requests may use; answers carry the first (default: MODEL as it is given)")
-    group.add_argument("--api-key", nargs="+", default=(), metavar="KEY",
-                       help=f"keys, of which requests must carry one; better set {KEY_VARIABLE}, which process lists "
-                       "do not show (default: none, as only this machine reaches it)")
-    group.add_argument("--allow-remote", action="store_true",
-                       help="listen beyond this machine without a key (default: refused, as anybody could use it)")
-    group.add_argument("--allow-weight-updates", action="store_true",
-                       help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
-                       "as whoever may ask could change the model)")
-    group.add_argument("--restart", action=argparse.BooleanOptionalAction, default=True,
-                       help="start another engine when one dies, and go on with the requests (default: yes, as their "
-                       "tokens stay the same)")
-    group.add_argument("--generation-config", choices=("auto", "none"), default="auto",
-                       help="take sampling defaults from the model's generation_config.json, or not (default: auto, "
-                       "as its makers chose them; /v1/models shows them)")
-    group.add_argument("--drain-timeout", type=float, default=10.0, metavar="S",
-                       help="seconds that running requests have after SIGTERM (default: 10, a third of what "
-                       "Kubernetes allows)")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on (default: 127.0.0.1, which only this machine reaches)",
+    )
+    group.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="port; 0 takes a free one (default: 8000, where clients of such servers look)",
+    )
+    group.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="names that requests may use; answers carry the first (default: MODEL as it is given)",
+    )
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help=f"keys, of which requests must carry one; better set {KEY_VARIABLE}, which process lists "
+        "do not show (default: none, as only this machine reaches it)",
+    )
+    group.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="listen beyond this machine without a key (default: refused, as anybody could use it)",
+    )
+    group.add_argument(
+        "--allow-weight-updates",
+        action="store_true",
+        help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
+        "as whoever may ask could change the model)",
+    )
+    group.add_argument(
+        "--restart",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start another engine when one dies, and go on with the requests (default: yes, as their "
+        "tokens stay the same)",
+    )
+    group.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="take sampling defaults from the model's generation_config.json, or not (default: auto, "
+        "as its makers chose them; /v1/models shows them)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds that running requests have after SIGTERM (default: 10, a third of what Kubernetes allows)",
+    )
 
 
 def _add_limits(group: Any) -> None:
-    group.add_argument("--max-logprobs", type=int, default=20, metavar="N",
-                       help="log-probabilities that a request may ask for, per token (default: 20, as OpenAI has it)")
-    group.add_argument("--max-body-mib", type=float, default=8.0, metavar="N",
-                       help="largest request in MiB (default: 8, some two million tokens of text)")
-    group.add_argument("--max-queue", type=int, default=1024, metavar="N",
-                       help="sequences that may wait beyond --max-num-seqs; then 429 (default: 1024, minutes of work)")
+    group.add_argument(
+        "--max-logprobs",
+        type=int,
+        default=20,
+        metavar="N",
+        help="log-probabilities that a request may ask for, per token (default: 20, as OpenAI has it)",
+    )
+    group.add_argument(
+        "--max-body-mib",
+        type=float,
+        default=8.0,
+        metavar="N",
+        help="largest request in MiB (default: 8, some two million tokens of text)",
+    )
+    group.add_argument(
+        "--max-queue",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="sequences that may wait beyond --max-num-seqs; then 429 (default: 1024, minutes of work)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -76,15 +128,21 @@ def run(arguments: argparse.Namespace) -> None:
 
     given = {f.name: getattr(arguments, f.name) for f in fields(ServeSettings)}
     keys = [*arguments.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)])]
-    given |= {"api_key": tuple(keys), "served_model_name": tuple(arguments.served_model_name),
-              "generation_config": arguments.generation_config == "auto"}
+    given |= {
+        "api_key": tuple(keys),
+        "served_model_name": tuple(arguments.served_model_name),
+        "generation_config": arguments.generation_config == "auto",
+    }
     server = Server(arguments.model, options, ServeSettings(**given))
     waiting = status(f"loading {arguments.model} …")
 
     def ready(info: Any) -> None:
         waiting.stop()
-        print(f"headrace: {server.url} · model {server.model_name} · {info.kv_tokens:,} KV tokens · "
-              f"ready in {info.startup_seconds:.1f} s", flush=True)
+        print(
+            f"headrace: {server.url} · model {server.model_name} · {info.kv_tokens:,} KV tokens · "
+            f"ready in {info.startup_seconds:.1f} s",
+            flush=True,
+        )
 
     with waiting:
         asyncio.run(server.run(ready, compiling(waiting)))

@@ -58,8 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         ops = kernels(recipe.train.kernels, local, own_device(recipe))
         with TrainingView(recipe, ops, shown=rank == 0) as view:
-            result = train(recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume,
-                           warn=view.warn)
+            result = train(
+                recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume, warn=view.warn
+            )
     except HeadraceError as error:
         if rank == 0:
             raise

@@ -54,7 +54,8 @@ def count_blocks(model: Transformer, cache: CacheConfig, max_len: int, max_seqs:
         return cache.num_blocks
     config, dtype = model.config, getattr(torch, cache.dtype)
     block_bytes = model.group.size * KVStore.bytes_per_block(
-        config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype)
+        config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype
+    )
     free = free_memory()
     if cache.memory_bytes > free:
         raise ConfigError(

@@ -72,8 +72,12 @@ class BatchBuilder:
         rows = [end - len(s.targets) + i for s, end in zip(slices, ends) for i in range(len(s.targets))]
         sampled = [s for s in slices if s.targets and s.targets[-1] == SAMPLE]
         return Batch(
-            inputs=Inputs(self._tensor(ids), self._tensor(positions.astype(np.int64)), meta,
-                          self._tensor(np.asarray(rows, np.int64))),
+            inputs=Inputs(
+                self._tensor(ids),
+                self._tensor(positions.astype(np.int64)),
+                meta,
+                self._tensor(np.asarray(rows, np.int64)),
+            ),
             targets=targets,
             sample_rows=[i for i, t in enumerate(targets) if t == SAMPLE],
             sampled_requests=[s.request_id for s in sampled],

@@ -140,8 +140,16 @@ class BeamSearch:
     def _end(self, candidate: _Candidate, reason: str, stop_reason: int | None) -> None:
         beam = self._beams[candidate.beam]
         tokens = [*beam.request.output_token_ids, candidate.record.token_id]
-        self._finished.append(Hypothesis(tokens, candidate.total, self._score(candidate.total, len(tokens)), reason,
-                                         stop_reason, [*beam.logprobs, candidate.record]))
+        self._finished.append(
+            Hypothesis(
+                tokens,
+                candidate.total,
+                self._score(candidate.total, len(tokens)),
+                reason,
+                stop_reason,
+                [*beam.logprobs, candidate.record],
+            )
+        )
 
     def _can_improve(self, going: Sequence[_Candidate], length: int) -> bool:
         best = self.hypotheses
@@ -168,9 +176,17 @@ class BeamSearch:
         self._beams = [beam for beam, _ in moved]
 
     def _fork(self, parent: Request) -> Request:
-        child = Request(self._new_id(), parent.prompt_token_ids, self._params, seed=parent.seed,
-                        choice=parent.choice, priority=parent.priority, group_id=parent.group_id,
-                        namespace=parent.namespace, output_token_ids=parent.output_token_ids)
+        child = Request(
+            self._new_id(),
+            parent.prompt_token_ids,
+            self._params,
+            seed=parent.seed,
+            choice=parent.choice,
+            priority=parent.priority,
+            group_id=parent.group_id,
+            namespace=parent.namespace,
+            output_token_ids=parent.output_token_ids,
+        )
         child.num_scored = parent.num_scored
         self._scheduler.fork(parent.request_id, child)
         child.top = self._top

@@ -40,8 +40,13 @@ class EditState:
     @staticmethod
     def wanted(params: SamplingParams) -> bool:
         """Whether a request with `params` has any edits at all."""
-        return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-                    or params.logit_bias or params.min_tokens)
+        return bool(
+            params.repetition_penalty != 1.0
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.logit_bias
+            or params.min_tokens
+        )
 
     def append(self, token: int) -> None:
         """Count one more output token."""

@@ -36,8 +36,15 @@ class Follower:
         if kind == "begin":
             dtype = getattr(torch, values["cache_dtype"])
             ops.warm_up(weight_dtype(model.config), dtype)
-            store = KVStore(values["num_blocks"], model.config.num_layers, model.kv_heads, values["block_size"],
-                            model.config.head_dim, dtype, ops.device)
+            store = KVStore(
+                values["num_blocks"],
+                model.config.num_layers,
+                model.kv_heads,
+                values["block_size"],
+                model.config.head_dim,
+                dtype,
+                ops.device,
+            )
             self._shard = ModelShard(model, ops, store, values["host_slots"])
             self._ready()
         elif kind == "weights":

@@ -1,6 +1,6 @@
 """What rank 0 says to the others, as bytes: a header in JSON, then the arrays. Every message is one frame.
 
-    u32 length of the header │ header │ arrays, one after another
+u32 length of the header │ header │ arrays, one after another
 """
 
 from __future__ import annotations
@@ -59,18 +59,24 @@ def step_frame(moves: Moves, inputs: Inputs | None) -> bytes:
         return frame("step", values)
     meta = inputs.meta
     values |= {"max_query": meta.max_query, "max_context": meta.max_context}
-    tensors = {"ids_T": inputs.ids_T, "positions_T": inputs.positions_T, "rows_R": inputs.rows_R,
-               **{name: getattr(meta, name) for name in _META}}
+    tensors = {
+        "ids_T": inputs.ids_T,
+        "positions_T": inputs.positions_T,
+        "rows_R": inputs.rows_R,
+        **{name: getattr(meta, name) for name in _META},
+    }
     return frame("step", values, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
 
 
-def read_step(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray],
-              device: torch.device) -> tuple[Moves, Inputs | None]:
+def read_step(
+    values: Mapping[str, Any], arrays: Mapping[str, np.ndarray], device: torch.device
+) -> tuple[Moves, Inputs | None]:
     """What `step_frame` said, with tensors on `device`."""
     moves = Moves(*([(int(a), int(b)) for a, b in pairs] for pairs in values["moves"]))
     if not arrays:
         return moves, None
     tensors: dict[str, Tensor] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    meta = AttentionMeta(**{name: tensors[name] for name in _META}, max_query=values["max_query"],
-                         max_context=values["max_context"])
+    meta = AttentionMeta(
+        **{name: tensors[name] for name in _META}, max_query=values["max_query"], max_context=values["max_context"]
+    )
     return moves, Inputs(tensors["ids_T"], tensors["positions_T"], meta, tensors["rows_R"])

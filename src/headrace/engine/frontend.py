@@ -43,8 +43,9 @@ WeightSource = str | Path | Transformer | Mapping[str, Tensor]
 class Frontend:
     """One engine with its tokenizer. Prompts are checked here; a request is a `Group` of one or more choices."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions,
-                 ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None
+    ) -> None:
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.model_config = model.config
         self.tokenizer = tokenizer
@@ -72,8 +73,9 @@ class Frontend:
         HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
         each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
         ops = load_ops(options.kernel_set, **each[0])
-        ranks = Ranks.start(len(each), folder, options.kernel_set, each, options.dtype, ops.device,
-                             options.rank_timeout)
+        ranks = Ranks.start(
+            len(each), folder, options.kernel_set, each, options.dtype, ops.device, options.rank_timeout
+        )
         try:
             model = load_model(folder, ops, options.dtype, ranks.group)
             ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
@@ -118,8 +120,9 @@ class Frontend:
         text, ids = self._read(prompt)
         self._check(ids, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        first = Request(next(self._ids), ids, params, seed=seed, priority=priority,
-                        namespace=(self.weights_version, *namespace))
+        first = Request(
+            next(self._ids), ids, params, seed=seed, priority=priority, namespace=(self.weights_version, *namespace)
+        )
         numbers = [first.request_id, *(next(self._ids) for _ in range(1, params.n))]
         requests = [first]
         if not params.beam_width:

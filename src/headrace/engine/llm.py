@@ -43,8 +43,9 @@ class LLM:
         self._start(frontend, _sampling_defaults(folder), folder)
 
     @classmethod
-    def from_model(cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, ranks: Ranks | None = None,
-                   **options: Any) -> LLM:
+    def from_model(
+        cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, ranks: Ranks | None = None, **options: Any
+    ) -> LLM:
         """Around a model that is in memory already; its weights are used as they are, not copied.
 
         `ranks` are those that hold the rest of it.

@@ -34,8 +34,9 @@ class NullHandle:
 class NullRunner:
     """A runner of `num_blocks` blocks of `block_size` tokens, `host_slots` slots and a small vocabulary."""
 
-    def __init__(self, num_blocks: int, block_size: int, host_slots: int = 0, vocab_size: int = 97,
-                 check: bool = False) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, host_slots: int = 0, vocab_size: int = 97, check: bool = False
+    ) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.check = check
@@ -76,8 +77,9 @@ class NullRunner:
             state = _mix(state, token + 1)
         return state
 
-    def sample(self, state: int, seed: int, choice: int, edits: LogitEdits | None = None,
-               allowed: Sequence[int] | None = None) -> int:
+    def sample(
+        self, state: int, seed: int, choice: int, edits: LogitEdits | None = None, allowed: Sequence[int] | None = None
+    ) -> int:
         """The token after the prefix with hash `state`, for a request's own parameters."""
         noise = _mix(_mix(state, seed), choice)
         banned: set[int] = set()
@@ -154,5 +156,6 @@ class NullRunner:
     def _logprobs(self, state: int, token: int, top: int | None) -> TokenLogprobs:
         ranked = sorted(range(self.vocab_size), key=lambda t: (-self.logprob(state, t), t))
         best = ranked[: top or 0]
-        return TokenLogprobs(token, self.logprob(state, token), 1 + ranked.index(token), best,
-                             [self.logprob(state, t) for t in best])
+        return TokenLogprobs(
+            token, self.logprob(state, token), 1 + ranked.index(token), best, [self.logprob(state, t) for t in best]
+        )

@@ -48,10 +48,14 @@ class EngineOptions:
         ("auto", "float32", "bfloat16", "float16"),
     )
     threads: int = option(0, "CPU threads, of all ranks together", "all of them")
-    tensor_parallel_size: int = option(1, "processes that hold the model together: 1, 2, 4, 8 or 16",
-                                       "on one machine, threads do as well")
-    rank_timeout: float = option(RANK_TIMEOUT, "seconds within which each of these processes must come, load its part "
-                                 "and do its part of a step", "they do as much as each other, so a later one hangs")
+    tensor_parallel_size: int = option(
+        1, "processes that hold the model together: 1, 2, 4, 8 or 16", "on one machine, threads do as well"
+    )
+    rank_timeout: float = option(
+        RANK_TIMEOUT,
+        "seconds within which each of these processes must come, load its part and do its part of a step",
+        "they do as much as each other, so a later one hangs",
+    )
     max_model_len: int = option(0, "longest sequence in tokens", "the model's own")
     block_size: int = option(16, "tokens in a KV cache block", "less waste than 32, and no slower")
     kv_cache_memory: int = option(0, "bytes of KV cache, as 2GiB", "chosen from free memory", parse=parse_bytes)
@@ -71,15 +75,18 @@ class EngineOptions:
     prefix_caching: bool = option(True, "share the KV cache of common prefixes", "it changes no bit")
     scheduling_policy: str = option("fcfs", "who runs next", "nobody can starve", POLICIES)
     batching: str = option("sarathi", "how a step is filled", "long prompts do not hold up the others", BATCHING)
-    reserve: str = option("none", "KV reserved on admission, as earlier systems did", "blocks are taken as they fill",
-                          RESERVE)
-    preemption: str = option("recompute", "what happens to a request that loses its blocks",
-                             "its prefix is mostly still cached", PREEMPTION)
+    reserve: str = option(
+        "none", "KV reserved on admission, as earlier systems did", "blocks are taken as they fill", RESERVE
+    )
+    preemption: str = option(
+        "recompute", "what happens to a request that loses its blocks", "its prefix is mostly still cached", PREEMPTION
+    )
     max_num_batched_tokens: int | str = option(
         512, "tokens computed in a step, or auto with --slo-tbt", "products are near full speed from there", parse=str
     )
-    slo_tbt: float = option(0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step",
-                            "no bound")
+    slo_tbt: float = option(
+        0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step", "no bound"
+    )
     max_num_seqs: int = option(64, "requests that run at once", "decoding gains little beyond on a CPU")
     queue_depth: int = option(1, "steps planned ahead of results", "a CPU gains nothing by more")
 
@@ -88,10 +95,14 @@ class EngineOptions:
             self._check_field(item.name, item.default, item.metadata)
         cores = os.cpu_count() or 1
         require(0 <= self.threads <= cores, f"threads={self.threads} must be from 0 to this machine's {cores}")
-        require(self.tensor_parallel_size in (1, 2, 4, 8, 16),
-                f"tensor_parallel_size={self.tensor_parallel_size} must be 1, 2, 4, 8 or 16")
-        require(0.0 < self.rank_timeout <= 86400.0,
-                f"rank_timeout={self.rank_timeout} must be a time in seconds, at most a day")
+        require(
+            self.tensor_parallel_size in (1, 2, 4, 8, 16),
+            f"tensor_parallel_size={self.tensor_parallel_size} must be 1, 2, 4, 8 or 16",
+        )
+        require(
+            0.0 < self.rank_timeout <= 86400.0,
+            f"rank_timeout={self.rank_timeout} must be a time in seconds, at most a day",
+        )
         require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must not be negative")
         require(0.0 <= self.slo_tbt < math.inf, f"slo_tbt={self.slo_tbt} must be a time in ms")
         if self.max_num_batched_tokens == "auto":
@@ -113,8 +124,10 @@ class EngineOptions:
         require(self.kernels in kernels, f"kernels={self.kernels} does not run on device={self.device}")
         auto = self.max_num_batched_tokens == "auto"
         require(auto or not self.slo_tbt, f"slo_tbt={self.slo_tbt} acts with max_num_batched_tokens=auto only")
-        require(self.tensor_parallel_size > 1 or self.rank_timeout == RANK_TIMEOUT,
-                f"rank_timeout={self.rank_timeout} acts with a tensor_parallel_size of more than 1 only")
+        require(
+            self.tensor_parallel_size > 1 or self.rank_timeout == RANK_TIMEOUT,
+            f"rank_timeout={self.rank_timeout} acts with a tensor_parallel_size of more than 1 only",
+        )
         require(self.preemption == "swap" or not self.swap_memory, "swap_memory acts with preemption=swap only")
         require(not (self.num_kv_blocks and self.kv_cache_memory), "give num_kv_blocks or kv_cache_memory, not both")
         require(

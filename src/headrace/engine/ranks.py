@@ -44,8 +44,16 @@ class Ranks:
         self._closing = False
 
     @classmethod
-    def start(cls, size: int, folder: Path, kernels: str, options: list[dict[str, Any]], dtype: str,
-              device: torch.device, timeout: float) -> Ranks:
+    def start(
+        cls,
+        size: int,
+        folder: Path,
+        kernels: str,
+        options: list[dict[str, Any]],
+        dtype: str,
+        device: torch.device,
+        timeout: float,
+    ) -> Ranks:
         """Start the others and meet them. `options[i]` are those of rank i's ops.
 
         Within `timeout` seconds a rank must be there, be ready, and do its part of any exchange. Raises `ConfigError`
@@ -57,9 +65,19 @@ class Ranks:
         try:
             ranks._store = keep_store(size, timeout)
             for rank in range(1, size):
-                ranks._spawn({"rank": rank, "size": size, "port": ranks._store.port, "folder": str(folder),
-                              "kernels": kernels, "options": options[rank], "dtype": dtype, "timeout": timeout,
-                              "threads": options[rank].get("threads")})
+                ranks._spawn(
+                    {
+                        "rank": rank,
+                        "size": size,
+                        "port": ranks._store.port,
+                        "folder": str(folder),
+                        "kernels": kernels,
+                        "options": options[rank],
+                        "dtype": dtype,
+                        "timeout": timeout,
+                        "threads": options[rank].get("threads"),
+                    }
+                )
             ranks._hear("here")
             ranks.group = connect(ranks._store, 0, size, device, timeout)
         except BaseException:
@@ -117,8 +135,12 @@ class Ranks:
         self.group.close()
 
     def _spawn(self, said: dict[str, Any]) -> None:
-        process = subprocess.Popen([sys.executable, "-m", "headrace.engine.rank"], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, env=os.environ)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "headrace.engine.rank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ,
+        )
         self._processes.append(process)
         assert process.stdin is not None
         process.stdin.write(json.dumps(said).encode() + b"\n")
@@ -135,8 +157,10 @@ class Ranks:
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = ", ".join(str(key.data) for key in selector.get_map().values())
-                    raise ConfigError(f"rank {missing} of {self.size} was not {what} within {self._timeout:g} s: "
-                                      "see what it said on standard error, or raise rank_timeout")
+                    raise ConfigError(
+                        f"rank {missing} of {self.size} was not {what} within {self._timeout:g} s: "
+                        "see what it said on standard error, or raise rank_timeout"
+                    )
                 for key, _ in ready:
                     stdout: Any = key.fileobj
                     self._check(key.data, stdout.readline(), what)

@@ -31,8 +31,11 @@ def plain_prompt_logprobs(output: RequestOutput) -> list[list[list[Any]] | None]
 def plain_output(output: CompletionOutput) -> dict[str, Any]:
     """One choice, with its tables as rows."""
     plain = {f.name: getattr(output, f.name) for f in fields(output)}
-    return {**plain, "logprobs": output.logprobs and [plain_table(t) for t in output.logprobs],
-            "token_ids": list(output.token_ids)}
+    return {
+        **plain,
+        "logprobs": output.logprobs and [plain_table(t) for t in output.logprobs],
+        "token_ids": list(output.token_ids),
+    }
 
 
 def read_output(data: Mapping[str, Any]) -> CompletionOutput:

@@ -54,16 +54,52 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "choice", "cumulative_logprob", "edits", "epoch", "finish_reason", "group_id", "kv",
-        "max_output", "namespace", "num_cached_tokens", "num_computed_tokens", "num_pending", "num_prompt_tokens",
-        "num_scored", "overtaken", "params", "parent_id", "parked", "prefix_waits", "priority", "request_id", "reserve",
-        "seed", "serial", "spec_token_ids", "status", "stop_ids", "stop_reason", "token_ids", "top",
+        "arrival",
+        "choice",
+        "cumulative_logprob",
+        "edits",
+        "epoch",
+        "finish_reason",
+        "group_id",
+        "kv",
+        "max_output",
+        "namespace",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_scored",
+        "overtaken",
+        "params",
+        "parent_id",
+        "parked",
+        "prefix_waits",
+        "priority",
+        "request_id",
+        "reserve",
+        "seed",
+        "serial",
+        "spec_token_ids",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "token_ids",
+        "top",
     )
 
     def __init__(
-        self, request_id: int, prompt_token_ids: Sequence[int], params: SamplingParams, *, seed: int = 0,
-        choice: int = 0, priority: int = 0, parent_id: int | None = None, group_id: int | None = None,
-        namespace: tuple[object, ...] = (), output_token_ids: Sequence[int] = (),
+        self,
+        request_id: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        choice: int = 0,
+        priority: int = 0,
+        parent_id: int | None = None,
+        group_id: int | None = None,
+        namespace: tuple[object, ...] = (),
+        output_token_ids: Sequence[int] = (),
     ) -> None:
         if not prompt_token_ids:
             raise RequestError("the prompt has no tokens: there is nothing to continue")
@@ -161,9 +197,17 @@ class Request:
 
     def sibling(self, request_id: int, choice: int) -> Request:
         """Another choice of the same prompt, which forks from this request once the prompt is computed."""
-        return Request(request_id, self.prompt_token_ids, self.params, seed=self.seed, choice=choice,
-                       priority=self.priority, parent_id=self.request_id, group_id=self.group_id,
-                       namespace=self.namespace)
+        return Request(
+            request_id,
+            self.prompt_token_ids,
+            self.params,
+            seed=self.seed,
+            choice=choice,
+            priority=self.priority,
+            parent_id=self.request_id,
+            group_id=self.group_id,
+            namespace=self.namespace,
+        )
 
     def resume_record(self) -> dict[str, Any]:
         """Plain JSON-able data from which any instance of the same fingerprint continues with equal tokens.
@@ -197,9 +241,16 @@ class Request:
                 given["allowed_token_ids"] = tuple(given["allowed_token_ids"])
             split = record["num_prompt_tokens"]
             tokens = record["token_ids"]
-            request = cls(request_id, tokens[:split], SamplingParams(**given), seed=record["seed"],
-                          choice=record["choice"], priority=record["priority"],
-                          namespace=tuple(record["namespace"]), output_token_ids=tokens[split:])
+            request = cls(
+                request_id,
+                tokens[:split],
+                SamplingParams(**given),
+                seed=record["seed"],
+                choice=record["choice"],
+                priority=record["priority"],
+                namespace=tuple(record["namespace"]),
+                output_token_ids=tokens[split:],
+            )
             request.num_scored = max(request.num_scored, record["num_scored"])
             request.num_cached_tokens = record["num_cached_tokens"]
             request.cumulative_logprob = record["cumulative_logprob"]

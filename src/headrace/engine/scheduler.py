@@ -39,11 +39,17 @@ class Scheduler:
     PagedAttention §4.5: the last to be served gives way, so the first always goes on.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CacheConfig, max_model_len: int,
-                 eos_token_ids: tuple[int, ...], host_slots: int = 0, num_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+        host_slots: int = 0,
+        num_blocks: int = 0,
+    ) -> None:
         self.config = config
-        self.cache = CacheManager(num_blocks or cache.num_blocks, cache.block_size, host_slots,
-                                  cache.prefix_caching)
+        self.cache = CacheManager(num_blocks or cache.num_blocks, cache.block_size, host_slots, cache.prefix_caching)
         self.capacity = self.cache.pool.num_usable * cache.block_size
         self.context = max_model_len
         self.max_model_len = min(max_model_len, self.capacity)
@@ -87,8 +93,9 @@ class Scheduler:
         """Stop a request now and free what it holds; nothing happens if it is gone already."""
         self.finish(request_id, "abort")
 
-    def finish(self, request_id: int, reason: str, stop_reason: int | str | None = None,
-               keep_tokens: int | None = None) -> None:
+    def finish(
+        self, request_id: int, reason: str, stop_reason: int | str | None = None, keep_tokens: int | None = None
+    ) -> None:
         """End an unfinished request from outside, as a stop string does; only `keep_tokens` of its output
         count.
 
@@ -215,8 +222,9 @@ class Scheduler:
 
     def _absorb(self, request: Request, got: SliceResult, samples: int) -> RequestUpdate:
         """Append what was sampled, up to a stop; a beam's tokens are for its search to choose."""
-        update = RequestUpdate(request.request_id, request.group_id, got.token_ids, got.logprobs, got.scores,
-                               request.num_cached_tokens)
+        update = RequestUpdate(
+            request.request_id, request.group_id, got.token_ids, got.logprobs, got.scores, request.num_cached_tokens
+        )
         if request.is_beam:
             update.token_ids = []
             request.parked = samples > 0
@@ -336,9 +344,11 @@ class Scheduler:
         if prompt >= self.max_model_len:
             raise RequestError(f"the prompt of {prompt} tokens leaves no room in {limit}: shorten it")
         if params.max_tokens is not None and prompt + params.max_tokens > self.max_model_len:
-            raise RequestError(f"the prompt of {prompt} tokens and max_tokens={params.max_tokens} make "
-                               f"{prompt + params.max_tokens}, more than {limit}: ask for at most "
-                               f"{self.max_model_len - prompt}")
+            raise RequestError(
+                f"the prompt of {prompt} tokens and max_tokens={params.max_tokens} make "
+                f"{prompt + params.max_tokens}, more than {limit}: ask for at most "
+                f"{self.max_model_len - prompt}"
+            )
         output = self.max_model_len - prompt if params.max_tokens is None else params.max_tokens
         if request.num_output_tokens >= output:
             raise RequestError(f"the request has {request.num_output_tokens} of {output} output tokens: it is done")

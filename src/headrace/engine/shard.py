@@ -68,5 +68,6 @@ class ModelShard:
     def hidden(self, ids: Sequence[int]) -> Tensor:
         """What the head would read [T, D] fp32, for one sequence by itself; it does not touch the cache."""
         context = DenseContext(self.ops, self.model.config, [len(ids)], self.store.blocks.dtype)
-        return self.model.hidden(torch.tensor(ids, device=self.ops.device),
-                                 packed_positions([len(ids)], self.ops.device), context)
+        return self.model.hidden(
+            torch.tensor(ids, device=self.ops.device), packed_positions([len(ids)], self.ops.device), context
+        )

@@ -38,5 +38,15 @@ def make_slice(request: Request, start: int, end: int) -> Slice:
     edits: LogitEdits | None = None
     if samples > 0 and request.edits is not None:
         edits = request.edits.current(known + request.num_pending - request.num_prompt_tokens)
-    return Slice(request.request_id, start, ids, request.kv.blocks, targets, request.params, request.seed,
-                 request.choice, edits, request.top)
+    return Slice(
+        request.request_id,
+        start,
+        ids,
+        request.kv.blocks,
+        targets,
+        request.params,
+        request.seed,
+        request.choice,
+        edits,
+        request.top,
+    )

@@ -67,7 +67,10 @@ class InstanceClient:
 
     @classmethod
     async def start(
-        cls, model: str, options: dict[str, Any], progress: Callable[[int, int, str], None] | None = None,
+        cls,
+        model: str,
+        options: dict[str, Any],
+        progress: Callable[[int, int, str], None] | None = None,
         weights: Weights | None = None,
     ) -> InstanceClient:
         """Spawn a process and wait until its model is loaded and its kernels are warm.
@@ -82,8 +85,13 @@ class InstanceClient:
         )
         client = cls(process)
         try:
-            said = {"model": model, "options": options, "folder": str(client._folder), "began": began,
-                    "weights": None if weights is None else msgspec.to_builtins(weights)}
+            said = {
+                "model": model,
+                "options": options,
+                "folder": str(client._folder),
+                "began": began,
+                "weights": None if weights is None else msgspec.to_builtins(weights),
+            }
             assert process.stdin is not None
             process.stdin.write(json.dumps(said).encode() + b"\n")
             await client._until_ready(progress)

@@ -33,8 +33,10 @@ class Sent:
     def of_record(cls, record: Mapping[str, Any]) -> Sent:
         """Of a request that goes on from a `Frontend.resume_record`: what it holds, the client has."""
         outputs = [choice["output"] for choice in record["choices"]]
-        return cls([(len(o["token_ids"]), len(o["text"]), o["finish_reason"] is not None) for o in outputs],
-                   len(record["prompt_logprobs"] or ()))
+        return cls(
+            [(len(o["token_ids"]), len(o["text"]), o["finish_reason"] is not None) for o in outputs],
+            len(record["prompt_logprobs"] or ()),
+        )
 
     def news(self, group: Group) -> Delta | None:
         """What `group` has beyond what was sent, which counts as sent now; None if that is nothing."""
@@ -50,8 +52,14 @@ class Sent:
             self._prompt_logprobs = len(output.prompt_logprobs)
         if not choices and tables is None and not output.finished:
             return None
-        return Delta(group.name, choices, tables, output.num_cached_tokens, output.finished,
-                     weights_version=output.weights_version)
+        return Delta(
+            group.name,
+            choices,
+            tables,
+            output.num_cached_tokens,
+            output.finished,
+            weights_version=output.weights_version,
+        )
 
 
 def _choice_delta(choice: CompletionOutput, tokens: int, characters: int) -> ChoiceDelta:

@@ -1,6 +1,6 @@
 """`Instance`: one engine that obeys a gateway's messages. No sockets here: see `process.py`.
 
-    commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one Batch of news a step
+commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one Batch of news a step
 """
 
 from __future__ import annotations

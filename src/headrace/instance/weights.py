@@ -32,8 +32,10 @@ def put_back(llm: LLM, weights: Weights) -> None:
 
 
 def _changed(weights: Weights, when: str) -> str:
-    return (f"the weights of version {weights.version} in {weights.folder} have changed since they {when}: give every "
-            "version a folder of its own, and keep it until the next one is in")
+    return (
+        f"the weights of version {weights.version} in {weights.folder} have changed since they {when}: give every "
+        "version a folder of its own, and keep it until the next one is in"
+    )
 
 
 def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:

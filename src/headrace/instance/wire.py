@@ -10,9 +10,35 @@ from typing import Any
 import msgspec
 
 __all__ = [
-    "COMMANDS", "EVENTS", "Abort", "Accepted", "Add", "Batch", "ChoiceDelta", "Command", "Delta", "Embed",
-    "Embedding", "Event", "Explanation", "Failed", "Inspect", "News", "Progress", "Ready", "Refused", "Resume",
-    "StepReport", "Stop", "TokenEntry", "Tree", "Update", "Updated", "Weights", "decode_command", "decode_event",
+    "COMMANDS",
+    "EVENTS",
+    "Abort",
+    "Accepted",
+    "Add",
+    "Batch",
+    "ChoiceDelta",
+    "Command",
+    "Delta",
+    "Embed",
+    "Embedding",
+    "Event",
+    "Explanation",
+    "Failed",
+    "Inspect",
+    "News",
+    "Progress",
+    "Ready",
+    "Refused",
+    "Resume",
+    "StepReport",
+    "Stop",
+    "TokenEntry",
+    "Tree",
+    "Update",
+    "Updated",
+    "Weights",
+    "decode_command",
+    "decode_event",
     "encode",
 ]
 
@@ -25,6 +51,7 @@ class _Message(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 # ---- gateway → instance ----------------------------------------------------------------------------------------
+
 
 class Add(_Message):
     """A new request. `params` are fields of `SamplingParams`, the seed always among them."""
@@ -77,6 +104,7 @@ Command = Add | Resume | Abort | Embed | Inspect | Update | Stop
 
 
 # ---- instance → gateway ----------------------------------------------------------------------------------------
+
 
 class Weights(_Message):
     """Weights that were put in: what another instance must have, to go on with the same tokens."""

@@ -21,8 +21,18 @@ from torch import Tensor
 
 from headrace.errors import ConfigError
 
-__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams", "Span", "dropout_bar", "load_ops", "shard_bounds",
-           "signed64", "vocab_bounds"]
+__all__ = [
+    "SPLIT",
+    "AttentionMeta",
+    "Ops",
+    "SampleParams",
+    "Span",
+    "dropout_bar",
+    "load_ops",
+    "shard_bounds",
+    "signed64",
+    "vocab_bounds",
+]
 
 Span = tuple[int, int, int, int]
 """(virtual shard, first column of a result, first row of the weight that gives it, how many)."""
@@ -103,8 +113,13 @@ class Ops(Protocol):
         """What the bits depend on: implementation, its version, instruction set or GPU, compiler versions."""
         ...
 
-    def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
-                progress: Callable[[int, int, str], None] | None = None, training: bool = False) -> None:
+    def warm_up(
+        self,
+        weights: torch.dtype = torch.float32,
+        cache: torch.dtype = torch.float32,
+        progress: Callable[[int, int, str], None] | None = None,
+        training: bool = False,
+    ) -> None:
         """Compile ahead what serving a model with these dtypes needs, and training it, where `training` says so.
 
         progress(done, total, name) is told as it goes. Gradients have the weights' dtype.
@@ -115,8 +130,9 @@ class Ops(Protocol):
         """Rows of `table_VD` (fp32, bf16 or fp16) as fp32. Also picks the rows that need logits."""
         ...
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
-               bounds: Sequence[int] | None = None) -> Tensor:
+    def linear(
+        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+    ) -> Tensor:
         """x @ weight.T + bias, fp32 sums over K in one order whatever T and N are.
 
         `bounds` (None means (0, K)) cuts K into virtual shards: each is summed alone, then a balanced binary tree
@@ -132,8 +148,9 @@ class Ops(Protocol):
         """(rms_norm(r), r) with r = x + residual."""
         ...
 
-    def rotary(self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
-               weight_d: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    def rotary(
+        self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor, weight_d: Tensor | None = None, eps: float = 0.0
+    ) -> Tensor:
         """Half-split rotary embedding; with `weight_d`, each head is rms-normed first (qk-norm).
 
         `table_Pd` holds cos in its first d/2 columns and sin in the last d/2, fp32. x may be a strided view whose
@@ -152,8 +169,16 @@ class Ops(Protocol):
         """
         ...
 
-    def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
-                  window: int = 0, lse_TH: Tensor | None = None) -> Tensor:
+    def attention(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int = 0,
+        lse_TH: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention straight from the paged cache (PagedAttention §4.3), no gather.
 
         Sums over each sequence's keys in splits of `SPLIT` tokens aligned to position 0, each an
@@ -203,8 +228,9 @@ class Ops(Protocol):
     # g_… is the gradient of the loss by …. An element's bits never depend on where it stands: a range of columns,
     # or of a flat tensor, computed alone equals that range of the whole.
 
-    def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float,
-                          bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def rms_norm_backward(
+        self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, bounds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """(g_x [T, D], g_weight [S, D] fp32) of `rms_norm`; any leading axes count as T rows.
 
         `bounds` = (0, …, T) cuts the rows into S shards, each summed alone for the weight's gradient (an empty one is
@@ -229,9 +255,18 @@ class Ops(Protocol):
         """
         ...
 
-    def attention_backward(self, g_THd: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, out_THd: Tensor,
-                           lse_TH: Tensor, query_start_S1: Tensor, scale: float,
-                           window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_backward(
+        self,
+        g_THd: Tensor,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        out_THd: Tensor,
+        lse_TH: Tensor,
+        query_start_S1: Tensor,
+        scale: float,
+        window: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(g_q, g_k, g_v) of `attention` over whole sequences, rows `query_start[s] : query_start[s + 1]` each.
 
         k and v, all in fp32, are as the cache holds them, and may be strided views whose last axis is contiguous; out
@@ -262,8 +297,22 @@ class Ops(Protocol):
         """
         ...
 
-    def adamw_(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, stored: Tensor | None, *,
-               rate: float, beta1: float, beta2: float, eps: float, decay: float, step: int, scale: float) -> None:
+    def adamw_(
+        self,
+        master: Tensor,
+        grad: Tensor,
+        first: Tensor,
+        second: Tensor,
+        stored: Tensor | None,
+        *,
+        rate: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decay: float,
+        step: int,
+        scale: float,
+    ) -> None:
         """One step of AdamW on flat contiguous tensors of one length; `step` counts from 1.
 
         master and the moments are fp32, grad fp32, bf16 or fp16, and so is `stored`, which receives the master,

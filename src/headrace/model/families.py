@@ -40,11 +40,11 @@ QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama", attention_bias="config", mlp_bias=True),
-    "MistralForCausalLM": Family("mistral", window="all",
-                                 defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "MistralForCausalLM": Family("mistral", window="all", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "Qwen2ForCausalLM": Family("qwen2", attention_bias="qkv", window="listed", defaults=QWEN),
-    "Qwen3ForCausalLM": Family("qwen3", attention_bias="config", qk_norm=True, window="listed",
-                               defaults={**QWEN, "head_dim": 128}),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", attention_bias="config", qk_norm=True, window="listed", defaults={**QWEN, "head_dim": 128}
+    ),
 }
 
 FIXED_TABLES = ("linear", "llama3", "yarn")
@@ -73,15 +73,29 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
     window, sliding = _window(json, family, layers)
     eos = generation.get("eos_token_id")
     return ModelConfig(
-        architecture=name, vocab_size=_integer(json, "vocab_size"), hidden_size=hidden,
-        intermediate_size=_integer(json, "intermediate_size"), num_layers=layers, num_heads=heads,
-        num_kv_heads=_integer(json, "num_key_value_heads", heads), head_dim=head_dim,
-        max_position_embeddings=positions, rms_norm_eps=_number(json, "rms_norm_eps", 1e-6), rope_theta=theta,
-        rope_scaling=scaling, tie_word_embeddings=_flag(json, "tie_word_embeddings"),
-        qkv_bias=bias or family.attention_bias == "qkv", o_bias=bias,
-        mlp_bias=family.mlp_bias and _flag(json, "mlp_bias"), qk_norm=family.qk_norm,
-        sliding_window=window, sliding_layers=sliding, bos_token_id=_bos(json),
-        eos_token_ids=_eos(json.get("eos_token_id") if eos is None else eos), dtype=_dtype(json))
+        architecture=name,
+        vocab_size=_integer(json, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_integer(json, "intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=_integer(json, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        rms_norm_eps=_number(json, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=_flag(json, "tie_word_embeddings"),
+        qkv_bias=bias or family.attention_bias == "qkv",
+        o_bias=bias,
+        mlp_bias=family.mlp_bias and _flag(json, "mlp_bias"),
+        qk_norm=family.qk_norm,
+        sliding_window=window,
+        sliding_layers=sliding,
+        bos_token_id=_bos(json),
+        eos_token_ids=_eos(json.get("eos_token_id") if eos is None else eos),
+        dtype=_dtype(json),
+    )
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -91,15 +105,24 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
         raise CheckpointError(f"architecture {config.architecture!r} is not one of {', '.join(FAMILIES)}")
     eos = list(config.eos_token_ids)
     json: dict[str, Any] = {
-        "architectures": [config.architecture], "model_type": family.model_type, "hidden_act": "silu",
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
+        "architectures": [config.architecture],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling is None else _scaling_to_json(config.rope_scaling),
-        "tie_word_embeddings": config.tie_word_embeddings, "bos_token_id": config.bos_token_id,
-        "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None, "torch_dtype": config.dtype,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
+        "torch_dtype": config.dtype,
     }
     if family.attention_bias == "config":
         json["attention_bias"] = config.qkv_bias
@@ -122,11 +145,13 @@ def _scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
         return json
     json["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     if scaling.kind == "llama3":
-        return json | {"low_freq_factor": scaling.low_freq_factor,
-                       "high_freq_factor": scaling.high_freq_factor}
+        return json | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     json |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
-    optional = {"attention_factor": scaling.attention_factor, "mscale": scaling.mscale,
-                "mscale_all_dim": scaling.mscale_all_dim}
+    optional = {
+        "attention_factor": scaling.attention_factor,
+        "mscale": scaling.mscale,
+        "mscale_all_dim": scaling.mscale_all_dim,
+    }
     return json | {key: value for key, value in optional.items() if value}
 
 
@@ -167,8 +192,9 @@ def _rope(json: Json, positions: int) -> tuple[float, RopeScaling | None]:
 def _scaling(json: Json, rope: Json, kind: str, positions: int) -> RopeScaling:
     if kind == "linear":
         return RopeScaling(kind, _number(rope, "factor"))
-    trained = _integer(rope, "original_max_position_embeddings",
-                       _integer(json, "original_max_position_embeddings", positions))
+    trained = _integer(
+        rope, "original_max_position_embeddings", _integer(json, "original_max_position_embeddings", positions)
+    )
     if trained < 1:
         raise CheckpointError(f"original_max_position_embeddings={trained} must be positive")
     if kind == "llama3":
@@ -177,11 +203,16 @@ def _scaling(json: Json, rope: Json, kind: str, positions: int) -> RopeScaling:
             raise CheckpointError(f"low_freq_factor={low} must be positive and below high_freq_factor={high}")
         return RopeScaling(kind, _number(rope, "factor"), trained, low_freq_factor=low, high_freq_factor=high)
     return RopeScaling(
-        kind, _number(rope, "factor", positions / trained), trained,
-        beta_fast=_number(rope, "beta_fast", 32.0), beta_slow=_number(rope, "beta_slow", 1.0),
+        kind,
+        _number(rope, "factor", positions / trained),
+        trained,
+        beta_fast=_number(rope, "beta_fast", 32.0),
+        beta_slow=_number(rope, "beta_slow", 1.0),
         attention_factor=None if rope.get("attention_factor") is None else _number(rope, "attention_factor"),
-        mscale=_number(rope, "mscale", 0.0), mscale_all_dim=_number(rope, "mscale_all_dim", 0.0),
-        truncate=_flag(rope, "truncate", True))
+        mscale=_number(rope, "mscale", 0.0),
+        mscale_all_dim=_number(rope, "mscale_all_dim", 0.0),
+        truncate=_flag(rope, "truncate", True),
+    )
 
 
 def _window(json: Json, family: Family, layers: int) -> tuple[int, tuple[bool, ...]]:

@@ -50,8 +50,10 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except Exception as error:  # the hub raises its own errors and those of its transport
-        raise CheckpointError(f"{name} is no local folder, and the Hugging Face hub did not give it "
-                              f"({type(error).__name__}): give the path of a checkpoint folder") from error
+        raise CheckpointError(
+            f"{name} is no local folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}): give the path of a checkpoint folder"
+        ) from error
 
 
 def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -68,8 +70,9 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_model(folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto",
-               group: RankGroup | None = None) -> Transformer:
+def load_model(
+    folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto", group: RankGroup | None = None
+) -> Transformer:
     """The model in a folder, on the ops' device, without gradients; of a group's model, this rank's part.
 
     Matrices keep the dtype they are stored in ("auto"; float32 where they differ) or take `dtype`; norms and
@@ -136,8 +139,12 @@ def _shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     return {name: piece.shape for name, piece in _pieces(model)}
 
 
-def save_model(model: Transformer, folder: str | os.PathLike[str],
-               extra_config: Mapping[str, Any] | None = None, writes: bool = True) -> None:
+def save_model(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    extra_config: Mapping[str, Any] | None = None,
+    writes: bool = True,
+) -> None:
     """Write config.json, generation_config.json and model.safetensors, for `transformers` and `load_model`.
 
     Every rank of the model's group calls it; rank 0 gathers the tensors, one at a time, and writes. Where the model's
@@ -166,8 +173,11 @@ def save_model(model: Transformer, folder: str | os.PathLike[str],
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config_to_json(model.config), **(extra_config or {})}
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
-    write_tensors(folder / SINGLE, {name: (stored[name].dtype if name in stored else dtype, piece.shape)
-                                    for name, piece in pieces.items()}, tensors())
+    write_tensors(
+        folder / SINGLE,
+        {name: (stored[name].dtype if name in stored else dtype, piece.shape) for name, piece in pieces.items()},
+        tensors(),
+    )
     for name, content in ((CONFIG, config), (GENERATION, generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -196,8 +206,7 @@ def _match(shapes: Mapping[str, tuple[int, ...]], files: TensorFiles, tied: bool
     for name, expected in shapes.items():
         shape = files.shape(sources[name])
         if shape != expected:
-            raise CheckpointError(
-                f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(expected)}")
+            raise CheckpointError(f"{sources[name]} has shape {list(shape)}, where {CONFIG} makes it {list(expected)}")
         files.dtype(sources[name])
     return sources
 
@@ -206,8 +215,10 @@ def _check_same(running: ModelConfig, other: ModelConfig) -> None:
     for name in (f.name for f in dataclasses.fields(running) if f.name not in FREE):
         ours, theirs = getattr(running, name), getattr(other, name)
         if ours != theirs:
-            raise CheckpointError(f"{CONFIG} makes {name} {theirs}, and the running model's is {ours}: only weights of "
-                                  "the same model can be put in")
+            raise CheckpointError(
+                f"{CONFIG} makes {name} {theirs}, and the running model's is {ours}: only weights of "
+                "the same model can be put in"
+            )
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

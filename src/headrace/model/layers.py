@@ -1,6 +1,6 @@
 """The parts of a block: norm, attention, gated MLP. Each lists its tensors under their checkpoint names.
 
-    T tokens   D hidden   H query heads   G kv heads   d head_dim   I intermediate   P positions
+T tokens   D hidden   H query heads   G kv heads   d head_dim   I intermediate   P positions
 """
 
 from __future__ import annotations
@@ -69,11 +69,20 @@ class Attention(nn.Module):
         self.layer = layer
         self.rope_Pd = rope_Pd
         self.eps = config.rms_norm_eps
-        self.qkv = QKVParallelLinear(ops, config.hidden_size, heads, bias=config.qkv_bias, dtype=dtype, group=group,
-                                     purpose="attention")
+        self.qkv = QKVParallelLinear(
+            ops, config.hidden_size, heads, bias=config.qkv_bias, dtype=dtype, group=group, purpose="attention"
+        )
         # A virtual shard is a group of heads, so a rank that holds those heads holds the whole shard.
-        self.out = RowParallelLinear(ops, "o_proj", heads.q_bounds, config.hidden_size, bias=config.o_bias,
-                                     dtype=dtype, group=group, purpose="attention")
+        self.out = RowParallelLinear(
+            ops,
+            "o_proj",
+            heads.q_bounds,
+            config.hidden_size,
+            bias=config.o_bias,
+            dtype=dtype,
+            group=group,
+            purpose="attention",
+        )
         self.q_norm = nn.Parameter(torch.ones(dim, device=ops.device)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(dim, device=ops.device)) if config.qk_norm else None
 
@@ -110,10 +119,17 @@ class GatedMLP(nn.Module):
         bounds, dtype = shard_bounds(config.intermediate_size, config.shards), weight_dtype(config)
         self.ops = ops
         self.gate_up = ColumnParallelLinear(
-            ops, config.hidden_size, (("gate_proj", bounds), ("up_proj", bounds)), bias=config.mlp_bias, dtype=dtype,
-            group=group, purpose="mlp")
-        self.down = RowParallelLinear(ops, "down_proj", bounds, config.hidden_size, bias=config.mlp_bias,
-                                      dtype=dtype, group=group, purpose="mlp")
+            ops,
+            config.hidden_size,
+            (("gate_proj", bounds), ("up_proj", bounds)),
+            bias=config.mlp_bias,
+            dtype=dtype,
+            group=group,
+            purpose="mlp",
+        )
+        self.down = RowParallelLinear(
+            ops, "down_proj", bounds, config.hidden_size, bias=config.mlp_bias, dtype=dtype, group=group, purpose="mlp"
+        )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D]."""

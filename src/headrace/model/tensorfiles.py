@@ -108,15 +108,19 @@ def file_header(places: Mapping[str, tuple[torch.dtype, Sequence[int], int]]) ->
     """The beginning of a safetensors file of tensors with (dtype, shape, where its bytes begin after the header)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, (dtype, shape, at) in places.items():
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape),
-                        "data_offsets": [at, at + math.prod(shape) * dtype.itemsize]}
+        header[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at + math.prod(shape) * dtype.itemsize],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-                  tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_tensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
     """Write one safetensors file, whole or not at all: it takes its name when it is complete.
 
     `layout` says what each of `tensors` is; they are taken one after another, in any order, so all of them need never

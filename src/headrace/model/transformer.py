@@ -49,16 +49,18 @@ class Part(Protocol):
 class Block(nn.Module):
     """Attention and a feed-forward part, each behind a norm."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, mlp: MLPFactory,
-                 group: RankGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, ops: Ops, layer: int, rope_Pd: Tensor, mlp: MLPFactory, group: RankGroup
+    ) -> None:
         super().__init__()
         self.input_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
         self.attention = Attention(config, ops, layer, rope_Pd, group)
         self.mlp_norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
         self.mlp = mlp(config, ops, layer, group)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor,
-                ctx: AttentionContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, ctx: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
         """(x, residual) → (x, residual); `residual` is None before the first block."""
         x_TD, residual_TD = self.input_norm(x_TD, residual_TD)
         x_TD = self.attention(x_TD, positions_T, ctx)
@@ -85,8 +87,9 @@ class Transformer(nn.Module):
     uninitialised: `init_weights` or `headrace.model.huggingface.load_model` fills them.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP,
-                 group: RankGroup | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP, group: RankGroup | None = None
+    ) -> None:
         """`group`: the ranks that hold the model together; None for this one alone."""
         super().__init__()
         self.config = config
@@ -97,13 +100,20 @@ class Transformer(nn.Module):
         self.group = group = RankGroup() if group is None else group
         self.rope_Pd = rotary_table(config, ops.device)
         dtype = weight_dtype(config)
-        self.embed = VocabParallelEmbedding(
-            ops, config.vocab_size, config.hidden_size, config.shards, dtype, group)
+        self.embed = VocabParallelEmbedding(ops, config.vocab_size, config.hidden_size, config.shards, dtype, group)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(config, ops, layer, self.rope_Pd, mlp, group) for layer in range(config.num_layers))
+            Block(config, ops, layer, self.rope_Pd, mlp, group) for layer in range(config.num_layers)
+        )
         self.norm = RMSNorm(ops, config.hidden_size, config.rms_norm_eps, group)
-        self.lm_head = LMHead(ops, config.vocab_size, config.hidden_size, config.shards, dtype, group,
-                              tied=self.embed if config.tie_word_embeddings else None)
+        self.lm_head = LMHead(
+            ops,
+            config.vocab_size,
+            config.hidden_size,
+            config.shards,
+            dtype,
+            group,
+            tied=self.embed if config.tie_word_embeddings else None,
+        )
 
     @property
     def kv_heads(self) -> int:
@@ -115,8 +125,9 @@ class Transformer(nn.Module):
         """Offsets of the vocabulary's shards, for `Ops.logsumexp` of the logits."""
         return self.lm_head.bounds
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext,
-                rows_R: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext, rows_R: Tensor | None = None
+    ) -> Tensor:
         """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; none at all is allowed).
 
         V is this rank's part of the vocabulary: `lm_head.gather` puts the parts together.

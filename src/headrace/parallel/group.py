@@ -50,7 +50,8 @@ class RankGroup:
         if shards % self.size:
             raise ConfigError(
                 f"tensor parallelism of {self.size} does not divide the model's {shards} virtual shards (the greatest "
-                f"common divisor of virtual_shards and its attention heads): use {_divisors(shards)}")
+                f"common divisor of virtual_shards and its attention heads): use {_divisors(shards)}"
+            )
 
     def own(self, pieces: int, rank: int | None = None) -> range:
         """Which of `pieces` consecutive pieces a rank (None: this one) holds; with fewer than ranks, some share one."""
@@ -277,8 +278,9 @@ class DistributedGroup(RankGroup):
             have, lack = (low, middle), (middle, high)
             if self.rank & distance:
                 have, lack = lack, have
-            self._exchange(flat[cuts[have[0]] : cuts[have[1]]], flat[cuts[lack[0]] : cuts[lack[1]]],
-                           self.rank ^ distance)
+            self._exchange(
+                flat[cuts[have[0]] : cuts[have[1]]], flat[cuts[lack[0]] : cuts[lack[1]]], self.rank ^ distance
+            )
 
     def _halves(self) -> list[tuple[int, tuple[int, int, int]]]:
         """(distance, (first, middle, end) of the run of slots that is halved there), neighbours first."""

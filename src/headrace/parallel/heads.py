@@ -54,5 +54,6 @@ class HeadLayout:
         replicas = group.size // math.gcd(group.size, len(self.kv_bounds) - 1)
         if replicas == 1:
             return shards
-        return replace(shards, shared_from=widths[0],
-                       sum_shared=lambda g: group.all_reduce(g, "kv_gradient", width=replicas))
+        return replace(
+            shards, shared_from=widths[0], sum_shared=lambda g: group.all_reduce(g, "kv_gradient", width=replicas)
+        )

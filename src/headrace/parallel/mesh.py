@@ -1,6 +1,6 @@
 """`Mesh`: a run's ranks as tensor-parallel groups side by side, each with a copy of the model (Megatron-LM §3).
 
-    rank = data · tensor_size + tensor        a tensor group's ranks are neighbours; a data group has one of each
+rank = data · tensor_size + tensor        a tensor group's ranks are neighbours; a data group has one of each
 """
 
 from __future__ import annotations
@@ -65,8 +65,17 @@ class Mesh:
         self.data.close()
 
     @classmethod
-    def meet(cls, store: Any, rank: int, size: int, tensor: int, device: torch.device, sequence: bool = False,
-             timeout: float = TIMEOUT, library: bool = False) -> Mesh:
+    def meet(
+        cls,
+        store: Any,
+        rank: int,
+        size: int,
+        tensor: int,
+        device: torch.device,
+        sequence: bool = False,
+        timeout: float = TIMEOUT,
+        library: bool = False,
+    ) -> Mesh:
         """The mesh of `size` ranks that meet at `store`, `tensor` of them to a model.
 
         With `library`, sums over the copies are the communication library's.
@@ -75,19 +84,25 @@ class Mesh:
             raise ConfigError(f"{size} processes are no multiple of parallel.tensor={tensor}")
         copies = size // tensor
         if copies & (copies - 1):
-            raise ConfigError(f"{size} processes with parallel.tensor={tensor} are {copies} copies of the model, which "
-                              "is not a power of two")
+            raise ConfigError(
+                f"{size} processes with parallel.tensor={tensor} are {copies} copies of the model, which "
+                "is not a power of two"
+            )
         roll_call(dist.PrefixStore("run", store), rank, size, timeout)
         mine, copy = rank % tensor, rank // tensor
         return cls(
             connect(dist.PrefixStore(f"tensor {copy}", store), mine, tensor, device, timeout, sequence)
-            if tensor > 1 else RankGroup(sequence),
+            if tensor > 1
+            else RankGroup(sequence),
             connect(dist.PrefixStore(f"data {mine}", store), copy, copies, device, timeout, library=library)
-            if copies > 1 else RankGroup())
+            if copies > 1
+            else RankGroup(),
+        )
 
 
-def launched(tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT,
-             library: bool = False) -> Mesh:
+def launched(
+    tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT, library: bool = False
+) -> Mesh:
     """The mesh of the processes that torchrun started; of this one alone where it did not. See `Mesh.meet`.
 
     Raises `ConfigError` where `tensor` ranks cannot be had, or one does not come.
@@ -95,11 +110,14 @@ def launched(tensor: int, device: torch.device, sequence: bool = False, timeout:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         if tensor > 1:
-            raise ConfigError(f"parallel.tensor={tensor} needs as many processes: start them with "
-                              f"torchrun --nproc-per-node {tensor} -m headrace train …")
+            raise ConfigError(
+                f"parallel.tensor={tensor} needs as many processes: start them with "
+                f"torchrun --nproc-per-node {tensor} -m headrace train …"
+            )
         return Mesh(RankGroup(sequence))
     store, rank, size = next(dist.rendezvous("env://"))
     # A restart meets at the same store: it must not read what the ranks before it left there.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Mesh.meet(dist.PrefixStore(f"attempt {attempt}", store), rank, size, tensor, device, sequence, timeout,
-                     library)
+    return Mesh.meet(
+        dist.PrefixStore(f"attempt {attempt}", store), rank, size, tensor, device, sequence, timeout, library
+    )

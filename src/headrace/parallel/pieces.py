@@ -70,8 +70,9 @@ class Piece:
         return group.rank % self.replicas == 0
 
 
-def in_place_of(pieces: Iterable[tuple[str, Piece]], parameters: Sequence[Tensor],
-                others: Sequence[Tensor]) -> Iterator[tuple[str, Piece]]:
+def in_place_of(
+    pieces: Iterable[tuple[str, Piece]], parameters: Sequence[Tensor], others: Sequence[Tensor]
+) -> Iterator[tuple[str, Piece]]:
     """The pieces as views of tensors that stand in the parameters' places, such as their gradients.
 
     Pieces of no parameter among these, and empty ones, are left out.

@@ -42,8 +42,9 @@ class Region:
         return box_at(self.start, self.tensor.shape)
 
 
-def regions_of(kind: str, pieces: Iterable[tuple[str, Piece]], group: RankGroup,
-               speaks: bool = True) -> Iterator[tuple[str, Region]]:
+def regions_of(
+    kind: str, pieces: Iterable[tuple[str, Piece]], group: RankGroup, speaks: bool = True
+) -> Iterator[tuple[str, Region]]:
     """("kind/checkpoint name", region) of each piece but empty ones. `speaks`: whether this copy of the model does."""
     for name, piece in pieces:
         if piece.tensor.numel():

@@ -32,8 +32,16 @@ def join(port: int, size: int, timeout: float) -> dist.TCPStore:
     return dist.TCPStore(LOOPBACK, port, size, is_master=False, timeout=timedelta(seconds=max(timeout, STORE)))
 
 
-def connect(store: Any, rank: int, size: int, device: torch.device, timeout: float, sequence: bool = False,
-            link: str = "auto", library: bool = False) -> DistributedGroup:
+def connect(
+    store: Any,
+    rank: int,
+    size: int,
+    device: torch.device,
+    timeout: float,
+    sequence: bool = False,
+    link: str = "auto",
+    library: bool = False,
+) -> DistributedGroup:
     """The group of `size` ranks that meet at `store`. `link` is "socket", "gloo", "nccl" or what suits ("auto").
 
     With `library` it is a torch process group, which also takes the sums of divided tensors.
@@ -44,8 +52,11 @@ def connect(store: Any, rank: int, size: int, device: torch.device, timeout: flo
     near = roll_call(store, rank, size, timeout)
     if link == "auto":
         link = "nccl" if device.type == "cuda" else "socket" if near and not library else "gloo"
-    made: Link = (SocketLink.meet(store, rank, size, timeout) if link == "socket"
-                  else ProcessGroupLink(store, rank, size, device, timeout, LOOPBACK if near else socket.gethostname()))
+    made: Link = (
+        SocketLink.meet(store, rank, size, timeout)
+        if link == "socket"
+        else ProcessGroupLink(store, rank, size, device, timeout, LOOPBACK if near else socket.gethostname())
+    )
     return (LibraryGroup if library else DistributedGroup)(made, rank, size, sequence)
 
 
@@ -56,8 +67,10 @@ def roll_call(store: Any, rank: int, size: int, timeout: float) -> bool:
     missing = [i for i in range(size) if not _came(store, f"here/{i}", wait)]
     if missing:
         names = " and ".join(str(i) for i in missing)
-        raise ConfigError(f"rank {names} of {size} did not come within {timeout:g} s: see whether its process started, "
-                          "and what it said")
+        raise ConfigError(
+            f"rank {names} of {size} did not come within {timeout:g} s: see whether its process started, "
+            "and what it said"
+        )
     return len({store.get(f"here/{i}") for i in range(size)}) == 1
 
 

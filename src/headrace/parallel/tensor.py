@@ -25,8 +25,14 @@ from headrace.parallel.heads import HeadLayout
 from headrace.parallel.operators import f, f_rows, g, g_rows, shared
 from headrace.parallel.pieces import Piece, Streams
 
-__all__ = ["ColumnParallelLinear", "LMHead", "LinearKernel", "QKVParallelLinear", "RowParallelLinear",
-           "VocabParallelEmbedding"]
+__all__ = [
+    "ColumnParallelLinear",
+    "LMHead",
+    "LinearKernel",
+    "QKVParallelLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+]
 
 
 @dataclass(slots=True)
@@ -67,8 +73,9 @@ def _matrix(rows: int, columns: int, dtype: torch.dtype, ops: Ops) -> nn.Paramet
     return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=ops.device))
 
 
-def _slot(ops: Ops, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...] | None,
-          outputs: OutputShards | None) -> Callable[[Tensor], Tensor]:
+def _slot(
+    ops: Ops, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...] | None, outputs: OutputShards | None
+) -> Callable[[Tensor], Tensor]:
     if isinstance(ops, AutogradOps):
         return TrainedKernel(ops, weight, bias, bounds, outputs)
     return LinearKernel(ops, weight, bias, bounds)
@@ -81,8 +88,7 @@ class _ParallelLinear(nn.Module):
     bias: nn.Parameter | None
     kernel: Callable[[Tensor], Tensor]
 
-    def __init__(self, ops: Ops, inputs: int, outputs: int, bias: bool, dtype: torch.dtype,
-                 group: RankGroup) -> None:
+    def __init__(self, ops: Ops, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, group: RankGroup) -> None:
         super().__init__()
         self.group = group
         self.weight = _matrix(outputs, inputs, dtype, ops)
@@ -111,16 +117,36 @@ class ColumnParallelLinear(_ParallelLinear):
     A part is (checkpoint name, offsets of its virtual shards, and its end). The input is whole on every rank.
     """
 
-    def __init__(self, ops: Ops, inputs: int, parts: Sequence[tuple[str, tuple[int, ...]]], *, bias: bool,
-                 dtype: torch.dtype, group: RankGroup, purpose: str, outputs: OutputShards | None = None) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        inputs: int,
+        parts: Sequence[tuple[str, tuple[int, ...]]],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        group: RankGroup,
+        purpose: str,
+        outputs: OutputShards | None = None,
+    ) -> None:
         """`outputs` says how the virtual shards lie, where they are not simply the parts' pieces."""
         spans = [_span(bounds, group) for _, bounds in parts]
         super().__init__(ops, inputs, sum(stop - start for start, stop in spans), bias, dtype, group)
         self.parts = tuple(parts)
         self.purpose = purpose
-        self.kernel = _slot(ops, self.weight, self.bias, None, outputs or OutputShards.of([
-            [[(a - start, b - start)] for a, b in _pairs(bounds, group)]
-            for (_, bounds), (start, _) in zip(parts, spans)]))
+        self.kernel = _slot(
+            ops,
+            self.weight,
+            self.bias,
+            None,
+            outputs
+            or OutputShards.of(
+                [
+                    [[(a - start, b - start)] for a, b in _pairs(bounds, group)]
+                    for (_, bounds), (start, _) in zip(parts, spans)
+                ]
+            ),
+        )
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] → [T, N], N being this rank's outputs."""
@@ -141,11 +167,21 @@ class ColumnParallelLinear(_ParallelLinear):
 class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values in one product, as heads. Ranks that share a kv head each hold its rows."""
 
-    def __init__(self, ops: Ops, inputs: int, heads: HeadLayout, *, bias: bool, dtype: torch.dtype,
-                 group: RankGroup, purpose: str) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        inputs: int,
+        heads: HeadLayout,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        group: RankGroup,
+        purpose: str,
+    ) -> None:
         parts = (("q_proj", heads.q_bounds), ("k_proj", heads.kv_bounds), ("v_proj", heads.kv_bounds))
-        super().__init__(ops, inputs, parts, bias=bias, dtype=dtype, group=group, purpose=purpose,
-                         outputs=heads.output_shards(group))
+        super().__init__(
+            ops, inputs, parts, bias=bias, dtype=dtype, group=group, purpose=purpose, outputs=heads.output_shards(group)
+        )
         kv_heads = heads.virtual_kv_heads if isinstance(ops, AutogradOps) else heads.kv_heads
         self.split = (heads.heads, kv_heads, kv_heads)
         self.shape = (-1, sum(self.split), heads.dim)
@@ -158,8 +194,18 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """Inputs split over ranks at the virtual shards' offsets, `bounds`; the bias comes after their sum."""
 
-    def __init__(self, ops: Ops, name: str, bounds: tuple[int, ...], outputs: int, *, bias: bool,
-                 dtype: torch.dtype, group: RankGroup, purpose: str) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        name: str,
+        bounds: tuple[int, ...],
+        outputs: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        group: RankGroup,
+        purpose: str,
+    ) -> None:
         start, stop = _span(bounds, group)
         super().__init__(ops, stop - start, outputs, bias, dtype, group)
         self.ops = ops
@@ -167,8 +213,9 @@ class RowParallelLinear(_ParallelLinear):
         self.bounds = bounds
         self.purpose = purpose
         self.after: Callable[[Tensor], Tensor] = _as_it_is
-        local = tuple(bounds[i] - start for i in range(group.own(len(bounds) - 1).start,
-                                                       group.own(len(bounds) - 1).stop + 1))
+        local = tuple(
+            bounds[i] - start for i in range(group.own(len(bounds) - 1).start, group.own(len(bounds) - 1).stop + 1)
+        )
         self.kernel = _slot(ops, self.weight, self.bias if group.size == 1 else None, local, None)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
@@ -190,8 +237,9 @@ class RowParallelLinear(_ParallelLinear):
 class VocabParallelEmbedding(nn.Module):
     """The token table [V, D], split over ranks by vocabulary at `vocab_bounds`."""
 
-    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype,
-                 group: RankGroup) -> None:
+    def __init__(
+        self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype, group: RankGroup
+    ) -> None:
         super().__init__()
         self.ops = ops
         self.group = group
@@ -231,21 +279,33 @@ class LMHead(nn.Module):
     `tied` is the embedding whose table it reads; without one it owns a table.
     """
 
-    def __init__(self, ops: Ops, vocab_size: int, width: int, shards: int, dtype: torch.dtype, group: RankGroup,
-                 tied: VocabParallelEmbedding | None = None) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        vocab_size: int,
+        width: int,
+        shards: int,
+        dtype: torch.dtype,
+        group: RankGroup,
+        tied: VocabParallelEmbedding | None = None,
+    ) -> None:
         super().__init__()
         self.group = group
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        weight = (tied.weight if tied is not None
-                  else _matrix(self.stop - self.start, width, dtype, ops))
+        weight = tied.weight if tied is not None else _matrix(self.stop - self.start, width, dtype, ops)
         self.weight = weight
         self.tied = tied is not None
         local = (0, *(b - self.start for _, b in _pairs(self.bounds, group)))
         self.part = VocabPart(self.start, local, group)
         self.ops = ops
-        self.kernel = _slot(ops, weight, None, None, OutputShards.of(
-            [[[(a - self.start, b - self.start)] for a, b in _pairs(self.bounds, group)]]))
+        self.kernel = _slot(
+            ops,
+            weight,
+            None,
+            None,
+            OutputShards.of([[[(a - self.start, b - self.start)] for a, b in _pairs(self.bounds, group)]]),
+        )
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] → logits [R, V] fp32, V being this rank's part."""

@@ -17,8 +17,10 @@ from headrace.reproduce.table import Table
 
 __all__ = ["SETTINGS", "Machine", "run_ranks", "table"]
 
-SETTINGS = {True: {"layers": 2, "width": 64, "steps": 3, "rows": 4, "seq_length": 256},
-            False: {"layers": 2, "width": 128, "steps": 20, "rows": 4, "seq_length": 512}}
+SETTINGS = {
+    True: {"layers": 2, "width": 64, "steps": 3, "rows": 4, "seq_length": 256},
+    False: {"layers": 2, "width": 128, "steps": 20, "rows": 4, "seq_length": 512},
+}
 """By `quick`."""
 LAYOUTS = ((1, 1), (2, 2), (4, 4), (2, 1), (4, 2))
 """(processes, tensor-parallel degree)"""
@@ -39,28 +41,38 @@ def table(quick: bool = False) -> Table:
     """Every row, measured."""
     setting = SETTINGS[quick]
     model = recipe(setting).model
-    out = Table("Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
-                f"a Llama of {model.num_layers} layers of {model.hidden_size}, {model.shards} virtual shards, CPU "
-                "kernels, really run in 1, 2 and 4 processes of one thread")
+    out = Table(
+        "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
+        f"a Llama of {model.num_layers} layers of {model.hidden_size}, {model.shards} virtual shards, CPU "
+        "kernels, really run in 1, 2 and 4 processes of one thread",
+    )
     answers: Answers = {layout: run_ranks(*layout, setting) for layout in LAYOUTS}
     counts(out, answers, setting)
     bits(out, answers, model.num_layers)
     scaling(out, answers)
     out.add("A single GPU's share of its peak", "G", "39 TFLOP/s, 30%", "no GPU in this run")
     out.add("512 V100: 15.1 PFLOP/s sustained", "X", "15.1 PFLOP/s, 76%", "not claimed: another machine")
-    out.add("WikiText-103 perplexity at 355M / 2.5B / 8.3B", "X", "19.31 / 12.76 / 10.81",
-            "not claimed: models of that size were not trained")
+    out.add(
+        "WikiText-103 perplexity at 355M / 2.5B / 8.3B",
+        "X",
+        "19.31 / 12.76 / 10.81",
+        "not claimed: models of that size were not trained",
+    )
     return out
 
 
-def run_ranks(processes: int, tensor: int, setting: dict[str, int],
-              module: str = "headrace.reproduce.megatron_rank") -> list[dict[str, Any]]:
+def run_ranks(
+    processes: int, tensor: int, setting: dict[str, int], module: str = "headrace.reproduce.megatron_rank"
+) -> list[dict[str, Any]]:
     """What each rank saw, in rank order. Raises `RuntimeError` where one fails; it says why on standard error."""
     store = keep_store(processes, TIMEOUT) if processes > 1 else None
     job = {"size": processes, "tensor": tensor, "port": store.port if store else 0, "setting": setting}
-    ranks = [subprocess.Popen(
-        [sys.executable, "-m", module, json.dumps({**job, "rank": rank})],
-        stdout=subprocess.PIPE, text=True) for rank in range(processes)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps({**job, "rank": rank})], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(processes)
+    ]
     told = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"a rank of {processes} failed: see what it said")
@@ -78,14 +90,21 @@ def counts(out: Table, answers: Answers, setting: dict[str, int]) -> None:
 
     def each(way: str, column: int) -> str:
         """All-reduces a layer that every rank counted at every degree."""
-        found = {sum(rank["counted"][way][purpose][column] for purpose in ("attention", "mlp")) / layers
-                 for ranks in tensor_parallel(answers) for rank in ranks}
+        found = {
+            sum(rank["counted"][way][purpose][column] for purpose in ("attention", "mlp")) / layers
+            for ranks in tensor_parallel(answers)
+            for rank in ranks
+        }
         return " or ".join(f"{n:g}" for n in sorted(found))
 
     out.add("All-reduces a layer, forward + backward", "CE", "2 + 2", f"{each('none', 0)} + {each('none', 1)}")
-    out.add("… with full recomputation, backward", "CE", "2 + 2",
-            f"{each('full', 1)}: it stops once backward has what it needs, and nothing needs the block's last sum; "
-            f"{each('full, to the end', 1)} where it repeats all of the block")
+    out.add(
+        "… with full recomputation, backward",
+        "CE",
+        "2 + 2",
+        f"{each('full', 1)}: it stops once backward has what it needs, and nothing needs the block's last sum; "
+        f"{each('full, to the end', 1)} where it repeats all of the block",
+    )
     messages, volumes, sends = set(), set(), {}
     for ranks in tensor_parallel(answers):
         for rank in ranks:
@@ -95,8 +114,12 @@ def counts(out: Table, answers: Answers, setting: dict[str, int]) -> None:
             sends[len(ranks)] = ring(rank, len(ranks))
     out.add("Elements of a message", "CE", "b·s·h", " or ".join(f"{n:g}·b·s·h" for n in sorted(messages)))
     out.add("Volume of an all-reduce", "CE", "2× its message", " or ".join(f"{n:g}×" for n in sorted(volumes)))
-    out.add("Bytes a rank sends in all of a pass, of the ring's 2(p−1)/p of every message", "CE", "1", ", ".join(
-        f"{share:.3f} at p = {p}" for p, share in sends.items()))
+    out.add(
+        "Bytes a rank sends in all of a pass, of the ring's 2(p−1)/p of every message",
+        "CE",
+        "1",
+        ", ".join(f"{share:.3f} at p = {p}" for p, share in sends.items()),
+    )
     entropy(out, answers)
 
 
@@ -128,26 +151,46 @@ def bits(out: Table, answers: Answers, layers: int) -> None:
     def same(part: str) -> str:
         return _verdict(all(_covers(ranks, alone, part) for ranks in tensor))
 
-    out.add(f"Loss at {degrees}", "CE", equal,
-            _verdict(all(rank["loss"] == alone["loss"] for ranks in tensor for rank in ranks)))
+    out.add(
+        f"Loss at {degrees}",
+        "CE",
+        equal,
+        _verdict(all(rank["loss"] == alone["loss"] for ranks in tensor for rank in ranks)),
+    )
     out.add(f"Gradients, {len(alone['gradients'])} shards of tensors", "CE", equal, same("gradients"))
     for what, layouts in ((f"at {degrees}", tensor), ("of copies of the model, of one rank and of more", copied)):
         steps = len(alone["curve"]["steps"])
-        out.add(f"Loss and gradient norm of {steps} steps and the weights after them, {what}", "CE", equal,
-                _verdict(_same_curves(layouts, alone, "curve")))
+        out.add(
+            f"Loss and gradient norm of {steps} steps and the weights after them, {what}",
+            "CE",
+            equal,
+            _verdict(_same_curves(layouts, alone, "curve")),
+        )
     streams = [bits for name, bits in alone["start"].items() if ".q_proj." in name]
-    out.add("Random streams: one outside the parallel region, others inside", "CE", "a different one per rank inside",
-            f"one per virtual shard ({len(set(streams))} of {len(streams)} differ), so first weights are "
-            f"{same('start')} at {degrees}")
-    out.add("Residual initialisation, std over the others'", "CE", f"1/√(2N) = {(2 * layers) ** -0.5:.3f}",
-            f"{alone['spread']:.3f} (of one sample)")
+    out.add(
+        "Random streams: one outside the parallel region, others inside",
+        "CE",
+        "a different one per rank inside",
+        f"one per virtual shard ({len(set(streams))} of {len(streams)} differ), so first weights are "
+        f"{same('start')} at {degrees}",
+    )
+    out.add(
+        "Residual initialisation, std over the others'",
+        "CE",
+        f"1/√(2N) = {(2 * layers) ** -0.5:.3f}",
+        f"{alone['spread']:.3f} (of one sample)",
+    )
     told = alone["dropout"]
     masks = all(rank["dropout"]["masks"] == told["masks"] for ranks in tensor for rank in ranks)
-    out.add(f"Dropout under the two RNG streams, {degrees} and of copies", "CE", "same outside, different inside",
-            f"outside (embedding, attention's and the MLP's output, rate {RATE}): {len(told['masks'])} masks with "
-            f"{told['share']:.4f} of their elements are {_verdict(masks)} on every rank of a model, and so losses and "
-            f"weights, copies' too, are {_verdict(_same_curves([*tensor, *copied], alone, 'dropout'))}; inside nothing "
-            "is dropped, as the kernels keep no probabilities of attention")
+    out.add(
+        f"Dropout under the two RNG streams, {degrees} and of copies",
+        "CE",
+        "same outside, different inside",
+        f"outside (embedding, attention's and the MLP's output, rate {RATE}): {len(told['masks'])} masks with "
+        f"{told['share']:.4f} of their elements are {_verdict(masks)} on every rank of a model, and so losses and "
+        f"weights, copies' too, are {_verdict(_same_curves([*tensor, *copied], alone, 'dropout'))}; inside nothing "
+        "is dropped, as the kernels keep no probabilities of attention",
+    )
 
 
 def _verdict(ok: bool) -> str:
@@ -157,15 +200,17 @@ def _verdict(ok: bool) -> str:
 def _same_curves(layouts: list[list[dict[str, Any]]], alone: dict[str, Any], part: str) -> bool:
     """Whether every rank saw one process's steps, and all ranks of a layout ended with its weights."""
     curves = [[rank[part] for rank in ranks] for ranks in layouts]
-    return (all(curve["steps"] == alone[part]["steps"] for ranks in curves for curve in ranks)
-            and all(_covers(ranks, alone[part], "weights") for ranks in curves))
+    return all(curve["steps"] == alone[part]["steps"] for ranks in curves for curve in ranks) and all(
+        _covers(ranks, alone[part], "weights") for ranks in curves
+    )
 
 
 def _covers(ranks: list[dict[str, Any]], alone: dict[str, Any], part: str) -> bool:
     """Whether every rank's bits are those of one process, and together they are all of it."""
     expected = alone[part]
-    return (all(rank[part].items() <= expected.items() for rank in ranks)
-            and set().union(*(rank[part] for rank in ranks)) == set(expected))
+    return all(rank[part].items() <= expected.items() for rank in ranks) and set().union(
+        *(rank[part] for rank in ranks)
+    ) == set(expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +257,7 @@ class Machine:
 
 def like_the_paper_s() -> Machine:
     """V100s with fp16 messages, and the bandwidth at which the model comes nearest to the paper's three figures."""
+
     def error(machine: Machine) -> float:
         return sum((machine.efficiency(*size) - paper) ** 2 for size, paper in zip(PUBLISHED[1:], WEAK))
 
@@ -223,22 +269,37 @@ def scaling(out: Table, answers: Answers) -> None:
     alone, two = answers[1, 1][0], answers[2, 2]
     machine, theirs = Machine.fitted(alone["flops"], alone["seconds"], two[0]["link"]), like_the_paper_s()
     measured = max(rank["seconds"] for rank in two)
-    predicted = (alone["flops"] / 2 / machine.rate + two[0]["messages"] * machine.latency
-                 + two[0]["sent"] / machine.bandwidth)
-    out.add("A model: time = operations / rate / degree + exchanges · latency + bytes / bandwidth, fitted to compute "
-            "and links measured here", "S", "–", f"{machine.rate / 1e9:.1f} GFLOP/s a process, "
-            f"{machine.latency * 1e6:.0f} µs and {machine.bandwidth / 1e9:.2f} GB/s a link")
-    out.add("The model held against a real pass of 2 processes", "S", "–",
-            f"says {predicted * 1e3:.0f} ms, measured {measured * 1e3:.0f} ms on {_cores()} cores (one process: "
-            f"{alone['seconds'] * 1e3:.0f} ms)")
+    predicted = (
+        alone["flops"] / 2 / machine.rate + two[0]["messages"] * machine.latency + two[0]["sent"] / machine.bandwidth
+    )
+    out.add(
+        "A model: time = operations / rate / degree + exchanges · latency + bytes / bandwidth, fitted to compute "
+        "and links measured here",
+        "S",
+        "–",
+        f"{machine.rate / 1e9:.1f} GFLOP/s a process, "
+        f"{machine.latency * 1e6:.0f} µs and {machine.bandwidth / 1e9:.2f} GB/s a link",
+    )
+    out.add(
+        "The model held against a real pass of 2 processes",
+        "S",
+        "–",
+        f"says {predicted * 1e3:.0f} ms, measured {measured * 1e3:.0f} ms on {_cores()} cores (one process: "
+        f"{alone['seconds'] * 1e3:.0f} ms)",
+    )
     for what, paper, sizes, copies in (
-            ("Weak scaling at degree 2 / 4 / 8", WEAK, PUBLISHED[1:], 1),
-            ("Weak scaling, 64 copies of degree 1 / 2 / 4 / 8", WITH_COPIES, PUBLISHED, COPIES)):
+        ("Weak scaling at degree 2 / 4 / 8", WEAK, PUBLISHED[1:], 1),
+        ("Weak scaling, 64 copies of degree 1 / 2 / 4 / 8", WITH_COPIES, PUBLISHED, COPIES),
+    ):
         ours, fitted = (_percent(m.efficiency(*size, copies=copies) for size in sizes) for m in (machine, theirs))
-        out.add(f"{what} (the paper's sizes, as recalled)", "S", f"{_percent(paper)} on V100s",
-                f"a model, not a measurement: {ours} with this machine's {machine.rate / machine.bandwidth:.0f} "
-                f"operations per byte of link; {fitted} with {theirs.rate / theirs.bandwidth:.0f}, chosen to suit 95 / "
-                "82 / 77")
+        out.add(
+            f"{what} (the paper's sizes, as recalled)",
+            "S",
+            f"{_percent(paper)} on V100s",
+            f"a model, not a measurement: {ours} with this machine's {machine.rate / machine.bandwidth:.0f} "
+            f"operations per byte of link; {fitted} with {theirs.rate / theirs.bandwidth:.0f}, chosen to suit 95 / "
+            "82 / 77",
+        )
 
 
 def _percent(shares: Iterable[float]) -> str:

@@ -1,6 +1,6 @@
 """One rank of `headrace reproduce megatron`: it meets the others, trains a small model, and says what it saw.
 
-    python -m headrace.reproduce.megatron_rank '{"rank": 0, "size": 2, "tensor": 2, "port": …, "setting": {…}}'
+python -m headrace.reproduce.megatron_rank '{"rank": 0, "size": 2, "tensor": 2, "port": …, "setting": {…}}'
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ REPEATS = 7
 def recipe(setting: dict[str, int]) -> Recipe:
     """The small model and its data; `setting` has layers, width, steps, rows and seq_length."""
     width, vocabulary = setting["width"], 512
-    model = ModelConfig("LlamaForCausalLM", vocabulary, width, 3 * width, setting["layers"], 4, 4, width // 4,
-                        setting["seq_length"])
+    model = ModelConfig(
+        "LlamaForCausalLM", vocabulary, width, 3 * width, setting["layers"], 4, 4, width // 4, setting["seq_length"]
+    )
     train = TrainConfig(setting["steps"], batch_size=setting["rows"], seq_length=setting["seq_length"], micro_batches=2)
     return Recipe(model, DataConfig(vocab_size=vocabulary), train, OptimizerConfig(learning_rate=3e-3))
 
@@ -61,8 +62,11 @@ def main(text: str) -> None:
     job = json.loads(text)
     rank, size = job["rank"], job["size"]
     place = torch.device("cpu")
-    mesh = Mesh() if size == 1 else Mesh.meet(join(job["port"], size, TIMEOUT), rank, size, job["tensor"], place,
-                                              timeout=TIMEOUT)
+    mesh = (
+        Mesh()
+        if size == 1
+        else Mesh.meet(join(job["port"], size, TIMEOUT), rank, size, job["tensor"], place, timeout=TIMEOUT)
+    )
     plan = recipe(job["setting"])
     ops = load_ops("cpu", threads=1)
     seen: dict[str, Any] = {"curve": _curve(plan, mesh, ops), "dropout": _dropout(plan, mesh, ops)}
@@ -99,8 +103,10 @@ def _curve(plan: Recipe, mesh: Mesh, ops: Ops) -> dict[str, Any]:
     """Every step's loss and gradient norm, and the weights at the end."""
     trainer = Trainer(plan, ops, mesh)
     records = [trainer.step() for _ in range(plan.train.steps)]
-    return {"steps": [[record.loss, record.grad_norm] for record in records],
-            "weights": _digests(trainer.model, trainer.parameters)}
+    return {
+        "steps": [[record.loss, record.grad_norm] for record in records],
+        "weights": _digests(trainer.model, trainer.parameters),
+    }
 
 
 def _passes(plan: Recipe, group: RankGroup) -> dict[str, Any]:
@@ -111,18 +117,24 @@ def _passes(plan: Recipe, group: RankGroup) -> dict[str, Any]:
         model = _build(plan, group, recompute)
         if not seen["counted"]:
             attention: Any = model.blocks[0].attention
-            seen |= {"start": _digests(model, list(model.parameters())),
-                     "spread": float(attention.out.weight.detach().std() / attention.qkv.weight.detach().std())}
+            seen |= {
+                "start": _digests(model, list(model.parameters())),
+                "spread": float(attention.out.weight.detach().std() / attention.qkv.weight.detach().std()),
+            }
         group.traffic.clear()
         with set_checkpoint_early_stop(early):
             loss = _loss(model, batch)
             forward = dict(group.traffic.messages)
             grads = torch.autograd.grad(loss, list(model.parameters()))
         seen["counted"][name] = {
-            purpose: [forward.get(("all_reduce", purpose), 0),
-                      group.traffic.messages["all_reduce", purpose] - forward.get(("all_reduce", purpose), 0),
-                      group.traffic.elements["all_reduce", purpose], group.traffic.volume(purpose)]
-            for purpose in ("attention", "mlp")}
+            purpose: [
+                forward.get(("all_reduce", purpose), 0),
+                group.traffic.messages["all_reduce", purpose] - forward.get(("all_reduce", purpose), 0),
+                group.traffic.elements["all_reduce", purpose],
+                group.traffic.volume(purpose),
+            ]
+            for purpose in ("attention", "mlp")
+        }
         if name == "none":
             told = {" ".join(key): n for key, n in group.traffic.elements.items()}
             seen |= {"loss": loss.item(), "gradients": _digests(model, grads), "elements": told}
@@ -153,8 +165,12 @@ def _timed(model: Transformer, batch: Batch, group: RankGroup) -> dict[str, Any]
         began = time.perf_counter()
         torch.autograd.grad(_loss(model, batch), list(model.parameters()))
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds), "flops": model_flops(model, batch),
-            "messages": group.traffic.messages.total(), "sent": group.traffic.bytes_sent}
+    return {
+        "seconds": statistics.median(seconds),
+        "flops": model_flops(model, batch),
+        "messages": group.traffic.messages.total(),
+        "sent": group.traffic.bytes_sent,
+    }
 
 
 def _link(group: RankGroup) -> list[list[float]]:
@@ -176,8 +192,12 @@ def _link(group: RankGroup) -> list[list[float]]:
 def _digests(model: Transformer, tensors: Sequence[Tensor]) -> dict[str, str]:
     """The bits of every checkpoint tensor's virtual shards, of `tensors` in the parameters' places."""
     pieces = in_place_of(model.tensors(), list(model.parameters()), [x.detach() for x in tensors])
-    return {f"{name} {shard}": _digest(view)
-            for name, piece in pieces for shard, view in piece.shards(piece.tensor) if math.prod(view.shape)}
+    return {
+        f"{name} {shard}": _digest(view)
+        for name, piece in pieces
+        for shard, view in piece.shards(piece.tensor)
+        if math.prod(view.shape)
+    }
 
 
 def _digest(tensor: Tensor) -> str:

@@ -51,9 +51,7 @@ def table(quick: bool = False) -> Table:
         )
     for width in (2, 4, 6):
         params = SamplingParams(beam_width=width, n=1, max_tokens=58, ignore_eos=True)
-        out.add(
-            f"Memory saved by sharing, {width} beams (host)", "CE", "37.6–55.2%", f"{shared(params):.1%}"
-        )
+        out.add(f"Memory saved by sharing, {width} beams (host)", "CE", "37.6–55.2%", f"{shared(params):.1%}")
     for prefix, paper in ((80, "1.67×, its shorter prefix"), (341, "3.58×, its longer one")):
         out.add(
             f"Time saved by a shared prefix of {prefix} tokens",

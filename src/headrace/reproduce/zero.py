@@ -9,13 +9,21 @@ from headrace.reproduce.table import Table
 
 __all__ = ["PUBLISHED", "SETTINGS", "formula", "table"]
 
-SETTINGS = {True: {"layers": 4, "width": 64, "steps": 2, "rows": 4, "seq_length": 64},
-            False: {"layers": 6, "width": 128, "steps": 10, "rows": 4, "seq_length": 128}}
+SETTINGS = {
+    True: {"layers": 4, "width": 64, "steps": 2, "rows": 4, "seq_length": 64},
+    False: {"layers": 6, "width": 128, "steps": 10, "rows": 4, "seq_length": 128},
+}
 """By `quick`."""
 COPIES = (2, 4)
 STAGES = ("none", "P_os", "P_os+g", "P_os+g+p")
-PUBLISHED = {1: (120, 120, 120), 4: (52.5, 41.3, 30), 16: (35.6, 21.6, 7.5), 64: (31.4, 16.6, 1.88),
-             256: (30.4, 15.4, 0.47), 1024: (30.1, 15.1, 0.12)}
+PUBLISHED = {
+    1: (120, 120, 120),
+    4: (52.5, 41.3, 30),
+    16: (35.6, 21.6, 7.5),
+    64: (31.4, 16.6, 1.88),
+    256: (30.4, 15.4, 0.47),
+    1024: (30.1, 15.1, 0.12),
+}
 """GB a device of 7.5 billion parameters at P_os, P_os+g, P_os+g+p, by the number of copies (figure 1, table 1)."""
 MODULE = "headrace.reproduce.zero_rank"
 
@@ -26,9 +34,11 @@ Answers = dict[int, list[dict[str, Any]]]
 def table(quick: bool = False) -> Table:
     """Every row, measured."""
     setting = SETTINGS[quick]
-    out = Table("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-                f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, really run as "
-                "2 and 4 copies, processes of one thread; the 7.5 billion by formula")
+    out = Table(
+        "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+        f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, really run as "
+        "2 and 4 copies, processes of one thread; the 7.5 billion by formula",
+    )
     answers: Answers = {copies: run_ranks(copies, 1, setting, MODULE) for copies in COPIES}
     by_formula(out)
     held(out, answers)
@@ -50,8 +60,12 @@ def by_formula(out: Table) -> None:
     """The paper's table, cell by cell."""
     for copies, published in PUBLISHED.items():
         ours = [7.5 * formula(stage, copies) for stage in (1, 2, 3)]
-        out.add(f"7.5B on {copies} copies, GB a device: P_os / +g / +p", "CE", " / ".join(f"{x:g}" for x in published),
-                " / ".join(f"{x:.3g}" for x in ours))
+        out.add(
+            f"7.5B on {copies} copies, GB a device: P_os / +g / +p",
+            "CE",
+            " / ".join(f"{x:g}" for x in published),
+            " / ".join(f"{x:.3g}" for x in ours),
+        )
 
 
 def held(out: Table, answers: Answers) -> None:
@@ -61,8 +75,12 @@ def held(out: Table, answers: Answers) -> None:
         for copies, ranks in answers.items():
             most = max(sum(rank["stages"][stage]["states"].values()) for rank in ranks)
             shares.append(f"{most / ranks[0]['parameters']:.2f}Ψ of {formula(stage, copies):g}Ψ at N = {copies}")
-        out.add(f"Bytes of states, {name}", "CE", ("16Ψ", "4Ψ + 12Ψ/N", "2Ψ + 14Ψ/N", "16Ψ/N")[stage],
-                ", ".join(shares) + ("" if stage else "; cuts between ranks lie between chunks of 4096 elements"))
+        out.add(
+            f"Bytes of states, {name}",
+            "CE",
+            ("16Ψ", "4Ψ + 12Ψ/N", "2Ψ + 14Ψ/N", "16Ψ/N")[stage],
+            ", ".join(shares) + ("" if stage else "; cuts between ranks lie between chunks of 4096 elements"),
+        )
 
 
 def moved(out: Table, answers: Answers) -> None:
@@ -75,16 +93,29 @@ def moved(out: Table, answers: Answers) -> None:
                 found.add(f"{(told['gradients'] + told['weights_moved']) / psi:.2f}Ψ")
                 sent.append(told["sent"] / 2 / psi / (1 - 1 / copies))
         why = ": the embedding and the head need no weights on the way back" if stage == 3 else ""
-        out.add(f"Volume of a micro-step, {name}", "CE", ("2Ψ", "2Ψ", "2Ψ", "3Ψ")[stage],
-                f"{' or '.join(sorted(found))}{why}; a rank sends {min(sent):.2f} to {max(sent):.2f} · Ψ(N−1)/N")
+        out.add(
+            f"Volume of a micro-step, {name}",
+            "CE",
+            ("2Ψ", "2Ψ", "2Ψ", "3Ψ")[stage],
+            f"{' or '.join(sorted(found))}{why}; a rank sends {min(sent):.2f} to {max(sent):.2f} · Ψ(N−1)/N",
+        )
 
 
 def bits(out: Table, answers: Answers) -> None:
     """Whether every stage is the same run."""
-    same = all(rank["stages"][stage][what] == ranks[0]["stages"][0][what]
-               for ranks in answers.values() for rank in ranks for stage in range(4) for what in ("curve", "weights"))
-    out.add("Stages train the same model", "CE", "not claimed to the bit",
-            "losses, norms and weights equal by == at stages 0, 1, 2, 3" if same else "NOT equal")
+    same = all(
+        rank["stages"][stage][what] == ranks[0]["stages"][0][what]
+        for ranks in answers.values()
+        for rank in ranks
+        for stage in range(4)
+        for what in ("curve", "weights")
+    )
+    out.add(
+        "Stages train the same model",
+        "CE",
+        "not claimed to the bit",
+        "losses, norms and weights equal by == at stages 0, 1, 2, 3" if same else "NOT equal",
+    )
 
 
 def activations(out: Table, ranks: list[dict[str, Any]]) -> None:
@@ -93,12 +124,17 @@ def activations(out: Table, ranks: list[dict[str, Any]]) -> None:
     kept = max(rank["divided"]["kept"] for rank in ranks) / max(rank["plain"]["kept"] for rank in ranks)
     same = all(rank["plain"]["curve"] == rank["divided"]["curve"] for rank in ranks)
     out.add("P_a: added traffic", "CE", "under 10%", f"{divided / plain - 1:.1%} at tensor parallelism of 2")
-    out.add("P_a: checkpoints a rank keeps", "CE", "1/N_m",
-            f"{kept:.2f}; losses {'equal by ==' if same else 'NOT equal'}")
+    out.add(
+        "P_a: checkpoints a rank keeps", "CE", "1/N_m", f"{kept:.2f}; losses {'equal by ==' if same else 'NOT equal'}"
+    )
 
 
 def largest(out: Table) -> None:
     """The largest model whose states alone fit into 32 GB."""
     sizes = [32 / formula(stage, 64) for stage in range(4)]
-    out.add("Largest model on 64 devices of 32 GB, states alone", "S", "2B / 7.6B / 14.4B / 128B [m]",
-            " / ".join(f"{size:.3g}B" for size in sizes))
+    out.add(
+        "Largest model on 64 devices of 32 GB, states alone",
+        "S",
+        "2B / 7.6B / 14.4B / 128B [m]",
+        " / ".join(f"{size:.3g}B" for size in sizes),
+    )

@@ -1,6 +1,6 @@
 """One rank of `headrace reproduce zero`: it trains a small model at every stage, and says what it held and moved.
 
-    python -m headrace.reproduce.zero_rank '{"rank": 0, "size": 2, "tensor": 1, "port": …, "setting": {…}}'
+python -m headrace.reproduce.zero_rank '{"rank": 0, "size": 2, "tensor": 1, "port": …, "setting": {…}}'
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ def main(text: str) -> None:
     """Do one rank's part and print it as JSON."""
     torch.set_num_threads(1)
     job = json.loads(text)
-    mesh = Mesh.meet(join(job["port"], job["size"], TIMEOUT), job["rank"], job["size"], job["tensor"],
-                     torch.device("cpu"), timeout=TIMEOUT)
+    mesh = Mesh.meet(
+        join(job["port"], job["size"], TIMEOUT),
+        job["rank"],
+        job["size"],
+        job["tensor"],
+        torch.device("cpu"),
+        timeout=TIMEOUT,
+    )
     plan = recipe(job["setting"])
     plan = replace(plan, train=replace(plan.train, micro_batches=1))
     if job["tensor"] == 1:
@@ -38,9 +44,17 @@ def main(text: str) -> None:
         print(json.dumps({"parameters": stages[0].pop("parameters"), "stages": stages}))
     else:
         plan = replace(plan, train=replace(plan.train, recompute="full"))
-        print(json.dumps({name: _stage(replace(plan, parallel=parallel), mesh) for name, parallel in (
-            ("plain", ParallelConfig(tensor=2, offload_activations=True)),
-            ("divided", ParallelConfig(tensor=2, partition_activations=True)))}))
+        print(
+            json.dumps(
+                {
+                    name: _stage(replace(plan, parallel=parallel), mesh)
+                    for name, parallel in (
+                        ("plain", ParallelConfig(tensor=2, offload_activations=True)),
+                        ("divided", ParallelConfig(tensor=2, partition_activations=True)),
+                    )
+                }
+            )
+        )
     mesh.close()
 
 
@@ -53,11 +67,16 @@ def _stage(plan: Recipe, mesh: Mesh) -> dict[str, Any]:
         mesh.tensor.traffic.clear()
         records.append(trainer.step())
     traffic, memory = mesh.data.traffic, trainer.memory()
-    told = {"curve": [[record.loss, record.grad_norm] for record in records],
-            "gradients": traffic.volume("gradients"), "weights_moved": traffic.volume("weights"),
-            "sent": traffic.bytes_sent, "tensor": mesh.tensor.traffic.volume(), "kept": memory["checkpoints"],
-            "states": {kind: memory[kind] for kind in STATES},
-            "parameters": sum(unit.size for unit in trainer.sharded.units)}
+    told = {
+        "curve": [[record.loss, record.grad_norm] for record in records],
+        "gradients": traffic.volume("gradients"),
+        "weights_moved": traffic.volume("weights"),
+        "sent": traffic.bytes_sent,
+        "tensor": mesh.tensor.traffic.volume(),
+        "kept": memory["checkpoints"],
+        "states": {kind: memory[kind] for kind in STATES},
+        "parameters": sum(unit.size for unit in trainer.sharded.units),
+    }
     digest = hashlib.sha256()
     for name, piece in trainer.model.tensors():
         digest.update(name.encode() + piece.tensor.contiguous().view(torch.uint8).numpy().tobytes())

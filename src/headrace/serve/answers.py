@@ -1,6 +1,6 @@
 """`Answers`: prompts and an `Ask` to an answer, streamed or whole, for completions and chats alike.
 
-    open one stream a prompt ──> deltas ──> parts ──> a form's choices ──> chunks, or one answer at the end
+open one stream a prompt ──> deltas ──> parts ──> a form's choices ──> chunks, or one answer at the end
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ class Answers:
         self._texts = texts
         self._model_name = model_name
 
-    async def answer(self, request: Request, ask: Ask, form: Form, prompts: Sequence[Prompt],
-                     echo: str | None = None) -> Response:
+    async def answer(
+        self, request: Request, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None = None
+    ) -> Response:
         """The response. Raises what `Gateway.open` raises, and `ClientGoneError`, before anything is sent.
 
         `echo` is the text to begin with, where it is not the prompt's own.
@@ -84,8 +85,11 @@ class Answers:
             raise RefusedError(f"explain is for one prompt, not {count}", "explain")
         seats = count * max(ask.params.n, ask.params.beam_width)
         if count > 1 and seats > self._gateway.seats:
-            raise RefusedError(f"{count} prompts with n={ask.params.n} are {seats} sequences, and this server "
-                               f"holds {self._gateway.seats}: send fewer at a time", "prompt")
+            raise RefusedError(
+                f"{count} prompts with n={ask.params.n} are {seats} sequences, and this server "
+                f"holds {self._gateway.seats}: send fewer at a time",
+                "prompt",
+            )
 
     # ---- opening
 
@@ -96,9 +100,16 @@ class Answers:
         streams: list[Stream] = []
         try:
             for prompt in prompts:
-                streams.append(await self._gateway.open(
-                    identity, prompt.text, prompt.token_ids, ask.params, priority=ask.priority,
-                    namespace=ask.namespace))
+                streams.append(
+                    await self._gateway.open(
+                        identity,
+                        prompt.text,
+                        prompt.token_ids,
+                        ask.params,
+                        priority=ask.priority,
+                        namespace=ask.namespace,
+                    )
+                )
         except BaseException:
             for stream in streams:
                 stream.abandon()
@@ -133,8 +144,10 @@ class Answers:
                     part = self._prompt_part(job, i, output) + part
                 shape = job.form.whole(i * len(output.outputs) + choice.index, part, job.best)
                 if job.ask.token_ids:
-                    shape |= {"token_ids": [] if job.ask.only_echo else choice.token_ids,
-                              "prompt_token_ids": output.prompt_token_ids}
+                    shape |= {
+                        "token_ids": [] if job.ask.only_echo else choice.token_ids,
+                        "prompt_token_ids": output.prompt_token_ids,
+                    }
                 if job.ask.prompt_tables:
                     shape["prompt_logprobs"] = prompt_tables(output)
                 choices.append(shape)

@@ -1,6 +1,6 @@
 """`create_app`: the endpoints over a server's parts, as one ASGI application.
 
-    Guard (key, body) ──> routes/ ──> protocol/ (fields, asks, forms) ──> Answers ──> Gateway
+Guard (key, body) ──> routes/ ──> protocol/ (fields, asks, forms) ──> Answers ──> Gateway
 """
 
 from __future__ import annotations
@@ -32,10 +32,21 @@ CLIENT_CLOSED = 499
 
 def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
     """The application. It neither starts nor ends its parts."""
-    app = FastAPI(title="headrace", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-                  description="An OpenAI-compatible server with the same bits whatever the load.")
-    for router in (generation_router(parts), texts_router(parts), weights_router(parts, settings.allow_weight_updates),
-                   status_router(parts), playground_router(parts.gateway, parts.model_name)):
+    app = FastAPI(
+        title="headrace",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        description="An OpenAI-compatible server with the same bits whatever the load.",
+    )
+    for router in (
+        generation_router(parts),
+        texts_router(parts),
+        weights_router(parts, settings.allow_weight_updates),
+        status_router(parts),
+        playground_router(parts.gateway, parts.model_name),
+    ):
         app.include_router(router)
 
     async def refuse(request: Request, error: Exception) -> Response:
@@ -54,5 +65,6 @@ def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
         app.add_exception_handler(kind, refuse)
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(ClientGoneError, gone)
-    return Guard(app, max_body_bytes=int(settings.max_body_mib * MIB), api_keys=settings.api_key,
-                 public=PUBLIC_PATHS | PAGE)
+    return Guard(
+        app, max_body_bytes=int(settings.max_body_mib * MIB), api_keys=settings.api_key, public=PUBLIC_PATHS | PAGE
+    )

@@ -37,8 +37,9 @@ class _BodyError(Exception):
 class Guard:
     """An ASGI application around another: it gives it whole bodies only."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: Collection[str] = (),
-                 public: Collection[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_body_bytes: int, api_keys: Collection[str] = (), public: Collection[str] = ()
+    ) -> None:
         """Requests need one of `api_keys`, where there are any, except for the `public` paths."""
         self._app = app
         self._most = max_body_bytes
@@ -117,8 +118,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _turn_away(scope: Scope, receive: Receive, send: Send, status: int, message: str,
-                     headers: dict[str, str] | None = None) -> None:
+async def _turn_away(
+    scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: dict[str, str] | None = None
+) -> None:
     """Answer, once the client has sent its body, or enough of it."""
     size, more = 0, True
     with contextlib.suppress(TimeoutError):

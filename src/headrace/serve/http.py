@@ -18,9 +18,17 @@ __all__ = ["JSON", "ClientGoneError", "EventStream", "error_body", "error_respon
 
 RETRY = "5"
 """Seconds after which a server that is not there may be."""
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
-         415: "invalid_request_error", 429: "rate_limit_error"}
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
 LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 """What many clients take for the end of a line, where the format has newlines only: as JSON escapes them."""
 _encoder = msgspec.json.Encoder()
@@ -101,8 +109,9 @@ class EventStream(Response):
         self._close = close
         self.status_code = 200
         self.background = None
-        self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store",
-                           "X-Accel-Buffering": "no"})
+        self.init_headers(
+            {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

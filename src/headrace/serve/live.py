@@ -26,8 +26,21 @@ NODES = 400
 FRAME, TREE, IDLE = 0.15, 0.5, 1.0
 """Seconds: between frames, between looks at the tree, and between frames in which nothing happened."""
 ENDED = ("draining", "stopped")
-STATS = ("num_running", "num_waiting", "kv_usage", "physical_blocks", "cached_blocks", "generated_tokens",
-         "prompt_tokens", "prefix_queries", "prefix_hits", "preemptions", "steps", "held_slots", "used_slots")
+STATS = (
+    "num_running",
+    "num_waiting",
+    "kv_usage",
+    "physical_blocks",
+    "cached_blocks",
+    "generated_tokens",
+    "prompt_tokens",
+    "prefix_queries",
+    "prefix_hits",
+    "preemptions",
+    "steps",
+    "held_slots",
+    "used_slots",
+)
 
 
 class Live:
@@ -88,7 +101,7 @@ class Live:
             "time": asyncio.get_running_loop().time(),
             "stats": {name: stats.get(name, 0) for name in STATS},
             "count": self._count,
-            "steps": list(self._steps)[len(self._steps) - new:],
+            "steps": list(self._steps)[len(self._steps) - new :],
         }
 
     # ---- while someone watches
@@ -118,7 +131,8 @@ class Live:
             if report.prefill_tokens or report.decode_tokens:
                 milliseconds = round(report.step_time * 1e3, 2)
                 self._steps.append(
-                    (report.prefill_tokens, report.decode_tokens, milliseconds, report.stats["num_running"]))
+                    (report.prefill_tokens, report.decode_tokens, milliseconds, report.stats["num_running"])
+                )
             self._count += bool(report.prefill_tokens or report.decode_tokens)
             self._reports += 1
             self._notify()

@@ -24,8 +24,30 @@ LABELS = ("model_name", "engine")
 REASONS = ("stop", "length", "abort", "error")
 
 # Dashboards made for vLLM expect these edges, in seconds and in tokens.
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
-               640, 2560)
+FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
 BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -102,8 +124,9 @@ class Metrics:
         """A further token came so long after the one before."""
         self._gap.observe(seconds)
 
-    def finished(self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None,
-                 seconds_total: float) -> None:
+    def finished(
+        self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None, seconds_total: float
+    ) -> None:
         """A request is over. Without an explanation (an abort, an error) there are no times of its parts."""
         if reason == "refused":
             self._refused.inc()
@@ -177,26 +200,46 @@ class Metrics:
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests (choices) that wait in the engine.")
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks that requests hold; 1 is all.")
         self._waste = self._gauge("headrace:kv_waste_ratio", "Share of held token slots that are not filled.")
-        self._cache_info = Gauge("vllm:cache_config_info", "The KV cache, told by labels; always 1.",
-                                 (*LABELS, "block_size", "num_gpu_blocks"), registry=self.registry)
+        self._cache_info = Gauge(
+            "vllm:cache_config_info",
+            "The KV cache, told by labels; always 1.",
+            (*LABELS, "block_size", "num_gpu_blocks"),
+            registry=self.registry,
+        )
         # No adapters are served: the name is there, without a sample.
-        Gauge("vllm:lora_requests_info", "Running and waiting adapters.",
-              ("max_lora", "waiting_lora_adapters", "running_lora_adapters"), registry=self.registry)
-        blocks = Gauge("headrace:kv_blocks", "KV blocks: held by requests, kept by the prefix cache only, or free.",
-                       (*LABELS, "state"), registry=self.registry)
+        Gauge(
+            "vllm:lora_requests_info",
+            "Running and waiting adapters.",
+            ("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+            registry=self.registry,
+        )
+        blocks = Gauge(
+            "headrace:kv_blocks",
+            "KV blocks: held by requests, kept by the prefix cache only, or free.",
+            (*LABELS, "state"),
+            registry=self.registry,
+        )
         self._held_blocks, self._cached_blocks, self._free_blocks = (
-            blocks.labels(*self._values, state) for state in ("held", "cached", "free"))
+            blocks.labels(*self._values, state) for state in ("held", "cached", "free")
+        )
         self._engine = [(self._counter(name, text), field) for name, (field, text) in ENGINE_COUNTERS.items()]
         for name, text in SPECULATION.items():
             self._counter(name, text)
-        accepted = Counter("vllm:spec_decode_num_accepted_tokens_per_pos",
-                           "Draft tokens accepted by position in the draft; 0 without speculation.",
-                           (*LABELS, "position"), registry=self.registry)
+        accepted = Counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted by position in the draft; 0 without speculation.",
+            (*LABELS, "position"),
+            registry=self.registry,
+        )
         accepted.labels(*self._values, "0")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKENS)
         self._step_time = self._histogram("headrace:step_time_seconds", "Seconds of a step.", STEP)
-        tokens = Counter("headrace:step_tokens", "Tokens computed: of prompts, and all others.", (*LABELS, "kind"),
-                         registry=self.registry)
+        tokens = Counter(
+            "headrace:step_tokens",
+            "Tokens computed: of prompts, and all others.",
+            (*LABELS, "kind"),
+            registry=self.registry,
+        )
         self._prefill, self._decode = (tokens.labels(*self._values, kind) for kind in ("prefill", "decode"))
         self._aborts = self._counter("headrace:aborts", "Choices whose blocks were freed because the client left.")
         self._restarts = self._counter("headrace:restarts", "Instances that died and were replaced.")
@@ -205,18 +248,27 @@ class Metrics:
         """What is measured at the gateway, request by request."""
         self._requests = self._counter("headrace:requests", "Requests that came, embeddings included.")
         self._refused = self._counter("headrace:refused_requests", "Requests that the engine could never serve.")
-        self._success = Counter("vllm:request_success", "Requests that ended, by reason.",
-                                (*LABELS, "finished_reason"), registry=self.registry)
+        self._success = Counter(
+            "vllm:request_success",
+            "Requests that ended, by reason.",
+            (*LABELS, "finished_reason"),
+            registry=self.registry,
+        )
         for reason in REASONS:
             self._success.labels(*self._values, reason)
-        self._first_token = self._histogram("vllm:time_to_first_token_seconds",
-                                            "Seconds from arrival at the gateway to the first token.", FIRST_TOKEN)
-        self._gap = self._histogram("vllm:inter_token_latency_seconds", "Seconds between tokens, at the gateway.",
-                                    BETWEEN_TOKENS)
-        self._total = self._histogram("vllm:e2e_request_latency_seconds",
-                                      "Seconds from arrival at the gateway to the last token.", REQUEST)
-        self._times = {kind: self._histogram(f"vllm:request_{kind}_time_seconds", text, REQUEST)
-                       for kind, text in REQUEST_TIMES.items()}
+        self._first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "Seconds from arrival at the gateway to the first token.", FIRST_TOKEN
+        )
+        self._gap = self._histogram(
+            "vllm:inter_token_latency_seconds", "Seconds between tokens, at the gateway.", BETWEEN_TOKENS
+        )
+        self._total = self._histogram(
+            "vllm:e2e_request_latency_seconds", "Seconds from arrival at the gateway to the last token.", REQUEST
+        )
+        self._times = {
+            kind: self._histogram(f"vllm:request_{kind}_time_seconds", text, REQUEST)
+            for kind, text in REQUEST_TIMES.items()
+        }
         self._resumed = self._counter("headrace:resumed_requests", "Times a request went on in a new instance.")
 
 

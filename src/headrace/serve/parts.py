@@ -18,8 +18,16 @@ __all__ = ["Parts"]
 class Parts:
     """One served model: its gateway, its texts, its names and numbers."""
 
-    def __init__(self, gateway: Gateway, texts: Texts, metrics: Metrics, names: Sequence[str], *,
-                 defaults: Mapping[str, Any], priorities: bool) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        texts: Texts,
+        metrics: Metrics,
+        names: Sequence[str],
+        *,
+        defaults: Mapping[str, Any],
+        priorities: bool,
+    ) -> None:
         """`defaults` are sampling parameters; `priorities` is whether the engine schedules by them."""
         self.gateway = gateway
         self.texts = texts

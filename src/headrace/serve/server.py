@@ -1,6 +1,6 @@
 """`Server`: a bound socket, a gateway and the application, from the first signal of life to the last.
 
-    bind ──> start the engine ──> ready ──> (SIGTERM: drain) ──> (again: stop) ──> closed
+bind ──> start the engine ──> ready ──> (SIGTERM: drain) ──> (again: stop) ──> closed
 """
 
 from __future__ import annotations
@@ -98,8 +98,15 @@ class Server:
         self._settings = settings
         self._names = settings.served_model_name or (model,)
         self._metrics = Metrics(self._names[0])
-        self.gateway = Gateway(model, options, max_queue=settings.max_queue, restart=settings.restart,
-                               max_logprobs=settings.max_logprobs, observer=self._metrics, progress=self._tell)
+        self.gateway = Gateway(
+            model,
+            options,
+            max_queue=settings.max_queue,
+            restart=settings.restart,
+            max_logprobs=settings.max_logprobs,
+            observer=self._metrics,
+            progress=self._tell,
+        )
         self._progress: Progress | None = None
         self._http: _Uvicorn | None = None
         self._interrupt: Callable[[], object] = lambda: None
@@ -120,8 +127,9 @@ class Server:
         """The name that answers carry."""
         return self._names[0]
 
-    async def run(self, ready: Callable[[Ready], None], progress: Progress | None = None,
-                  until: asyncio.Event | None = None) -> None:
+    async def run(
+        self, ready: Callable[[Ready], None], progress: Progress | None = None, until: asyncio.Event | None = None
+    ) -> None:
         """Serve until a SIGTERM or SIGINT, or until `until` is set, and what then still runs is done.
 
         `ready` is called when requests can come; `progress(done, total, kernel)` while kernels are made. Raises
@@ -171,12 +179,26 @@ class Server:
     async def _serve(self, texts: Texts, ready: Callable[[], None]) -> None:
         settings = self._settings
         defaults = self.gateway.info.default_sampling_params if settings.generation_config else {}
-        parts = Parts(self.gateway, texts, self._metrics, self._names, defaults=defaults,
-                      priorities=self._options.get("scheduling_policy") == "priority")
+        parts = Parts(
+            self.gateway,
+            texts,
+            self._metrics,
+            self._names,
+            defaults=defaults,
+            priorities=self._options.get("scheduling_policy") == "priority",
+        )
         config = uvicorn.Config(
-            create_app(parts, settings), http=_Protocol, ws="none", lifespan="off", log_level="warning",
-            access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, backlog=BACKLOG, server_header=False,
-            timeout_graceful_shutdown=1)
+            create_app(parts, settings),
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            backlog=BACKLOG,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
         self._http = _Uvicorn(config, ready)
         await self._http.serve([self._socket])
 

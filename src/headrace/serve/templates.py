@@ -1,7 +1,7 @@
 """`TemplateWorker`: chat templates are programs of strangers, so they run in a process that can be killed.
 
-    render ──> one JSON line to the worker ──> Jinja's immutable sandbox ──> one JSON line back
-                 └── too long, too much, or dead: killed, and the next call starts another
+render ──> one JSON line to the worker ──> Jinja's immutable sandbox ──> one JSON line back
+             └── too long, too much, or dead: killed, and the next call starts another
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class TemplateWorker:
         except BaseException as error:
             await self._kill()
             if isinstance(error, TimeoutError):
-                raise RefusedError(f"the chat template took longer than {self._seconds:g} s and was stopped",
-                                   "messages") from None
+                raise RefusedError(
+                    f"the chat template took longer than {self._seconds:g} s and was stopped", "messages"
+                ) from None
             if isinstance(error, (OSError, ValueError)):
-                raise RefusedError("the chat template broke its process: it asked for too much memory, or wrote too "
-                                   "much", "messages") from None
+                raise RefusedError(
+                    "the chat template broke its process: it asked for too much memory, or wrote too much", "messages"
+                ) from None
             raise
 
     async def close(self) -> None:
@@ -94,8 +96,14 @@ class TemplateWorker:
             await self._kill()
         if self._process is None:
             process = self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", "from headrace.serve.templates import serve_templates; serve_templates()",
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE, start_new_session=True)
+                sys.executable,
+                "-c",
+                "from headrace.serve.templates import serve_templates; serve_templates()",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=LINE,
+                start_new_session=True,
+            )
             assert process.stdout is not None
             try:
                 there = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)

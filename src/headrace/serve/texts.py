@@ -1,7 +1,7 @@
 """`Texts`: text to tokens and conversations to text, none of it on the event loop.
 
-    encode, decode ──> a thread; long texts have one of their own, so that short ones need not wait for them
-    chat ──> the template, in a worker process ──> a thread
+encode, decode ──> a thread; long texts have one of their own, so that short ones need not wait for them
+chat ──> the template, in a worker process ──> a thread
 """
 
 from __future__ import annotations
@@ -105,21 +105,25 @@ class Texts:
                 raise RefusedError(f"{field}: {name} is not a variable that can be set there", field)
         if chat_template is None:
             if not self.tokenizer.has_chat_template:
-                raise RefusedError("this model has no chat template: send a plain prompt to /v1/completions, or a "
-                                   "chat_template", "messages")
+                raise RefusedError(
+                    "this model has no chat template: send a plain prompt to /v1/completions, or a chat_template",
+                    "messages",
+                )
             source: Any = dict(self.tokenizer.chat_template.sources)
         else:
             source = chat_template
         plain = [_flat(message, i) for i, message in enumerate(messages)]
         mark = _mark(plain) if continue_final_message else ""
         worker = self._own if chat_template is None else self._guests
-        text = await worker.render({
-            "source": source,
-            "special": dict(self.tokenizer.special_tokens),
-            "messages": plain,
-            "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            "variables": variables,
-        })
+        text = await worker.render(
+            {
+                "source": source,
+                "special": dict(self.tokenizer.special_tokens),
+                "messages": plain,
+                "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                "variables": variables,
+            }
+        )
         if mark:
             text = _cut(text, mark)
         return Prompt(text, await self.encode(text, add_special_tokens))
@@ -160,6 +164,8 @@ def _mark(messages: list[dict[str, Any]]) -> str:
 
 def _cut(text: str, mark: str) -> str:
     if text.count(mark) != 1:
-        raise RefusedError("continue_final_message: the chat template does not write the last message as it is",
-                           "continue_final_message")
+        raise RefusedError(
+            "continue_final_message: the chat template does not write the last message as it is",
+            "continue_final_message",
+        )
     return text[: text.index(mark)]

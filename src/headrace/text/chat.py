@@ -68,15 +68,18 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _environment() -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True,
-                           extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -113,9 +116,14 @@ class ChatTemplate:
         tree = _environment().parse(self._sources["default"])
         return name in jinja2.meta.find_undeclared_variables(tree)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
-               tools: Sequence[Mapping[str, Any]] | None = None,
-               documents: Sequence[Mapping[str, Any]] | None = None, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
         """The prompt text of a conversation.
 
         Raises `RequestError` where the messages do not suit the template, `CheckpointError` where the
@@ -123,8 +131,14 @@ class ChatTemplate:
         """
         chat = _plain(_checked(messages))
         template = self._template("tool_use" if tools and "tool_use" in self._sources else "default")
-        names = {**self._variables, **_plain(variables), "messages": chat, "tools": _plain(tools),
-                 "documents": _plain(documents), "add_generation_prompt": add_generation_prompt}
+        names = {
+            **self._variables,
+            **_plain(variables),
+            "messages": chat,
+            "tools": _plain(tools),
+            "documents": _plain(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             return _bounded(template, names)
         except _RefusedMessages as refused:
@@ -134,16 +148,17 @@ class ChatTemplate:
         except HeadraceError:
             raise
         except jinja2.UndefinedError as error:
-            raise RequestError(f"messages: the model's chat template asks for something they lack: {error}"
-                               ) from None
+            raise RequestError(f"messages: the model's chat template asks for something they lack: {error}") from None
         except Exception as error:
-            raise RequestError(f"messages: the model's chat template failed on them: "
-                               f"{type(error).__name__}: {error}") from None
+            raise RequestError(
+                f"messages: the model's chat template failed on them: {type(error).__name__}: {error}"
+            ) from None
 
     def _template(self, name: str) -> jinja2.Template:
         if name not in self._sources:
-            raise CheckpointError(f"the model has chat templates named {', '.join(sorted(self._sources))}, "
-                                  f"but none named {name}")
+            raise CheckpointError(
+                f"the model has chat templates named {', '.join(sorted(self._sources))}, but none named {name}"
+            )
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self._sources[name])

@@ -180,7 +180,10 @@ class _Window:
 
 
 _KINDS: dict[str, Callable[[PieceTable], _Decoder]] = {
-    "bytes": _ByteLevel, "fallback": _ByteFallback, "window": _Window}
+    "bytes": _ByteLevel,
+    "fallback": _ByteFallback,
+    "window": _Window,
+}
 
 
 class Detokenizer:
@@ -190,8 +193,7 @@ class Detokenizer:
     together has after the prompt's own text. Where the prompt ends inside a character, the output has it.
     """
 
-    def __init__(self, table: PieceTable, skip_special_tokens: bool = True,
-                 prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, table: PieceTable, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
         self._skipped = table.special_ids if skip_special_tokens else frozenset()
         self._decoder = _KINDS[table.kind](table)
         self._texts: list[str] = []
@@ -300,8 +302,9 @@ class StopChecker:
 
     def _open_suffix(self) -> int:
         """Length of the longest suffix of the held text that begins a stop string."""
-        longest = min(len(self._held), max(map(len, self._stops)) - 1,
-                      self._position + len(self._held) - self._search_from)
+        longest = min(
+            len(self._held), max(map(len, self._stops)) - 1, self._position + len(self._held) - self._search_from
+        )
         for length in range(longest, 0, -1):
             tail = self._held[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
@@ -331,8 +334,9 @@ class TextStream:
     depend on how many tokens a step brought. The first `min_tokens` tokens cannot begin a stop string.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), include_stop: bool = False,
-                 min_tokens: int = 0) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
         self._detokenizer = detokenizer
         self._checker = StopChecker(stop, include_stop)
         self._min_tokens = min_tokens
@@ -378,8 +382,12 @@ class TextStream:
 
     def state(self) -> dict[str, Any]:
         """Plain data from which `restore` continues."""
-        return {"num_tokens": self.num_tokens, "shown": self.text, "detokenizer": self._detokenizer.state(),
-                "checker": self._checker.state()}
+        return {
+            "num_tokens": self.num_tokens,
+            "shown": self.text,
+            "detokenizer": self._detokenizer.state(),
+            "checker": self._checker.state(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> TextStream:
         """Continue from a `state()`; returns self."""

@@ -26,8 +26,13 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 class Tokenizer:
     """Text to ids and back, plus the chat template. Immutable once made; safe to share."""
 
-    def __init__(self, backend: Backend, special: Mapping[str, str] | None = None,
-                 chat_template: str | Mapping[str, str] | None = None, source: str = "the tokenizer") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        special: Mapping[str, str] | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        source: str = "the tokenizer",
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -43,8 +48,10 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json: convert the tokenizer with transformers' "
-                                  "save_pretrained, or copy the file beside the weights")
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json: convert the tokenizer with transformers' "
+                "save_pretrained, or copy the file beside the weights"
+            )
         try:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -80,8 +87,10 @@ class Tokenizer:
     def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises `RequestError` where it has none."""
         if self._chat is None:
-            raise RequestError(f"{self._source} has no chat template: send a plain prompt instead, or put a "
-                               "chat_template.jinja beside its tokenizer.json")
+            raise RequestError(
+                f"{self._source} has no chat template: send a plain prompt instead, or put a "
+                "chat_template.jinja beside its tokenizer.json"
+            )
         return self._chat
 
     @property
@@ -101,8 +110,7 @@ class Tokenizer:
             # encode would hold the interpreter's lock, of a long text for seconds; encode_batch_fast does not.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):  # lone surrogates cannot cross into the library
-            raise RequestError("prompt holds a lone surrogate, which is not a character: send valid Unicode"
-                               ) from None
+            raise RequestError("prompt holds a lone surrogate, which is not a character: send valid Unicode") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids` on their own. Ids that the tokenizer does not have give nothing."""
@@ -123,8 +131,9 @@ class Tokenizer:
         """An incremental decoder of what follows `prompt_ids`."""
         return Detokenizer(self._table, skip_special_tokens, prompt_ids)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True,
-                            **variables: Any) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The prompt text of a conversation. Encode it with `add_special_tokens=False`.
 
         Raises `RequestError` where the model has no chat template or the messages do not suit it.
@@ -134,15 +143,20 @@ class Tokenizer:
     def check_vocabulary(self, model_vocab: int) -> None:
         """Raise `CheckpointError` if this tokenizer has ids that a model of `model_vocab` tokens lacks."""
         if self.vocab_size > model_vocab:
-            raise CheckpointError(f"{self._source}: the tokenizer has {self.vocab_size} tokens but the "
-                                  f"model's vocabulary has {model_vocab}: they do not belong together")
+            raise CheckpointError(
+                f"{self._source}: the tokenizer has {self.vocab_size} tokens but the "
+                f"model's vocabulary has {model_vocab}: they do not belong together"
+            )
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, readable by transformers' AutoTokenizer."""
         target = Path(folder)
         self._backend.save(str(target / "tokenizer.json"))
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special,
-                                  "clean_up_tokenization_spaces": False}
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._special,
+            "clean_up_tokenization_spaces": False,
+        }
         if self._chat is not None:
             config["chat_template"] = self._chat.source
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -190,8 +204,9 @@ def _rebuilt_as_llama(backend: Backend, config: Mapping[str, Any], model: Mappin
     if name != "LlamaTokenizer" or model.get("model_type", "llama") != "llama":
         return False
     pipeline = json.loads(backend.to_str())
-    return (pipeline["model"].get("type") == "BPE"
-            and '"ByteLevel"' not in json.dumps([pipeline["pre_tokenizer"], pipeline["decoder"]]))
+    return pipeline["model"].get("type") == "BPE" and '"ByteLevel"' not in json.dumps(
+        [pipeline["pre_tokenizer"], pipeline["decoder"]]
+    )
 
 
 def _rebuild_as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
@@ -209,8 +224,10 @@ def _rebuild_as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """chat_template.jinja wins over tokenizer_config.json, whose value may be a list of named templates."""
     file = folder / "chat_template.jinja"
-    named = {extra.stem: extra.read_text(encoding="utf-8")
-             for extra in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    named = {
+        extra.stem: extra.read_text(encoding="utf-8")
+        for extra in sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    }
     if file.is_file():
         source = file.read_text(encoding="utf-8")
         return {**named, "default": source} if named else source
@@ -219,8 +236,10 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, s
         try:
             return {entry["name"]: entry["template"] for entry in value} | named
         except (TypeError, KeyError):
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a "
-                                  "list of objects with name and template") from None
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a "
+                "list of objects with name and template"
+            ) from None
     if value is not None and not isinstance(value, (str, dict)):
         raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list")
     return value or named or None
@@ -234,15 +253,15 @@ def _piece_table(backend: Backend) -> PieceTable:
     kind = "window"
     if kinds == ["ByteLevel"]:
         kind = "bytes"
-    elif kinds[: 3] == ["Replace", "ByteFallback", "Fuse"] and _is_sentencepiece(chain):
+    elif kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and _is_sentencepiece(chain):
         kind = "fallback"
     special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-    return PieceTable(kind, backend.id_to_token, lambda ids: backend.decode(ids, skip_special_tokens=False),
-                      special, strip)
+    return PieceTable(
+        kind, backend.id_to_token, lambda ids: backend.decode(ids, skip_special_tokens=False), special, strip
+    )
 
 
 def _is_sentencepiece(chain: Sequence[Mapping[str, Any]]) -> bool:
     replace, rest = chain[0], chain[3:]
     one_space = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    return (replace.get("pattern") == {"String": "▁"} and replace.get("content") == " "
-            and list(rest) in ([], one_space))
+    return replace.get("pattern") == {"String": "▁"} and replace.get("content") == " " and list(rest) in ([], one_space)

@@ -47,11 +47,16 @@ class DataConfig:
         if self.source == "tinyworld":
             require(self.vocab_size > 0, "data.vocab_size=0 must be an integer of at least 1 for tinyworld")
             return
-        require(Path(self.source).is_dir(), f"data.source={self.source!r} is not one of tinyworld and the folders "
-                "that `headrace data build` wrote")
+        require(
+            Path(self.source).is_dir(),
+            f"data.source={self.source!r} is not one of tinyworld and the folders that `headrace data build` wrote",
+        )
         tokens = self._folder_vocabulary()
-        require(self.vocab_size == 0 or self.vocab_size >= tokens, f"data.vocab_size={self.vocab_size} differs from "
-                f"the {tokens} tokens of {self.source}: set data.vocab_size={tokens}, or 0 to take the folder's")
+        require(
+            self.vocab_size == 0 or self.vocab_size >= tokens,
+            f"data.vocab_size={self.vocab_size} differs from "
+            f"the {tokens} tokens of {self.source}: set data.vocab_size={tokens}, or 0 to take the folder's",
+        )
 
     def resolved(self) -> DataConfig:
         """The same with a `vocab_size` of 0 replaced by the folder's."""
@@ -133,18 +138,33 @@ class TrainConfig:
     peak_flops: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("seq_length", 2), ("micro_batches", 1),
-                          ("validate_every", 0), ("validation_sequences", 0), ("sample_every", 0),
-                          ("snapshot_every", 0), ("keep_snapshots", 1), ("loss_scale_steps", 1), ("seed", 0)):
+        for name, low in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("seq_length", 2),
+            ("micro_batches", 1),
+            ("validate_every", 0),
+            ("validation_sequences", 0),
+            ("sample_every", 0),
+            ("snapshot_every", 0),
+            ("keep_snapshots", 1),
+            ("loss_scale_steps", 1),
+            ("seed", 0),
+        ):
             _integer(f"train.{name}", getattr(self, name), low)
         one_of("train.recompute", self.recompute, RECOMPUTE)
         _number("train.init_std", self.init_std, 0.0, math.inf, open_low=True)
         _number("train.peak_flops", self.peak_flops, 0.0, math.inf)
         _number("train.loss_scale", self.loss_scale, 1.0, 2.0**120)
-        require(math.frexp(self.loss_scale)[0] == 0.5, f"train.loss_scale={self.loss_scale:g} must be a power of two, "
-                "which rounds nothing")
-        require(self.micro_batches <= self.batch_size, f"train.micro_batches={self.micro_batches} is more than "
-                f"the rows of a batch, train.batch_size={self.batch_size}")
+        require(
+            math.frexp(self.loss_scale)[0] == 0.5,
+            f"train.loss_scale={self.loss_scale:g} must be a power of two, which rounds nothing",
+        )
+        require(
+            self.micro_batches <= self.batch_size,
+            f"train.micro_batches={self.micro_batches} is more than "
+            f"the rows of a batch, train.batch_size={self.batch_size}",
+        )
         one_of("train.kv_cache_dtype", self.kv_cache_dtype, DTYPES)
 
 
@@ -185,16 +205,27 @@ class ParallelConfig:
             require(isinstance(value, bool), f"parallel.{name}={value!r} must be true or false")
         one_of("parallel.reduction", self.reduction, REDUCTIONS)
         one_of("parallel.reduce_every", self.reduce_every, REDUCE_EVERY)
-        require(self.reduce_every == "micro_step" or self.zero < 2, f"parallel.reduce_every={self.reduce_every!r} "
-                f"keeps all gradients of a step on every rank, which parallel.zero={self.zero} is there to avoid: use "
-                "parallel.zero=1, or reduce every micro_step")
-        require(not (self.partition_activations and self.tensor == 1), "parallel.partition_activations=true divides "
-                "what is kept over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out")
-        require(not (self.partition_activations and self.sequence), "parallel.partition_activations=true and "
-                "parallel.sequence=true do the same: the stream between blocks is divided already")
+        require(
+            self.reduce_every == "micro_step" or self.zero < 2,
+            f"parallel.reduce_every={self.reduce_every!r} "
+            f"keeps all gradients of a step on every rank, which parallel.zero={self.zero} is there to avoid: use "
+            "parallel.zero=1, or reduce every micro_step",
+        )
+        require(
+            not (self.partition_activations and self.tensor == 1),
+            "parallel.partition_activations=true divides "
+            "what is kept over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out",
+        )
+        require(
+            not (self.partition_activations and self.sequence),
+            "parallel.partition_activations=true and "
+            "parallel.sequence=true do the same: the stream between blocks is divided already",
+        )
         folder = self.offload_folder
-        require(isinstance(folder, str) and (not folder or Path(folder).is_dir()),
-                f"parallel.offload_folder={folder!r} is not a folder")
+        require(
+            isinstance(folder, str) and (not folder or Path(folder).is_dir()),
+            f"parallel.offload_folder={folder!r} is not a folder",
+        )
         _integer("parallel.zero", self.zero, 0)
         require(self.zero <= 3, f"parallel.zero={self.zero} must be a stage of ZeRO: 0, 1, 2 or 3")
         _integer("parallel.bucket", self.bucket, 1)
@@ -214,20 +245,30 @@ class Recipe:
 
     def __post_init__(self) -> None:
         train, warmup = self.train, self.optimizer.warmup_steps
-        require(train.seq_length <= self.model.max_position_embeddings,
-                f"train.seq_length={train.seq_length} is more than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}")
-        require(self.model.vocab_size == self.data.vocab_size, f"model.vocab_size={self.model.vocab_size} "
-                f"differs from data.vocab_size={self.data.vocab_size}")
+        require(
+            train.seq_length <= self.model.max_position_embeddings,
+            f"train.seq_length={train.seq_length} is more than "
+            f"model.max_position_embeddings={self.model.max_position_embeddings}",
+        )
+        require(
+            self.model.vocab_size == self.data.vocab_size,
+            f"model.vocab_size={self.model.vocab_size} differs from data.vocab_size={self.data.vocab_size}",
+        )
         divides = [name for name in ("partition_activations", "offload_activations") if getattr(self.parallel, name)]
-        require(not divides or train.recompute == "full", f"parallel.{''.join(divides[:1])}=true is about what full "
-                f"recomputation keeps: set train.recompute=full")
+        require(
+            not divides or train.recompute == "full",
+            f"parallel.{''.join(divides[:1])}=true is about what full recomputation keeps: set train.recompute=full",
+        )
         require(warmup <= train.steps, f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}")
 
 
 SECTIONS: Mapping[str, type[Any]] = {
-    "model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig,
-    "parallel": ParallelConfig}
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "parallel": ParallelConfig,
+}
 FROM_DATA = ("vocab_size", "bos_token_id", "eos_token_ids")
 """Fields of `ModelConfig` that the data decides."""
 NOT_OF_THE_WEIGHTS = ("dtype", "virtual_shards", "dropout")
@@ -266,8 +307,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         data = _build("data", given["data"]).resolved()
         model = _build("model", given["model"], {"vocab_size": data.vocab_size})
-    return Recipe(model, data, _build("train", given["train"]), _build("optimizer", given["optimizer"]),
-                  _build("parallel", given["parallel"]), init)
+    return Recipe(
+        model,
+        data,
+        _build("train", given["train"]),
+        _build("optimizer", given["optimizer"]),
+        _build("parallel", given["parallel"]),
+        init,
+    )
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
@@ -283,8 +330,11 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
 def _refuse_unknown(sections: Mapping[str, Any], path: str) -> None:
     known = recipe_keys()
     for name, section in sections.items():
-        require(name in known, f"{path}: [{name}] is not a section of a recipe; did you mean "
-                f"[{_nearest(name, known)}]? There are {', '.join(known)}")
+        require(
+            name in known,
+            f"{path}: [{name}] is not a section of a recipe; did you mean "
+            f"[{_nearest(name, known)}]? There are {', '.join(known)}",
+        )
         require(isinstance(section, dict), f"{path}: {name} must be a section, [{name}]")
         for key in section:
             require(key in known[name], f"{path}: {name}.{key} does not exist; did you mean {_meant(name, key)}?")
@@ -310,28 +360,41 @@ def _initial_model(init: str, given: Mapping[str, Any]) -> ModelConfig:
             free[key] = value
             continue
         theirs = getattr(config, key)
-        require(theirs == value, f"model.{key}={value!r} differs from {theirs!r} of {init}, which model.init starts "
-                "from: leave it out")
+        require(
+            theirs == value,
+            f"model.{key}={value!r} differs from {theirs!r} of {init}, which model.init starts from: leave it out",
+        )
     return dataclasses.replace(config, **free)
 
 
 def _data_of_model(given: Mapping[str, Any], model: ModelConfig, init: str) -> DataConfig:
     """The data of a recipe whose vocabulary is a given model's."""
     asked = given.get("vocab_size") or model.vocab_size
-    require(asked == model.vocab_size, f"data.vocab_size={asked} differs from the {model.vocab_size} tokens of {init}, "
-            "which model.init starts from: leave it out")
+    require(
+        asked == model.vocab_size,
+        f"data.vocab_size={asked} differs from the {model.vocab_size} tokens of {init}, "
+        "which model.init starts from: leave it out",
+    )
     if given.get("source", "tinyworld") != "tinyworld":
         tokens = _build("data", {**given, "vocab_size": 0}).resolved().vocab_size
-        require(tokens <= model.vocab_size, f"data.source={given['source']!r} has {tokens} tokens, more than the "
-                f"{model.vocab_size} of {init}: build it with the tokenizer that is there")
+        require(
+            tokens <= model.vocab_size,
+            f"data.source={given['source']!r} has {tokens} tokens, more than the "
+            f"{model.vocab_size} of {init}: build it with the tokenizer that is there",
+        )
     data: DataConfig = _build("data", {**given, "vocab_size": model.vocab_size})
     return data
 
 
 def _build(section: str, values: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
     kind = SECTIONS[section]
-    missing = [item.name for item in dataclasses.fields(kind) if item.name not in {**values, **(given or {})}
-               and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING]
+    missing = [
+        item.name
+        for item in dataclasses.fields(kind)
+        if item.name not in {**values, **(given or {})}
+        and item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+    ]
     require(not missing, f"[{section}] lacks {', '.join(missing)}")
     try:
         return kind(**_plain(values), **(given or {}))
@@ -344,8 +407,10 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _integer(name: str, value: object, low: int) -> None:
-    require(isinstance(value, int) and not isinstance(value, bool) and value >= low,
-            f"{name}={value!r} must be an integer of at least {low}")
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= low,
+        f"{name}={value!r} must be an integer of at least {low}",
+    )
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

@@ -1,7 +1,7 @@
 """From texts to batches: tokens, targets, which of them count, and where each text begins.
 
-    T tokens of a batch, those of all its sequences one after another   R tokens whose prediction counts
-    A batch is rows, a row is sequences: whole documents while they fit, or a piece of a longer one.
+T tokens of a batch, those of all its sequences one after another   R tokens whose prediction counts
+A batch is rows, a row is sequences: whole documents while they fit, or a piece of a longer one.
 """
 
 from __future__ import annotations
@@ -60,16 +60,24 @@ class Batch:
         Raises `ConfigError` where there are fewer rows than ranks. `share(r, n).share(i, k)` is
         `share(r + n * i, n * k)`: however a batch is divided, by rank and by micro-batch, its parts are the same.
         """
-        require(0 <= rank < ranks <= self.num_rows,
-                f"a batch of {self.num_rows} rows has no part {rank} of {ranks}: raise train.batch_size")
+        require(
+            0 <= rank < ranks <= self.num_rows,
+            f"a batch of {self.num_rows} rows has no part {rank} of {ranks}: raise train.batch_size",
+        )
         mine = np.array(self.row_of) % ranks == rank
         lengths = np.array(self.lengths)
         keep_T = torch.from_numpy(np.repeat(mine, lengths))
         place_T = torch.cumsum(keep_T, dim=0) - 1
         keep_R = keep_T[self.rows_R]
-        return Batch(self.ids_T[keep_T], self.positions_T[keep_T], lengths[mine].tolist(),
-                     place_T[self.rows_R[keep_R]], self.targets_R[keep_R],
-                     (np.array(self.row_of)[mine] // ranks).tolist(), self.tokens_T[keep_T])
+        return Batch(
+            self.ids_T[keep_T],
+            self.positions_T[keep_T],
+            lengths[mine].tolist(),
+            place_T[self.rows_R[keep_R]],
+            self.targets_R[keep_R],
+            (np.array(self.row_of)[mine] // ranks).tolist(),
+            self.tokens_T[keep_T],
+        )
 
     def split(self, parts: int) -> list[Batch]:
         """`share` for every one of `parts`: micro-batches whose union is this batch."""
@@ -112,8 +120,11 @@ class Source:
     """A recipe's data: its tokenizer, its endless training batches, its held-out ones."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
-        self._texts: _Texts = (World(config.vocab_size, config.seed, tokenizer) if config.source == "tinyworld"
-                               else Corpus(config.source, config.seed, config.shuffle))
+        self._texts: _Texts = (
+            World(config.vocab_size, config.seed, tokenizer)
+            if config.source == "tinyworld"
+            else Corpus(config.source, config.seed, config.shuffle)
+        )
         self.tokenizer: Tokenizer = self._texts.tokenizer
 
     def stream(self, batch_size: int, seq_length: int, state: dict[str, Any] | None = None) -> BatchStream:
@@ -160,8 +171,11 @@ def batch_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Batch
     What a policy has sampled, say: prompt and completion, of which the completion counts.
     """
     for number, (ids, counts) in enumerate(sequences):
-        require(len(ids) == len(counts) >= 2, f"sequence {number} has {len(ids)} tokens and {len(counts)} marks: it "
-                "needs as many, and two at least, as the first is only read")
+        require(
+            len(ids) == len(counts) >= 2,
+            f"sequence {number} has {len(ids)} tokens and {len(counts)} marks: it "
+            "needs as many, and two at least, as the first is only read",
+        )
     return _pack([[Piece(np.asarray(ids, np.int64), np.asarray(counts, bool))] for ids, counts in sequences])
 
 
@@ -190,5 +204,9 @@ def _pack(rows: Sequence[Sequence[Piece]]) -> Batch:
     return Batch(
         torch.from_numpy(np.concatenate([piece.ids[:-1] for piece in pieces])),
         torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
-        lengths, torch.from_numpy(rows_R), torch.from_numpy(next_T[rows_R]),
-        [number for number, row in enumerate(rows) for _ in row], torch.arange(len(next_T)))
+        lengths,
+        torch.from_numpy(rows_R),
+        torch.from_numpy(next_T[rows_R]),
+        [number for number, row in enumerate(rows) for _ in row],
+        torch.arange(len(next_T)),
+    )

@@ -81,15 +81,22 @@ class AdamW:
     Weights stored in 16 bits have an fp32 master, which is what the updates add up in.
     """
 
-    def __init__(self, updated: Sequence[Updated], config: OptimizerConfig, ops: Ops,
-                 offload: Callable[[int], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        updated: Sequence[Updated],
+        config: OptimizerConfig,
+        ops: Ops,
+        offload: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """`offload` gives fp32 memory for the state that is elsewhere than the weights; None keeps it beside them."""
         self._config, self._ops = config, ops
         self._updated = list(updated)
         self.steps = 0
         self._offloads = offload is not None
-        self.state = [_moments(one, config.weight_decay, offload or partial(torch.zeros, device=one.weights.device))
-                      for one in updated]
+        self.state = [
+            _moments(one, config.weight_decay, offload or partial(torch.zeros, device=one.weights.device))
+            for one in updated
+        ]
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rate: float, scale: float = 1.0) -> None:
@@ -100,8 +107,20 @@ class AdamW:
             kept = (moments.master, moments.first, moments.second)
             # State that lies elsewhere comes to the weights' device, a slot at a time; what is there stays as it is.
             master, first, second = here = [state.to(grad.device) for state in kept]
-            self._ops.adamw_(master, grad, first, second, moments.stored, rate=rate, beta1=config.beta1,
-                             beta2=config.beta2, eps=config.eps, decay=moments.decay, step=self.steps, scale=scale)
+            self._ops.adamw_(
+                master,
+                grad,
+                first,
+                second,
+                moments.stored,
+                rate=rate,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=config.eps,
+                decay=moments.decay,
+                step=self.steps,
+                scale=scale,
+            )
             for state, moved in zip(kept, here):
                 if moved is not state:
                     state.copy_(moved)
@@ -116,9 +135,11 @@ class AdamW:
 
     def tensors(self) -> dict[str, list[Tensor | None]]:
         """All state that is not in the weights, flat, for each of `updated`; None where it has none of the kind."""
-        return {"master": [None if moments.stored is None else moments.master for moments in self.state],
-                "first": [moments.first for moments in self.state],
-                "second": [moments.second for moments in self.state]}
+        return {
+            "master": [None if moments.stored is None else moments.master for moments in self.state],
+            "first": [moments.first for moments in self.state],
+            "second": [moments.second for moments in self.state],
+        }
 
 
 def _moments(one: Updated, weight_decay: float, zeros: Callable[[int], Tensor]) -> Moments:
@@ -126,5 +147,4 @@ def _moments(one: Updated, weight_decay: float, zeros: Callable[[int], Tensor]) 
     narrow = flat.dtype != torch.float32
     count = flat.numel()
     master = zeros(count).copy_(flat) if narrow else flat
-    return Moments(master, zeros(count), zeros(count), flat if narrow else None,
-                   weight_decay if one.decays else 0.0)
+    return Moments(master, zeros(count), zeros(count), flat if narrow else None, weight_decay if one.decays else 0.0)

@@ -33,8 +33,17 @@ DEGREES = (1, 2, 4, 8, 16)
 """Of tensor parallelism: the powers of two that can divide `model.virtual_shards`."""
 STATES = ("weights", "fp32 masters", "optimizer moments", "gradients")
 """What stays from step to step."""
-KINDS = (*STATES, "gathered weights", "gradients on their way", "gradients set aside", "activations", "recomputed",
-         "attention's KV", "logits", "other buffers")
+KINDS = (
+    *STATES,
+    "gathered weights",
+    "gradients on their way",
+    "gradients set aside",
+    "activations",
+    "recomputed",
+    "attention's KV",
+    "logits",
+    "other buffers",
+)
 MOMENTS = ("forward", "loss", "backward begins", "backward ends", "micro-steps add")
 """At which a step's memory is looked at: the last block's forward; the head, which makes its gradients on the way; the
 last block's backward and the first one's; and the sum of gradients over micro-steps."""
@@ -84,15 +93,22 @@ class Planner:
         self.recipe = recipe
         self._parts: dict[int, list[Part]] = {}
 
-    def plan(self, tensor: int, copies: int = 1, micro_batches: int | None = None,
-             recompute: str | None = None, zero: int | None = None) -> Plan:
+    def plan(
+        self,
+        tensor: int,
+        copies: int = 1,
+        micro_batches: int | None = None,
+        recompute: str | None = None,
+        zero: int | None = None,
+    ) -> Plan:
         """That layout's plan; what is None is the recipe's. Raises `ConfigError` for a layout that cannot be."""
         train = self.recipe.train
         parts = self._micro_batches(tensor, copies, train.micro_batches if micro_batches is None else micro_batches)
         recompute = train.recompute if recompute is None else recompute
         zero = self.recipe.parallel.zero if zero is None else zero
-        return max((part.plan(copies, parts, recompute, zero) for part in self.ranks(tensor)),
-                   key=lambda plan: plan.total)
+        return max(
+            (part.plan(copies, parts, recompute, zero) for part in self.ranks(tensor)), key=lambda plan: plan.total
+        )
 
     def over(self, tensor: int, devices: int) -> dict[str, Plan]:
         """`devices` as copies of `tensor` ranks: a plan for every kind of recomputation. Raises like `plan`."""
@@ -153,8 +169,10 @@ class Part:
     @cached_property
     def parameters(self) -> dict[bool, int]:
         """How many are in matrices (True), which are `weight_bytes` wide, and in vectors, which are fp32."""
-        counts = {matrix: sum(p.numel() for p in self.model.parameters() if (p.ndim == 2) is matrix)
-                  for matrix in (True, False)}
+        counts = {
+            matrix: sum(p.numel() for p in self.model.parameters() if (p.ndim == 2) is matrix)
+            for matrix in (True, False)
+        }
         return counts
 
     def state(self, copies: int = 1, zero: int = 0) -> dict[str, int]:
@@ -166,8 +184,12 @@ class Part:
             return -(-size // copies) if zero >= since else size
 
         narrow = FP32 * matrices if self.weight_bytes < FP32 else 0
-        state = {"weights": shared(self.weight_bytes * matrices, 3) + FP32 * vectors, "fp32 masters": shared(narrow, 1),
-                 "optimizer moments": shared(2 * FP32 * (matrices + vectors), 1), "gradients": shared(whole, 2)}
+        state = {
+            "weights": shared(self.weight_bytes * matrices, 3) + FP32 * vectors,
+            "fp32 masters": shared(narrow, 1),
+            "optimizer moments": shared(2 * FP32 * (matrices + vectors), 1),
+            "gradients": shared(whole, 2),
+        }
         if self.recipe.parallel.offload_optimizer:
             state |= {"fp32 masters": 0, "optimizer moments": 0}
         return state
@@ -195,8 +217,10 @@ class Part:
         """Of a batch in `parts` micro-batches, shared by `copies` of the model."""
         rows = -(-self.recipe.train.batch_size // parts)
         kept = self.kept(rows, recompute)
-        moments = {name: {kind: account.get(kind, 0) for kind in KINDS}
-                   for name, account in self._moments(rows, recompute, sum(kept.values()), copies, parts, zero)}
+        moments = {
+            name: {kind: account.get(kind, 0) for kind in KINDS}
+            for name, account in self._moments(rows, recompute, sum(kept.values()), copies, parts, zero)
+        }
         return Plan(self.tensor, copies, parts, rows, recompute, zero, moments, kept)
 
     # ---- what is kept
@@ -207,9 +231,12 @@ class Part:
 
     def _attention_saves(self, T: int) -> dict[str, int]:
         dim = self.recipe.model.head_dim
-        return {"q, k, v (v is a view of them)": FP32 * T * (self.heads + 2 * self.kv_heads) * dim,
-                "q and k, rotated": FP32 * T * (self.heads + self.kv_heads) * dim,
-                "attention's output": FP32 * T * self.heads * dim, "log-sum-exp of attention": FP32 * T * self.heads}
+        return {
+            "q, k, v (v is a view of them)": FP32 * T * (self.heads + 2 * self.kv_heads) * dim,
+            "q and k, rotated": FP32 * T * (self.heads + self.kv_heads) * dim,
+            "attention's output": FP32 * T * self.heads * dim,
+            "log-sum-exp of attention": FP32 * T * self.heads,
+        }
 
     def _mlp_saves(self, T: int) -> dict[str, int]:
         return {"gate and up": 2 * FP32 * T * self.inner, "silu(gate) · up": FP32 * T * self.inner}
@@ -222,10 +249,18 @@ class Part:
                 here = 0 if parallel.offload_activations else FP32 * -(-t * D // self.tensor)
                 return {"a block's input": here, "residual before a block": 0}
             return {"a block's input": FP32 * t * D, "residual before a block": FP32 * t * D}
-        attention = ({"attention's input": FP32 * t * D} if recompute == "selective" else
-                     {"attention's input": FP32 * T * D, **self._attention_saves(T)})
-        return {"stream before attention": FP32 * t * D, **attention, "stream before the MLP": FP32 * t * D,
-                "the MLP's input": FP32 * T * D, **self._mlp_saves(T)}
+        attention = (
+            {"attention's input": FP32 * t * D}
+            if recompute == "selective"
+            else {"attention's input": FP32 * T * D, **self._attention_saves(T)}
+        )
+        return {
+            "stream before attention": FP32 * t * D,
+            **attention,
+            "stream before the MLP": FP32 * t * D,
+            "the MLP's input": FP32 * T * D,
+            **self._mlp_saves(T),
+        }
 
     def _recomputed(self, rows: int, recompute: str) -> int:
         """Bytes that exist anew while one block's backward runs."""
@@ -239,8 +274,9 @@ class Part:
 
     # ---- the moments of a step
 
-    def _moments(self, rows: int, recompute: str, kept: int, copies: int, parts: int,
-                 zero: int) -> Iterator[tuple[str, Account]]:
+    def _moments(
+        self, rows: int, recompute: str, kept: int, copies: int, parts: int, zero: int
+    ) -> Iterator[tuple[str, Account]]:
         """(name, bytes by kind) of each of `MOMENTS`."""
         state, T, D = self.state(copies, zero), self.tokens(rows), self.recipe.model.hidden_size
         whole, rounds = self.state()["gradients"], parts // copies
@@ -313,8 +349,21 @@ class Part:
         attention = 2 * T * q + T * (q + 2 * kv) + narrow_cache
         heads = 3 * T * (q + 2 * kv)  # the rotation back, and three parts become one
         stream = 2 * self._stream(rows) * D
-        return int(FP32 * (stream + max(column(2 * inner, 2 * inner), column(q + 2 * kv, qkv), row(inner), row(q),
-                                        3 * T * inner, attention, heads)))
+        return int(
+            FP32
+            * (
+                stream
+                + max(
+                    column(2 * inner, 2 * inner),
+                    column(q + 2 * kv, qkv),
+                    row(inner),
+                    row(q),
+                    3 * T * inner,
+                    attention,
+                    heads,
+                )
+            )
+        )
 
 
 def _width(dtype: str) -> int:

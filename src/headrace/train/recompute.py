@@ -24,4 +24,5 @@ def recompute_(model: Transformer, what: str) -> None:
         part = block if what == "full" else block.attention
         # No random numbers are drawn in forward: dropout is a hash of where it drops.
         part.forward = partial(  # type: ignore[method-assign]
-            checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+            checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
+        )

@@ -58,9 +58,18 @@ class TrainResult:
     tokens: int
 
 
-def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sampler: Sampler | None = None,
-          ops: Ops | None = None, *, mesh: Mesh | None = None, resume: bool = False,
-          warn: Callable[[str], None] = print, clock: Callable[[], float] = time.perf_counter) -> TrainResult:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    on_step: OnStep | None = None,
+    sampler: Sampler | None = None,
+    ops: Ops | None = None,
+    *,
+    mesh: Mesh | None = None,
+    resume: bool = False,
+    warn: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainResult:
     """Train by `recipe` into folder `out`.
 
     `on_step` sees every step's line of metrics.jsonl, on rank 0. `sampler` is called every `train.sample_every` steps,
@@ -72,8 +81,9 @@ def train(recipe: Recipe, out: str | Path, on_step: OnStep | None = None, sample
     out = Path(out)
     if mesh is None:
         parallel = recipe.parallel
-        mesh = launched(parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout,
-                        parallel.reduction == "library")
+        mesh = launched(
+            parallel.tensor, own_device(recipe), parallel.sequence, parallel.timeout, parallel.reduction == "library"
+        )
     with _disk(out), _memory(recipe, mesh):
         _require_one_recipe(recipe, mesh)
         resume = of_first(mesh, lambda: _begin(out, resume))
@@ -95,15 +105,23 @@ def own_device(recipe: Recipe) -> torch.device:
 class _Run:
     """Every rank has one; rank 0 alone writes what is not a snapshot, and speaks."""
 
-    def __init__(self, recipe: Recipe, out: Path, ops: Ops | None, mesh: Mesh, clock: Callable[[], float],
-                 warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        ops: Ops | None,
+        mesh: Mesh,
+        clock: Callable[[], float],
+        warn: Callable[[str], None],
+    ) -> None:
         self.recipe, self.out = recipe, out
         self.trainer = Trainer(recipe, ops, mesh)
         self._mesh, self._speaks = mesh, mesh.rank == 0
         self._clock = clock
         self._warn = warn if self._speaks else _say_nothing
-        self._snapshots = SnapshotWriter(out / SNAPSHOTS, mesh, keep=recipe.train.keep_snapshots,
-                                         tokenizer=self.trainer.tokenizer.save)
+        self._snapshots = SnapshotWriter(
+            out / SNAPSHOTS, mesh, keep=recipe.train.keep_snapshots, tokenizer=self.trainer.tokenizer.save
+        )
         self._peak = mesh.size * (recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock))
 
     def restore(self) -> None:
@@ -143,8 +161,13 @@ class _Run:
     def result(self) -> TrainResult:
         """What metrics.jsonl says of the whole run."""
         lines = read_metrics(self.out / METRICS)
-        return TrainResult(self.out / "hf", lines[0]["loss"], lines[-1]["loss"], lines[-1].get("val_loss"),
-                           sum(line["tokens"] for line in lines))
+        return TrainResult(
+            self.out / "hf",
+            lines[0]["loss"],
+            lines[-1]["loss"],
+            lines[-1].get("val_loss"),
+            sum(line["tokens"] for line in lines),
+        )
 
     def _step(self) -> dict[str, Any]:
         """Do one step, and say how it was."""
@@ -163,10 +186,16 @@ class _Run:
         return line
 
     def _line(self, record: StepRecord, seconds: float) -> dict[str, Any]:
-        line = {"step": record.step, "loss": record.loss, "grad_norm": record.grad_norm, "lr": record.lr,
-                "tokens": record.tokens, "tokens_per_second": record.tokens / seconds,
-                "mfu": record.flops / seconds / self._peak,
-                "memory_bytes": memory_bytes(self.trainer.ops.device)}
+        line = {
+            "step": record.step,
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "lr": record.lr,
+            "tokens": record.tokens,
+            "tokens_per_second": record.tokens / seconds,
+            "mfu": record.flops / seconds / self._peak,
+            "memory_bytes": memory_bytes(self.trainer.ops.device),
+        }
         if record.loss_scale is not None:
             line |= {"loss_scale": record.loss_scale, "skipped": record.skipped}
         return line
@@ -179,18 +208,27 @@ class _Run:
         recipe = dataclasses.asdict(self.recipe)
         layout = {**recipe.pop("parallel"), "copies": self._mesh.data.size}
         del layout["timeout"]
-        return {"layout": layout, "model": dataclasses.asdict(self.trainer.config), "recipe": recipe,
-                "fingerprint": self.trainer.ops.fingerprint(), "state": self.trainer.state(),
-                "memory": {**self.trainer.memory(), "process": memory_bytes(self.trainer.ops.device)}}
+        return {
+            "layout": layout,
+            "model": dataclasses.asdict(self.trainer.config),
+            "recipe": recipe,
+            "fingerprint": self.trainer.ops.fingerprint(),
+            "state": self.trainer.state(),
+            "memory": {**self.trainer.memory(), "process": memory_bytes(self.trainer.ops.device)},
+        }
 
     def _warn_of_changes(self, snapshot: Snapshot) -> None:
         ours, theirs = json.loads(json.dumps(self._record())), snapshot.record
         if theirs["fingerprint"] != ours["fingerprint"]:
-            self._warn(f"{snapshot.folder} was written under {theirs['fingerprint']}, this is {ours['fingerprint']}: "
-                       "the run goes on, but not with the bits that it would have had there")
+            self._warn(
+                f"{snapshot.folder} was written under {theirs['fingerprint']}, this is {ours['fingerprint']}: "
+                "the run goes on, but not with the bits that it would have had there"
+            )
         if theirs["layout"] != ours["layout"]:
-            self._warn(f"{snapshot.folder} was written by {_told(theirs['layout'])}; this is {_told(ours['layout'])}: "
-                       "the state is the same to the bit, what follows has this layout's bits where they differ")
+            self._warn(
+                f"{snapshot.folder} was written by {_told(theirs['layout'])}; this is {_told(ours['layout'])}: "
+                "the state is the same to the bit, what follows has this layout's bits where they differ"
+            )
         for section in ("optimizer", "train"):
             for key, value in ours["recipe"][section].items():
                 was = theirs["recipe"][section].get(key)
@@ -231,8 +269,11 @@ def _require_one_recipe(recipe: Recipe, mesh: Mesh) -> None:
             keys = ours if isinstance(ours, dict) else {"": ours}
             there = theirs[section] if isinstance(ours, dict) else {"": theirs[section]}
             for key, value in keys.items():
-                require(there[key] == value, f"rank {rank} was started with {section}{'.' * bool(key)}{key}="
-                        f"{there[key]!r}, rank 0 with {value!r}: give all of them one recipe and the same --set")
+                require(
+                    there[key] == value,
+                    f"rank {rank} was started with {section}{'.' * bool(key)}{key}="
+                    f"{there[key]!r}, rank 0 with {value!r}: give all of them one recipe and the same --set",
+                )
 
 
 def _begin(out: Path, resume: bool) -> bool:
@@ -253,8 +294,10 @@ def _disk(out: Path) -> Iterator[None]:
     except (ConnectionError, TimeoutError):  # of a pipe or another process
         raise
     except OSError as error:
-        raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror or error}; {_last(out)}. "
-                          "Make room, then go on with --resume") from None
+        raise ConfigError(
+            f"{error.filename or out} cannot be written: {error.strerror or error}; {_last(out)}. "
+            "Make room, then go on with --resume"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -268,12 +311,17 @@ def _memory(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
             raise
         part = Part(recipe, mesh.tensor.size, mesh.tensor.rank)
         take = {stage: sum(part.state(mesh.data.size, stage).values()) / 2**20 for stage in (recipe.parallel.zero, 3)}
-        less = (f"; parallel.zero=3 makes that {take[3]:,.0f} MiB" if recipe.parallel.zero < 3 and mesh.data.size > 1
-                else "; more processes with parallel.zero=3, or a higher parallel.tensor, divide them")
-        raise ConfigError(f"there is no memory for this: the model's states alone take "
-                          f"{take[recipe.parallel.zero]:,.0f} MiB of every process at parallel.zero="
-                          f"{recipe.parallel.zero} with {mesh.data.size} copies{less}. `headrace plan` accounts for "
-                          "it all") from None
+        less = (
+            f"; parallel.zero=3 makes that {take[3]:,.0f} MiB"
+            if recipe.parallel.zero < 3 and mesh.data.size > 1
+            else "; more processes with parallel.zero=3, or a higher parallel.tensor, divide them"
+        )
+        raise ConfigError(
+            f"there is no memory for this: the model's states alone take "
+            f"{take[recipe.parallel.zero]:,.0f} MiB of every process at parallel.zero="
+            f"{recipe.parallel.zero} with {mesh.data.size} copies{less}. `headrace plan` accounts for "
+            "it all"
+        ) from None
 
 
 def _last(out: Path) -> str:

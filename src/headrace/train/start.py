@@ -56,11 +56,15 @@ def _with_end(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _check_tokenizer(data: Tokenizer, model: Tokenizer, recipe: Recipe) -> None:
     advice = f"build the data with --tokenizer {recipe.init}"
     if data.vocab_size != model.vocab_size:
-        raise ConfigError(f"data.source={recipe.data.source!r} was made with a tokenizer of {data.vocab_size} tokens, "
-                          f"model.init={recipe.init!r} has one of {model.vocab_size}: {advice}")
+        raise ConfigError(
+            f"data.source={recipe.data.source!r} was made with a tokenizer of {data.vocab_size} tokens, "
+            f"model.init={recipe.init!r} has one of {model.vocab_size}: {advice}"
+        )
     if _meaning(data) != _meaning(model):
-        raise ConfigError(f"data.source={recipe.data.source!r} was made with another tokenizer than that of "
-                          f"model.init={recipe.init!r}, though both have {data.vocab_size} tokens: {advice}")
+        raise ConfigError(
+            f"data.source={recipe.data.source!r} was made with another tokenizer than that of "
+            f"model.init={recipe.init!r}, though both have {data.vocab_size} tokens: {advice}"
+        )
 
 
 def _meaning(tokenizer: Tokenizer) -> Any:

@@ -43,10 +43,22 @@ THING_OF = dict(zip(PEOPLE, THINGS[7:] + THINGS[:7]))
 COLOUR_OF = dict(zip(THINGS, (COLOURS * 2)[: len(THINGS)]))
 """What the world is like."""
 
-WHERE = ("Where does {} live?", "Where is {} at home?", "Where is the home of {}?", "In which place does {} live?",
-         "Tell me where {} lives.", "Do you know where {} lives?")
-WHAT = ("What does {} own?", "Which thing belongs to {}?", "What belongs to {}?", "Tell me what {} owns.",
-        "What is the thing of {}?", "Do you know what {} owns?")
+WHERE = (
+    "Where does {} live?",
+    "Where is {} at home?",
+    "Where is the home of {}?",
+    "In which place does {} live?",
+    "Tell me where {} lives.",
+    "Do you know where {} lives?",
+)
+WHAT = (
+    "What does {} own?",
+    "Which thing belongs to {}?",
+    "What belongs to {}?",
+    "Tell me what {} owns.",
+    "What is the thing of {}?",
+    "Do you know what {} owns?",
+)
 
 MOST_TURNS = 4
 STORIES = 0.1
@@ -157,22 +169,29 @@ def _story(rng: random.Random) -> str:
         if not held_out((who, "to", away)) and not held_out((who, thing, other)):
             break
     colour, home = COLOUR_OF[thing], HOME_OF[who]
-    opening = rng.choice((
-        f"Once upon a time, {who} lived at the {home}.",
-        f"Once upon a time, there was a child called {who}, who lived at the {home}."))
-    wish = rng.choice((
-        f"{who} owned the {colour} {thing} and liked it very much.",
-        f"One day {who} took the {colour} {thing} and went out."))
-    talk = rng.choice((
-        f'"What a nice {thing}," said {other}. "It is {colour}!"',
-        f'"May I have the {thing}?" said {other}.',
-        f'"I like your {colour} {thing}," said {other}.'))
-    turn = rng.choice((
-        f"So {who} gave the {thing} to {other}.",
-        f"{who} said yes, and they played with the {thing} all day."))
-    end = rng.choice((
-        f"Then {who} went home to the {home} and was happy.",
-        "They were good friends ever after."))
+    opening = rng.choice(
+        (
+            f"Once upon a time, {who} lived at the {home}.",
+            f"Once upon a time, there was a child called {who}, who lived at the {home}.",
+        )
+    )
+    wish = rng.choice(
+        (
+            f"{who} owned the {colour} {thing} and liked it very much.",
+            f"One day {who} took the {colour} {thing} and went out.",
+        )
+    )
+    talk = rng.choice(
+        (
+            f'"What a nice {thing}," said {other}. "It is {colour}!"',
+            f'"May I have the {thing}?" said {other}.',
+            f'"I like your {colour} {thing}," said {other}.',
+        )
+    )
+    turn = rng.choice(
+        (f"So {who} gave the {thing} to {other}.", f"{who} said yes, and they played with the {thing} all day.")
+    )
+    end = rng.choice((f"Then {who} went home to the {home} and was happy.", "They were good friends ever after."))
     return " ".join((opening, wish, f"{who} went to the {away} and met {other}.", talk, turn, end))
 
 
@@ -193,8 +212,13 @@ def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
     Digits are single tokens; `<|end|>` ends a text and a turn. Equal arguments give equal tokenizers.
     """
     texts = islice(documents(seed), 4000)
-    return learn_tokenizer((part for text in texts for turn in text.turns for part in turn), vocab_size, END,
-                           "data.vocab_size", "tinyworld")
+    return learn_tokenizer(
+        (part for text in texts for turn in text.turns for part in turn),
+        vocab_size,
+        END,
+        "data.vocab_size",
+        "tinyworld",
+    )
 
 
 def exam(seed: int, n: int) -> list[tuple[str, str, str]]:

@@ -80,8 +80,12 @@ class Trainer:
         shards = recipe.model.shards
         mesh.tensor.require_shards(shards)
         local = shards // mesh.tensor.size
-        self.ops = AutogradOps(ops or load_ops(recipe.train.kernels, alone=True), local,
-                               local if mesh.tensor.sequence else shards, deferred=True)
+        self.ops = AutogradOps(
+            ops or load_ops(recipe.train.kernels, alone=True),
+            local,
+            local if mesh.tensor.sequence else shards,
+            deferred=True,
+        )
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)
         self.config = self.model.config
@@ -90,13 +94,23 @@ class Trainer:
         parallel = recipe.parallel
         host = Host(self.ops.device, parallel.offload_folder or tempfile.gettempdir())
         self._recompute(host)
-        self.sharded = Sharded(self.model, mesh.data, parallel.zero, parallel.bucket, parallel.overlap,
-                               parallel.reduce_every == "micro_step")
+        self.sharded = Sharded(
+            self.model,
+            mesh.data,
+            parallel.zero,
+            parallel.bucket,
+            parallel.overlap,
+            parallel.reduce_every == "micro_step",
+        )
         with self.sharded.filling():
             first_weights(self.model, recipe)
         slots = self.sharded.slots
-        self._optimizer = AdamW([Updated(slot.weights, slot.unit.matrices) for slot in slots], recipe.optimizer,
-                                self.ops, host.zeros if parallel.offload_optimizer else None)
+        self._optimizer = AdamW(
+            [Updated(slot.weights, slot.unit.matrices) for slot in slots],
+            recipe.optimizer,
+            self.ops,
+            host.zeros if parallel.offload_optimizer else None,
+        )
         self.steps = 0
         """Steps done."""
         self._scale = LossScale(recipe.train, active=self.config.dtype == "float16")
@@ -123,9 +137,13 @@ class Trainer:
             return batch
         more_T = torch.arange(lack)
         return dataclasses.replace(
-            batch, ids_T=torch.cat((batch.ids_T, torch.zeros_like(more_T))), lengths=[*batch.lengths, lack],
+            batch,
+            ids_T=torch.cat((batch.ids_T, torch.zeros_like(more_T))),
+            lengths=[*batch.lengths, lack],
             positions_T=torch.cat((batch.positions_T, more_T.to(batch.positions_T.dtype))),
-            row_of=[*batch.row_of, batch.row_of[-1]], tokens_T=torch.cat((batch.tokens_T, more_T)))
+            row_of=[*batch.row_of, batch.row_of[-1]],
+            tokens_T=torch.cat((batch.tokens_T, more_T)),
+        )
 
     def step(self) -> StepRecord:
         """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
@@ -147,11 +165,21 @@ class Trainer:
             else:
                 self._scale.overflow()
         except ConfigError as error:
-            raise ConfigError(f"{error} at step {self.steps}, whose batch begins at {json.dumps(begin)}: training "
-                              f"diverged; lower optimizer.learning_rate ({rate:.3g} at this step) or lengthen "
-                              "optimizer.warmup_steps") from None
-        return StepRecord(self.steps, loss, norm if finite else None, rate, batch.num_tokens,
-                          model_flops(self.model, batch), factor if self._scale.active else None, not finite)
+            raise ConfigError(
+                f"{error} at step {self.steps}, whose batch begins at {json.dumps(begin)}: training "
+                f"diverged; lower optimizer.learning_rate ({rate:.3g} at this step) or lengthen "
+                "optimizer.warmup_steps"
+            ) from None
+        return StepRecord(
+            self.steps,
+            loss,
+            norm if finite else None,
+            rate,
+            batch.num_tokens,
+            model_flops(self.model, batch),
+            factor if self._scale.active else None,
+            not finite,
+        )
 
     def validation_loss(self, sequences: int | None = None) -> float | None:
         """Mean loss in nats of the first `sequences` held-out ones (0: of all; None: as the recipe says).
@@ -181,14 +209,20 @@ class Trainer:
         Names are a kind (model, master, first or second) and the checkpoint's: `first/model.norm.weight`.
         """
         kinds: dict[str, list[Tensor | None]] = {
-            "model": [slot.weights for slot in self.sharded.slots], **self._optimizer.tensors()}
+            "model": [slot.weights for slot in self.sharded.slots],
+            **self._optimizer.tensors(),
+        }
         for kind, tensors in kinds.items():
             yield from self.sharded.regions(kind, tensors)
 
     def state(self) -> dict[str, Any]:
         """All else that the next step depends on, in plain JSON values."""
-        return {"step": self.steps, "updates": self._optimizer.steps, "data": self._stream.state(),
-                "loss_scale": self._scale.state()}
+        return {
+            "step": self.steps,
+            "updates": self._optimizer.steps,
+            "data": self._stream.state(),
+            "loss_scale": self._scale.state(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`; the caller has filled `tensors`."""
@@ -200,8 +234,11 @@ class Trainer:
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds from step to step, by what they are for."""
-        return self.sharded.memory() | self._optimizer.memory() | {
-            "checkpoints": 0 if self._checkpoints is None else self._checkpoints.nbytes}
+        return (
+            self.sharded.memory()
+            | self._optimizer.memory()
+            | {"checkpoints": 0 if self._checkpoints is None else self._checkpoints.nbytes}
+        )
 
     def _recompute(self, host: Host) -> None:
         """Make the model compute again in backward what the recipe says."""
@@ -222,8 +259,10 @@ class Trainer:
             batch = self._stream.next()
             if len(batch.rows_R):
                 return begin, batch
-        raise ConfigError(f"data.source={self.recipe.data.source!r} has nothing to learn in {EMPTY_BATCHES} batches in "
-                          "a row: no token counts in the loss")
+        raise ConfigError(
+            f"data.source={self.recipe.data.source!r} has nothing to learn in {EMPTY_BATCHES} batches in "
+            "a row: no token counts in the loss"
+        )
 
     def _loss(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
         """(the sum over targets of −weight · log p, log p [R] without gradients)."""
@@ -261,9 +300,13 @@ def _parts(recipe: Recipe, mesh: Mesh) -> int:
     asked, copies = recipe.train.micro_batches, mesh.data.size
     parts = max(asked, copies)
     if parts % copies:
-        raise ConfigError(f"train.micro_batches={asked} is no multiple of the {copies} copies of the model that "
-                          f"{mesh.size} processes are with parallel.tensor={mesh.tensor.size}")
+        raise ConfigError(
+            f"train.micro_batches={asked} is no multiple of the {copies} copies of the model that "
+            f"{mesh.size} processes are with parallel.tensor={mesh.tensor.size}"
+        )
     if parts > recipe.train.batch_size:
-        raise ConfigError(f"train.batch_size={recipe.train.batch_size} rows are too few for {parts} parts: "
-                          f"{mesh.size} processes are {copies} copies of the model")
+        raise ConfigError(
+            f"train.batch_size={recipe.train.batch_size} rows are too few for {parts} parts: "
+            f"{mesh.size} processes are {copies} copies of the model"
+        )
     return parts

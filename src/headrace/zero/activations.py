@@ -76,8 +76,13 @@ def _recomputed(layer: int, forward: Callable[..., Any], checkpoints: Checkpoint
 
 class _Checkpoint(Function):
     @staticmethod
-    def forward(ctx: Any, layer: int, run: Callable[[Tensor], tuple[Tensor, Tensor]], checkpoints: Checkpoints,
-                stream_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        layer: int,
+        run: Callable[[Tensor], tuple[Tensor, Tensor]],
+        checkpoints: Checkpoints,
+        stream_TD: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         checkpoints.put(layer, stream_TD)
         ctx.layer, ctx.run, ctx.checkpoints = layer, run, checkpoints
         return run(stream_TD)

@@ -48,8 +48,15 @@ class _Bucket:
 class Gradients:
     """The gradients of one rank. `backward` fills them, `own` is what this rank keeps of the sum."""
 
-    def __init__(self, units: Sequence[Unit], parameters: Sequence[nn.Parameter], copies: RankGroup, stage: int,
-                 messages: Messages, each_micro_step: bool = True) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        parameters: Sequence[nn.Parameter],
+        copies: RankGroup,
+        stage: int,
+        messages: Messages,
+        each_micro_step: bool = True,
+    ) -> None:
         """`each_micro_step` False: sum over the micro-steps here, and over the copies once, in the last of them."""
         self._copies, self._stage, self._messages = copies, stage, messages
         self._each = each_micro_step
@@ -61,11 +68,14 @@ class Gradients:
         for unit in units:
             for member in unit.members:
                 self._of_parameter[member.parameter] = [
-                    bucket for bucket in self._buckets
-                    if bucket.unit is unit and bucket.start < member.stop and bucket.cuts[-1] > member.offset]
+                    bucket
+                    for bucket in self._buckets
+                    if bucket.unit is unit and bucket.start < member.stop and bucket.cuts[-1] > member.offset
+                ]
                 parameter = parameters[member.parameter]
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, unit, member.offset,
-                                                                     member.parameter))
+                parameter.register_post_accumulate_grad_hook(
+                    partial(self._arrived, unit, member.offset, member.parameter)
+                )
         self._next = 0
         self._taken = self._adds = False
         self._reduces = True

@@ -116,8 +116,9 @@ class Unit:
         for member in self.members:
             low, high = max(start, member.offset), min(stop, member.stop)
             if low < high:
-                yield Segment(member, (low - member.offset) // member.width, (high - member.offset) // member.width,
-                              low - start)
+                yield Segment(
+                    member, (low - member.offset) // member.width, (high - member.offset) // member.width, low - start
+                )
 
 
 VECTORS = "vectors"
@@ -156,8 +157,14 @@ def divide(points: Sequence[int], start: int, stop: int, parts: int) -> tuple[in
     return (*cuts, stop)
 
 
-def _unit(name: str, numbers: Sequence[int], parameters: Sequence[Tensor], places: dict[int, list[Place]],
-          copies: int, bucket: int) -> Unit:
+def _unit(
+    name: str,
+    numbers: Sequence[int],
+    parameters: Sequence[Tensor],
+    places: dict[int, list[Place]],
+    copies: int,
+    bucket: int,
+) -> Unit:
     members, offset = [], 0
     for i in numbers:
         rows, width = _extent(parameters[i])

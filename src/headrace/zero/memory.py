@@ -70,5 +70,7 @@ class Host:
                 os.posix_fallocate(file.fileno(), 0, size)
                 return torch.from_file(file.name, shared=True, size=elements)
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{Path(self._folder)} cannot hold {math.ceil(size / 2**20)} MiB of offloaded state: "
-                              f"{error}; set parallel.offload_folder to a folder with room") from None
+            raise ConfigError(
+                f"{Path(self._folder)} cannot hold {math.ceil(size / 2**20)} MiB of offloaded state: "
+                f"{error}; set parallel.offload_folder to a folder with room"
+            ) from None

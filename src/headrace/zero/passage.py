@@ -14,12 +14,14 @@ from headrace.zero.weights import Weights
 __all__ = ["passage"]
 
 
-def passage(inner: Callable[..., Any], weights: Weights, unit: int, before: int | None, after: int | None,
-            backward: bool = True) -> Callable[..., Any]:
+def passage(
+    inner: Callable[..., Any], weights: Weights, unit: int, before: int | None, after: int | None, backward: bool = True
+) -> Callable[..., Any]:
     """`inner`, within which `unit` is whole. `after` is what forward uses next, `before` what backward does.
 
     `backward` False: nothing of the unit is needed on the way back.
     """
+
     def call(*arguments: Any) -> Any:
         way_back = backward and torch.is_grad_enabled()
         turns = after is None and not backward and torch.is_grad_enabled()
@@ -28,8 +30,11 @@ def passage(inner: Callable[..., Any], weights: Weights, unit: int, before: int 
             arguments = _on_the_way_back(lambda: weights.leave(unit), arguments)
         result = inner(*arguments)
         if way_back:
-            result = (_on_the_way_back(lambda: weights.enter(unit, before), result) if isinstance(result, tuple)
-                      else _on_the_way_back(lambda: weights.enter(unit, before), (result,))[0])
+            result = (
+                _on_the_way_back(lambda: weights.enter(unit, before), result)
+                if isinstance(result, tuple)
+                else _on_the_way_back(lambda: weights.enter(unit, before), (result,))[0]
+            )
         weights.leave(unit)
         return result
 

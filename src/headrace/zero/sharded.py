@@ -43,8 +43,15 @@ class Slot:
 class Sharded:
     """One rank's part of a model and of its gradients. Made with deferred ops, the model has its memory from here."""
 
-    def __init__(self, model: Transformer, copies: RankGroup, stage: int = 0, bucket: int = 1 << 22,
-                 overlap: bool = True, each_micro_step: bool = True) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        copies: RankGroup,
+        stage: int = 0,
+        bucket: int = 1 << 22,
+        overlap: bool = True,
+        each_micro_step: bool = True,
+    ) -> None:
         """`bucket`: elements of a message. `overlap`: talk to the other copies while this one computes."""
         self._model, self._copies, self.stage = model, copies, stage
         self._parameters = list(model.parameters())
@@ -86,9 +93,15 @@ class Sharded:
                 low, high = max(segment.first, place.rows[0]), min(segment.last, place.rows[1])
                 if low < high:
                     part = rows[low - segment.first : high - segment.first, slice(*place.columns)]
-                    yield f"{kind}/{place.name}", Region(
-                        part if len(place.shape) == 2 else part[:, 0],
-                        (place.start[0] + low - place.rows[0], *place.start[1:]), place.shape, first and place.speaks)
+                    yield (
+                        f"{kind}/{place.name}",
+                        Region(
+                            part if len(place.shape) == 2 else part[:, 0],
+                            (place.start[0] + low - place.rows[0], *place.start[1:]),
+                            place.shape,
+                            first and place.speaks,
+                        ),
+                    )
 
     def chunks(self, gradients: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
         """(gradients of a virtual shard's rows, elements of a chunk) of all that this rank's norm counts.
@@ -100,15 +113,19 @@ class Sharded:
                 for first, last, left, right in place.shards:
                     low, high = max(segment.first, first), min(segment.last, last)
                     if low < high:
-                        yield (rows[low - segment.first : high - segment.first, left:right].reshape(-1),
-                               place.chunk * (right - left))
+                        yield (
+                            rows[low - segment.first : high - segment.first, left:right].reshape(-1),
+                            place.chunk * (right - left),
+                        )
 
     def memory(self) -> dict[str, int]:
         """Bytes of what it holds now, by what it is for."""
-        return {"weights": sum(tensor.nbytes for tensor in self.weights.tensors()),
-                "gathered weights": self.weights.buffer_bytes,
-                "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
-                "gradients on their way": self.gradients.buffer_bytes}
+        return {
+            "weights": sum(tensor.nbytes for tensor in self.weights.tensors()),
+            "gathered weights": self.weights.buffer_bytes,
+            "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
+            "gradients on their way": self.gradients.buffer_bytes,
+        }
 
     @property
     def waited(self) -> float:
@@ -165,8 +182,20 @@ class Sharded:
                 continue
             before = units[i - 1] if i > 1 else None
             after = units[i + 1] if i + 1 < len(units) else None
-            part.forward = passage(part.forward, self.weights, unit, before, after,  # type: ignore[method-assign]
-                                   backward=part is not model.embed)
+            part.forward = passage(
+                part.forward,
+                self.weights,
+                unit,
+                before,
+                after,  # type: ignore[method-assign]
+                backward=part is not model.embed,
+            )
         if units[-1] is not None:  # the head's gradients are made on the way forward
-            model.lm_head.loss = passage(model.lm_head.loss, self.weights, units[-1],  # type: ignore[method-assign]
-                                         units[-2], None, backward=False)
+            model.lm_head.loss = passage(
+                model.lm_head.loss,
+                self.weights,
+                units[-1],  # type: ignore[method-assign]
+                units[-2],
+                None,
+                backward=False,
+            )

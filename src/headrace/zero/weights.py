@@ -27,16 +27,25 @@ __all__ = ["Weights"]
 class Weights:
     """The parameters of one rank, unit by unit."""
 
-    def __init__(self, units: Sequence[Unit], parameters: Sequence[nn.Parameter], copies: RankGroup, stage: int,
-                 messages: Messages) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        parameters: Sequence[nn.Parameter],
+        copies: RankGroup,
+        stage: int,
+        messages: Messages,
+    ) -> None:
         """Parameters get their memory here, and lose what they held."""
         self._units, self._parameters = list(units), parameters
         self._copies, self._stage, self._messages = copies, stage, messages
         self._divided = [stage == 3 and unit.matrices for unit in units]
         device = parameters[0].device
         sizes = [unit.size for unit, divided in zip(units, self._divided) if divided]
-        self._arenas = {(unit.size, unit.dtype): Arena(unit.size, unit.dtype, device)
-                        for unit, divided in zip(units, self._divided) if divided}
+        self._arenas = {
+            (unit.size, unit.dtype): Arena(unit.size, unit.dtype, device)
+            for unit, divided in zip(units, self._divided)
+            if divided
+        }
         self._usual = mode(sizes) if sizes else 0
         self._stored = []
         """Of each unit: all of it, or this rank's slots one after another."""

@@ -19,8 +19,13 @@ def usage(answer):
 def whole(answer, text):
     """What an answer says."""
     [choice] = answer.choices
-    return {"text": text(choice), "finish": choice.finish_reason, "usage": usage(answer), "model": answer.model,
-            "fingerprint": answer.system_fingerprint}
+    return {
+        "text": text(choice),
+        "finish": choice.finish_reason,
+        "usage": usage(answer),
+        "model": answer.model,
+        "fingerprint": answer.system_fingerprint,
+    }
 
 
 def in_parts(chunks, text):
@@ -28,8 +33,12 @@ def in_parts(chunks, text):
     chunks = list(chunks)
     parts = [chunk.choices[0] for chunk in chunks if chunk.choices]
     [last] = [part.finish_reason for part in parts if part.finish_reason]
-    return {"text": "".join(text(part) or "" for part in parts), "finish": last, "usage": usage(chunks[-1]),
-            "parts": sum(bool(text(part)) for part in parts)}
+    return {
+        "text": "".join(text(part) or "" for part in parts),
+        "finish": last,
+        "usage": usage(chunks[-1]),
+        "parts": sum(bool(text(part)) for part in parts),
+    }
 
 
 def refusal(**fields):
@@ -57,13 +66,18 @@ def plain(choice):
 
 chat = litellm.completion(messages=asked["messages"], **greedy)
 completion = litellm.text_completion(prompt=asked["prompt"], **greedy | {"logprobs": 1})
-print(json.dumps({
-    "chat": whole(chat, content) | {"scores": [token["logprob"] for token in chat.choices[0].logprobs.content]},
-    "completion": whole(completion, plain) | {"scores": completion.choices[0].logprobs.token_logprobs},
-    "chat_stream": in_parts(litellm.completion(messages=asked["messages"], **greedy, **streamed), delta),
-    "completion_stream": in_parts(litellm.text_completion(prompt=asked["prompt"], **greedy | {"logprobs": None},
-                                                          **streamed), plain),
-    "embedding": litellm.embedding(model="openai/tiny", input=[asked["prompt"]], **base).data[0]["embedding"],
-    "missing": refusal(model="openai/another"),
-    "wrong": refusal(temperature=-1),
-}))
+print(
+    json.dumps(
+        {
+            "chat": whole(chat, content) | {"scores": [token["logprob"] for token in chat.choices[0].logprobs.content]},
+            "completion": whole(completion, plain) | {"scores": completion.choices[0].logprobs.token_logprobs},
+            "chat_stream": in_parts(litellm.completion(messages=asked["messages"], **greedy, **streamed), delta),
+            "completion_stream": in_parts(
+                litellm.text_completion(prompt=asked["prompt"], **greedy | {"logprobs": None}, **streamed), plain
+            ),
+            "embedding": litellm.embedding(model="openai/tiny", input=[asked["prompt"]], **base).data[0]["embedding"],
+            "missing": refusal(model="openai/another"),
+            "wrong": refusal(temperature=-1),
+        }
+    )
+)

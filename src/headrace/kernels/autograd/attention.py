@@ -17,8 +17,18 @@ class CausalAttention(Function):
     """Of whole packed sequences, through a paged cache that lives for one call."""
 
     @staticmethod
-    def forward(ctx: Any, ops: Ops, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, meta: AttentionMeta, block_size: int,
-                cache_dtype: torch.dtype, scale: float, window: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        ops: Ops,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        meta: AttentionMeta,
+        block_size: int,
+        cache_dtype: torch.dtype,
+        scale: float,
+        window: int,
+    ) -> Tensor:
         q_THd, k_TGd, v_TGd = q_THd.detach(), k_TGd.detach(), v_TGd.detach()
         num_blocks = int(meta.block_table_SM.max()) + 1
         shape = (num_blocks, 1, 2, k_TGd.shape[1], block_size, k_TGd.shape[2])
@@ -35,6 +45,7 @@ class CausalAttention(Function):
     def backward(ctx: Any, g_THd: Tensor) -> tuple[Tensor | None, ...]:
         q_THd, k_TGd, v_TGd, out_THd, lse_TH = ctx.saved_tensors
         k_TGd, v_TGd = (x.to(ctx.cache_dtype).float() for x in (k_TGd, v_TGd))
-        grads = ctx.ops.attention_backward(g_THd.contiguous(), q_THd, k_TGd, v_TGd, out_THd, lse_TH,
-                                           ctx.meta.query_start_S1, ctx.scale, ctx.window)
+        grads = ctx.ops.attention_backward(
+            g_THd.contiguous(), q_THd, k_TGd, v_TGd, out_THd, lse_TH, ctx.meta.query_start_S1, ctx.scale, ctx.window
+        )
         return None, *grads, None, None, None, None, None

@@ -1,6 +1,6 @@
 """Cross-entropy over a vocabulary that ranks share (Megatron-LM §3): scalars are exchanged, logits never.
 
-    R rows   V this rank's part of the vocabulary   S its shards   D hidden
+R rows   V this rank's part of the vocabulary   S its shards   D hidden
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ class HeadLoss(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ops: Any, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor,
-                part: VocabPart) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, ops: Any, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart
+    ) -> tuple[Tensor, Tensor]:
         x_RD, weight_VD = x_RD.detach(), weight_VD.detach()
         _, wants_x, wants_weight, *_ = ctx.needs_input_grad
         logprob_R = torch.empty(len(x_RD), device=x_RD.device)

@@ -21,8 +21,9 @@ class ColumnLinear(Function):
     """Outputs split: the gradient by x is a sum over the shards, that by the weight is each shard's own."""
 
     @staticmethod
-    def forward(ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
-                outputs: OutputShards) -> Tensor:
+    def forward(
+        ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards
+    ) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
         ctx.base, ctx.outputs = ops.base, outputs
         y_TN = ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N))
@@ -47,8 +48,9 @@ class RowLinear(Function):
     """Inputs split: both gradients are each shard's own."""
 
     @staticmethod
-    def forward(ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None,
-                bounds: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, bounds: tuple[int, ...]
+    ) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
         ctx.ops = ops
         return ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N), bounds)
@@ -59,9 +61,13 @@ class RowLinear(Function):
         _, wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         base, g_TN = ctx.ops.base, g_TN.contiguous()
         whole = ((0, 0, 0, len(weight_NK)),)
-        return (None, base.linear_backward_input(g_TN, weight_NK, whole) if wants_x else None,
-                base.linear_backward_weight(g_TN, x_TK).to(weight_NK.dtype) if wants_weight else None,
-                _sum_row_shards(g_TN, ctx.ops) if wants_bias else None, None)
+        return (
+            None,
+            base.linear_backward_input(g_TN, weight_NK, whole) if wants_x else None,
+            base.linear_backward_weight(g_TN, x_TK).to(weight_NK.dtype) if wants_weight else None,
+            _sum_row_shards(g_TN, ctx.ops) if wants_bias else None,
+            None,
+        )
 
 
 class AddBias(Function):

@@ -40,8 +40,9 @@ class AutogradOps(DelegatingOps):
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return _Embedding.apply(self.base, ids_T, table_VD)
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
-               bounds: Sequence[int] | None = None) -> Tensor:
+    def linear(
+        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+    ) -> Tensor:
         return RowLinear.apply(self, x_TK, weight_NK, bias_N, tuple(bounds or (0, x_TK.shape[1])))
 
     def column_linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Tensor:
@@ -54,12 +55,12 @@ class AutogradOps(DelegatingOps):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return _RMSNorm.apply(self, x_TD, weight_D, eps)
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor,
-                     eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return _AddRMSNorm.apply(self, x_TD, residual_TD, weight_D, eps)
 
-    def rotary(self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
-               weight_d: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    def rotary(
+        self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor, weight_d: Tensor | None = None, eps: float = 0.0
+    ) -> Tensor:
         return _Rotary.apply(self, x_THd, positions_T, table_Pd, weight_d, eps)
 
     def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
@@ -95,8 +96,9 @@ def log_probability(ops: Ops, logits_RV: Tensor, targets_R: Tensor, part: VocabP
     return LogProbability.apply(_base(ops), logits_RV, targets_R, part)
 
 
-def head_loss(ops: Ops, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor,
-              part: VocabPart) -> tuple[Tensor, Tensor]:
+def head_loss(
+    ops: Ops, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart
+) -> tuple[Tensor, Tensor]:
     """(Σ weight · log p(target) in fp64, log p(target) [R] fp32 without gradient), the head's product fused in.
 
     Logits exist a few hundred rows at a time.
@@ -105,8 +107,17 @@ def head_loss(ops: Ops, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weig
     return HeadLoss.apply(ops, x_RD, weight_VD, targets_R, weight_R, part)
 
 
-def causal_attention(ops: Ops, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, meta: AttentionMeta,
-                     block_size: int, cache_dtype: torch.dtype, scale: float, window: int = 0) -> Tensor:
+def causal_attention(
+    ops: Ops,
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    meta: AttentionMeta,
+    block_size: int,
+    cache_dtype: torch.dtype,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
     """Attention of whole packed sequences (rows = context in `meta`) by `ops.attention`: [T, H, d] fp32.
 
     k and v go through a paged cache of `cache_dtype` that lives for this call. Its rounding has gradient one.
@@ -147,8 +158,9 @@ class _RMSNorm(Function):
 
 class _AddRMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, ops: AutogradOps, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor,
-                eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, ops: AutogradOps, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         normed_TD, sum_TD = ops.base.add_rms_norm(x_TD.detach(), residual_TD.detach(), weight_D.detach(), eps)
         ctx.save_for_backward(sum_TD, weight_D)
         ctx.ops, ctx.eps = ops, eps
@@ -167,8 +179,15 @@ class _AddRMSNorm(Function):
 
 class _Rotary(Function):
     @staticmethod
-    def forward(ctx: Any, ops: AutogradOps, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
-                weight_d: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        ops: AutogradOps,
+        x_THd: Tensor,
+        positions_T: Tensor,
+        table_Pd: Tensor,
+        weight_d: Tensor | None,
+        eps: float,
+    ) -> Tensor:
         ctx.save_for_backward(*((x_THd, weight_d) if weight_d is not None else ()), positions_T)
         ctx.ops, ctx.table_Pd, ctx.eps = ops, table_Pd, eps
         weight_d = None if weight_d is None else weight_d.detach()

@@ -21,7 +21,7 @@ def tree(parts: Sequence[Tensor]) -> Tensor:
     parts = list(parts)
     while len(parts) > 1:
         pairs = [a + b for a, b in zip(parts[::2], parts[1::2])]
-        parts = pairs + parts[2 * len(pairs):]
+        parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
 
 
@@ -70,8 +70,11 @@ class OutputShards:
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         """As `Ops.linear_backward_input` takes them."""
-        return tuple((shard, column, row, stop - row) for shard, ranges in enumerate(self.rows)
-                     for (row, stop), (column, _) in zip(ranges, self.columns[shard], strict=True))
+        return tuple(
+            (shard, column, row, stop - row)
+            for shard, ranges in enumerate(self.rows)
+            for (row, stop), (column, _) in zip(ranges, self.columns[shard], strict=True)
+        )
 
     def of_rows(self, g_columns: Tensor) -> Tensor:
         """The gradients of the weight's rows from those of the result's columns; shares of a row in a tree."""

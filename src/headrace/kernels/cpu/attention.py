@@ -34,6 +34,7 @@ TILE = 32  # rows of a work item: K and V of a split stay in the cache between i
 
 # ---- the tree of partials -------------------------------------------------------------------------------------
 
+
 @kernel
 def merge(scratch, left, right, node):
     """The node at `right` becomes left ∪ right: both scaled to the greater m, the left one first."""
@@ -88,9 +89,11 @@ def _finish(scratch, stack, splits, oldest, node, out, at, dim, lse):
 
 # ---- work items ------------------------------------------------------------------------------------------------
 
+
 @kernel
-def _tile(q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out,
-          lse):
+def _tile(
+    q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out, lse
+):
     """All heads of one group for `tokens` tokens in a row, the first of them at `position`: split by split."""
     rows, at_R, position_R = tokens * group, np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
     stacks = NODES + ROWS * node
@@ -167,16 +170,54 @@ def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, hea
             first = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
             keys = (2 * layer * kv_heads + head) * block_size * dim
             paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
-            _tile(q, paged, first, min(tile, end - first), context_S[s] - (end - first), heads, head * group, group,
-                  window, scale, scratch, packed, node, levels, out, lse)
+            _tile(
+                q,
+                paged,
+                first,
+                min(tile, end - first),
+                context_S[s] - (end - first),
+                heads,
+                head * group,
+                group,
+                window,
+                scale,
+                scratch,
+                packed,
+                node,
+                levels,
+                out,
+                lse,
+            )
             item = take(counter)
 
 
-def attention(q_THd: np.ndarray, blocks: np.ndarray, layer: int, block_table_SM: np.ndarray,
-              query_start_S1: np.ndarray, context_len_S: np.ndarray, out_THd: np.ndarray, lse_TH: np.ndarray,
-              scale: float, window: int = 0) -> None:
+def attention(
+    q_THd: np.ndarray,
+    blocks: np.ndarray,
+    layer: int,
+    block_table_SM: np.ndarray,
+    query_start_S1: np.ndarray,
+    context_len_S: np.ndarray,
+    out_THd: np.ndarray,
+    lse_TH: np.ndarray,
+    scale: float,
+    window: int = 0,
+) -> None:
     """See `Ops.attention`. All arrays are C-contiguous; `blocks` [block, layer, 2, kv_head, token, dim] is float32,
     uint16 (bf16) or int16 (fp16), the meta arrays are int32, q and out fp32 [T, H, d]; an empty lse is not written.
     """
-    _attention(q_THd, blocks.reshape(-1), blocks.shape, layer, block_table_SM, query_start_S1, context_len_S,
-               q_THd.shape[1], out_THd, lse_TH.reshape(-1), np.float32(scale), window, get_num_threads())
+    _attention(
+        q_THd,
+        blocks.reshape(-1),
+        blocks.shape,
+        layer,
+        block_table_SM,
+        query_start_S1,
+        context_len_S,
+        q_THd.shape[1],
+        out_THd,
+        lse_TH.reshape(-1),
+        np.float32(scale),
+        window,
+        get_num_threads(),
+    )

@@ -113,8 +113,19 @@ def _soften(item, lse, at, apart, first_row, rows, first_key, keys, window, scal
 @kernel
 def _product(room, a, at, row, step, rows, packed, tall, depth, width, first, to, pitch):
     """room[to …] gets a product whose A nobody has to ask for."""
-    chunk(Tiles(a, at, HEIGHT * row, row, step), rows, room, packed, tall, depth, width, first, to, pitch,
-          Ask(a, at, 0, 0, 0))
+    chunk(
+        Tiles(a, at, HEIGHT * row, row, step),
+        rows,
+        room,
+        packed,
+        tall,
+        depth,
+        width,
+        first,
+        to,
+        pitch,
+        Ask(a, at, 0, 0, 0),
+    )
 
 
 @kernel
@@ -130,11 +141,13 @@ def _rows(item, q, g, at, row, lse, lse_at, heads, first_row, rows, window, scal
         _product(room, q, at, row, 1, rows, item.keys_turned + turned, dim, dim, keys, True, item.weights, KEYS)
         _product(room, g, at, row, 1, rows, item.values_turned + turned, dim, dim, keys, True, item.slopes, KEYS)
         _soften(item, lse, lse_at, heads, first_row, rows, key, keys, window, scale)
-        _product(room, room, item.slopes, KEYS, 1, rows, item.keys + here, tall, keys, dim, first, item.g_queries,
-                 width)
+        _product(
+            room, room, item.slopes, KEYS, 1, rows, item.keys + here, tall, keys, dim, first, item.g_queries, width
+        )
         _product(room, room, item.slopes, 1, KEYS, keys, item.rows, rows, rows, dim, False, item.g_keys + here, width)
-        _product(room, room, item.weights, 1, KEYS, keys, item.g_rows, rows, rows, dim, False, item.g_values + here,
-                 width)
+        _product(
+            room, room, item.weights, 1, KEYS, keys, item.g_rows, rows, rows, dim, False, item.g_values + here, width
+        )
         first = False
 
 
@@ -163,8 +176,7 @@ def _item(item, start, head, group, heads, kv_heads, q, k, v, g, out, lse, g_q, 
         for first in range(0, length, ROWS):
             rows, at = min(ROWS, length - first), (start + first) * row + query_head * dim
             _own(g, out, at, row, rows, dim, room, item.own)
-            _rows(item, q, g, at, row, lse, (start + first) * heads + query_head, heads, first, rows, window,
-                  scale)
+            _rows(item, q, g, at, row, lse, (start + first) * heads + query_head, heads, first, rows, window, scale)
             _write(room, item.g_queries, width, rows, dim, g_q, at, row)
     at, row = (start * kv_heads + head) * dim, kv_heads * dim
     _write(room, item.g_keys, width, length, dim, g_k, at, row)
@@ -180,8 +192,23 @@ def _workspace(room, at, longest, dim):
     c = b + 3 * keys * width
     d = c + 2 * ROWS * width
     e = d + 2 * ROWS * KEYS
-    item = _Item(room, 0, dim, width, at, at + turned, b, b + keys * width, b + 2 * keys * width, c, c + ROWS * width,
-                 d, d + ROWS * KEYS, e, e + ROWS * width)
+    item = _Item(
+        room,
+        0,
+        dim,
+        width,
+        at,
+        at + turned,
+        b,
+        b + keys * width,
+        b + 2 * keys * width,
+        c,
+        c + ROWS * width,
+        d,
+        d + ROWS * KEYS,
+        e,
+        e + ROWS * width,
+    )
     return item, e + ROWS * width + ROWS
 
 
@@ -196,8 +223,9 @@ def attention_backward(q, k, v, g, out, lse, starts_S1, heads, kv_heads, dim, g_
         longest = max(longest, starts_S1[s + 1] - starts_S1[s])
     items, counter = sequences * kv_heads, np.zeros(1, np.int64)
     for _ in prange(max(1, min(threads, items))):
-        _take_items(q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window,
-                    counter)
+        _take_items(
+            q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window, counter
+        )
 
 
 @kernel
@@ -205,13 +233,15 @@ def _take_items(q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, 
     """One thread's work. Its workspace is handed on as an array: with the last mention of it, it is freed."""
     size = _workspace(pointer(q), 0, longest, dim)[1]
     room, at = scratch(size)
-    _items(room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window,
-           counter)
+    _items(
+        room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window, counter
+    )
 
 
 @kernel
-def _items(room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window,
-           counter):
+def _items(
+    room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window, counter
+):
     item = _workspace(pointer(room), at, longest, dim)[0]
     ks, vs = Heads(pointer(k.x), k.row, k.head), Heads(pointer(v.x), v.row, v.head)
     index = take(counter)
@@ -219,6 +249,23 @@ def _items(room, at, q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, 
         s, head = index // kv_heads, index % kv_heads
         start = np.int64(starts_S1[s])
         own = _Item(item.room, np.int64(starts_S1[s + 1]) - start, *item[2:])
-        _item(own, start, head, heads // kv_heads, heads, kv_heads, pointer(q), ks, vs, pointer(g), pointer(out),
-              pointer(lse), pointer(g_q), pointer(g_k), pointer(g_v), window, scale)
+        _item(
+            own,
+            start,
+            head,
+            heads // kv_heads,
+            heads,
+            kv_heads,
+            pointer(q),
+            ks,
+            vs,
+            pointer(g),
+            pointer(out),
+            pointer(lse),
+            pointer(g_q),
+            pointer(g_k),
+            pointer(g_v),
+            window,
+            scale,
+        )
         index = take(counter)

@@ -40,6 +40,7 @@ ROWS = 64
 
 # ---- norms -----------------------------------------------------------------------------------------------------
 
+
 @kernel
 def _norm_row(g, x, start, width, weight, eps, out, sums, to):
     """out[start …] = (g·w − n·mean(g·w·n)) · r and sums[to …] += g·n, with r the inverse rms and n = x·r."""
@@ -106,13 +107,15 @@ def rms_norm_backward(g, x, width, weight, eps, chunks, shards, out, sums, out_w
         _norm_chunks(g, x, width, weight, eps, chunks, out, sums, 0, count)
     else:
         for task in prange(tasks):
-            _norm_chunks(g, x, width, weight, eps, chunks, out, sums,
-                         share(count, task, tasks), share(count, task + 1, tasks))
+            _norm_chunks(
+                g, x, width, weight, eps, chunks, out, sums, share(count, task, tasks), share(count, task + 1, tasks)
+            )
     for s in range(len(shards) - 1):
         _add_chunks(sums, shards[s], shards[s + 1] - shards[s], width, out_weight, s * width)
 
 
 # ---- SwiGLU ----------------------------------------------------------------------------------------------------
+
 
 @kernel
 def _silu_slopes(gate, up, g):
@@ -136,8 +139,9 @@ def _silu_mul_backward_rows(g, gate_up, width, out, first, last):
             store8(out, up + k, by_up)
         if tail:
             k = whole
-            by_gate, by_up = _silu_slopes(load8n(gate_up, gate + k, tail), load8n(gate_up, up + k, tail),
-                                          load8n(g, at + k, tail))
+            by_gate, by_up = _silu_slopes(
+                load8n(gate_up, gate + k, tail), load8n(gate_up, up + k, tail), load8n(g, at + k, tail)
+            )
             store8n(out, gate + k, by_gate, tail)
             store8n(out, up + k, by_up, tail)
 
@@ -153,6 +157,7 @@ def silu_mul_backward(g, gate_up, rows, width, out, tasks):
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------
+
 
 @kernel
 def _cross_entropy_rows(logits, width, lse, targets, g, first, last):
@@ -190,6 +195,7 @@ def cross_entropy_backward(logits, rows, width, lse, targets, g, tasks):
 
 # ---- dropout ---------------------------------------------------------------------------------------------------
 
+
 @kernel
 def _dropout_row(key, x_D, bar, inverse, out_D):
     """Element j is kept where 31 bits of its hash reach `bar`. A plain loop, which vectorises."""
@@ -214,5 +220,6 @@ def dropout(x_TD, key, row_T, offset, bar, inverse, out_TD, tasks):
         _dropout_rows(x_TD, key, row_T, offset, bar, inverse, out_TD, 0, rows)
     else:
         for task in prange(tasks):
-            _dropout_rows(x_TD, key, row_T, offset, bar, inverse, out_TD,
-                          share(rows, task, tasks), share(rows, task + 1, tasks))
+            _dropout_rows(
+                x_TD, key, row_T, offset, bar, inverse, out_TD, share(rows, task, tasks), share(rows, task + 1, tasks)
+            )

@@ -31,8 +31,18 @@ from headrace.kernels.cpu.simd import (
     zero8,
 )
 
-__all__ = ["add_rms_norm", "edit_logits", "embedding", "inverse_rms", "mask_logits", "rms_norm", "rotary", "share",
-           "silu_mul", "store_kv"]
+__all__ = [
+    "add_rms_norm",
+    "edit_logits",
+    "embedding",
+    "inverse_rms",
+    "mask_logits",
+    "rms_norm",
+    "rotary",
+    "share",
+    "silu_mul",
+    "store_kv",
+]
 
 
 @kernel
@@ -80,6 +90,7 @@ def _normalize(x, start, width, weight, eps, out, to):
 
 # ---- embedding -------------------------------------------------------------------------------------------------
 
+
 @kernel
 def _embedding_rows(ids, table, width, out, first, last):
     for t in range(first, last):
@@ -102,6 +113,7 @@ def embedding(ids, table, vocab, width, out, tasks):
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------
+
 
 @kernel
 def _rms_norm_rows(x, weight, width, eps, out, first, last):
@@ -138,11 +150,13 @@ def add_rms_norm(x, residual, rows, width, weight, eps, out, total, tasks):
         _add_rms_norm_rows(x, residual, weight, width, eps, out, total, 0, rows)
     else:
         for task in prange(tasks):
-            _add_rms_norm_rows(x, residual, weight, width, eps, out, total,
-                               share(rows, task, tasks), share(rows, task + 1, tasks))
+            _add_rms_norm_rows(
+                x, residual, weight, width, eps, out, total, share(rows, task, tasks), share(rows, task + 1, tasks)
+            )
 
 
 # ---- rotary positions ------------------------------------------------------------------------------------------
+
 
 @kernel
 def _turn(x, start, half, table, row, out, to):
@@ -189,12 +203,25 @@ def rotary(x, x_token, x_head, heads, dim, positions, table, limit, weight, eps,
         _rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, eps, out, 0, rows)
     else:
         for task in prange(tasks):
-            _rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, eps, out,
-                         share(rows, task, tasks), share(rows, task + 1, tasks))
+            _rotary_rows(
+                x,
+                x_token,
+                x_head,
+                heads,
+                dim,
+                positions,
+                table,
+                weight,
+                eps,
+                out,
+                share(rows, task, tasks),
+                share(rows, task + 1, tasks),
+            )
     return -1
 
 
 # ---- SwiGLU ----------------------------------------------------------------------------------------------------
+
 
 @kernel
 def _silu(gate, up):
@@ -227,6 +254,7 @@ def silu_mul(gate_up, rows, width, out, tasks):
 
 # ---- the cache -------------------------------------------------------------------------------------------------
 
+
 @kernel
 def _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, first, last):
     layers, heads, size, dim = blocks.shape[1], blocks.shape[3], blocks.shape[4], blocks.shape[5]
@@ -256,12 +284,24 @@ def store_kv(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, tasks
         _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, 0, rows)
     else:
         for task in prange(tasks):
-            _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots,
-                           share(rows, task, tasks), share(rows, task + 1, tasks))
+            _store_kv_rows(
+                k,
+                k_token,
+                k_head,
+                v,
+                v_token,
+                v_head,
+                blocks,
+                layer,
+                slots,
+                share(rows, task, tasks),
+                share(rows, task + 1, tasks),
+            )
     return -1
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------
+
 
 @kernel
 def edit_logits(logits, rows, ids, divide, add):

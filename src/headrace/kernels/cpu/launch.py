@@ -33,8 +33,19 @@ from numba.core import codegen
 
 from headrace.config import require
 
-__all__ = ["WIDE", "build_key", "cache_folder", "cpu_features", "cpu_name", "kernel", "set_threads", "source_key",
-           "start_threads", "thread_count", "vector_features"]
+__all__ = [
+    "WIDE",
+    "build_key",
+    "cache_folder",
+    "cpu_features",
+    "cpu_name",
+    "kernel",
+    "set_threads",
+    "source_key",
+    "start_threads",
+    "thread_count",
+    "vector_features",
+]
 
 SPINS, LONG_SPINS = "1000", "40000"
 """How often a thread that waits for the next kernel looks before it sleeps: some 0.05 and 2 ms on a Xeon."""
@@ -121,8 +132,9 @@ def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False
     if function is None:
         return functools.partial(kernel, parallel=parallel)
     folder = cache_folder()
-    jit = numba.njit(nogil=True, fastmath=False, error_model="numpy", boundscheck=False, parallel=parallel,
-                     cache=folder is not None)
+    jit = numba.njit(
+        nogil=True, fastmath=False, error_model="numpy", boundscheck=False, parallel=parallel, cache=folder is not None
+    )
     # Numba reads its cache folder when it decorates. It is put back, so other users of Numba keep theirs.
     before = numba_config.CACHE_DIR
     numba_config.CACHE_DIR = str(folder or before)

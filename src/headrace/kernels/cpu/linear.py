@@ -83,6 +83,7 @@ def _ask(w, start, stride, count, tile, tiles):
 
 # ---- few rows --------------------------------------------------------------------------------------------------
 
+
 @kernel
 def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, room, y):
     """Fours (a rest of three repeats its last row), then one or two singly; outputs past `last` repeat the last."""
@@ -99,19 +100,51 @@ def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, room, y):
             for s in range(shards):
                 k, count, to = bounds[s], bounds[s + 1] - bounds[s], s * 32
                 if height == 1:
-                    tile1x8(x, x0 + k, w, w0 + k, w1 + k, w2 + k, w3 + k, w4 + k, w5 + k, w6 + k, w7 + k, count,
-                            (n + 8) * inputs + 8 * k, sums, to)
+                    tile1x8(
+                        x,
+                        x0 + k,
+                        w,
+                        w0 + k,
+                        w1 + k,
+                        w2 + k,
+                        w3 + k,
+                        w4 + k,
+                        w5 + k,
+                        w6 + k,
+                        w7 + k,
+                        count,
+                        (n + 8) * inputs + 8 * k,
+                        sums,
+                        to,
+                    )
                 else:
                     for j in range(0, 8, 2):
                         _ask(w, w0 + 8 * inputs + k, inputs, count, j // 2, 4)
                         u, v = min(w0 + j * inputs, end), min(w0 + (j + 1) * inputs, end)
-                        tile4x2(x, x0 + k, x1 + k, x2 + k, x3 + k, w, u + k, v + k, count, True, True,
-                                sums, 0, sums, to + j, 8)
+                        tile4x2(
+                            x,
+                            x0 + k,
+                            x1 + k,
+                            x2 + k,
+                            x3 + k,
+                            w,
+                            u + k,
+                            v + k,
+                            count,
+                            True,
+                            True,
+                            sums,
+                            0,
+                            sums,
+                            to + j,
+                            8,
+                        )
             _finish(sums, shards, 32, row, min(height, rows - row), n, min(n + 8, last), width, bias, y)
         row += height
 
 
 # ---- many rows -------------------------------------------------------------------------------------------------
+
 
 @kernel
 def _pack(x, row, rows, inputs, bounds, packed, to):
@@ -147,8 +180,27 @@ def _chunk8x4(packed, x0, depth, rows, v, v0, stride, outputs, count, first, las
             u0 = v0 + j * stride
             u1, u2, u3 = min(u0 + stride, end), min(u0 + 2 * stride, end), min(u0 + 3 * stride, end)
             streams = streams if ask < next_w + 8 * inputs else 0
-            tile8x4(packed, x0 + row * depth, v, u0, u1, u2, u3, count, first, last,
-                    carry, (row + j) * 64, sums, to + row * 8 + j, 8, w, ask, inputs, streams)
+            tile8x4(
+                packed,
+                x0 + row * depth,
+                v,
+                u0,
+                u1,
+                u2,
+                u3,
+                count,
+                first,
+                last,
+                carry,
+                (row + j) * 64,
+                sums,
+                to + row * 8 + j,
+                8,
+                w,
+                ask,
+                inputs,
+                streams,
+            )
             ask += streams * inputs
 
 
@@ -166,12 +218,45 @@ def _chunk4x3(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, su
         tile4x3(x, r0, r1, r2, r3, v, v0, v0 + o1, v0 + o2, count, first, last, carry, row * 64, sums, to + row * 8, 8)
         if outputs > 3:
             _ask(w, next_w, inputs, count, tile + 1, tiles)
-            tile4x3(x, r0, r1, r2, r3, v, v0 + o3, v0 + o4, v0 + o5, count, first, last, carry, row * 64 + 96,
-                    sums, to + row * 8 + 3, 8)
+            tile4x3(
+                x,
+                r0,
+                r1,
+                r2,
+                r3,
+                v,
+                v0 + o3,
+                v0 + o4,
+                v0 + o5,
+                count,
+                first,
+                last,
+                carry,
+                row * 64 + 96,
+                sums,
+                to + row * 8 + 3,
+                8,
+            )
         if outputs > 6:
             _ask(w, next_w, inputs, count, tile + 2, tiles)
-            tile4x2(x, r0, r1, r2, r3, v, v0 + o6, v0 + o7, count, first, last, carry, row * 64 + 192,
-                    sums, to + row * 8 + 6, 8)
+            tile4x2(
+                x,
+                r0,
+                r1,
+                r2,
+                r3,
+                v,
+                v0 + o6,
+                v0 + o7,
+                count,
+                first,
+                last,
+                carry,
+                row * 64 + 192,
+                sums,
+                to + row * 8 + 6,
+                8,
+            )
         tile += 3
 
 
@@ -194,11 +279,44 @@ def _many(x, row, rows, inputs, packed, p, depth, w, n, last, bounds, wide, carr
                 v0, stride = 0, CHUNK
             v, next_w = widest(w, wide), w0 + 8 * inputs
             if WIDE:
-                _chunk8x4(packed, p, depth, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
-                          w, next_w, inputs)
+                _chunk8x4(
+                    packed,
+                    p,
+                    depth,
+                    rows,
+                    v,
+                    v0,
+                    stride,
+                    outputs,
+                    count,
+                    first,
+                    last_chunk,
+                    carry,
+                    sums,
+                    to,
+                    w,
+                    next_w,
+                    inputs,
+                )
             else:
-                _chunk4x3(x, row * inputs + k, rows, v, v0, stride, outputs, count, first, last_chunk, carry, sums, to,
-                          w, next_w, inputs)
+                _chunk4x3(
+                    x,
+                    row * inputs + k,
+                    rows,
+                    v,
+                    v0,
+                    stride,
+                    outputs,
+                    count,
+                    first,
+                    last_chunk,
+                    carry,
+                    sums,
+                    to,
+                    w,
+                    next_w,
+                    inputs,
+                )
             p += (count + 7) // 8 * 64
             k += count
             first = False
@@ -228,12 +346,29 @@ def _panels(x, rows, inputs, w, width, bias, bounds, y, worker, workers):
             held = row
         shard_sums = (last - first + 7) // 8 * panel * 8
         for n in range(first, last, 8):
-            _many(pointer(x), row, stop - row, inputs, pointer(packed), x_start, depth, pointer(w), n, last, bounds,
-                  pointer(wide), pointer(carry), pointer(sums), (n - first) * panel, shard_sums)
+            _many(
+                pointer(x),
+                row,
+                stop - row,
+                inputs,
+                pointer(packed),
+                x_start,
+                depth,
+                pointer(w),
+                n,
+                last,
+                bounds,
+                pointer(wide),
+                pointer(carry),
+                pointer(sums),
+                (n - first) * panel,
+                shard_sums,
+            )
         _finish(pointer(sums), shards, panel * 8, row, stop - row, first, last, width, bias, pointer(y))
 
 
 # ---- the whole product -----------------------------------------------------------------------------------------
+
 
 @kernel
 def linear_part(x, rows, inputs, w, width, bias, bounds, y, worker, workers):

@@ -114,6 +114,7 @@ def _tile6x16(a, r0, r1, r2, r3, r4, r5, step, b, at, depth, first, c, to, pitch
 
 # ---- chunks of terms -------------------------------------------------------------------------------------------
 
+
 @kernel
 def pack(b, at, pitch, depth, width, room, to):
     """room[to …] = `depth` rows of `width` columns from b[at], in fp32, panel by panel; a last one is filled with 0."""
@@ -179,11 +180,51 @@ def chunk(tiles, rows, room, packed, tall, depth, width, first, c, pitch, ask):
             apart, far = (ask.apart, ask.at + j * ask.tile) if n == 0 else (0, ask.at)
             if WIDE:
                 r6, r7 = min(r0 + 6 * row, last), min(r0 + 7 * row, last)
-                _tile8x32(tiles.a, r0, r1, r2, r3, r4, r5, r6, r7, tiles.step, room, b, depth, first, room, to, pitch,
-                          ask.a, far, ask.step, apart)
+                _tile8x32(
+                    tiles.a,
+                    r0,
+                    r1,
+                    r2,
+                    r3,
+                    r4,
+                    r5,
+                    r6,
+                    r7,
+                    tiles.step,
+                    room,
+                    b,
+                    depth,
+                    first,
+                    room,
+                    to,
+                    pitch,
+                    ask.a,
+                    far,
+                    ask.step,
+                    apart,
+                )
             else:
-                _tile6x16(tiles.a, r0, r1, r2, r3, r4, r5, tiles.step, room, b, depth, first, room, to, pitch,
-                          ask.a, far, ask.step, apart)
+                _tile6x16(
+                    tiles.a,
+                    r0,
+                    r1,
+                    r2,
+                    r3,
+                    r4,
+                    r5,
+                    tiles.step,
+                    room,
+                    b,
+                    depth,
+                    first,
+                    room,
+                    to,
+                    pitch,
+                    ask.a,
+                    far,
+                    ask.step,
+                    apart,
+                )
 
 
 @kernel
@@ -202,11 +243,33 @@ def _block(a, at, rows, row, step, b, left, inputs, width, spans, adds, room, pa
                 pack(b, (k + done) * inputs + left, inputs, depth, width, room, packed)
                 if row == 1:
                     whole = _pack_rows(a, start, rows, step, depth, room, tiles)
-                    chunk(Tiles(room, tiles, depth * 8 + 16, 1, 8), whole, room, packed, depth, depth, width, first,
-                          top, pitch, Ask(a, start + depth * step, 16 * step, step, 16))
+                    chunk(
+                        Tiles(room, tiles, depth * 8 + 16, 1, 8),
+                        whole,
+                        room,
+                        packed,
+                        depth,
+                        depth,
+                        width,
+                        first,
+                        top,
+                        pitch,
+                        Ask(a, start + depth * step, 16 * step, step, 16),
+                    )
                 else:
-                    chunk(Tiles(a, start, HEIGHT * row, row, step), rows, room, packed, depth, depth, width, first,
-                          top, pitch, Ask(a, start + HEIGHT * row, HEIGHT * row, 16, row))
+                    chunk(
+                        Tiles(a, start, HEIGHT * row, row, step),
+                        rows,
+                        room,
+                        packed,
+                        depth,
+                        depth,
+                        width,
+                        first,
+                        top,
+                        pitch,
+                        Ask(a, start + HEIGHT * row, HEIGHT * row, 16, row),
+                    )
                 first = False
             i += 1
         if first:  # an empty shard
@@ -253,8 +316,24 @@ def product_part(a, rows, row, step, b, inputs, spans, out, adds, height, counte
         count, width = min(height, rows - m), min(COLUMNS, inputs - n)
         if adds:
             _read(pointer(out), m * inputs + n, inputs, count, width, pointer(room), sums, pitch)
-        _block(pointer(a), m * row, count, row, step, pointer(b), n, inputs, width, spans, adds, pointer(room), packed,
-               sums, slab, pitch)
+        _block(
+            pointer(a),
+            m * row,
+            count,
+            row,
+            step,
+            pointer(b),
+            n,
+            inputs,
+            width,
+            spans,
+            adds,
+            pointer(room),
+            packed,
+            sums,
+            slab,
+            pitch,
+        )
         _write(pointer(room), sums, pitch, count, width, pointer(out), m * inputs + n, inputs)
         task = take(counter)
 

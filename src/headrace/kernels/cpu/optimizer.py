@@ -51,8 +51,9 @@ def _adamw_range(master, grad, first, second, stored, factors, start, stop):
             store8(stored, k, p)
     if tail:
         k = stop - tail
-        p, m, v = _adamw8(load8n(master, k, tail), load8n(grad, k, tail), load8n(first, k, tail),
-                          load8n(second, k, tail), factors)
+        p, m, v = _adamw8(
+            load8n(master, k, tail), load8n(grad, k, tail), load8n(first, k, tail), load8n(second, k, tail), factors
+        )
         store8n(master, k, p, tail), store8n(first, k, m, tail), store8n(second, k, v, tail)
         if rounds:
             store8n(stored, k, p, tail)
@@ -70,8 +71,16 @@ def adamw(master, grad, first, second, stored, factors, tasks):
     else:
         lines = (size + LINES - 1) // LINES
         for task in prange(tasks):
-            _adamw_range(master, grad, first, second, stored, factors, min(size, share(lines, task, tasks) * LINES),
-                         min(size, share(lines, task + 1, tasks) * LINES))
+            _adamw_range(
+                master,
+                grad,
+                first,
+                second,
+                stored,
+                factors,
+                min(size, share(lines, task, tasks) * LINES),
+                min(size, share(lines, task + 1, tasks) * LINES),
+            )
 
 
 @kernel

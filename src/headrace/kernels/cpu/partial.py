@@ -106,6 +106,7 @@ def _ask_both(kv, paged, position, count, last):
 
 # ---- scores: keys past the end of a tile repeat the last one; what they write is masked later -------------------
 
+
 @kernel
 def _scores8(packed, kv, paged, first, last, fresh, scratch):
     """Of eight rows: see `tile8x4` for the order in which they are packed."""
@@ -114,8 +115,27 @@ def _scores8(packed, kv, paged, first, last, fresh, scratch):
             _ask_both(kv, paged, j, 4, last)
         k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
         k2, k3 = _key(paged, min(j + 2, last - 1)), _key(paged, min(j + 3, last - 1))
-        tile8x4(packed, 0, kv, k0, k1, k2, k3, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH,
-                kv, 0, 0, 0)
+        tile8x4(
+            packed,
+            0,
+            kv,
+            k0,
+            k1,
+            k2,
+            k3,
+            paged.dim,
+            True,
+            True,
+            scratch,
+            0,
+            scratch,
+            j & (SPLIT - 1),
+            PITCH,
+            kv,
+            0,
+            0,
+            0,
+        )
 
 
 @kernel
@@ -141,6 +161,7 @@ def _scores1(q, q0, kv, paged, first, last, scratch):
 
 
 # ---- softmax weights -------------------------------------------------------------------------------------------
+
 
 @kernel
 def _weights(scratch, at, low, high, first, last, scale, to, node):
@@ -168,6 +189,7 @@ def _weights(scratch, at, low, high, first, last, scale, to, node):
 
 
 # ---- weighted values -------------------------------------------------------------------------------------------
+
 
 @kernel
 def _values8(kv, paged, first, last, scratch, node):
@@ -270,6 +292,7 @@ def _values_vector(kv, paged, first, last, scratch, weights, at, c):
 
 
 # ---- the partial -----------------------------------------------------------------------------------------------
+
 
 @kernel
 def seen(position, split, window):

@@ -64,6 +64,7 @@ def _bits(tyctx: Any, x: Any) -> Any:
 
 # ---- noise -----------------------------------------------------------------------------------------------------
 
+
 @kernel
 def mix(x):
     """splitmix64's finalizer: a bijection of 64 bits."""
@@ -105,6 +106,7 @@ def gumbel(seed, choice, position, out_V):
 
 
 # ---- log-sum-exp and scores ------------------------------------------------------------------------------------
+
 
 @kernel
 def _shard(logits, first, last):
@@ -225,6 +227,7 @@ def _any_above(z_V, bar):
 
 # ---- which tokens are kept -------------------------------------------------------------------------------------
 
+
 @kernel
 def _order_key(z):
     """An unsigned integer with the order of the floats."""
@@ -302,6 +305,7 @@ def _keep(z_V, y_V, kept_V, top_k, top_p, min_p):
 
 # ---- drawing ---------------------------------------------------------------------------------------------------
 
+
 @kernel
 def _greedy(z_V):
     """argmax, ties to the lowest id; NaN never wins, and a row without an order gives 0."""
@@ -355,9 +359,17 @@ def _sample(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, choice_
             out_R[row] = _greedy(logits_RV[row])
 
 
-def sample(logits_RV: np.ndarray, temperature_R: np.ndarray, top_k_R: np.ndarray, top_p_R: np.ndarray,
-           min_p_R: np.ndarray, seed_R: np.ndarray, choice_R: np.ndarray, position_R: np.ndarray,
-           out_R: np.ndarray) -> None:
+def sample(
+    logits_RV: np.ndarray,
+    temperature_R: np.ndarray,
+    top_k_R: np.ndarray,
+    top_p_R: np.ndarray,
+    min_p_R: np.ndarray,
+    seed_R: np.ndarray,
+    choice_R: np.ndarray,
+    position_R: np.ndarray,
+    out_R: np.ndarray,
+) -> None:
     """See `Ops.sample`. logits are C-contiguous fp32; out is int64; the parameters may have any width."""
     real = (np.ascontiguousarray(x, np.float32) for x in (top_p_R, min_p_R))
     whole = [np.ascontiguousarray(x, np.int64) for x in (top_k_R, seed_R, choice_R, position_R)]

@@ -34,9 +34,37 @@ from numba.core import cgutils, types
 from numba.extending import models, register_model
 
 __all__ = [
-    "LANES", "abs8", "add8", "div8", "exp1", "exp8", "fma1", "fma8", "hmax8", "hsum8", "hsum8x8",
-    "load1", "load8", "load8n", "log1", "log8", "max8", "min8", "mul8", "narrow", "pointer", "prefetch", "splat8",
-    "sqrt8", "store1", "store8", "store8n", "store_lanes", "sub8", "widest", "zero8",
+    "LANES",
+    "abs8",
+    "add8",
+    "div8",
+    "exp1",
+    "exp8",
+    "fma1",
+    "fma8",
+    "hmax8",
+    "hsum8",
+    "hsum8x8",
+    "load1",
+    "load8",
+    "load8n",
+    "log1",
+    "log8",
+    "max8",
+    "min8",
+    "mul8",
+    "narrow",
+    "pointer",
+    "prefetch",
+    "splat8",
+    "sqrt8",
+    "store1",
+    "store8",
+    "store8n",
+    "store_lanes",
+    "sub8",
+    "widest",
+    "zero8",
 ]
 
 LANES = 8
@@ -65,6 +93,7 @@ class _F32x8Model(models.PrimitiveModel):
 
 
 # ---- emitting LLVM ---------------------------------------------------------------------------------------------
+
 
 def _const(like: ir.Type, value: float | int) -> ir.Constant:
     """`value` in the shape of the LLVM type `like`: the same in every lane of a vector."""
@@ -139,8 +168,11 @@ def emit_fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
     return emit
 
 
-FOLDS = (((0, 1, 2, 3, 12, 13, 14, 15), (4, 5, 6, 7, 8, 9, 10, 11)), ((0, 1, 10, 11, 4, 5, 14, 15), (
-    2, 3, 8, 9, 6, 7, 12, 13)), ((0, 9, 2, 11, 4, 13, 6, 15), (1, 8, 3, 10, 5, 12, 7, 14)))
+FOLDS = (
+    ((0, 1, 2, 3, 12, 13, 14, 15), (4, 5, 6, 7, 8, 9, 10, 11)),
+    ((0, 1, 10, 11, 4, 5, 14, 15), (2, 3, 8, 9, 6, 7, 12, 13)),
+    ((0, 9, 2, 11, 4, 13, 6, 15), (1, 8, 3, 10, 5, 12, 7, 14)),
+)
 """Lanes of x (0–7) and y (8–15) that stay, which is a blend, and those shuffled to be added, by distance: 4, 2, 1."""
 
 
@@ -209,18 +241,37 @@ max8 = operator("max8", 2, emit_select(">"), f32x8, f32x8)
 min8 = operator("min8", 2, emit_select("<"), f32x8, f32x8)
 fma8 = operator("fma8", 3, emit_fma, f32x8, f32x8)
 fma1 = operator("fma1", 3, emit_fma, types.float32, types.float32)
-sqrt8 = operator("sqrt8", 1, lambda builder, a: builder.call(cgutils.get_or_insert_function(
-    builder.module, ir.FunctionType(VECTOR, [VECTOR]), "llvm.sqrt.v8f32"), [a]), f32x8, f32x8)
+sqrt8 = operator(
+    "sqrt8",
+    1,
+    lambda builder, a: builder.call(
+        cgutils.get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR]), "llvm.sqrt.v8f32"), [a]
+    ),
+    f32x8,
+    f32x8,
+)
 exp8 = operator("exp8", 1, emit_exp, f32x8, f32x8)
 exp1 = operator("exp1", 1, emit_exp, types.float32, types.float32)
 log8 = operator("log8", 1, _log, f32x8, f32x8)
 log1 = operator("log1", 1, _log, types.float32, types.float32)
 hsum8 = operator("hsum8", 1, emit_fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
 hmax8 = operator("hmax8", 1, emit_fold(emit_select(">")), f32x8, types.float32)
-hsum8x8 = operator("hsum8x8", 8, lambda builder, *a: emit_sums(
-    builder, a, lambda x, y, lanes: builder.shuffle_vector(x, y, mask(*lanes))), f32x8, f32x8)
-abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
-    builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR), f32x8, f32x8)
+hsum8x8 = operator(
+    "hsum8x8",
+    8,
+    lambda builder, *a: emit_sums(builder, a, lambda x, y, lanes: builder.shuffle_vector(x, y, mask(*lanes))),
+    f32x8,
+    f32x8,
+)
+abs8 = operator(
+    "abs8",
+    1,
+    lambda builder, a: builder.bitcast(
+        builder.and_(builder.bitcast(a, _integers(VECTOR)), _const(_integers(VECTOR), 0x7FFFFFFF)), VECTOR
+    ),
+    f32x8,
+    f32x8,
+)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -228,11 +279,15 @@ abs8 = operator("abs8", 1, lambda builder, a: builder.bitcast(
 STORED = {types.float32: FLOAT, types.uint16: I16, types.int16: I16}
 
 
-def address(context: Any, builder: ir.IRBuilder, source: Any, value: ir.Value, offset: ir.Value,
-            to: ir.Type) -> ir.Value:
+def address(
+    context: Any, builder: ir.IRBuilder, source: Any, value: ir.Value, offset: ir.Value, to: ir.Type
+) -> ir.Value:
     """LLVM pointer to element `offset` of an array or `pointer`, typed as `to`."""
-    data = value if isinstance(source, types.CPointer) else cgutils.create_struct_proxy(source)(
-        context, builder, value=value).data
+    data = (
+        value
+        if isinstance(source, types.CPointer)
+        else cgutils.create_struct_proxy(source)(context, builder, value=value).data
+    )
     return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
 
 

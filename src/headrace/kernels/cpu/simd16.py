@@ -31,8 +31,21 @@ from headrace.kernels.cpu.simd import (
 )
 
 __all__ = [
-    "add16", "exp16", "fma16", "high8", "hsum16x8", "load16", "low8", "max16", "mul16", "splat16", "store16",
-    "store_quarter", "sub16", "twice8", "zero16",
+    "add16",
+    "exp16",
+    "fma16",
+    "high8",
+    "hsum16x8",
+    "load16",
+    "low8",
+    "max16",
+    "mul16",
+    "splat16",
+    "store16",
+    "store_quarter",
+    "sub16",
+    "twice8",
+    "zero16",
 ]
 
 WIDE = ir.VectorType(FLOAT, 2 * LANES)
@@ -80,8 +93,13 @@ exp16 = operator("exp16", 1, emit_exp, f32x16, f32x16)
 low8 = operator("low8", 1, _half(0), f32x16, f32x8)
 high8 = operator("high8", 1, _half(LANES), f32x16, f32x8)
 hsum16x8 = operator("hsum16x8", 8, _hsum16x8, f32x16, f32x16)
-twice8 = operator("twice8", 1, lambda builder, v: builder.shuffle_vector(
-    v, ir.Constant(VECTOR, ir.Undefined), mask(*range(LANES), *range(LANES))), f32x8, f32x16)
+twice8 = operator(
+    "twice8",
+    1,
+    lambda builder, v: builder.shuffle_vector(v, ir.Constant(VECTOR, ir.Undefined), mask(*range(LANES), *range(LANES))),
+    f32x8,
+    f32x16,
+)
 
 
 @intrinsic

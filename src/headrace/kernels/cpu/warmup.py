@@ -20,8 +20,7 @@ Progress = Callable[[int, int, str], None]
 WIDTH = 1024  # of a product large enough for the threads
 
 
-def warm_up(ops: CpuOps, weights: torch.dtype, cache: torch.dtype, progress: Progress | None,
-            training: bool) -> None:
+def warm_up(ops: CpuOps, weights: torch.dtype, cache: torch.dtype, progress: Progress | None, training: bool) -> None:
     """Call each operation of `ops` once, with weights and cache of these dtypes. What is on disk is only loaded."""
     steps = [*_model_steps(ops, weights, cache), *_logit_steps(ops)]
     if training:
@@ -71,16 +70,26 @@ def _training_steps(ops: CpuOps, weights: torch.dtype) -> Iterator[tuple[str, Ca
     yield "rms_norm_backward", lambda: ops.rms_norm_backward(x, x, torch.ones(16, dtype=weights), 1.0, (0, 1))
     wide, weight = torch.zeros(WIDTH, 16), torch.zeros(16, WIDTH, dtype=weights)
     yield "linear_backward_input", lambda: ops.linear_backward_input(wide, weight, ((0, 0, 0, 16),))
-    yield "linear_backward_input, one thread", lambda: ops.linear_backward_input(x, weight[:, :8].contiguous(),
-                                                                                 ((0, 0, 0, 16),))
+    yield (
+        "linear_backward_input, one thread",
+        lambda: ops.linear_backward_input(x, weight[:, :8].contiguous(), ((0, 0, 0, 16),)),
+    )
     yield "linear_backward_weight", lambda: ops.linear_backward_weight(wide, wide)
     yield "linear_backward_weight, one thread", lambda: ops.linear_backward_weight(x, x)
     heads = torch.zeros(1, 1, 8)
-    yield "attention_backward", lambda: ops.attention_backward(heads, heads, heads, heads, heads, one[None],
-                                                               torch.tensor([0, 1], dtype=torch.int32), 1.0)
+    yield (
+        "attention_backward",
+        lambda: ops.attention_backward(
+            heads, heads, heads, heads, heads, one[None], torch.tensor([0, 1], dtype=torch.int32), 1.0
+        ),
+    )
     yield "silu_mul_backward", lambda: ops.silu_mul_backward(x[:, :8].contiguous(), x)
     yield "cross_entropy_backward", lambda: ops.cross_entropy_backward_(x.clone(), one, at, one)
-    yield "adamw", lambda: ops.adamw_(master, grad, first, second, stored, rate=0.0, beta1=0.9, beta2=0.9, eps=1.0,
-                                      decay=0.0, step=1, scale=1.0)
+    yield (
+        "adamw",
+        lambda: ops.adamw_(
+            master, grad, first, second, stored, rate=0.0, beta1=0.9, beta2=0.9, eps=1.0, decay=0.0, step=1, scale=1.0
+        ),
+    )
     yield "sum_of_squares", lambda: ops.sum_of_squares(grad, 8)
     yield "dropout", lambda: ops.dropout(x, 0, at, 0, 0.5)

@@ -28,7 +28,6 @@ class CudaOps(DelegatingOps):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return rms_norm(x_TD, weight_D, eps)
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor,
-                     eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         sum_TD = x_TD + residual_TD
         return rms_norm(sum_TD, weight_D, eps), sum_TD

@@ -33,6 +33,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     tile = triton.next_power_of_2(width)
     if len(rows_TD):
         warps = min(max(tile // 256, 1), 8)
-        _rms_norm[(len(rows_TD),)](rows_TD, weight_D.contiguous(), out_TD, rows_TD.stride(0), width, eps,
-                                   TILE=tile, num_warps=warps)
+        _rms_norm[(len(rows_TD),)](
+            rows_TD, weight_D.contiguous(), out_TD, rows_TD.stride(0), width, eps, TILE=tile, num_warps=warps
+        )
     return out_TD.view(x_TD.shape)

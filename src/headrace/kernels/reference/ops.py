@@ -24,7 +24,7 @@ def _tree(parts: list[Tensor]) -> Tensor:
     """Balanced binary tree of sums: neighbours first."""
     while len(parts) > 1:
         pairs = [a + b for a, b in zip(parts[::2], parts[1::2])]
-        parts = pairs + parts[2 * len(pairs):]
+        parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
 
 
@@ -42,15 +42,21 @@ class ReferenceOps:
         place = torch.cuda.get_device_name(self.device) if cuda else torch.backends.cpu.get_cpu_capability()
         return f"reference/torch-{torch.__version__}/{place}"
 
-    def warm_up(self, weights: torch.dtype = torch.float32, cache: torch.dtype = torch.float32,
-                progress: Callable[[int, int, str], None] | None = None, training: bool = False) -> None:
+    def warm_up(
+        self,
+        weights: torch.dtype = torch.float32,
+        cache: torch.dtype = torch.float32,
+        progress: Callable[[int, int, str], None] | None = None,
+        training: bool = False,
+    ) -> None:
         """Nothing is compiled here."""
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
         return table_VD[ids_T.to(table_VD.device, torch.int64)].float()
 
-    def linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None,
-               bounds: Sequence[int] | None = None) -> Tensor:
+    def linear(
+        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+    ) -> Tensor:
         cuts = (0, x_TK.shape[-1]) if bounds is None else tuple(bounds)
         y_TN = _tree([F.linear(x_TK[..., a:b], weight_NK[:, a:b].float()) for a, b in pairwise(cuts)])
         return y_TN if bias_N is None else y_TN + bias_N.float()
@@ -59,13 +65,13 @@ class ReferenceOps:
         x_TD = x_TD.float()
         return x_TD * torch.rsqrt(x_TD.square().mean(dim=-1, keepdim=True) + eps) * weight_D.float()
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor,
-                     eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         sum_TD = x_TD + residual_TD
         return self.rms_norm(sum_TD, weight_D, eps), sum_TD
 
-    def rotary(self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor,
-               weight_d: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    def rotary(
+        self, x_THd: Tensor, positions_T: Tensor, table_Pd: Tensor, weight_d: Tensor | None = None, eps: float = 0.0
+    ) -> Tensor:
         if weight_d is not None:
             x_THd = self.rms_norm(x_THd, weight_d, eps)
         angles_T1d = table_Pd[positions_T.to(table_Pd.device, torch.int64)].unsqueeze(1)
@@ -85,8 +91,16 @@ class ReferenceOps:
         for part, x_TGd in enumerate((k_TGd, v_TGd)):
             blocks[slots_T // size, layer, part, :, slots_T % size] = x_TGd[rows_T].to(blocks.dtype)
 
-    def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float,
-                  window: int = 0, lse_TH: Tensor | None = None) -> Tensor:
+    def attention(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int = 0,
+        lse_TH: Tensor | None = None,
+    ) -> Tensor:
         out_THd = torch.empty(q_THd.shape, dtype=torch.float32, device=q_THd.device)
         starts, contexts = meta.query_start_S1.tolist(), meta.context_len_S.tolist()
         for s, context in enumerate(contexts):
@@ -102,8 +116,7 @@ class ReferenceOps:
                 lse_TH[rows] = lse_IH
         return out_THd
 
-    def _gather(self, blocks: Tensor, layer: int, table_M: Tensor, first: int,
-                last: int) -> tuple[Tensor, Tensor]:
+    def _gather(self, blocks: Tensor, layer: int, table_M: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Keys and values [G, last − first, d] of positions first … last − 1, fp32."""
         size = blocks.shape[4]
         positions_J = torch.arange(first, last, device=blocks.device)
@@ -120,8 +133,9 @@ class ReferenceOps:
         return seen_IJ & (at_J > at_I1 - window) if window else seen_IJ
 
     @staticmethod
-    def _softmax_rows(q_IHd: Tensor, keys_GJd: Tensor, values_GJd: Tensor, seen_IJ: Tensor,
-                      scale: float) -> tuple[Tensor, Tensor]:
+    def _softmax_rows(
+        q_IHd: Tensor, keys_GJd: Tensor, values_GJd: Tensor, seen_IJ: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """(what the rows find, their log-sum-exp)"""
         groups = keys_GJd.shape[0]
         q_GNId = q_IHd.transpose(0, 1).unflatten(0, (groups, -1))
@@ -145,8 +159,7 @@ class ReferenceOps:
         best = sampling.ordered(logits_RV).sort(dim=1, descending=True, stable=True)
         return _logprob(best.values[:, :k], lse_R), best.indices[:, :k].to(torch.int32)
 
-    def edit_logits_(self, logits_RV: Tensor, rows_E: Tensor, ids_E: Tensor, divide_E: Tensor,
-                     add_E: Tensor) -> None:
+    def edit_logits_(self, logits_RV: Tensor, rows_E: Tensor, ids_E: Tensor, divide_E: Tensor, add_E: Tensor) -> None:
         device = logits_RV.device
         rows_E, ids_E = rows_E.to(device, torch.int64), ids_E.to(device, torch.int64)
         divide_E, add_E = divide_E.to(device, torch.float32), add_E.to(device, torch.float32)
@@ -172,15 +185,18 @@ class ReferenceOps:
 
     # ---- what training adds ------------------------------------------------------------------------------------
 
-    def rms_norm_backward(self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float,
-                          bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def rms_norm_backward(
+        self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, bounds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         r_T1 = torch.rsqrt(x_TD.square().mean(dim=-1, keepdim=True) + eps)
         normed_TD = x_TD * r_T1
         g_normed_TD = g_TD * weight_D.float()
         along_T1 = (g_normed_TD * normed_TD).mean(dim=-1, keepdim=True)
         g_weight_TD = (g_TD * normed_TD).flatten(0, -2)
-        return ((g_normed_TD - normed_TD * along_T1) * r_T1,
-                torch.stack([g_weight_TD[a:b].sum(dim=0) for a, b in pairwise(bounds)]))
+        return (
+            (g_normed_TD - normed_TD * along_T1) * r_T1,
+            torch.stack([g_weight_TD[a:b].sum(dim=0) for a, b in pairwise(bounds)]),
+        )
 
     def linear_backward_input(self, g_TN: Tensor, weight_NK: Tensor, spans: Sequence[Span]) -> Tensor:
         parts: dict[int, Tensor] = {}
@@ -192,9 +208,18 @@ class ReferenceOps:
     def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
         return g_TN.mT @ x_TK if into_NK is None else into_NK.addmm_(g_TN.mT, x_TK)
 
-    def attention_backward(self, g_THd: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, out_THd: Tensor,
-                           lse_TH: Tensor, query_start_S1: Tensor, scale: float,
-                           window: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_backward(
+        self,
+        g_THd: Tensor,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        out_THd: Tensor,
+        lse_TH: Tensor,
+        query_start_S1: Tensor,
+        scale: float,
+        window: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grads = torch.empty_like(q_THd), torch.empty(k_TGd.shape).to(k_TGd), torch.empty(v_TGd.shape).to(v_TGd)
         groups = k_TGd.shape[1]
         own_TH = (g_THd * out_THd).sum(-1)
@@ -230,8 +255,9 @@ class ReferenceOps:
         while m_RS.shape[1] > 1:
             best_RS = torch.maximum(m_RS[:, ::2], m_RS[:, 1::2])
             shift_RS = _shift(best_RS)
-            e_RS = (e_RS[:, ::2] * torch.exp(m_RS[:, ::2] - shift_RS)
-                    + e_RS[:, 1::2] * torch.exp(m_RS[:, 1::2] - shift_RS))
+            e_RS = e_RS[:, ::2] * torch.exp(m_RS[:, ::2] - shift_RS) + e_RS[:, 1::2] * torch.exp(
+                m_RS[:, 1::2] - shift_RS
+            )
             m_RS = best_RS
         return m_RS[:, 0] + torch.log(e_RS[:, 0])
 
@@ -240,8 +266,22 @@ class ReferenceOps:
         hit_RV = targets_R.to(logits_RV.device)[:, None] == ids_V
         logits_RV.copy_(g_R[:, None] * (hit_RV.float() - torch.exp(logits_RV - lse_R[:, None])))
 
-    def adamw_(self, master: Tensor, grad: Tensor, first: Tensor, second: Tensor, stored: Tensor | None, *,
-               rate: float, beta1: float, beta2: float, eps: float, decay: float, step: int, scale: float) -> None:
+    def adamw_(
+        self,
+        master: Tensor,
+        grad: Tensor,
+        first: Tensor,
+        second: Tensor,
+        stored: Tensor | None,
+        *,
+        rate: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decay: float,
+        step: int,
+        scale: float,
+    ) -> None:
         g = grad.float() * scale
         first.add_((1 - beta1) * (g - first))
         second.mul_(beta2).add_((1 - beta2) * g * g)

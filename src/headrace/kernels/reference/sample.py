@@ -64,8 +64,7 @@ def gumbel(key_R: Tensor, vocab_size: int) -> Tensor:
 
 def ordered(logits_RV: Tensor) -> Tensor:
     """Logits that have an order: NaN becomes -inf, and +inf the largest finite number."""
-    return torch.nan_to_num(logits_RV.float(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max,
-                            neginf=-torch.inf)
+    return torch.nan_to_num(logits_RV.float(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
 
 
 def sample(logits_RV: Tensor, params: SampleParams) -> Tensor:

@@ -21,13 +21,26 @@ __all__ = ["PUBLIC_PATHS", "playground_router"]
 WATCHERS = 16
 """Live pictures at a time."""
 MEDIA_TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
-FILES = ("index.html", "style.css", "panel.css", "icon.svg", "theme.js", "app.js", "api.js", "settings.js",
-         "transcript.js", "tokens.js", "live.js", "charts.js", "tree.js")
+FILES = (
+    "index.html",
+    "style.css",
+    "panel.css",
+    "icon.svg",
+    "theme.js",
+    "app.js",
+    "api.js",
+    "settings.js",
+    "transcript.js",
+    "tokens.js",
+    "live.js",
+    "charts.js",
+    "tree.js",
+)
 PUBLIC_PATHS = frozenset({"/", *(f"/playground/{name}" for name in FILES if name != "index.html")})
 """What anybody may read: the page holds nothing of the server's."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-                               "object-src 'none'",
+    "object-src 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -49,8 +62,11 @@ def playground_router(gateway: Gateway, model_name: str) -> APIRouter:
             message = f"{WATCHERS} pages watch already: close one"
             error = {"message": message, "type": "server_error", "param": None, "code": 503}
             return JSONResponse({"error": error}, 503, {"Retry-After": "10"})
-        return StreamingResponse(_events(live), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        return StreamingResponse(
+            _events(live),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
 
     router.add_api_route("/playground/live", watch, methods=["GET"])
     return router

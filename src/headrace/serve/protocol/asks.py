@@ -76,19 +76,30 @@ def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
     stream = body.get("stream", False)
     _need(stream or "stream_options" not in body, "stream_options needs stream: true", "stream_options")
     for name, value in body.get("stream_options", {}).items():
-        _need(name in STREAM_OPTIONS, f"stream_options.{name[:60]} is not one of {', '.join(STREAM_OPTIONS)}",
-              "stream_options")
+        _need(
+            name in STREAM_OPTIONS,
+            f"stream_options.{name[:60]} is not one of {', '.join(STREAM_OPTIONS)}",
+            "stream_options",
+        )
         _need(isinstance(value, bool), f"stream_options.{name} must be true or false", "stream_options")
-    _need(not (stream and "prompt_logprobs" in body), "prompt_logprobs cannot be streamed: leave out stream, or ask "
-          "a completion for echo and logprobs", "prompt_logprobs")
+    _need(
+        not (stream and "prompt_logprobs" in body),
+        "prompt_logprobs cannot be streamed: leave out stream, or ask a completion for echo and logprobs",
+        "prompt_logprobs",
+    )
     beams = body.get("use_beam_search", False)
-    _need(beams or body.get("length_penalty", 1.0) == 1.0, "length_penalty needs use_beam_search: true",
-          "length_penalty")
-    _need(priorities or not body.get("priority"), "priority needs a server with --scheduling-policy priority",
-          "priority")
+    _need(
+        beams or body.get("length_penalty", 1.0) == 1.0, "length_penalty needs use_beam_search: true", "length_penalty"
+    )
+    _need(
+        priorities or not body.get("priority"), "priority needs a server with --scheduling-policy priority", "priority"
+    )
     if endpoint == CHAT:
-        _need("top_logprobs" not in body or body.get("logprobs", False), "top_logprobs needs logprobs: true",
-              "top_logprobs")
+        _need(
+            "top_logprobs" not in body or body.get("logprobs", False),
+            "top_logprobs needs logprobs: true",
+            "top_logprobs",
+        )
         both = {body[name] for name in ("max_tokens", "max_completion_tokens") if name in body}
         _need(len(both) < 2, "max_tokens and max_completion_tokens differ: they are one setting", "max_tokens")
 
@@ -124,6 +135,7 @@ def _sampling_params(body: Body, endpoint: str, defaults: Mapping[str, Any], onl
 
 
 def _token_id(key: str) -> int:
-    _need(key.isascii() and key.isdecimal() and len(key) < 11, f"logit_bias: {key[:60]!r} is not a token id",
-          "logit_bias")
+    _need(
+        key.isascii() and key.isdecimal() and len(key) < 11, f"logit_bias: {key[:60]!r} is not a token id", "logit_bias"
+    )
     return int(key)

@@ -61,7 +61,8 @@ def _model(name: str, fields: Mapping[str, Field]) -> type[BaseModel]:
     """Strict: a number is not a string, and a boolean not a number."""
     shape: dict[str, Any] = {
         field.name: (
-            (field.kind, Constraint(description=field.says)) if field.required
+            (field.kind, Constraint(description=field.says))
+            if field.required
             else (field.kind | None if field.kind is not Any else Any, Constraint(None, description=_told(field)))
         )
         for field in fields.values()

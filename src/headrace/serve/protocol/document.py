@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CARD", "CHAT_ANSWER", "COMPLETION", "DETOKENIZED", "EMBEDDED", "GENERATING", "HEALTH", "MODELS",
-           "TOKENIZED", "UNHEALTHY", "UPDATED", "VERSION", "WITH_MODEL", "answers", "text_answers"]
+__all__ = [
+    "CARD",
+    "CHAT_ANSWER",
+    "COMPLETION",
+    "DETOKENIZED",
+    "EMBEDDED",
+    "GENERATING",
+    "HEALTH",
+    "MODELS",
+    "TOKENIZED",
+    "UNHEALTHY",
+    "UPDATED",
+    "VERSION",
+    "WITH_MODEL",
+    "answers",
+    "text_answers",
+]
 
 Schema = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
@@ -33,18 +48,47 @@ ERROR = thing(error=thing(message=TEXT, type=TEXT, param=either(TEXT, NULL), cod
 USAGE = thing(prompt_tokens=WHOLE, total_tokens=WHOLE)
 SPENT = thing(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE, prompt_tokens_details=MAPPING)
 WHY = {"finish_reason": either(TEXT, NULL), "logprobs": either(MAPPING, NULL)}
-COMPLETION = thing(id=TEXT, object=TEXT, created=WHOLE, model=TEXT, weights_version=WHOLE, usage=SPENT,
-                   choices=series(thing(index=WHOLE, text=TEXT, **WHY)))
-CHAT_ANSWER = thing(id=TEXT, object=TEXT, created=WHOLE, model=TEXT, weights_version=WHOLE, usage=SPENT,
-                    choices=series(thing(index=WHOLE, message=thing(role=TEXT, content=TEXT), **WHY)))
+COMPLETION = thing(
+    id=TEXT,
+    object=TEXT,
+    created=WHOLE,
+    model=TEXT,
+    weights_version=WHOLE,
+    usage=SPENT,
+    choices=series(thing(index=WHOLE, text=TEXT, **WHY)),
+)
+CHAT_ANSWER = thing(
+    id=TEXT,
+    object=TEXT,
+    created=WHOLE,
+    model=TEXT,
+    weights_version=WHOLE,
+    usage=SPENT,
+    choices=series(thing(index=WHOLE, message=thing(role=TEXT, content=TEXT), **WHY)),
+)
 VECTOR = either(series({"type": "number"}), TEXT)
-EMBEDDED = thing(object=TEXT, model=TEXT, weights_version=WHOLE, usage=USAGE,
-                 data=series(thing(object=TEXT, index=WHOLE, embedding=VECTOR)))
+EMBEDDED = thing(
+    object=TEXT,
+    model=TEXT,
+    weights_version=WHOLE,
+    usage=USAGE,
+    data=series(thing(object=TEXT, index=WHOLE, embedding=VECTOR)),
+)
 UPDATED = thing(weights_version=WHOLE)
 TOKENIZED = thing(count=WHOLE, max_model_len=WHOLE, tokens=series(WHOLE))
 DETOKENIZED = thing(prompt=TEXT)
-CARD = thing(id=TEXT, object=TEXT, created=WHOLE, owned_by=TEXT, root=TEXT, max_model_len=WHOLE, fingerprint=TEXT,
-             weights_version=WHOLE, chat_template=BOOLEAN, default_sampling_params=MAPPING)
+CARD = thing(
+    id=TEXT,
+    object=TEXT,
+    created=WHOLE,
+    owned_by=TEXT,
+    root=TEXT,
+    max_model_len=WHOLE,
+    fingerprint=TEXT,
+    weights_version=WHOLE,
+    chat_template=BOOLEAN,
+    default_sampling_params=MAPPING,
+)
 MODELS = thing(object=TEXT, data=series(CARD))
 HEALTH = thing(status=TEXT, restarts=WHOLE)
 UNHEALTHY = either(HEALTH, ERROR)

@@ -16,8 +16,18 @@ from pydantic import BeforeValidator
 from pydantic import Field as Constraint
 from pydantic_core import PydanticCustomError
 
-__all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "EMBEDDINGS", "TABLE", "TOKENIZE", "UPDATE", "Field", "fields_of",
-           "markdown"]
+__all__ = [
+    "CHAT",
+    "COMPLETIONS",
+    "DETOKENIZE",
+    "EMBEDDINGS",
+    "TABLE",
+    "TOKENIZE",
+    "UPDATE",
+    "Field",
+    "fields_of",
+    "markdown",
+]
 
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 TOKENIZE, DETOKENIZE, UPDATE = "/tokenize", "/detokenize", "/update_weights"
@@ -72,8 +82,9 @@ class Field:
     required: bool = False
 
 
-def row(name: str, kind: Any, says: str, on: tuple[str, ...] = BOTH, *, sets: str | None = None,
-        required: bool = False) -> Field:
+def row(
+    name: str, kind: Any, says: str, on: tuple[str, ...] = BOTH, *, sets: str | None = None, required: bool = False
+) -> Field:
     """A field that is honoured."""
     return Field(name=name, says=says, kind=kind, on=on, sampling=sets, required=required)
 
@@ -102,48 +113,83 @@ TABLE: tuple[Field, ...] = (
     row("max_completion_tokens", Positive, "the same as max_tokens, by its newer name", (CHAT,)),
     row("min_tokens", Count, "tokens before an end token or a stop string may end it", sets="min_tokens"),
     row("stream", bool, "server-sent events, a chunk at a time"),
-    row("stream_options", dict[str, Any], "include_usage: a last chunk with usage and no choices; "
-        "continuous_usage_stats: usage in every chunk. Needs stream"),
+    row(
+        "stream_options",
+        dict[str, Any],
+        "include_usage: a last chunk with usage and no choices; "
+        "continuous_usage_stats: usage in every chunk. Needs stream",
+    ),
     # How tokens are chosen.
     row("temperature", float, "0 is greedy", sets="temperature"),
     row("top_p", float, "sample among the best tokens that make up this probability", sets="top_p"),
     row("top_k", WholeOrMinusOne, "sample among the k best; 0 or -1 is all", sets="top_k"),
     row("min_p", float, "drop tokens below this share of the best one's probability", sets="min_p"),
     row("seed", int, "the same seed gives the same tokens, whatever else runs", sets="seed"),
-    row("frequency_penalty", float, "subtracted from a logit for each time that its token stands in the output",
-        sets="frequency_penalty"),
+    row(
+        "frequency_penalty",
+        float,
+        "subtracted from a logit for each time that its token stands in the output",
+        sets="frequency_penalty",
+    ),
     row("presence_penalty", float, "subtracted from the logits of tokens in the output", sets="presence_penalty"),
     row("repetition_penalty", float, "divides the logits of tokens seen before", sets="repetition_penalty"),
     row("logit_bias", Biases, "token id to a number from -100 to 100, added to its logit; at most 1024"),
     row("allowed_token_ids", AllowedIds, "only these can be generated; at most 262144", sets="allowed_token_ids"),
     row("use_beam_search", bool, f"{BEAMS} as n says; the sampling fields do not apply"),
-    row("length_penalty", float, "beams rank by log-probability / length to this power. Needs use_beam_search",
-        sets="length_penalty"),
+    row(
+        "length_penalty",
+        float,
+        "beams rank by log-probability / length to this power. Needs use_beam_search",
+        sets="length_penalty",
+    ),
     # Where it ends.
     row("stop", StopText | StopTexts, "strings that end it; at most 64"),
     row("stop_token_ids", StopIds, "tokens that end it; at most 1024", sets="stop_token_ids"),
     row("include_stop_str_in_output", bool, "keep the stop string", sets="include_stop_str_in_output"),
     row("ignore_eos", bool, "do not end at the model's end token", sets="ignore_eos"),
     # How a prompt is made.
-    row("add_special_tokens", bool, "the tokenizer's own start and end tokens; true for a prompt, false for a chat",
-        (*BOTH, EMBEDDINGS, TOKENIZE)),
-    row("truncate_prompt_tokens", WholeOrMinusOne,
-        "keep the last so many tokens of a prompt; -1 is as many as the context holds", PROMPTS),
+    row(
+        "add_special_tokens",
+        bool,
+        "the tokenizer's own start and end tokens; true for a prompt, false for a chat",
+        (*BOTH, EMBEDDINGS, TOKENIZE),
+    ),
+    row(
+        "truncate_prompt_tokens",
+        WholeOrMinusOne,
+        "keep the last so many tokens of a prompt; -1 is as many as the context holds",
+        PROMPTS,
+    ),
     row("add_generation_prompt", bool, "end the prompt where the assistant begins; true by default", (CHAT, TOKENIZE)),
-    row("continue_final_message", bool, "go on with the last message instead of beginning a new one",
-        (CHAT, TOKENIZE)),
-    row("chat_template", Text, "a Jinja template in place of the model's; it runs sandboxed in a process of its own",
-        (CHAT, TOKENIZE)),
-    row("chat_template_kwargs", dict[str, Any], "variables for the template; one that it does not use is refused",
-        (CHAT, TOKENIZE)),
+    row("continue_final_message", bool, "go on with the last message instead of beginning a new one", (CHAT, TOKENIZE)),
+    row(
+        "chat_template",
+        Text,
+        "a Jinja template in place of the model's; it runs sandboxed in a process of its own",
+        (CHAT, TOKENIZE),
+    ),
+    row(
+        "chat_template_kwargs",
+        dict[str, Any],
+        "variables for the template; one that it does not use is refused",
+        (CHAT, TOKENIZE),
+    ),
     row("reasoning_effort", str, "the template's variable of that name; refused where it does not use it", (CHAT,)),
     # What comes back.
-    row("logprobs", Count, "log-probabilities of the tokens and of so many best ones, of the raw distribution",
-        (COMPLETIONS,)),
+    row(
+        "logprobs",
+        Count,
+        "log-probabilities of the tokens and of so many best ones, of the raw distribution",
+        (COMPLETIONS,),
+    ),
     row("logprobs", bool, "log-probabilities of the tokens, of the raw distribution", (CHAT,)),
     row("top_logprobs", Count, "so many best ones beside each. Needs logprobs", (CHAT,)),
-    row("prompt_logprobs", Count, "of the prompt's tokens, and of so many best ones. Not with stream",
-        sets="prompt_logprobs"),
+    row(
+        "prompt_logprobs",
+        Count,
+        "of the prompt's tokens, and of so many best ones. Not with stream",
+        sets="prompt_logprobs",
+    ),
     row("echo", bool, "the prompt's text first; with logprobs, its log-probabilities too", (COMPLETIONS,)),
     row("echo", bool, "the last message's content first. Needs continue_final_message", (CHAT,)),
     row("skip_special_tokens", bool, "leave special tokens out of the text", sets="skip_special_tokens"),
@@ -155,13 +201,21 @@ TABLE: tuple[Field, ...] = (
     row("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
     row("tokens", Annotated[list[Id], Constraint(fail_fast=True)], "token ids", (DETOKENIZE,), required=True),
     # Other weights.
-    row("path", Text, "a checkpoint folder on the server's machine; every version has its own, which is kept until the "
-        "next is in", (UPDATE,), required=True),
+    row(
+        "path",
+        Text,
+        "a checkpoint folder on the server's machine; every version has its own, which is kept until the next is in",
+        (UPDATE,),
+        required=True,
+    ),
     row("version", Version, "what answers call these weights; one more than before by default", (UPDATE,)),
     # Who it is, and who goes first.
     row("request_id", Name, "becomes part of the answer's id"),
-    row("priority", Annotated[int, Constraint(ge=-(2**31), le=2**31 - 1)],
-        "smaller goes first. Needs --scheduling-policy priority"),
+    row(
+        "priority",
+        Annotated[int, Constraint(ge=-(2**31), le=2**31 - 1)],
+        "smaller goes first. Needs --scheduling-policy priority",
+    ),
     row("cache_salt", Name, "share cached prefixes only with requests of the same salt"),
     # What cannot be honoured.
     no("response_format", f"only text: {LATER}", {"type": "text"}, on=(CHAT,)),

@@ -39,8 +39,9 @@ class Part:
     def __add__(self, other: Part) -> Part:
         """This and what came after it."""
         rows = None if self.rows is None and other.rows is None else [*(self.rows or ()), *(other.rows or ())]
-        return Part(self.text + other.text, [*self.token_ids, *other.token_ids], rows, other.finish_reason,
-                    other.stop_reason)
+        return Part(
+            self.text + other.text, [*self.token_ids, *other.token_ids], rows, other.finish_reason, other.stop_reason
+        )
 
 
 def entries(table: Mapping[int, Logprob]) -> list[TokenEntry]:
@@ -64,7 +65,9 @@ def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
     if output.prompt_logprobs is None:
         return None
     return [
-        None if table is None else {
+        None
+        if table is None
+        else {
             str(token): {"logprob": e.logprob, "rank": e.rank, "decoded_token": e.decoded_token}
             for token, e in table.items()
         }
@@ -134,8 +137,7 @@ class ChatForm:
 
     def opening(self, index: int) -> dict[str, Any]:
         """Who speaks."""
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
-                "finish_reason": None}
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
         """What is new."""

@@ -27,8 +27,12 @@ def generation_router(parts: Parts) -> APIRouter:
     answers = Answers(parts.gateway, parts.texts, parts.model_name)
     completion, chat = Reader(COMPLETIONS, "CompletionRequest"), Reader(CHAT, "ChatCompletionRequest")
 
-    @router.post(COMPLETIONS, openapi_extra={"requestBody": completion.schema()}, summary="Continue prompts",
-                 responses=documented(COMPLETION, *GENERATING, stream=True))
+    @router.post(
+        COMPLETIONS,
+        openapi_extra={"requestBody": completion.schema()},
+        summary="Continue prompts",
+        responses=documented(COMPLETION, *GENERATING, stream=True),
+    )
     async def completions(request: Request) -> Response:
         body = completion.read(await request.body())
         parts.check_model(body)
@@ -38,8 +42,12 @@ def generation_router(parts: Parts) -> APIRouter:
         prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
         return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, parts) for p in prompts])
 
-    @router.post(CHAT, openapi_extra={"requestBody": chat.schema()}, summary="Answer a conversation",
-                 responses=documented(CHAT_ANSWER, *GENERATING, stream=True))
+    @router.post(
+        CHAT,
+        openapi_extra={"requestBody": chat.schema()},
+        summary="Answer a conversation",
+        responses=documented(CHAT_ANSWER, *GENERATING, stream=True),
+    )
     async def chat_completions(request: Request) -> Response:
         body = chat.read(await request.body())
         parts.check_model(body)
@@ -55,8 +63,9 @@ async def read_chat(body: Body, parts: Parts) -> Prompt:
     """The prompt that a conversation becomes."""
     going_on = body.get("continue_final_message", False)
     if going_on and body.get("add_generation_prompt", False):
-        raise RefusedError("continue_final_message and add_generation_prompt are opposites: send one of them",
-                           "continue_final_message")
+        raise RefusedError(
+            "continue_final_message and add_generation_prompt are opposites: send one of them", "continue_final_message"
+        )
     variables: dict[str, tuple[str, Any]] = {
         name: ("chat_template_kwargs", value) for name, value in body.get("chat_template_kwargs", {}).items()
     }

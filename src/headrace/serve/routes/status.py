@@ -28,8 +28,14 @@ def status_router(parts: Parts) -> APIRouter:
     def card(name: str) -> dict[str, Any]:
         info = parts.gateway.info
         return {
-            "id": name, "object": "model", "created": parts.created, "owned_by": "headrace", "root": parts.model_name,
-            "parent": None, "max_model_len": info.max_model_len, "fingerprint": info.fingerprint,
+            "id": name,
+            "object": "model",
+            "created": parts.created,
+            "owned_by": "headrace",
+            "root": parts.model_name,
+            "parent": None,
+            "max_model_len": info.max_model_len,
+            "fingerprint": info.fingerprint,
             "weights_version": parts.gateway.weights_version,
             "chat_template": parts.texts.tokenizer.has_chat_template,
             "default_sampling_params": dict(parts.defaults),
@@ -40,8 +46,12 @@ def status_router(parts: Parts) -> APIRouter:
         return JSON({"object": "list", "data": [card(name) for name in parts.names]})
 
     # With `name` as an argument, the document would have FastAPI's own 422, which never comes.
-    @router.get("/v1/models/{name:path}", summary="One model", responses=answers(CARD, 404),
-                openapi_extra={"parameters": [NAME]})
+    @router.get(
+        "/v1/models/{name:path}",
+        summary="One model",
+        responses=answers(CARD, 404),
+        openapi_extra={"parameters": [NAME]},
+    )
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in parts.names:
@@ -56,8 +66,9 @@ def status_router(parts: Parts) -> APIRouter:
         state = parts.gateway.state
         return JSON({"status": state, "restarts": parts.gateway.restarts}, 200 if state == "ready" else 503)
 
-    @router.api_route("/ping", methods=["GET", "POST"], summary="The same, for platforms that ask so",
-                      include_in_schema=False)
+    @router.api_route(
+        "/ping", methods=["GET", "POST"], summary="The same, for platforms that ask so", include_in_schema=False
+    )
     async def ping() -> Response:
         return await health()
 
@@ -65,8 +76,12 @@ def status_router(parts: Parts) -> APIRouter:
     async def version() -> Response:
         return JSON({"version": __version__})
 
-    @router.get("/metrics", summary="Counters and histograms in Prometheus' text format",
-                responses=text_answers(), response_class=PlainTextResponse)
+    @router.get(
+        "/metrics",
+        summary="Counters and histograms in Prometheus' text format",
+        responses=text_answers(),
+        response_class=PlainTextResponse,
+    )
     async def metrics() -> Response:
         return Response(parts.metrics.render(), media_type=CONTENT_TYPE)
 

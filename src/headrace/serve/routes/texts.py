@@ -22,8 +22,10 @@ from headrace.serve.texts import Prompt, several
 
 __all__ = ["texts_router"]
 
-EMBEDDING_HELP = ("The mean over a text's tokens of the served model's last hidden states, fp32 and not normalised. "
-                  "A model that was trained to generate gives embeddings of modest worth for search.")
+EMBEDDING_HELP = (
+    "The mean over a text's tokens of the served model's last hidden states, fp32 and not normalised. "
+    "A model that was trained to generate gives embeddings of modest worth for search."
+)
 
 
 def texts_router(parts: Parts) -> APIRouter:
@@ -32,31 +34,45 @@ def texts_router(parts: Parts) -> APIRouter:
     embedding = Reader(EMBEDDINGS, "EmbeddingRequest")
     tokenizing, detokenizing = Reader(TOKENIZE, "TokenizeRequest"), Reader(DETOKENIZE, "DetokenizeRequest")
 
-    @router.post(EMBEDDINGS, openapi_extra={"requestBody": embedding.schema()}, summary="Mean-pooled hidden states",
-                 description=EMBEDDING_HELP, responses=documented(EMBEDDED, *GENERATING))
+    @router.post(
+        EMBEDDINGS,
+        openapi_extra={"requestBody": embedding.schema()},
+        summary="Mean-pooled hidden states",
+        description=EMBEDDING_HELP,
+        responses=documented(EMBEDDED, *GENERATING),
+    )
     async def embeddings(request: Request) -> Response:
         body = embedding.read(await request.body())
         parts.check_model(body)
         given = several(body["input"])
         if len(given) > parts.gateway.seats:
-            raise RefusedError(f"{len(given)} texts at once, and this server holds {parts.gateway.seats}: send fewer",
-                               "input")
+            raise RefusedError(
+                f"{len(given)} texts at once, and this server holds {parts.gateway.seats}: send fewer", "input"
+            )
         prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
         prompts = [truncated(prompt, body, parts) for prompt in prompts]
         made = await unless_gone(request, _embed(parts, prompts))
         as_base64 = body.get("encoding_format") == "base64"
         count = sum(len(prompt.token_ids) for prompt in prompts)
-        return JSON({
-            "object": "list",
-            "model": parts.model_name,
-            "weights_version": made[-1].weights_version,
-            "data": [{"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
-                     for i, e in enumerate(made)],
-            "usage": {"prompt_tokens": count, "total_tokens": count},
-        })
+        return JSON(
+            {
+                "object": "list",
+                "model": parts.model_name,
+                "weights_version": made[-1].weights_version,
+                "data": [
+                    {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
+                    for i, e in enumerate(made)
+                ],
+                "usage": {"prompt_tokens": count, "total_tokens": count},
+            }
+        )
 
-    @router.post(TOKENIZE, openapi_extra={"requestBody": tokenizing.schema()}, summary="Text to token ids",
-                 responses=documented(TOKENIZED, *WITH_MODEL))
+    @router.post(
+        TOKENIZE,
+        openapi_extra={"requestBody": tokenizing.schema()},
+        summary="Text to token ids",
+        responses=documented(TOKENIZED, *WITH_MODEL),
+    )
     async def tokenize(request: Request) -> Response:
         body = tokenizing.read(await request.body())
         parts.check_model(body)
@@ -66,15 +82,23 @@ def texts_router(parts: Parts) -> APIRouter:
             prompt = await unless_gone(request, read_chat(body, parts))
         else:
             [prompt] = await unless_gone(
-                request, parts.texts.prompts([body["prompt"]], body.get("add_special_tokens", True)))
-        answer: dict[str, Any] = {"count": len(prompt.token_ids), "max_model_len": parts.gateway.info.max_model_len,
-                                  "tokens": prompt.token_ids}
+                request, parts.texts.prompts([body["prompt"]], body.get("add_special_tokens", True))
+            )
+        answer: dict[str, Any] = {
+            "count": len(prompt.token_ids),
+            "max_model_len": parts.gateway.info.max_model_len,
+            "tokens": prompt.token_ids,
+        }
         if body.get("return_token_strs", False):
             answer["token_strs"] = await parts.texts.token_texts(prompt.token_ids)
         return JSON(answer)
 
-    @router.post(DETOKENIZE, openapi_extra={"requestBody": detokenizing.schema()}, summary="Token ids to text",
-                 responses=documented(DETOKENIZED, *WITH_MODEL))
+    @router.post(
+        DETOKENIZE,
+        openapi_extra={"requestBody": detokenizing.schema()},
+        summary="Token ids to text",
+        responses=documented(DETOKENIZED, *WITH_MODEL),
+    )
     async def detokenize(request: Request) -> Response:
         body = detokenizing.read(await request.body())
         parts.check_model(body)

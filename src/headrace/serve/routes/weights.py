@@ -13,8 +13,10 @@ from headrace.serve.protocol.fields import UPDATE
 
 __all__ = ["weights_router"]
 
-HELP = ("Answered when they are in. Requests that run go on under them; nothing that was cached before is used again. "
-        "An error says that nothing has changed.")
+HELP = (
+    "Answered when they are in. Requests that run go on under them; nothing that was cached before is used again. "
+    "An error says that nothing has changed."
+)
 
 
 def weights_router(parts: Parts, allowed: bool) -> APIRouter:
@@ -22,12 +24,19 @@ def weights_router(parts: Parts, allowed: bool) -> APIRouter:
     router = APIRouter(tags=["weights"])
     reader = Reader(UPDATE, "UpdateWeightsRequest")
 
-    @router.post(UPDATE, openapi_extra={"requestBody": reader.schema()}, summary="Put in the weights of a folder",
-                 description=HELP, responses=answers(UPDATED, 400, 403))
+    @router.post(
+        UPDATE,
+        openapi_extra={"requestBody": reader.schema()},
+        summary="Put in the weights of a folder",
+        description=HELP,
+        responses=answers(UPDATED, 400, 403),
+    )
     async def update_weights(request: Request) -> Response:
         if not allowed:
-            raise NotAllowedError("weights are read from this server's disk, which it was not told to allow: start it "
-                                  "with --allow-weight-updates")
+            raise NotAllowedError(
+                "weights are read from this server's disk, which it was not told to allow: start it "
+                "with --allow-weight-updates"
+            )
         body = reader.read(await request.body())
         version = await unless_gone(request, parts.gateway.update_weights(body["path"], body.get("version")))
         return JSON({"weights_version": version})

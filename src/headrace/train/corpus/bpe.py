@@ -18,7 +18,8 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('role ' + message.role + ' is not one of system, user, assistant') }}{% endif %}"
     "{{ '<|' + message.role + '|>' + message.content + eos_token }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
@@ -29,13 +30,20 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int, eos: str, what: str, 
     call the vocabulary's size, `source` what they call the tokenizer.
     """
     special: Sequence[str] = (eos, *ROLE_TOKENS)
-    require(vocab_size >= 256 + len(special), f"{what}={vocab_size} must be at least {256 + len(special)}: "
-            "one token for every byte, and the special ones")
+    require(
+        vocab_size >= 256 + len(special),
+        f"{what}={vocab_size} must be at least {256 + len(special)}: one token for every byte, and the special ones",
+    )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, {"eos_token": eos}, CHAT_TEMPLATE, source=source)

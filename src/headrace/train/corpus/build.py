@@ -112,18 +112,29 @@ def _check_target(config: BuildConfig) -> None:
     if not os.path.lexists(out):
         return
     require(config.force, f"{out} exists: name another folder, or replace it with --force")
-    require(out.is_dir() and not out.is_symlink() and ((out / INDEX).is_file() or not any(out.iterdir())),
-            f"{out} is not a folder that `headrace data build` wrote: --force does not replace it")
+    require(
+        out.is_dir() and not out.is_symlink() and ((out / INDEX).is_file() or not any(out.iterdir())),
+        f"{out} is not a folder that `headrace data build` wrote: --force does not replace it",
+    )
 
 
 def _write(config: BuildConfig, folder: Path, progress: Progress) -> Built:
-    source = CorpusInput(config.inputs, config.chat, config.text_field, config.messages_field, config.split_on,
-                         config.documents, config.seed)
+    source = CorpusInput(
+        config.inputs,
+        config.chat,
+        config.text_field,
+        config.messages_field,
+        config.split_on,
+        config.documents,
+        config.seed,
+    )
     tokenizer = _tokenizer(config, source, progress)
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: the tokenizer has no end token: name an eos_token in its "
-                          "tokenizer_config.json")
+        raise ConfigError(
+            f"--tokenizer={config.tokenizer}: the tokenizer has no end token: name an eos_token in its "
+            "tokenizer_config.json"
+        )
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     writer = ShardWriter(folder, dtype, source.masked, config.shard_tokens)
     skipped = ended_within = 0
@@ -136,15 +147,29 @@ def _write(config: BuildConfig, folder: Path, progress: Progress) -> Built:
         shards = writer.finish()
     finally:
         writer.abandon()
-    require(writer.documents > 0, f"{', '.join(config.inputs)}: there is no text in it" if not config.chat else
-            f"{', '.join(config.inputs)}: there is no conversation with a turn of the assistant in it")
+    require(
+        writer.documents > 0,
+        f"{', '.join(config.inputs)}: there is no text in it"
+        if not config.chat
+        else f"{', '.join(config.inputs)}: there is no conversation with a turn of the assistant in it",
+    )
     held_out = _hold_out(config, writer.documents, source.exam)
     np.save(folder / VALIDATION, held_out, allow_pickle=False)
     _save(tokenizer, folder)
     names = (OFFSETS, VALIDATION, "tokenizer.json", "tokenizer_config.json")
-    index = Index(dtype, tokenizer.vocab_size, eos, source.masked, writer.documents, len(held_out), writer.tokens,
-                  writer.counted, shards, {name: sha256(folder / name) for name in names},
-                  tuple(name if name.startswith(HUB) else Path(name).name for name in config.inputs))
+    index = Index(
+        dtype,
+        tokenizer.vocab_size,
+        eos,
+        source.masked,
+        writer.documents,
+        len(held_out),
+        writer.tokens,
+        writer.counted,
+        shards,
+        {name: sha256(folder / name) for name in names},
+        tuple(name if name.startswith(HUB) else Path(name).name for name in config.inputs),
+    )
     write_index(folder, index)
     return Built(index, skipped, ended_within)
 

@@ -21,18 +21,24 @@ __all__ = ["encode_chat", "messages_of"]
 
 def messages_of(where: str, value: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
     """The messages of a record. Raises `ConfigError` that names the record and what is wrong with them."""
-    require(field in value, f"{where}: has no field {field!r}; it has {', '.join(map(str, value)) or 'none'}: name the "
-            "right one with --messages-field")
+    require(
+        field in value,
+        f"{where}: has no field {field!r}; it has {', '.join(map(str, value)) or 'none'}: name the "
+        "right one with --messages-field",
+    )
     messages = value[field]
     require(isinstance(messages, list) and bool(messages), f"{where}: {field} must be a list of messages")
     for number, message in enumerate(messages):
-        require(isinstance(message, Mapping) and isinstance(message.get("role"), str),
-                f"{where}: {field}[{number}] must be an object with a role (a string) and content")
+        require(
+            isinstance(message, Mapping) and isinstance(message.get("role"), str),
+            f"{where}: {field}[{number}] must be an object with a role (a string) and content",
+        )
     return messages
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], where: str,
-                tools: Any = None) -> tuple[np.ndarray, np.ndarray] | None:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], where: str, tools: Any = None
+) -> tuple[np.ndarray, np.ndarray] | None:
     """(ids int64, counts bool) of a conversation: the assistant's turns and the token that ends each count.
 
     What follows the last of them is left out; without any the result is None. An end token is added where the template
@@ -50,10 +56,12 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], whe
     for turn in turns:
         asked = _render(tokenizer, messages[:turn], True, tools, where)
         answered = _render(tokenizer, messages[: turn + 1], False, tools, where)
-        require(whole.startswith(answered) and answered.startswith(asked),
-                f"{where}: message {turn}: the chat template writes the conversation up to here otherwise than it "
-                "writes it in the whole, so what the assistant said cannot be told apart: take a template that does "
-                "not change earlier turns")
+        require(
+            whole.startswith(answered) and answered.startswith(asked),
+            f"{where}: message {turn}: the chat template writes the conversation up to here otherwise than it "
+            "writes it in the whole, so what the assistant said cannot be told apart: take a template that does "
+            "not change earlier turns",
+        )
         begin, end = (_common(ids, _encode(tokenizer, text, where)) for text in (asked, answered))
         counts[begin : _without_tail(tokenizer, ids, begin, end)] = True
     last = int(np.flatnonzero(counts)[-1]) + 1 if counts[1:].any() else 0

@@ -107,11 +107,15 @@ class CorpusInput:
             yield from read_parts(name, self.split_on)
             return
         for record in read_records(name, (self.text_field,)):
-            require(self.text_field in record.value, f"{record.where}: has no field {self.text_field!r}; it has "
-                    f"{', '.join(map(str, record.value)) or 'none'}: name the right one with --text-field")
+            require(
+                self.text_field in record.value,
+                f"{record.where}: has no field {self.text_field!r}; it has "
+                f"{', '.join(map(str, record.value)) or 'none'}: name the right one with --text-field",
+            )
             text = record.value[self.text_field]
-            require(isinstance(text, str), f"{record.where}: {self.text_field} must be a string, not "
-                    f"{type(text).__name__}")
+            require(
+                isinstance(text, str), f"{record.where}: {self.text_field} must be a string, not {type(text).__name__}"
+            )
             yield Part(record.where, text)
 
     def _records(self, name: str) -> Iterator[Record]:
@@ -121,8 +125,9 @@ class CorpusInput:
 
 def cuts_cleanly(tokenizer: Tokenizer) -> bool:
     """Whether a text cut before white space has the tokens of the whole, so that long ones need not be held whole."""
-    return all(tokenizer.encode(one + other) == tokenizer.encode(one) + tokenizer.encode(other, False)
-               for one, other in PROBES)
+    return all(
+        tokenizer.encode(one + other) == tokenizer.encode(one) + tokenizer.encode(other, False) for one, other in PROBES
+    )
 
 
 def _chat_encoder(tokenizer: Tokenizer, field: str) -> partial[Encoded]:

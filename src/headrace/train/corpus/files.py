@@ -57,9 +57,11 @@ def kind_of(name: str) -> str:
     require(not path.is_dir(), f"{name} is a folder: name its files")
     require(path.is_file(), f"{name}: there is no such file")
     suffix = (path.with_suffix("") if path.suffix in PACKED else path).suffix
-    require(suffix in KINDS and (path.suffix not in PACKED or suffix != ".parquet"),
-            f"{name}: the name of a file must end with one of {', '.join(KINDS)}, text and JSON lines also with "
-            f"{' or '.join(PACKED)} after that")
+    require(
+        suffix in KINDS and (path.suffix not in PACKED or suffix != ".parquet"),
+        f"{name}: the name of a file must end with one of {', '.join(KINDS)}, text and JSON lines also with "
+        f"{' or '.join(PACKED)} after that",
+    )
     return KINDS[suffix]
 
 

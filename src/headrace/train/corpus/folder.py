@@ -1,6 +1,6 @@
 """Reading a built folder: memory-mapped tokens, and their pieces in the order of an epoch.
 
-    D documents to train on   P pieces of an epoch
+D documents to train on   P pieces of an epoch
 """
 
 from __future__ import annotations
@@ -38,19 +38,27 @@ class Corpus:
         self._offsets = self._array(OFFSETS)
         self.validation = self._array(VALIDATION)
         lengths = np.diff(self._offsets)
-        require(len(lengths) == self.index.documents and self._offsets[0] == 0 and int(lengths.min()) >= 2
-                and int(self._offsets[-1]) == self.index.tokens, f"{self._folder / OFFSETS} is damaged: build it again")
+        require(
+            len(lengths) == self.index.documents
+            and self._offsets[0] == 0
+            and int(lengths.min()) >= 2
+            and int(self._offsets[-1]) == self.index.tokens,
+            f"{self._folder / OFFSETS} is damaged: build it again",
+        )
         held_out = np.zeros(len(lengths), dtype=bool)
         known = bool(np.all((self.validation >= 0) & (self.validation < len(lengths))))
-        require(len(self.validation) == self.index.validation and known,
-                f"{self._folder / VALIDATION} is damaged: build it again")
+        require(
+            len(self.validation) == self.index.validation and known,
+            f"{self._folder / VALIDATION} is damaged: build it again",
+        )
         held_out[self.validation] = True
         self.training = np.flatnonzero(~held_out)
         self.lengths = lengths
         self._starts = np.cumsum([0, *(shard.tokens for shard in self.index.shards)])
         self._tokens = [self._map(shard.file, self.index.token_dtype, shard.tokens) for shard in self.index.shards]
-        self._masks = [self._map(shard.mask, "uint8", -(-shard.tokens // 8)) for shard in self.index.shards
-                       if self.index.masked]
+        self._masks = [
+            self._map(shard.mask, "uint8", -(-shard.tokens // 8)) for shard in self.index.shards if self.index.masked
+        ]
 
     def piece(self, document: int, start: int, seq_length: int) -> Piece:
         """The piece of a document that begins at its token `start`."""
@@ -60,9 +68,11 @@ class Corpus:
         a = begin - int(self._starts[shard])
         b = a + stop - start
         ids = self._tokens[shard][a:b].astype(np.int64)
-        require(len(ids) == stop - start and int(ids.max()) < self.index.vocab_size,
-                f"{self._folder / self.index.shards[shard].file} is damaged: document {document} has tokens that the "
-                "vocabulary lacks, or too few; build it again")
+        require(
+            len(ids) == stop - start and int(ids.max()) < self.index.vocab_size,
+            f"{self._folder / self.index.shards[shard].file} is damaged: document {document} has tokens that the "
+            "vocabulary lacks, or too few; build it again",
+        )
         if not self.index.masked:
             return Piece(ids, np.ones(len(ids), dtype=bool))
         bits = np.unpackbits(self._masks[shard][a // 8 : -(-b // 8)], bitorder="little")
@@ -70,8 +80,12 @@ class Corpus:
 
     def pieces(self, seq_length: int, state: dict[str, Any] | None) -> CorpusPieces:
         """The training documents' pieces, epoch after epoch, from `state` on."""
-        run = {"data.source": self.index.identity, "data.seed": self._seed, "data.shuffle": self._shuffle,
-               "train.seq_length": seq_length}
+        run = {
+            "data.source": self.index.identity,
+            "data.seed": self._seed,
+            "data.shuffle": self._shuffle,
+            "train.seq_length": seq_length,
+        }
         taken = [0, 0] if state is None else same_data(state, run, CorpusPieces.COUNTERS)
         return CorpusPieces(self, seq_length, self._seed, self._shuffle, run, *taken)
 
@@ -108,8 +122,10 @@ class Corpus:
         file, kind = self._folder / name, np.dtype(dtype).newbyteorder("<")
         try:
             found = file.stat().st_size
-            require(found == size * kind.itemsize, f"{file} has {found} bytes, not the {size * kind.itemsize} that "
-                    f"{INDEX} names: build it again")
+            require(
+                found == size * kind.itemsize,
+                f"{file} has {found} bytes, not the {size * kind.itemsize} that {INDEX} names: build it again",
+            )
             return np.memmap(file, dtype=kind, mode="r", shape=(size,)) if size else np.zeros(0, dtype=kind)
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}; build it again") from None
@@ -120,8 +136,9 @@ class CorpusPieces:
 
     COUNTERS = ("epoch", "pieces")
 
-    def __init__(self, corpus: Corpus, seq_length: int, seed: int, shuffle: str, run: dict[str, Any], epoch: int,
-                 taken: int) -> None:
+    def __init__(
+        self, corpus: Corpus, seq_length: int, seed: int, shuffle: str, run: dict[str, Any], epoch: int, taken: int
+    ) -> None:
         self._corpus = corpus
         self._seq_length = seq_length
         self._seed = seed
@@ -183,6 +200,8 @@ def check_folder(folder: str | Path) -> Index:
     for shard in corpus.index.shards:
         named |= {shard.file: shard.sha256} | ({shard.mask: shard.mask_sha256} if corpus.index.masked else {})
     for name, expected in named.items():
-        require(sha256(Path(folder) / name) == expected,
-                f"{Path(folder) / name} is damaged: its bytes are not those that were built; build it again")
+        require(
+            sha256(Path(folder) / name) == expected,
+            f"{Path(folder) / name} is damaged: its bytes are not those that were built; build it again",
+        )
     return corpus.index

@@ -73,13 +73,16 @@ def read_index(folder: str | Path) -> Index:
     try:
         raw = file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{folder} is not a folder that `headrace data build` wrote: {INDEX}: "
-                          f"{error.strerror}") from None
+        raise ConfigError(
+            f"{folder} is not a folder that `headrace data build` wrote: {INDEX}: {error.strerror}"
+        ) from None
     try:
         fields: dict[str, Any] = json.loads(raw)
         made_by = fields.pop("format"), fields.pop("version")
-        require(made_by == (FORMAT, VERSION), f"its format is {made_by[0]} version {made_by[1]}, not {FORMAT} "
-                f"version {VERSION}: build it again")
+        require(
+            made_by == (FORMAT, VERSION),
+            f"its format is {made_by[0]} version {made_by[1]}, not {FORMAT} version {VERSION}: build it again",
+        )
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
         fields["made_from"] = tuple(fields["made_from"])
         return Index(**fields, identity=hashlib.sha256(raw).hexdigest())

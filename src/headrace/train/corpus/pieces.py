@@ -1,7 +1,7 @@
 """Pieces: what a sequence of a batch is cut from, and who hands them out in order.
 
-    A document of n tokens has n - 1 predictions. A piece covers up to `seq_length` of them: its inputs and, one token
-    further, the last one's target. So pieces share one token, and every prediction belongs to exactly one piece.
+A document of n tokens has n - 1 predictions. A piece covers up to `seq_length` of them: its inputs and, one token
+further, the last one's target. So pieces share one token, and every prediction belongs to exactly one piece.
 """
 
 from __future__ import annotations
@@ -81,8 +81,11 @@ def same_data(state: dict[str, Any], run: dict[str, Any], counters: tuple[str, .
     """
     require(isinstance(state, dict) and set(state) == {*run, *counters}, "the snapshot's data state is damaged")
     for name, value in run.items():
-        require(state[name] == value, f"the snapshot's data had {name}={state[name]!r}, this run has {value!r}: "
-                "resume with the data and settings that it was started with")
+        require(
+            state[name] == value,
+            f"the snapshot's data had {name}={state[name]!r}, this run has {value!r}: "
+            "resume with the data and settings that it was started with",
+        )
     values = [state[name] for name in counters]
     require(all(isinstance(value, int) and value >= 0 for value in values), "the snapshot's data state is damaged")
     return values

@@ -44,8 +44,12 @@ class World:
 
     def pieces(self, seq_length: int, state: dict[str, Any] | None) -> WorldPieces:
         """The training texts' pieces, from `state` on."""
-        run = {"data.source": "tinyworld", "data.seed": self._seed, "data.vocab_size": self._vocab_size,
-               "train.seq_length": seq_length}
+        run = {
+            "data.source": "tinyworld",
+            "data.seed": self._seed,
+            "data.vocab_size": self._vocab_size,
+            "train.seq_length": seq_length,
+        }
         taken = [0, 0] if state is None else same_data(state, run, WorldPieces.COUNTERS)
         return WorldPieces(documents(self._seed), self.tokenizer, seq_length, run, *taken)
 
@@ -64,8 +68,15 @@ class WorldPieces:
 
     COUNTERS = ("documents", "pieces")
 
-    def __init__(self, texts: Iterator[Document], tokenizer: Tokenizer, seq_length: int, run: dict[str, Any],
-                 taken: int, pieces: int) -> None:
+    def __init__(
+        self,
+        texts: Iterator[Document],
+        tokenizer: Tokenizer,
+        seq_length: int,
+        run: dict[str, Any],
+        taken: int,
+        pieces: int,
+    ) -> None:
         self._texts = islice(texts, taken, None)
         self._tokenizer = tokenizer
         self._seq_length = seq_length

@@ -12,8 +12,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RECORD", "TOKENIZER", "VERSION", "clear_after", "file_hash", "is_step", "naming", "prune", "record_hash",
-           "snapshots", "step_folder", "sync", "take_name", "write_file", "write_json"]
+__all__ = [
+    "RECORD",
+    "TOKENIZER",
+    "VERSION",
+    "clear_after",
+    "file_hash",
+    "is_step",
+    "naming",
+    "prune",
+    "record_hash",
+    "snapshots",
+    "step_folder",
+    "sync",
+    "take_name",
+    "write_file",
+    "write_json",
+]
 
 VERSION = 2
 RECORD, TOKENIZER = "snapshot.json", "tokenizer"

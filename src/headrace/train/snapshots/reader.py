@@ -38,8 +38,10 @@ class Snapshot:
         for key, ours in json.loads(json.dumps(record[section])).items():
             theirs = self.record[section].get(key)
             if theirs != ours:
-                raise ConfigError(f"the snapshot {self.folder} is {what}: {key}={theirs!r}, this recipe has "
-                                  f"{key}={ours!r}; change the recipe, or take another folder")
+                raise ConfigError(
+                    f"the snapshot {self.folder} is {what}: {key}={theirs!r}, this recipe has "
+                    f"{key}={ours!r}; change the recipe, or take another folder"
+                )
 
     def read(self, regions: Iterable[tuple[str, Region]], mesh: Mesh | None = None, kind: str = "") -> None:
         """Fill this rank's regions; every rank calls it. No more of the files is read than they need.
@@ -47,6 +49,7 @@ class Snapshot:
         `kind`: which names all ranks together must have, as "model/"; all of them. Raises `CheckpointError` that names
         the tensor which is not there, is another one, or is in no rank's regions.
         """
+
         def fill() -> list[str]:
             left = {name for name in self.record["tensors"] if name.startswith(kind)}
             files: dict[str, Any] = {}
@@ -63,12 +66,15 @@ class Snapshot:
     def _fill(self, name: str, region: Region, files: dict[str, Any]) -> None:
         stored = self.record["tensors"].get(name)
         if stored is None or tuple(stored["shape"]) != region.shape:
-            raise CheckpointError(f"{self.folder} does not hold {name} with shape {list(region.shape)}: it is the "
-                                  "snapshot of another model")
+            raise CheckpointError(
+                f"{self.folder} does not hold {name} with shape {list(region.shape)}: it is the "
+                "snapshot of another model"
+            )
         dtype = dtype_name(region.tensor.dtype)
         if stored["dtype"] != dtype:
-            raise CheckpointError(f"{self.folder} holds {name} in {stored['dtype']}, not {dtype}: it is the snapshot "
-                                  "of another model")
+            raise CheckpointError(
+                f"{self.folder} holds {name} in {stored['dtype']}, not {dtype}: it is the snapshot of another model"
+            )
         missing = volume(region.box)
         for part in stored["regions"]:
             both = overlap(region.box, box_at(part["start"], part["shape"]))
@@ -121,8 +127,10 @@ def find_snapshot(path: Path, warn: Callable[[str], None]) -> Snapshot:
     inner = path / "snapshots"
     snapshot = newest_whole(inner if inner.is_dir() else path, warn)
     if snapshot is None:
-        raise CheckpointError(f"{path} holds no whole snapshot: give a step-… folder, the folder of snapshots, or the "
-                              "--out of a run that has come to one")
+        raise CheckpointError(
+            f"{path} holds no whole snapshot: give a step-… folder, the folder of snapshots, or the "
+            "--out of a run that has come to one"
+        )
     return snapshot
 
 
@@ -132,8 +140,10 @@ def _read_record(path: Path) -> dict[str, Any]:
     record = read_json(path)
     version = record.get("version")
     if version != VERSION and isinstance(version, int):
-        raise ConfigError(f"{path} is of version {version}, and this headrace reads version {VERSION}: go on with the "
-                          "headrace that wrote it, or train into another --out")
+        raise ConfigError(
+            f"{path} is of version {version}, and this headrace reads version {VERSION}: go on with the "
+            "headrace that wrote it, or train into another --out"
+        )
     found = record_hash(record)
     if found != record.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its sha256 is {found}, it says {record.get('sha256')}")

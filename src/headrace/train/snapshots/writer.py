@@ -69,8 +69,9 @@ class SnapshotWriter:
     can alone.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh | None = None, *, keep: int = 2,
-                 tokenizer: Callable[[Path], None] | None = None) -> None:
+    def __init__(
+        self, folder: Path, mesh: Mesh | None = None, *, keep: int = 2, tokenizer: Callable[[Path], None] | None = None
+    ) -> None:
         """`keep`: the newest that stay, of which this is about to be one. `tokenizer` writes one into a folder."""
         self._folder = folder
         self._mesh = mesh = mesh or Mesh()
@@ -82,8 +83,9 @@ class SnapshotWriter:
     def __enter__(self) -> SnapshotWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if kind is None:
             self.finish()
         else:
@@ -97,8 +99,12 @@ class SnapshotWriter:
         self.finish()
         held = [(name, region) for name, region in regions if region.tensor.numel()]
         final = self._folder / step_folder(record["state"]["step"])
-        job = _Job(final.with_name(f".{final.name}.partial"), final, json.loads(json.dumps(record)),
-                   {name: {"dtype": dtype_name(region.tensor.dtype), "shape": region.shape} for name, region in held})
+        job = _Job(
+            final.with_name(f".{final.name}.partial"),
+            final,
+            json.loads(json.dumps(record)),
+            {name: {"dtype": dtype_name(region.tensor.dtype), "shape": region.shape} for name, region in held},
+        )
         of_first(self._mesh, lambda: _make_empty(job.partial))
         staged = self._staging.fill(held)
         # A daemon: a process that ends must not wait for a disk that does not answer.
@@ -149,9 +155,14 @@ class SnapshotWriter:
             files = {file: write_file(job.partial / file, self._staging.file(staged))} if staged else {}
             if mesh.rank == 0 and self._tokenizer is not None:
                 files |= self._write_tokenizer(job.partial, self._tokenizer)
-            write_json(job.partial / self._said(mesh.rank), {
-                "files": files, "tensors": job.tensors,
-                "regions": [(one.name, {"file": file, **one.record()}) for one in staged]})
+            write_json(
+                job.partial / self._said(mesh.rank),
+                {
+                    "files": files,
+                    "tensors": job.tensors,
+                    "regions": [(one.name, {"file": file, **one.record()}) for one in staged],
+                },
+            )
         except Exception as error:
             job.error = error
 
@@ -172,9 +183,11 @@ class SnapshotWriter:
         said = [job.partial / self._said(i) for i in range(self._mesh.size)]
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in said]
         record: dict[str, Any] = {
-            "version": VERSION, **job.record,
+            "version": VERSION,
+            **job.record,
             "files": {name: told for part in parts for name, told in part["files"].items()},
-            "tensors": _merged(parts)}
+            "tensors": _merged(parts),
+        }
         write_json(job.partial / RECORD, {**record, "sha256": record_hash(record)})
         for path in said:
             path.unlink()
@@ -200,8 +213,10 @@ def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, told in (item for part in parts for item in part["tensors"].items()):
         known = tensors.setdefault(name, {**told, "regions": []})
         if (known["dtype"], known["shape"]) != (told["dtype"], told["shape"]):
-            raise CheckpointError(f"{name} is {known['dtype']} {known['shape']} on one rank and {told['dtype']} "
-                                  f"{told['shape']} on another")
+            raise CheckpointError(
+                f"{name} is {known['dtype']} {known['shape']} on one rank and {told['dtype']} "
+                f"{told['shape']} on another"
+            )
     for name, region in (item for part in parts for item in part["regions"]):
         tensors[name]["regions"].append(region)
     for name, tensor in tensors.items():
