@@ -4,6 +4,7 @@ PYTHON := $(shell command -v $(PYTHON) 2>/dev/null || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PYTHON_CODE := src tests bench examples
 
 .PHONY: demo test soak matrix check format clean
 
@@ -43,11 +44,13 @@ test-clients: $(VENV)/.installed $(CLIENTS)/.installed
 	HEADRACE_CLIENTS=$(abspath $(CLIENTS))/bin $(BIN)/python -m pytest tests/clients $(ARGS)
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
-	$(BIN)/ruff check --fix src tests bench
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(BIN)/ruff format $(PYTHON_CODE)
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist src/*.egg-info
