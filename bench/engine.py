@@ -288,8 +288,8 @@ def waste(b: Bench) -> None:
 def host(b: Bench) -> None:
     """Steps a second of the loop alone: 64 running requests, a null runner."""
     from headrace.bench.load import Job
-    from headrace.engine.request import Request
-    from headrace.engine.sampling import SamplingParams
+    from headrace.engine.schedule.request import Request
+    from headrace.engine.schedule.sampling import SamplingParams
 
     def steps() -> float:
         engine = host_engine(8192, max_num_seqs=64, max_num_batched_tokens=4096)

@@ -3,6 +3,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,6 +29,7 @@ ROOMS = [
     "engine",
     "speculate",
     "grammar",
+    "llm",
     "instance",
     "lang",
     "sim",
@@ -37,12 +40,21 @@ ROOMS = [
     "reproduce",
     "cli",
 ]
-APART = {"train": {"cache", "engine"}, "cache": {"train", "zero"}, "engine": {"train", "zero"}}
+APART = {
+    "train": {"cache", "engine", "llm"},
+    "cache": {"train", "zero"},
+    "engine": {"train", "zero"},
+    "llm": {"train", "zero"},
+}
 FACADE = {"__init__", "__main__"}
 
 
 def room(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["headrace", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -71,9 +83,29 @@ def test_imports_go_one_way(path):
 
 def test_the_order_is_violated_by_a_wrong_import(tmp_path, monkeypatch):
     wrong = SOURCE / "train" / "wrong.py"
-    monkeypatch.setattr(Path, "read_text", lambda self: "from headrace.engine.llm import LLM\n")
+    monkeypatch.setattr(Path, "read_text", lambda self: "from headrace.llm.llm import LLM\n")
     with pytest.raises(AssertionError):
         test_imports_go_one_way(wrong)
+
+
+LAYERS = ("headrace.engine.schedule", "headrace.engine.run", "headrace.engine.engine")
+"""Of the engine, lowest first: a file may import from its own and those before it."""
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "engine").rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_the_engine_s_layers_stand_on_each_other(path):
+    own = next((i for i, name in enumerate(LAYERS) if module_name(path).startswith(name)), len(LAYERS))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("headrace.engine."):
+            assert node.module.startswith(LAYERS[: own + 1]), f"{path.name} imports {node.module}, a layer above it"
+
+
+def test_what_schedules_needs_no_torch():
+    modules = [module_name(p) for p in sorted((SOURCE / "engine" / "schedule").rglob("*.py"))]
+    heavy = "print(sorted(sys.modules.keys() & {'torch', 'numpy', 'numba'}))"
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; {heavy}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def rank(name: str) -> tuple[int, str]:
@@ -89,8 +121,7 @@ def test_names_are_sorted_and_exist(path):
             names = ast.literal_eval(node.value)
             assert names == sorted(names, key=rank)
             if "cuda" not in path.parts:
-                module = ".".join(["headrace", *path.relative_to(SOURCE).with_suffix("").parts])
-                loaded = importlib.import_module(module.removesuffix(".__init__"))
+                loaded = importlib.import_module(module_name(path))
                 assert [n for n in names if not hasattr(loaded, n)] == []
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from headrace.errors import CheckpointError, ConfigError, HeadraceError, RequestError
 
 if TYPE_CHECKING:
-    from headrace.engine.async_llm import AsyncLLM
-    from headrace.engine.llm import LLM
-    from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
-    from headrace.engine.sampling import SamplingParams
+    from headrace.engine.schedule.sampling import SamplingParams
+    from headrace.llm.async_llm import AsyncLLM
+    from headrace.llm.llm import LLM
+    from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 
 __all__ = [
     "LLM",
@@ -36,12 +36,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {
-    "LLM": "engine.llm",
-    "AsyncLLM": "engine.async_llm",
-    "SamplingParams": "engine.sampling",
-    "CompletionOutput": "engine.outputs",
-    "Logprob": "engine.outputs",
-    "RequestOutput": "engine.outputs",
+    "LLM": "llm.llm",
+    "AsyncLLM": "llm.async_llm",
+    "SamplingParams": "engine.schedule.sampling",
+    "CompletionOutput": "llm.outputs",
+    "Logprob": "llm.outputs",
+    "RequestOutput": "llm.outputs",
 }
 
 

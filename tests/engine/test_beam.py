@@ -5,12 +5,12 @@ import itertools
 import pytest
 
 from headrace.config import CacheConfig, SchedulerConfig
-from headrace.engine.beam import BeamSearch
 from headrace.engine.engine import Engine
-from headrace.engine.null_runner import NullRunner
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.run.null_runner import NullRunner
+from headrace.engine.schedule.beam import BeamSearch
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.engine.schedule.scheduler import Scheduler
 
 VOCAB = 11
 

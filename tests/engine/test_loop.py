@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from headrace.engine.loop import EngineLoop, EngineStoppedError
+from headrace.llm.loop import EngineLoop, EngineStoppedError
 
 
 def test_commands_come_before_the_next_step_and_in_order():

@@ -5,13 +5,13 @@ import random
 import pytest
 
 from headrace.config import CacheConfig, SchedulerConfig
-from headrace.engine.batching import Orca, Sarathi, Static, make_batching
-from headrace.engine.batching.sarathi import TILE
 from headrace.engine.engine import Engine
-from headrace.engine.null_runner import NullRunner
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.run.null_runner import NullRunner
+from headrace.engine.schedule.batching import Orca, Sarathi, Static, make_batching
+from headrace.engine.schedule.batching.sarathi import TILE
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.engine.schedule.scheduler import Scheduler
 
 
 def make(num_blocks=200, block_size=4, context=400, **options):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from headrace import LLM, SamplingParams
 from headrace.attention.context import packed_meta
-from headrace.engine.frames import frame, read_frame, read_step, step_frame
-from headrace.engine.ranks import RankDiedError, Ranks
-from headrace.engine.shard import Inputs, Moves
+from headrace.engine.run.frames import frame, read_frame, read_step, step_frame
+from headrace.engine.run.ranks import RankDiedError, Ranks
+from headrace.engine.run.shard import Inputs, Moves
 from headrace.errors import CheckpointError, ConfigError, HeadraceError
 from headrace.parallel.links import LinkError, SocketLink
 
@@ -29,7 +29,7 @@ def started():
 
 
 def rank_processes():
-    return {child for child in psutil.Process().children() if "headrace.engine.rank" in child.cmdline()}
+    return {child for child in psutil.Process().children() if "headrace.engine.run.rank" in child.cmdline()}
 
 
 @given(PAIRS, PAIRS, PAIRS, st.lists(st.integers(1, 40), max_size=4), st.integers(0, 3))

@@ -4,10 +4,10 @@ import pytest
 
 from headrace.config import CacheConfig, SchedulerConfig
 from headrace.engine.engine import Engine
-from headrace.engine.null_runner import NullRunner
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.run.null_runner import NullRunner
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.engine.schedule.scheduler import Scheduler
 from headrace.errors import RequestError
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace import LLM, SamplingParams
-from headrace.engine.plan import SAMPLE, Plan, Slice
+from headrace.engine.schedule.plan import SAMPLE, Plan, Slice
 
 BOOKKEEPING = {
     "aten.empty.memory_format",

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.config import CacheConfig, SchedulerConfig
-from headrace.engine.batching import Sarathi
 from headrace.engine.engine import Engine
-from headrace.engine.null_runner import NullRunner
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.run.null_runner import NullRunner
+from headrace.engine.schedule.batching import Sarathi
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.engine.schedule.scheduler import Scheduler
 from headrace.errors import ConfigError, RequestError
 
 EOS = 3
@@ -383,7 +383,7 @@ def test_namespaces_do_not_share():
 
 
 def test_penalties_bias_and_bans_follow_the_output():
-    from headrace.engine.edits import EditState
+    from headrace.engine.schedule.edits import EditState
 
     penalties = SamplingParams(
         max_tokens=30,
@@ -410,7 +410,7 @@ def test_penalties_bias_and_bans_follow_the_output():
 
 
 def test_edits_are_what_the_formulas_say():
-    from headrace.engine.edits import EditState
+    from headrace.engine.schedule.edits import EditState
 
     params = SamplingParams(
         min_tokens=3,

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from headrace.engine.assemble import assemble
 from headrace.engine.engine import Engine
-from headrace.engine.options import EngineOptions
-from headrace.engine.ranks import Ranks
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.kernels.ops import load_ops
+from headrace.llm.assemble import assemble
+from headrace.llm.options import EngineOptions
 from headrace.model.huggingface import load_model
 
 TOKENS = 12

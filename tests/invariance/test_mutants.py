@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from headrace.cache.manager import CacheManager
-from headrace.engine.request import Request
-from headrace.engine.runner import Runner
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.run.runner import Runner
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.scheduler import Scheduler
 from headrace.kernels.cpu import CpuOps
 from invariance.harness import AXES, Cell, chosen, first_difference, resume_here, run_alone, run_cell
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from headrace.engine.outputs import CompletionOutput, RequestOutput
-from headrace.engine.stats import SchedulerStats
+from headrace.engine.schedule.stats import SchedulerStats
 from headrace.instance.wire import Explanation, Ready, StepReport
+from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.metrics import Metrics
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

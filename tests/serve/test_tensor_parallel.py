@@ -46,7 +46,7 @@ def test_two_ranks_give_the_bits_of_one_and_survive_the_death_of_one(tinyworld_c
     hidden_TD = llm.frontend.engine.runner.hidden(llm.tokenizer.encode(PROMPT))
     with served(tinyworld_checkpoint, "--tensor-parallel-size", "2") as server:
         [rank] = ranks(server)
-        assert "headrace.engine.rank" in rank.cmdline()
+        assert "headrace.engine.run.rank" in rank.cmdline()
         killed = []
 
         def kill_once():

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace.engine.engine import Engine
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["Job", "Outcome", "conversation_lengths", "random_jobs", "run_jobs"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from headrace.cli.options import add_engine_options, engine_options
 from headrace.cli.progress import load
 from headrace.cli.sampling import add_sampling_options, given_sampling, sampling_params
-from headrace.engine.options import EngineOptions
 from headrace.errors import ConfigError, RequestError
+from headrace.llm.options import EngineOptions
 
 __all__ = ["add"]
 

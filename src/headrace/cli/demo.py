@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     """The whole demonstration; `runs/demo/summary.json` has its figures."""
     _recover()
     trained = {} if _keep(arguments) else _train(arguments.overrides)
-    from headrace.engine.llm import LLM
+    from headrace.llm.llm import LLM
 
     checkpoint = OUT / "hf"
     summary = {**_earlier(), **trained, "accuracy": _exam(LLM(checkpoint))}
@@ -147,7 +147,7 @@ def _fit(recipe: Any, ops: Any) -> Any:
 
 
 def _exam(llm: Any) -> float:
-    from headrace.engine.sampling import SamplingParams
+    from headrace.engine.schedule.sampling import SamplingParams
     from headrace.train import tinyworld
 
     def generate(prompts: list[str]) -> list[str]:
@@ -163,8 +163,8 @@ def _exam(llm: Any) -> float:
 
 def _same_bits(checkpoint: Path) -> dict[str, Any]:
     """32 prompts alone, then together under preemption in 7-token chunks: everything must be equal."""
-    from headrace.engine.llm import LLM
-    from headrace.engine.sampling import SamplingParams
+    from headrace.engine.schedule.sampling import SamplingParams
+    from headrace.llm.llm import LLM
     from headrace.train import tinyworld
 
     plain = LLM(checkpoint)
@@ -194,8 +194,8 @@ def _same_bits(checkpoint: Path) -> dict[str, Any]:
 
 def _cache(checkpoint: Path) -> dict[str, Any]:
     """The same prompt twice: the second time its keys and values are in the cache."""
-    from headrace.engine.llm import LLM
-    from headrace.engine.sampling import SamplingParams
+    from headrace.engine.schedule.sampling import SamplingParams
+    from headrace.llm.llm import LLM
     from headrace.train import tinyworld
 
     llm = LLM(checkpoint)
@@ -221,7 +221,7 @@ def _cache(checkpoint: Path) -> dict[str, Any]:
 
 
 def _reply(llm: Any) -> dict[str, str]:
-    from headrace.engine.sampling import SamplingParams
+    from headrace.engine.schedule.sampling import SamplingParams
     from headrace.train import tinyworld
 
     prompt = tinyworld.prompts(1)[0]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from headrace.engine.options import EngineOptions
 from headrace.errors import HeadraceError
+from headrace.llm.options import EngineOptions
 
 __all__ = ["add_engine_options", "engine_options"]
 

@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Plan and print."""
     from headrace.config import require
-    from headrace.engine.options import parse_bytes
+    from headrace.llm.options import parse_bytes
     from headrace.train.config import load_recipe
     from headrace.train.plan import Planner
 

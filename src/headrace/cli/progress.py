@@ -27,11 +27,11 @@ def compiling(status: Any) -> Any:
 
 def load(model: str, options: dict[str, Any]) -> Any:
     """An `LLM`; kernels that must be compiled first show a progress line on standard error."""
-    from headrace.engine.options import EngineOptions
+    from headrace.llm.options import EngineOptions
 
     EngineOptions(**options)
     with status("loading the model …") as line:
-        from headrace.engine.llm import LLM
+        from headrace.llm.llm import LLM
 
         return LLM(model, progress=compiling(line), **options)
 

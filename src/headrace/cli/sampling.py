@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["add_sampling_options", "given_sampling", "sampling_params"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.cli.options import add_engine_options, engine_options
 from headrace.cli.progress import compiling, status
-from headrace.engine.options import EngineOptions
+from headrace.llm.options import EngineOptions
 
 __all__ = ["add"]
 

@@ -123,9 +123,9 @@ class TrainingView:
         mesh = trainer.mesh
         if mesh.data.rank or mesh.tensor.share(b"1" if self._is_time(trainer) else b"0") == b"0":
             return
-        from headrace.engine.follower import GroupRanks, follow
-        from headrace.engine.llm import LLM
-        from headrace.engine.sampling import SamplingParams
+        from headrace.engine.run.follower import GroupRanks, follow
+        from headrace.engine.schedule.sampling import SamplingParams
+        from headrace.llm.llm import LLM
 
         model = trainer.model.with_ops(self._ops)
         if mesh.tensor.rank:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Generic, Protocol, TypeVar
 
-from headrace.engine.plan import Plan, StepResult
-from headrace.engine.request import RequestUpdate
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.schedule.plan import Plan, StepResult
+from headrace.engine.schedule.request import RequestUpdate
+from headrace.engine.schedule.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineFailedError", "Executor"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.engine.outputs import CompletionOutput, Logprob
-from headrace.engine.processor import Group
 from headrace.instance.wire import ChoiceDelta, Delta, TokenEntry
+from headrace.llm.outputs import CompletionOutput, Logprob
+from headrace.llm.processor import Group
 
 __all__ = ["Sent"]
 

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from headrace.engine.plan import Plan
-from headrace.engine.request import Request
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.schedule.plan import Plan
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.scheduler import Scheduler
 from headrace.instance.wire import Explanation
 
 __all__ = ["Explainer"]

@@ -20,11 +20,11 @@ from typing import IO, Any
 import msgspec
 import zmq
 
-from headrace.engine.llm import LLM
 from headrace.errors import HeadraceError
 from headrace.instance.server import Instance
 from headrace.instance.weights import put_back
 from headrace.instance.wire import COMMANDS, EVENTS, Event, Failed, Progress, Stop, Weights, decode_command, encode
+from headrace.llm.llm import LLM
 
 __all__ = ["main"]
 

@@ -12,10 +12,8 @@ from dataclasses import fields
 
 import torch
 
-from headrace.engine.llm import LLM
-from headrace.engine.loop import EngineLoop
-from headrace.engine.sampling import SamplingParams, named_parameter
-from headrace.engine.stats import SchedulerStats
+from headrace.engine.schedule.sampling import SamplingParams, named_parameter
+from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import CheckpointError, RequestError
 from headrace.instance.deltas import Sent
 from headrace.instance.explain import Explainer
@@ -39,6 +37,8 @@ from headrace.instance.wire import (
     Update,
     Updated,
 )
+from headrace.llm.llm import LLM
+from headrace.llm.loop import EngineLoop
 
 __all__ = ["Instance"]
 

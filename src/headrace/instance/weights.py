@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from headrace.engine.llm import LLM
 from headrace.errors import CheckpointError
 from headrace.instance.wire import Weights
+from headrace.llm.llm import LLM
 
 __all__ = ["put_back", "put_in"]
 

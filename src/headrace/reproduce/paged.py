@@ -10,9 +10,9 @@ import torch
 from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.bench.load import Job, conversation_lengths, random_jobs, run_jobs
-from headrace.engine.beam import BeamSearch
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.beam import BeamSearch
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.reproduce.setup import ON, Bench, host_engine, listen
 from headrace.reproduce.table import Table
 

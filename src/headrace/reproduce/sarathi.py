@@ -9,10 +9,10 @@ import torch
 
 from headrace.bench.load import Job, random_jobs, run_jobs
 from headrace.bench.measure import seconds
-from headrace.engine.assemble import profile_budget
-from headrace.engine.plan import Plan, Slice
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.plan import Plan, Slice
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import ConfigError
+from headrace.llm.assemble import profile_budget
 from headrace.reproduce.setup import ON, Bench, host_engine, listen
 from headrace.reproduce.table import Table
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from headrace.bench.models import SHAPES, random_model
 from headrace.config import CacheConfig, SchedulerConfig
-from headrace.engine.assemble import assemble
 from headrace.engine.engine import Engine
-from headrace.engine.null_runner import NullRunner
-from headrace.engine.options import EngineOptions
-from headrace.engine.runner import Runner
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.run.null_runner import NullRunner
+from headrace.engine.run.runner import Runner
+from headrace.engine.schedule.scheduler import Scheduler
 from headrace.kernels.ops import load_ops
+from headrace.llm.assemble import assemble
+from headrace.llm.options import EngineOptions
 
 __all__ = ["ON", "Bench", "host_engine", "listen"]
 

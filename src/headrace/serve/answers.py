@@ -15,8 +15,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.engine.outputs import RequestOutput
 from headrace.instance.wire import ChoiceDelta, Delta, Explanation
+from headrace.llm.outputs import RequestOutput
 from headrace.serve.errors import RefusedError
 from headrace.serve.gateway import Gateway, Stream
 from headrace.serve.http import JSON, EventStream, unless_gone

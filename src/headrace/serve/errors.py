@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.engine.sampling import named_parameter
+from headrace.engine.schedule.sampling import named_parameter
 from headrace.errors import RequestError
 
 __all__ = ["NotAllowedError", "NotFoundError", "QueueFullError", "RefusedError", "UnavailableError", "named"]

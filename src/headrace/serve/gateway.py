@@ -21,8 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from headrace.config import require
-from headrace.engine.options import EngineOptions
-from headrace.engine.sampling import MAX_LOGPROBS, SamplingParams
+from headrace.engine.schedule.sampling import MAX_LOGPROBS, SamplingParams
 from headrace.errors import HeadraceError
 from headrace.instance.client import InstanceClient, InstanceDiedError
 from headrace.instance.wire import (
@@ -43,6 +42,7 @@ from headrace.instance.wire import (
     Weights,
     encode,
 )
+from headrace.llm.options import EngineOptions
 from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
 from headrace.serve.observer import GatewayObserver
 from headrace.serve.questions import Questions

@@ -12,8 +12,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from headrace.engine.outputs import RequestOutput
 from headrace.instance.wire import Explanation, Ready, StepReport
+from headrace.llm.outputs import RequestOutput
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from headrace.engine.outputs import RequestOutput
 from headrace.instance.wire import Explanation, StepReport
+from headrace.llm.outputs import RequestOutput
 
 __all__ = ["GatewayObserver"]
 

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from headrace.engine.outputs import RequestOutput
 from headrace.instance.wire import Delta, Explanation, StepReport
+from headrace.llm.outputs import RequestOutput
 from headrace.serve.transcript import Transcript
 
 __all__ = ["ReportFeed", "Stream"]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from headrace.engine.records import plain_output, plain_prompt_logprobs
-from headrace.engine.request import Request
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.instance.wire import Add, Delta, Resume, TokenEntry
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.llm.records import plain_output, plain_prompt_logprobs
 
 __all__ = ["Transcript"]
 

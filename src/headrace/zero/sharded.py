@@ -182,19 +182,19 @@ class Sharded:
                 continue
             before = units[i - 1] if i > 1 else None
             after = units[i + 1] if i + 1 < len(units) else None
-            part.forward = passage(
+            part.forward = passage(  # type: ignore[method-assign]
                 part.forward,
                 self.weights,
                 unit,
                 before,
-                after,  # type: ignore[method-assign]
+                after,
                 backward=part is not model.embed,
             )
         if units[-1] is not None:  # the head's gradients are made on the way forward
-            model.lm_head.loss = passage(
+            model.lm_head.loss = passage(  # type: ignore[method-assign]
                 model.lm_head.loss,
                 self.weights,
-                units[-1],  # type: ignore[method-assign]
+                units[-1],
                 units[-2],
                 None,
                 backward=False,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.serve.errors import RefusedError, named
 from headrace.serve.protocol.bodies import Body
 from headrace.serve.protocol.fields import CHAT, TABLE

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.instance.wire import ChoiceDelta, TokenEntry
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 
 __all__ = ["CHAT_FORM", "COMPLETION_FORM", "Form", "Part", "prompt_part", "prompt_tables", "usage"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["PREVIOUS", "SAMPLE", "LogitEdits", "Plan", "Slice", "SliceResult", "StepResult", "TokenLogprobs"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from headrace.engine.batching.base import Batching
-from headrace.engine.batching.orca import Orca
-from headrace.engine.batching.sarathi import Sarathi
-from headrace.engine.batching.static import Static
+from headrace.engine.schedule.batching.base import Batching
+from headrace.engine.schedule.batching.orca import Orca
+from headrace.engine.schedule.batching.sarathi import Sarathi
+from headrace.engine.schedule.batching.static import Static
 
 __all__ = ["Batching", "Orca", "Sarathi", "Static", "make_batching"]
 

@@ -1,4 +1,4 @@
-"""`python -m headrace.engine.rank`: a rank above 0. It holds its part of the model and does what rank 0 says.
+"""`python -m headrace.engine.run.rank`: a rank above 0. It holds its part of the model and does what rank 0 says.
 
 Its standard input brings one line of JSON, then frames; at the input's end it goes. Its standard output carries a
 line of JSON where rank 0 waits for one: it is there, it is ready, or why it is neither.
@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import torch
 
-from headrace.engine.follower import Follower
-from headrace.engine.frames import read_frame
+from headrace.engine.run.follower import Follower
+from headrace.engine.run.frames import read_frame
 from headrace.errors import HeadraceError
 from headrace.kernels.ops import load_ops
 from headrace.model.huggingface import load_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from headrace.engine.request import Request, Status
+from headrace.engine.schedule.request import Request, Status
 
 __all__ = ["FirstCome", "LongestPrefix", "Policy", "Priority", "make_policy"]
 

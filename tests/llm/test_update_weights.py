@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from headrace import LLM, AsyncLLM, SamplingParams
-from headrace.engine.async_llm import EngineStoppedError
 from headrace.engine.engine import EngineFailedError
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels.ops import load_ops
+from headrace.llm.async_llm import EngineStoppedError
 from headrace.model.huggingface import load_model
 
 PROMPT = "Once upon a time, Mia went to the garden, and there she found what Tom had lost. " * 2
@@ -122,7 +122,7 @@ def test_weights_that_are_half_in_end_the_engine(tinyworld_checkpoint, other, mo
     def fails(model, folder):
         raise CheckpointError("the disk is gone")
 
-    monkeypatch.setattr("headrace.engine.runner.load_weights", fails)
+    monkeypatch.setattr("headrace.engine.run.runner.load_weights", fails)
     with pytest.raises(RuntimeError, match=r"could not be read to its end.*the disk is gone"):
         llm.update_weights(other[0])
     with pytest.raises(EngineFailedError):

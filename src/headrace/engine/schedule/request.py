@@ -8,9 +8,9 @@ from enum import Enum
 from typing import Any
 
 from headrace.cache.manager import CachedSequence, Segment
-from headrace.engine.edits import EditState
-from headrace.engine.plan import TokenLogprobs
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.edits import EditState
+from headrace.engine.schedule.plan import TokenLogprobs
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError
 
 __all__ = ["Request", "RequestUpdate", "Status"]

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from headrace import LLM, AsyncLLM, Logprob, RequestError, SamplingParams
-from headrace.engine.async_llm import EngineStoppedError
 from headrace.engine.engine import EngineFailedError
+from headrace.llm.async_llm import EngineStoppedError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.plan import PREVIOUS, SAMPLE, Plan, Slice
-from headrace.engine.shard import Inputs
+from headrace.engine.run.shard import Inputs
+from headrace.engine.schedule.plan import PREVIOUS, SAMPLE, Plan, Slice
 from headrace.kernels.ops import AttentionMeta, SampleParams
 
 __all__ = ["Batch", "BatchBuilder"]

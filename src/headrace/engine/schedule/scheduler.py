@@ -15,14 +15,14 @@ from collections.abc import Sequence
 
 from headrace.cache.manager import CacheManager
 from headrace.config import CacheConfig, SchedulerConfig
-from headrace.engine.admission import Admission
-from headrace.engine.batching import make_batching
-from headrace.engine.edits import EditState
-from headrace.engine.plan import Plan, SliceResult, StepResult
-from headrace.engine.policies import make_policy
-from headrace.engine.request import Request, RequestUpdate, Status
-from headrace.engine.slices import make_slice
-from headrace.engine.stats import SchedulerStats
+from headrace.engine.schedule.admission import Admission
+from headrace.engine.schedule.batching import make_batching
+from headrace.engine.schedule.edits import EditState
+from headrace.engine.schedule.plan import Plan, SliceResult, StepResult
+from headrace.engine.schedule.policies import make_policy
+from headrace.engine.schedule.request import Request, RequestUpdate, Status
+from headrace.engine.schedule.slices import make_slice
+from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import RequestError
 
 __all__ = ["Scheduler"]

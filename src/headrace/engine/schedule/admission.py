@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headrace.cache.radix import RadixNode
-from headrace.engine.plan import Plan
-from headrace.engine.request import Request, Status
+from headrace.engine.schedule.plan import Plan
+from headrace.engine.schedule.request import Request, Status
 
 if TYPE_CHECKING:
-    from headrace.engine.scheduler import Scheduler
+    from headrace.engine.schedule.scheduler import Scheduler
 
 __all__ = ["Admission"]
 

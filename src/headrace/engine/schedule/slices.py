@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headrace.engine.plan import PREVIOUS, SAMPLE, LogitEdits, Slice
-from headrace.engine.request import Request
+from headrace.engine.schedule.plan import PREVIOUS, SAMPLE, LogitEdits, Slice
+from headrace.engine.schedule.request import Request
 
 __all__ = ["make_slice"]
 

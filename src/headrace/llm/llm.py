@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from headrace.engine.frontend import Frontend, Prompt, WeightSource
-from headrace.engine.options import EngineOptions
-from headrace.engine.outputs import RequestOutput
-from headrace.engine.ranks import Ranks
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError
 from headrace.kernels.ops import Ops
+from headrace.llm.frontend import Frontend, Prompt, WeightSource
+from headrace.llm.options import EngineOptions
+from headrace.llm.outputs import RequestOutput
 from headrace.model.huggingface import resolve
 from headrace.model.transformer import Transformer
 from headrace.text.tokenizer import Tokenizer

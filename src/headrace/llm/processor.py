@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from headrace.engine.beam import Hypothesis
-from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from headrace.engine.plan import TokenLogprobs
-from headrace.engine.request import RequestUpdate
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.beam import Hypothesis
+from headrace.engine.schedule.plan import TokenLogprobs
+from headrace.engine.schedule.request import RequestUpdate
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.text.detokenizer import TextStream
 from headrace.text.tokenizer import Tokenizer
 

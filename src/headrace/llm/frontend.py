@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.engine.assemble import assemble, fingerprint
-from headrace.engine.beam import BeamSearch
 from headrace.engine.engine import Engine
-from headrace.engine.options import EngineOptions
-from headrace.engine.outputs import RequestOutput
-from headrace.engine.processor import Group
-from headrace.engine.ranks import Ranks
-from headrace.engine.records import plain_output, plain_prompt_logprobs, read_output, read_table
-from headrace.engine.request import Request, RequestUpdate
-from headrace.engine.runner import Runner
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.run.runner import Runner
+from headrace.engine.schedule.beam import BeamSearch
+from headrace.engine.schedule.request import Request, RequestUpdate
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import HeadraceError, RequestError
 from headrace.kernels.ops import Ops, load_ops
+from headrace.llm.assemble import assemble, fingerprint
+from headrace.llm.options import EngineOptions
+from headrace.llm.outputs import RequestOutput
+from headrace.llm.processor import Group
+from headrace.llm.records import plain_output, plain_prompt_logprobs, read_output, read_table
 from headrace.model.huggingface import load_model, read_config, resolve
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer

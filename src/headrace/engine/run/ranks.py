@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from headrace.engine.frames import frame
+from headrace.engine.run.frames import frame
 from headrace.errors import ConfigError, HeadraceError
 from headrace.parallel.group import RankGroup
 from headrace.parallel.rendezvous import connect, keep_store
@@ -136,7 +136,7 @@ class Ranks:
 
     def _spawn(self, said: dict[str, Any]) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-m", "headrace.engine.rank"],
+            [sys.executable, "-m", "headrace.engine.run.rank"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from headrace.engine.batching.orca import Orca
+from headrace.engine.schedule.batching.orca import Orca
 
 __all__ = ["Static"]
 

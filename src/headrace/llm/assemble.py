@@ -12,15 +12,15 @@ import torch
 from headrace.attention.store import LAYOUT_VERSION, KVStore
 from headrace.config import CacheConfig, ModelConfig
 from headrace.engine.engine import Engine
-from headrace.engine.options import EngineOptions, free_memory
-from headrace.engine.plan import Plan, Slice
-from headrace.engine.ranks import Ranks
-from headrace.engine.runner import Runner
-from headrace.engine.sampling import SamplingParams
-from headrace.engine.scheduler import Scheduler
-from headrace.engine.shard import ModelShard
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.run.runner import Runner
+from headrace.engine.run.shard import ModelShard
+from headrace.engine.schedule.plan import Plan, Slice
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.engine.schedule.scheduler import Scheduler
 from headrace.errors import ConfigError
 from headrace.kernels.ops import Ops
+from headrace.llm.options import EngineOptions, free_memory
 from headrace.model.transformer import Transformer
 
 __all__ = ["assemble", "count_blocks", "fingerprint", "profile_budget"]

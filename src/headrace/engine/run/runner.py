@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headrace.engine.batch import Batch, BatchBuilder
-from headrace.engine.frames import frame, step_frame
-from headrace.engine.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
-from headrace.engine.ranks import Ranks
-from headrace.engine.shard import ModelShard, Moves
+from headrace.engine.run.batch import Batch, BatchBuilder
+from headrace.engine.run.frames import frame, step_frame
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.run.shard import ModelShard, Moves
+from headrace.engine.schedule.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
 from headrace.errors import ConfigError, HeadraceError
 from headrace.model.huggingface import check_weights, fill_weights, load_weights
 from headrace.model.transformer import Transformer

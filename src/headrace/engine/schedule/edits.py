@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from headrace.engine.plan import LogitEdits
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.plan import LogitEdits
+from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["EditState"]
 

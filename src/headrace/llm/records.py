@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 
 __all__ = ["plain_output", "plain_prompt_logprobs", "plain_table", "read_output", "read_table"]
 

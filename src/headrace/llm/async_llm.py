@@ -10,12 +10,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from headrace.engine.frontend import Prompt, WeightSource
-from headrace.engine.llm import LLM
-from headrace.engine.loop import EngineLoop, EngineStoppedError
-from headrace.engine.outputs import RequestOutput
-from headrace.engine.sampling import SamplingParams
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import HeadraceError
+from headrace.llm.frontend import Prompt, WeightSource
+from headrace.llm.llm import LLM
+from headrace.llm.loop import EngineLoop, EngineStoppedError
+from headrace.llm.outputs import RequestOutput
 
 __all__ = ["AsyncLLM", "EngineStoppedError"]
 

@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.engine.plan import PREVIOUS, SAMPLE, LogitEdits, Plan, Slice, SliceResult, StepResult, TokenLogprobs
+from headrace.engine.schedule.plan import (
+    PREVIOUS,
+    SAMPLE,
+    LogitEdits,
+    Plan,
+    Slice,
+    SliceResult,
+    StepResult,
+    TokenLogprobs,
+)
 
 __all__ = ["NullHandle", "NullRunner"]
 

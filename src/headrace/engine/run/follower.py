@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from headrace.attention.store import KVStore
-from headrace.engine.frames import frame, read_frame, read_step
-from headrace.engine.ranks import Ranks
-from headrace.engine.shard import ModelShard
+from headrace.engine.run.frames import frame, read_frame, read_step
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.run.shard import ModelShard
 from headrace.kernels.ops import Ops
 from headrace.model.huggingface import load_weights
 from headrace.model.layers import weight_dtype

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.engine.plan import TokenLogprobs
-from headrace.engine.request import Request, RequestUpdate
-from headrace.engine.scheduler import Scheduler
+from headrace.engine.schedule.plan import TokenLogprobs
+from headrace.engine.schedule.request import Request, RequestUpdate
+from headrace.engine.schedule.scheduler import Scheduler
 
 __all__ = ["BeamSearch", "Hypothesis"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.shard import Inputs, Moves
+from headrace.engine.run.shard import Inputs, Moves
 from headrace.kernels.ops import AttentionMeta
 
 __all__ = ["frame", "read_frame", "read_step", "step_frame"]

@@ -1,0 +1,1 @@
+"""What users hold in a process: `LLM`, `AsyncLLM`, their options and outputs, and how an engine is assembled."""
