@@ -10,6 +10,7 @@ import torch
 
 from headrace.cache.manager import CacheManager
 from headrace.engine.run.runner import Runner
+from headrace.engine.schedule.pool import RequestPool
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.scheduler import Scheduler
 from headrace.kernels.cpu import CpuOps
@@ -90,13 +91,13 @@ def shares_the_wrong_blocks(patch):
 
 def noise_by_epoch(patch):
     """Noise that counts how often a request was admitted."""
-    right = Scheduler.preempt
+    right = RequestPool.preempt
 
     def preempt(self, request, plan):
         right(self, request, plan)
         request.seed += 1
 
-    patch.setattr(Scheduler, "preempt", preempt)
+    patch.setattr(RequestPool, "preempt", preempt)
 
 
 def swaps_in_reverse(patch):

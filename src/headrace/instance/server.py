@@ -72,7 +72,7 @@ class Instance:
             fingerprint=self._frontend.fingerprint,
             max_model_len=scheduler.max_model_len,
             vocab_size=self._frontend.model_config.vocab_size,
-            kv_tokens=scheduler.capacity,
+            kv_tokens=scheduler.limits.capacity,
             kv_blocks=scheduler.cache.pool.num_usable,
             block_size=scheduler.cache.block_size,
             default_sampling_params=self._llm.default_sampling_params(),
