@@ -135,7 +135,7 @@ def test_an_aborted_search_takes_no_neighbour_with_it(driver, llm):
 
 def test_nothing_is_kept_of_many_requests(driver):
     for i in range(200):
-        driver.run(Add(f"{i}", [5, 6], {**PARAMS, "max_tokens": 2}), Inspect(0), Abort(f"{i - 1}"))
+        driver.run(Add(f"{i}", [5, 6], {**PARAMS, "max_tokens": 2}), Inspect("i", 0), Abort(f"{i - 1}"))
         driver.check_empty()
 
 

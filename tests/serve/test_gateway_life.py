@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-import headrace.serve.gateway as module
 from headrace import LLM, HeadraceError, SamplingParams
+from headrace.instance import supervisor
 from headrace.instance.client import InstanceDiedError
 from headrace.instance.wire import (
     Accepted,
@@ -203,9 +203,9 @@ def fake(monkeypatch, clients):
             raise client
         return client
 
-    monkeypatch.setattr(module, "BACKOFF", 0.0)
+    monkeypatch.setattr(supervisor, "BACKOFF", 0.0)
     gateway = Gateway("nowhere", OPTIONS, max_queue=9)
-    monkeypatch.setattr(gateway, "_start", make)
+    monkeypatch.setattr(gateway._instances["0"], "_spawn", make)
     return gateway, left
 
 
@@ -251,7 +251,7 @@ def test_an_engine_that_cannot_start_again_is_given_up(monkeypatch, capfd):
         stream = await gateway.open("a", None, IDS, LONG)
         with pytest.raises(UnavailableError, match=match):
             await stream.result()
-        await gateway._supervisor
+        await gateway._instances["0"]._task
         assert gateway.state == "failed" and left == []
         await gateway.stop()
 

@@ -144,7 +144,7 @@ class Instance:
                 self._check_embed(command)
                 self._embeds[command.name] = command.prompt_token_ids
             elif isinstance(command, Inspect):
-                self._news.append(self._tree(command.max_nodes))
+                self._news.append(self._tree(command))
             elif isinstance(command, Update):
                 self._update(command)
         except RequestError as error:
@@ -208,14 +208,14 @@ class Instance:
         vector = (total_D / len(ids)).float().tolist()
         self._news.append(Embedding(name, vector, self._frontend.weights_version))
 
-    def _tree(self, max_nodes: int) -> Tree:
+    def _tree(self, inspect: Inspect) -> Tree:
         """A block's number serves as its node's id. Parents stand before their children."""
         cache, tokenizer = self._scheduler.cache, self._llm.tokenizer
         rows: list[tuple[int, int, int, int, str]] = []
         for node in cache.tree.nodes():
-            if len(rows) == max_nodes:
-                return Tree(rows, complete=False)
+            if len(rows) == inspect.max_nodes:
+                return Tree(inspect.name, rows, complete=False)
             parent = -1 if node.parent is None or node.parent.parent is None else node.parent.block
             text = tokenizer.decode(node.key[:EDGE_TOKENS], skip_special_tokens=False)
             rows.append((node.block, parent, len(node.key), node.locks, text))
-        return Tree(rows)
+        return Tree(inspect.name, rows)

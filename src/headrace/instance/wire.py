@@ -83,8 +83,9 @@ class Embed(_Message):
 
 
 class Inspect(_Message):
-    """Ask for one `Tree`."""
+    """Ask for a `Tree`."""
 
+    name: str
     max_nodes: int = 500
 
 
@@ -212,8 +213,12 @@ class StepReport(_Message):
 
 
 class Tree(_Message):
-    """The radix tree: rows of (id, parent id or −1, tokens of the edge, requests that hold it, text's beginning)."""
+    """The answer to `Inspect`, the radix tree.
 
+    Rows of (id, parent id or −1, tokens of the edge, requests that hold it, beginning of the edge's text).
+    """
+
+    name: str
     nodes: list[tuple[int, int, int, int, str]]
     complete: bool = True
 

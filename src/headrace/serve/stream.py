@@ -36,8 +36,10 @@ class Stream(AsyncIterator[Delta]):
     lost for good, reading raises `UnavailableError` after the deltas that came.
     """
 
-    def __init__(self, transcript: Transcript, leave: Callable[[Stream], None]) -> None:
+    def __init__(self, transcript: Transcript, instance: str, abort: Callable[[Stream], None]) -> None:
+        """`instance` is the name of the one that runs it; `abort` is called when the stream is closed early."""
         self.transcript = transcript
+        self.instance = instance
         self.explanation: Explanation | None = None
         """With the last delta."""
         self.accepted = False
@@ -45,7 +47,7 @@ class Stream(AsyncIterator[Delta]):
         self.last_token: float | None = None
         """When the latest token came, by the monotonic clock."""
         self.resumes = 0
-        self._leave = leave
+        self._abort = abort
         self._wake = _Wake()
         self._pending: deque[Delta] = deque()
         self._whole = False
@@ -87,7 +89,7 @@ class Stream(AsyncIterator[Delta]):
     def abandon(self) -> None:
         """`close`, where one cannot await."""
         if not self.output.finished and self._error is None:
-            self._leave(self)
+            self._abort(self)
 
     # For the gateway.
 
