@@ -29,7 +29,7 @@ def test_events_come_through_with_their_bits():
         Accepted("1"),
         Delta("1", [choice], [None, TABLE], 5, True, Explanation(0.1, batch_sizes=[1, 2])),
         Tree("2", [(1, -1, 16, 2, "a")], complete=False),
-        StepReport({"steps": 1, "finished": {"stop": 2}}),
+        StepReport("0", {"steps": 1, "finished": {"stop": 2}}),
     ]
     assert decode_event(encode(Batch(news))) == Batch(news)
 

@@ -74,23 +74,26 @@ class Watcher:
         self.told: list[tuple[Any, ...]] = []
         self.steps = 0
 
-    def arrived(self, name: str, prompt_tokens: int) -> None:
+    def ready(self, info: Any) -> None:
+        pass
+
+    def arrived(self, instance: str, name: str, prompt_tokens: int) -> None:
         self.told.append(("arrived", name, prompt_tokens))
 
-    def first_token(self, name: str, seconds: float) -> None:
+    def first_token(self, instance: str, name: str, seconds: float) -> None:
         self.told.append(("first_token", name))
         self._count()
 
-    def token_gap(self, name: str, seconds: float) -> None:
+    def token_gap(self, instance: str, name: str, seconds: float) -> None:
         self._count()
 
-    def finished(self, name: str, reason: str, output: Any, explanation: Any, seconds: float) -> None:
+    def finished(self, instance: str, name: str, reason: str, output: Any, explanation: Any, seconds: float) -> None:
         self.told.append(("finished", name, reason))
 
     def stepped(self, report: Any) -> None:
         self.steps += 1
 
-    def restarted(self) -> None:
+    def restarted(self, instance: str) -> None:
         self.told.append(("restarted",))
 
     def _count(self) -> None:

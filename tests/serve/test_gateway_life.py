@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+import headrace.serve.gateway as module
 from headrace import LLM, HeadraceError, SamplingParams
 from headrace.instance import supervisor
 from headrace.instance.client import InstanceDiedError
 from headrace.instance.wire import (
     Accepted,
+    Add,
     Batch,
     ChoiceDelta,
     Delta,
@@ -170,7 +172,7 @@ class FakeClient:
     """An instance that dies after it said what it is told to say."""
 
     def __init__(self, fingerprint="hr_1", says=(), waits=False):
-        self.ready = Ready(1, fingerprint, 100, 100, 100, 10, 16, {}, 0.0)
+        self.ready = Ready("0", 1, fingerprint, 100, 100, 100, 10, 16, {}, 0.0)
         self.sent = []
         self._asked = asyncio.Event()
         self._says, self._waits = says, waits
@@ -239,6 +241,35 @@ def test_a_request_that_kills_every_engine_is_dropped_and_the_next_one_served(mo
             await stream.result()
         output = await (await gateway.open("next", None, IDS, LONG)).result()
         assert output.outputs[0].text == "a" and left == [] and gateway.restarts == 3
+        await gateway.stop()
+
+    asyncio.run(scenario())
+
+
+def test_the_death_of_one_instance_leaves_the_requests_of_another_alone(monkeypatch):
+    end = Delta("2", [ChoiceDelta(0, "b", [8], finish_reason="stop")], finished=True)
+
+    async def scenario():
+        monkeypatch.setattr(module, "INSTANCES", ("0", "1"))
+        dies, lives = FakeClient(says=[Accepted("1"), SOME]), FakeClient(says=[Accepted("2")], waits=True)
+        gateway, left = fake(monkeypatch, [dies, HeadraceError("no config.json")])
+        second = gateway._instances["1"]
+
+        async def make():
+            return lives
+
+        monkeypatch.setattr(second, "_spawn", make)
+        await gateway.start()
+        first_stream = await gateway.open("a", None, IDS, LONG)
+        monkeypatch.setattr(gateway, "_pick", lambda: second)
+        stream = await gateway.open("b", None, IDS, LONG)
+        with pytest.raises(UnavailableError, match="cannot start again"):
+            await first_stream.result()
+        assert left == [] and gateway._instances["0"].state == "failed"
+        assert gateway.state == "ready" and gateway.unfinished == 1
+        gateway.on_events("1", Batch([end]))
+        assert (await stream.result()).outputs[0].text == "b"
+        assert [type(command) for command in lives.sent] == [Add]
         await gateway.stop()
 
     asyncio.run(scenario())

@@ -68,6 +68,7 @@ class InstanceClient:
     @classmethod
     async def start(
         cls,
+        name: str,
         model: str,
         options: dict[str, Any],
         progress: Callable[[int, int, str], None] | None = None,
@@ -86,6 +87,7 @@ class InstanceClient:
         client = cls(process)
         try:
             said = {
+                "name": name,
                 "model": model,
                 "options": options,
                 "folder": str(client._folder),

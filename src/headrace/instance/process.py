@@ -50,7 +50,7 @@ def main() -> int:
         llm.frontend.engine.runner.ranks.watch(_die_too)
         if start["weights"] is not None:
             put_back(llm, msgspec.convert(start["weights"], Weights))
-        instance = Instance(llm, send)
+        instance = Instance(llm, send, start["name"])
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()
         send(instance.ready(time.monotonic() - start["began"]))

@@ -50,8 +50,12 @@ _STATS = [f.name for f in fields(SchedulerStats) if f.name != "finished"]
 class Instance:
     """Everything but the transport. The thread that calls `run` owns the engine; `post` is for any thread."""
 
-    def __init__(self, llm: LLM, send: Callable[[Batch], None]) -> None:
-        """`send` takes the news of a step; it is called on the engine's thread and may block."""
+    def __init__(self, llm: LLM, send: Callable[[Batch], None], name: str = "0") -> None:
+        """`send` takes the events of a step; it is called on the engine's thread and may block.
+
+        `name` tells this instance from others behind the same gateway.
+        """
+        self._name = name
         self._llm = llm
         self._frontend = llm.frontend
         self._scheduler = llm.frontend.engine.scheduler
@@ -68,6 +72,7 @@ class Instance:
         """What a gateway wants to know of this engine."""
         scheduler = self._scheduler
         return Ready(
+            instance=self._name,
             pid=os.getpid(),
             fingerprint=self._frontend.fingerprint,
             max_model_len=scheduler.max_model_len,
@@ -128,7 +133,7 @@ class Instance:
     def _report(self, prefill_tokens: int = 0, decode_tokens: int = 0, seconds: float = 0.0) -> StepReport:
         stats = self._scheduler.stats
         values = {name: getattr(stats, name) for name in _STATS} | {"finished": stats.finished}
-        return StepReport(values, prefill_tokens, decode_tokens, seconds)
+        return StepReport(self._name, values, prefill_tokens, decode_tokens, seconds)
 
     # ---- commands
 

@@ -83,7 +83,7 @@ class InstanceSupervisor:
         self._owner = owner
         self._restart = restart
         self._spawn: Callable[[], Awaitable[InstanceClient]] = lambda: InstanceClient.start(
-            model, options, progress, self.weights
+            name, model, options, progress, self.weights
         )
         self._client: InstanceClient | None = None
         self._task: asyncio.Task[None] | None = None

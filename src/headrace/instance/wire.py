@@ -200,12 +200,13 @@ class Updated(_Message):
 
 
 class StepReport(_Message):
-    """After every step, and after an abort: `SchedulerStats` as a dict, and the batch that ran.
+    """After every step of `instance`, and after an abort: `SchedulerStats` as a dict, and the batch that ran.
 
     Counters begin at 0 in every new instance. `decode_tokens` are all that are no prompt's, so those that are
     computed again after a preemption too. Seconds.
     """
 
+    instance: str
     stats: dict[str, Any]
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -234,6 +235,8 @@ class Progress(_Message):
 class Ready(_Message):
     """The model is loaded and kernels are warm."""
 
+    instance: str
+    """Its name."""
     pid: int
     fingerprint: str
     max_model_len: int

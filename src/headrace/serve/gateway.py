@@ -112,6 +112,8 @@ class Gateway:
         """Return when models are loaded. `HeadraceError`: the user's mistake; `InstanceDiedError`: anything else."""
         for instance in self._instances.values():
             await instance.start()
+            if self.observer is not None:
+                self.observer.ready(instance.ready)
 
     async def drain(self, timeout: float) -> None:
         """Take no new requests, give the running ones `timeout` seconds, then stop."""
@@ -178,7 +180,7 @@ class Gateway:
         stream = Stream(transcript, instance.name, self._abort)
         self._streams[wire] = stream
         if self.observer is not None:
-            self.observer.arrived(name, len(prompt_token_ids))
+            self.observer.arrived(instance.name, name, len(prompt_token_ids))
         try:
             self._submit(stream)
             await stream.until_accepted()
@@ -194,7 +196,7 @@ class Gateway:
         embed = Embed(wire, prompt_token_ids)
         answer = self._embeds.add(wire, instance, embed)
         if self.observer is not None:
-            self.observer.arrived(name, len(prompt_token_ids))
+            self.observer.arrived(instance, name, len(prompt_token_ids))
         try:
             self._send(instance, embed)
             return await answer
@@ -324,7 +326,7 @@ class Gateway:
         for embed in self._embeds.of_instance(name):
             self._send(name, embed)
         if self.observer is not None:
-            self.observer.restarted()
+            self.observer.restarted(name)
 
     def on_failure(self, name: str, reason: str) -> None:
         """An instance is lost for good, with its requests."""
@@ -339,9 +341,9 @@ class Gateway:
         stream.take(delta)
         if any(choice.token_ids for choice in delta.choices):
             if self.observer is not None and stream.last_token is None:
-                self.observer.first_token(stream.name, now - stream.opened)
+                self.observer.first_token(stream.instance, stream.name, now - stream.opened)
             elif self.observer is not None and stream.last_token is not None:
-                self.observer.token_gap(stream.name, now - stream.last_token)
+                self.observer.token_gap(stream.instance, stream.name, now - stream.last_token)
             stream.last_token = now
         if delta.finished:
             del self._streams[delta.name]
@@ -370,8 +372,9 @@ class Gateway:
         now = time.monotonic()
         self._ends.append(now)
         if self.observer is not None:
-            seconds = now - stream.opened
-            self.observer.finished(stream.name, reason, stream.output, stream.explanation, seconds)
+            self.observer.finished(
+                stream.instance, stream.name, reason, stream.output, stream.explanation, now - stream.opened
+            )
         self._note_idle()
 
     def _note_idle(self) -> None:

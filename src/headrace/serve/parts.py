@@ -8,7 +8,7 @@ from typing import Any
 
 from headrace.serve.errors import NotFoundError
 from headrace.serve.gateway import Gateway
-from headrace.serve.metrics import Metrics
+from headrace.serve.metrics import ServerMetrics
 from headrace.serve.protocol.bodies import Body
 from headrace.serve.texts import Texts
 
@@ -22,7 +22,7 @@ class Parts:
         self,
         gateway: Gateway,
         texts: Texts,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         names: Sequence[str],
         *,
         defaults: Mapping[str, Any],

@@ -19,7 +19,7 @@ from headrace.errors import ConfigError
 from headrace.instance.wire import Ready
 from headrace.serve.app import create_app
 from headrace.serve.gateway import Gateway
-from headrace.serve.metrics import Metrics
+from headrace.serve.metrics import ServerMetrics
 from headrace.serve.parts import Parts
 from headrace.serve.settings import ServeSettings
 from headrace.serve.texts import Texts
@@ -97,7 +97,7 @@ class Server:
         self._options = options
         self._settings = settings
         self._names = settings.served_model_name or (model,)
-        self._metrics = Metrics(self._names[0])
+        self._metrics = ServerMetrics(self._names[0])
         self.gateway = Gateway(
             model,
             options,
@@ -171,7 +171,6 @@ class Server:
             for task in (starting, waiting):
                 task.cancel()
             await asyncio.gather(starting, waiting, return_exceptions=True)
-        self._metrics.ready(self.gateway.info)
         texts = Texts(await asyncio.to_thread(Tokenizer.from_folder, self.gateway.info.folder))
         await texts.start()
         return texts
