@@ -18,11 +18,12 @@ from starlette.responses import Response
 from headrace.instance.wire import ChoiceDelta, Delta, Explanation
 from headrace.llm.outputs import RequestOutput
 from headrace.serve.errors import RefusedError
-from headrace.serve.gateway import Gateway, Stream
+from headrace.serve.gateway import Stream
 from headrace.serve.http import JSON, EventStream, unless_gone
+from headrace.serve.models import ServedModel
 from headrace.serve.protocol.asks import Ask
 from headrace.serve.protocol.forms import Form, Part, prompt_part, prompt_tables, usage
-from headrace.serve.texts import Prompt, Texts
+from headrace.serve.texts import Prompt
 
 __all__ = ["Answers"]
 
@@ -58,10 +59,10 @@ class _Job:
 class Answers:
     """Answers of one served model."""
 
-    def __init__(self, gateway: Gateway, texts: Texts, model_name: str) -> None:
-        self._gateway = gateway
-        self._texts = texts
-        self._model_name = model_name
+    def __init__(self, model: ServedModel) -> None:
+        self._gateway = model.gateway
+        self._texts = model.texts
+        self._model_name = model.name
 
     async def answer(
         self, request: Request, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None = None

@@ -20,7 +20,7 @@ from headrace.instance.wire import Ready
 from headrace.serve.app import create_app
 from headrace.serve.gateway import Gateway
 from headrace.serve.metrics import ServerMetrics
-from headrace.serve.parts import Parts
+from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.settings import ServeSettings
 from headrace.serve.texts import Texts
 from headrace.text.tokenizer import Tokenizer
@@ -178,16 +178,15 @@ class Server:
     async def _serve(self, texts: Texts, ready: Callable[[], None]) -> None:
         settings = self._settings
         defaults = self.gateway.info.default_sampling_params if settings.generation_config else {}
-        parts = Parts(
+        model = ServedModel(
             self.gateway,
             texts,
-            self._metrics,
             self._names,
             defaults=defaults,
             priorities=self._options.get("scheduling_policy") == "priority",
         )
         config = uvicorn.Config(
-            create_app(parts, settings),
+            create_app(ModelDirectory(model), self._metrics, settings),
             http=_Protocol,
             ws="none",
             lifespan="off",

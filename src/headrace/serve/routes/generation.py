@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from headrace.serve.answers import Answers
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import unless_gone
-from headrace.serve.parts import Parts
+from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.bodies import Body, Reader
 from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING
@@ -21,10 +21,9 @@ from headrace.serve.texts import Prompt, several
 __all__ = ["generation_router", "read_chat", "truncated"]
 
 
-def generation_router(parts: Parts) -> APIRouter:
+def generation_router(models: ModelDirectory) -> APIRouter:
     """Continue prompts, and answer conversations."""
     router = APIRouter(tags=["generation"])
-    answers = Answers(parts.gateway, parts.texts, parts.model_name)
     completion, chat = Reader(COMPLETIONS, "CompletionRequest"), Reader(CHAT, "ChatCompletionRequest")
 
     @router.post(
@@ -35,12 +34,13 @@ def generation_router(parts: Parts) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         body = completion.read(await request.body())
-        parts.check_model(body)
-        ask = read_ask(body, COMPLETIONS, parts.defaults, parts.priorities)
+        model = models.of(body)
+        answers = Answers(model)
+        ask = read_ask(body, COMPLETIONS, model.defaults, model.priorities)
         given = several(body["prompt"])
         answers.check(ask, len(given))
-        prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
-        return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, parts) for p in prompts])
+        prompts = await unless_gone(request, model.texts.prompts(given, body.get("add_special_tokens", True)))
+        return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, model) for p in prompts])
 
     @router.post(
         CHAT,
@@ -50,16 +50,16 @@ def generation_router(parts: Parts) -> APIRouter:
     )
     async def chat_completions(request: Request) -> Response:
         body = chat.read(await request.body())
-        parts.check_model(body)
-        ask = read_ask(body, CHAT, parts.defaults, parts.priorities)
+        model = models.of(body)
+        ask = read_ask(body, CHAT, model.defaults, model.priorities)
         echo = _last_message(body) if ask.echo else None
-        prompt = await unless_gone(request, read_chat(body, parts))
-        return await answers.answer(request, ask, CHAT_FORM, [truncated(prompt, body, parts)], echo)
+        prompt = await unless_gone(request, read_chat(body, model))
+        return await Answers(model).answer(request, ask, CHAT_FORM, [truncated(prompt, body, model)], echo)
 
     return router
 
 
-async def read_chat(body: Body, parts: Parts) -> Prompt:
+async def read_chat(body: Body, model: ServedModel) -> Prompt:
     """The prompt that a conversation becomes."""
     going_on = body.get("continue_final_message", False)
     if going_on and body.get("add_generation_prompt", False):
@@ -71,7 +71,7 @@ async def read_chat(body: Body, parts: Parts) -> Prompt:
     }
     if "reasoning_effort" in body:
         variables["reasoning_effort"] = "reasoning_effort", body["reasoning_effort"]
-    return await parts.texts.chat(
+    return await model.texts.chat(
         body["messages"],
         add_generation_prompt=body.get("add_generation_prompt", True),
         continue_final_message=going_on,
@@ -81,13 +81,13 @@ async def read_chat(body: Body, parts: Parts) -> Prompt:
     )
 
 
-def truncated(prompt: Prompt, body: Body, parts: Parts) -> Prompt:
+def truncated(prompt: Prompt, body: Body, model: ServedModel) -> Prompt:
     """The end of a prompt that `truncate_prompt_tokens` asks for."""
     count = body.get("truncate_prompt_tokens")
     if count is None:
         return prompt
     # With -1, one place is left for a token to be generated.
-    return prompt.last(parts.gateway.info.max_model_len - 1 if count < 0 else count)
+    return prompt.last(model.gateway.info.max_model_len - 1 if count < 0 else count)
 
 
 def _last_message(body: Body) -> str:
