@@ -8,9 +8,9 @@ import pytest
 from headrace.instance.wire import (
     Accepted,
     Add,
-    Batch,
     ChoiceDelta,
     Delta,
+    EventBatch,
     Explanation,
     StepReport,
     TokenEntry,
@@ -31,7 +31,7 @@ def test_events_come_through_with_their_bits():
         Tree("2", [(1, -1, 16, 2, "a")], complete=False),
         StepReport("0", {"steps": 1, "finished": {"stop": 2}}),
     ]
-    assert decode_event(encode(Batch(news))) == Batch(news)
+    assert decode_event(encode(EventBatch(news))) == EventBatch(news)
 
 
 def test_commands_come_through():

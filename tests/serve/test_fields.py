@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.fields import (
     CHAT,
     COMPLETIONS,
@@ -16,6 +15,7 @@ from headrace.serve.protocol.fields import (
     fields_of,
     markdown,
 )
+from headrace.serve.protocol.requests import read_generation_request
 
 # What OpenAI's, vLLM's and SGLang's clients send, by the names that they use.
 OPENAI_CHAT = """messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n
@@ -156,8 +156,8 @@ def test_an_honoured_field_changes_the_answer_or_is_refused_where_it_cannot(serv
 def test_a_sampling_field_reaches_the_engine(field):
     value = VALUES[field.name]
     value, others = value if isinstance(value, tuple) else (value, {})
-    ask = read_ask({**others, field.name: value}, COMPLETIONS, {}, False)
-    assert getattr(ask.params, field.sampling) == (tuple(value) if isinstance(value, list) else value)
+    generation = read_generation_request({**others, field.name: value}, COMPLETIONS, {}, False)
+    assert getattr(generation.params, field.sampling) == (tuple(value) if isinstance(value, list) else value)
 
 
 def test_fields_that_are_read_together_reach_the_engine():
@@ -173,14 +173,14 @@ def test_fields_that_are_read_together_reach_the_engine():
         "echo": True,
         "prompt_logprobs": 4,
     }
-    ask = read_ask(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
-    params = ask.params
+    generation = read_generation_request(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
+    params = generation.params
     assert (params.n, params.beam_width, params.stop, params.logit_bias, params.max_tokens) == (2, 2, ("x",), {5: 1}, 7)
-    assert (ask.namespace, ask.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
+    assert (generation.namespace, generation.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
     assert (params.temperature, params.top_k) == (0.5, 9)
-    assert read_ask({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
-    assert read_ask({}, CHAT, {}, False).params.max_tokens is None
-    assert read_ask({}, COMPLETIONS, {}, False).params.max_tokens == 16
+    assert read_generation_request({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
+    assert read_generation_request({}, CHAT, {}, False).params.max_tokens is None
+    assert read_generation_request({}, COMPLETIONS, {}, False).params.max_tokens == 16
 
 
 def told(answer):

@@ -8,7 +8,7 @@ import pytest
 
 from headrace import LLM
 from headrace.instance.server import Instance
-from headrace.instance.wire import Batch, Delta, Resume
+from headrace.instance.wire import Delta, EventBatch, Resume
 from headrace.serve.transcript import Transcript
 from serve.gateway_kit import OPTIONS, PROMPT, check_stream, kinds, start
 
@@ -87,17 +87,17 @@ def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
     ids, params = llm.tokenizer.encode(PROMPT), kinds(llm)[kind]
     params = replace(params, seed=params.seed or 1)
     expected = llm.generate([ids], params)[0]
-    batches: list[Batch] = []
+    batches: list[EventBatch] = []
     transcript = Transcript("1", "name", PROMPT, ids, params, 0, ())
     for _ in range(2):
         instance = Instance(llm, batches.append)
-        instance._obey(transcript.command(llm.fingerprint))
+        instance._execute(transcript.command(llm.fingerprint))
         count = steps
         while instance._busy() and count:
             instance._step()
             count -= 1
         for batch in batches:
-            for news in batch.news:
+            for news in batch.events:
                 if isinstance(news, Delta):
                     transcript.take(news)
         batches.clear()

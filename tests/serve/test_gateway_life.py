@@ -20,15 +20,15 @@ from headrace.instance.client import InstanceDiedError
 from headrace.instance.wire import (
     Accepted,
     Add,
-    Batch,
     ChoiceDelta,
     Delta,
+    EventBatch,
+    InstalledWeights,
     Ready,
     Refused,
     Resume,
-    Update,
-    Updated,
-    Weights,
+    UpdateWeights,
+    WeightsUpdated,
 )
 from headrace.serve.gateway import Gateway, UnavailableError
 from serve.gateway_kit import OPTIONS, PROMPT, begun, start
@@ -184,7 +184,7 @@ class FakeClient:
     async def batches(self):
         await self._asked.wait()
         for news in self._says:
-            yield Batch([news])
+            yield EventBatch([news])
         if self._waits:
             await asyncio.Event().wait()
 
@@ -267,7 +267,7 @@ def test_the_death_of_one_instance_leaves_the_requests_of_another_alone(monkeypa
             await first_stream.result()
         assert left == [] and gateway._instances["0"].state == "failed"
         assert gateway.state == "ready" and gateway.unfinished == 1
-        gateway.on_events("1", Batch([end]))
+        gateway.on_events("1", EventBatch([end]))
         assert (await stream.result()).outputs[0].text == "b"
         assert [type(command) for command in lives.sent] == [Add]
         await gateway.stop()
@@ -312,20 +312,20 @@ def test_an_engine_that_dies_while_its_weights_change_has_changed_nothing(monkey
         await gateway.start()
         with pytest.raises(UnavailableError, match="died, and its weights are those of before"):
             await gateway.update_weights("somewhere")
-        assert first.sent == [Update("1", "somewhere")] and gateway.weights_version == 0
+        assert first.sent == [UpdateWeights("1", "somewhere")] and gateway.weights_version == 0
         with pytest.raises(HeadraceError, match="no such folder"):
             await gateway.update_weights("somewhere", 7)
-        assert left == [] and second.sent == [Update("2", "somewhere", 7)] and gateway.weights_version == 0
+        assert left == [] and second.sent == [UpdateWeights("2", "somewhere", 7)] and gateway.weights_version == 0
         await gateway.stop()
 
     asyncio.run(scenario())
 
 
 def test_what_was_put_in_is_known_though_nobody_waited(monkeypatch):
-    weights = Weights("somewhere", 3, [("a", 1, 2)])
+    weights = InstalledWeights("somewhere", 3, [("a", 1, 2)])
 
     async def scenario():
-        gateway, _ = fake(monkeypatch, [FakeClient(says=[Updated("9", weights), Accepted("1")], waits=True)])
+        gateway, _ = fake(monkeypatch, [FakeClient(says=[WeightsUpdated("9", weights), Accepted("1")], waits=True)])
         await gateway.start()
         stream = await gateway.open("a", None, IDS, LONG)
         assert gateway.weights_version == 3

@@ -21,14 +21,14 @@ from headrace.errors import HeadraceError
 from headrace.instance.wire import (
     COMMANDS,
     EVENTS,
-    Batch,
     Command,
     Event,
+    EventBatch,
     Failed,
-    Progress,
+    InstalledWeights,
+    KernelProgress,
     Ready,
     Stop,
-    Weights,
     decode_event,
     encode,
 )
@@ -72,7 +72,7 @@ class InstanceClient:
         model: str,
         options: dict[str, Any],
         progress: Callable[[int, int, str], None] | None = None,
-        weights: Weights | None = None,
+        weights: InstalledWeights | None = None,
     ) -> InstanceClient:
         """Spawn a process and wait until its model is loaded and its kernels are warm.
 
@@ -110,7 +110,7 @@ class InstanceClient:
                 return
             if isinstance(event, Failed):
                 raise HeadraceError(event.message) if event.bad_input else InstanceDiedError(event.message)
-            if isinstance(event, Progress) and progress is not None:
+            if isinstance(event, KernelProgress) and progress is not None:
                 progress(event.done, event.total, event.what)
         raise InstanceDiedError(f"the engine's process ended with status {self._process.returncode} while it started")
 
@@ -125,10 +125,10 @@ class InstanceClient:
         if self._ending is None:
             self._commands.send(data, zmq.NOBLOCK)
 
-    async def batches(self) -> AsyncIterator[Batch]:
+    async def batches(self) -> AsyncIterator[EventBatch]:
         """News as they come, until the process is over; InstanceDiedError where it says why."""
         async for event in self._receive():
-            if isinstance(event, Batch):
+            if isinstance(event, EventBatch):
                 yield event
             elif isinstance(event, Failed):
                 raise InstanceDiedError(event.message)

@@ -22,8 +22,18 @@ import zmq
 
 from headrace.errors import HeadraceError
 from headrace.instance.server import Instance
-from headrace.instance.weights import put_back
-from headrace.instance.wire import COMMANDS, EVENTS, Event, Failed, Progress, Stop, Weights, decode_command, encode
+from headrace.instance.weights import reinstall
+from headrace.instance.wire import (
+    COMMANDS,
+    EVENTS,
+    Event,
+    Failed,
+    InstalledWeights,
+    KernelProgress,
+    Stop,
+    decode_command,
+    encode,
+)
 from headrace.llm.llm import LLM
 
 __all__ = ["main"]
@@ -46,10 +56,10 @@ def main() -> int:
         events.send(encode(event))
 
     try:
-        llm = LLM(start["model"], progress=lambda *at: send(Progress(*at)), **start["options"])
+        llm = LLM(start["model"], progress=lambda *at: send(KernelProgress(*at)), **start["options"])
         llm.frontend.engine.runner.ranks.watch(_die_too)
         if start["weights"] is not None:
-            put_back(llm, msgspec.convert(start["weights"], Weights))
+            reinstall(llm, msgspec.convert(start["weights"], InstalledWeights))
         instance = Instance(llm, send, start["name"])
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()

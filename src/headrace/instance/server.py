@@ -1,6 +1,6 @@
 """`Instance`: one engine that obeys a gateway's messages. No sockets here: see `process.py`.
 
-commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one Batch of news a step
+commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one EventBatch of news a step
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import CheckpointError, RequestError
 from headrace.instance.deltas import Sent
 from headrace.instance.explain import Explainer
-from headrace.instance.weights import put_in
+from headrace.instance.weights import install
 from headrace.instance.wire import (
     Abort,
     Accepted,
     Add,
-    Batch,
     Command,
     Embed,
     Embedding,
+    EngineEvent,
+    EventBatch,
     Inspect,
-    News,
     Ready,
     Refused,
     Resume,
     StepReport,
     Stop,
     Tree,
-    Update,
-    Updated,
+    UpdateWeights,
+    WeightsUpdated,
 )
 from headrace.llm.llm import LLM
 from headrace.llm.loop import EngineLoop
@@ -50,7 +50,7 @@ _STATS = [f.name for f in fields(SchedulerStats) if f.name != "finished"]
 class Instance:
     """Everything but the transport. The thread that calls `run` owns the engine; `post` is for any thread."""
 
-    def __init__(self, llm: LLM, send: Callable[[Batch], None], name: str = "0") -> None:
+    def __init__(self, llm: LLM, send: Callable[[EventBatch], None], name: str = "0") -> None:
         """`send` takes the events of a step; it is called on the engine's thread and may block.
 
         `name` tells this instance from others behind the same gateway.
@@ -64,7 +64,7 @@ class Instance:
         self._explainer = Explainer(self._scheduler)
         self._sent: dict[str, Sent] = {}
         self._embeds: dict[str, list[int]] = {}
-        self._news: list[News] = []
+        self._events: list[EngineEvent] = []
         self._changed = False
         """Whether something ended, or the cache was emptied, since the last report."""
 
@@ -92,7 +92,7 @@ class Instance:
         if isinstance(command, Stop):
             self._loop.stop()
         else:
-            self._loop.post(lambda: self._obey(command))
+            self._loop.post(lambda: self._execute(command))
 
     def run(self) -> None:
         """Until a `Stop`; raises what a step raises."""
@@ -116,7 +116,7 @@ class Instance:
                 if delta.finished:
                     del self._sent[group.name]
                     delta.explanation = self._explainer.finish(group.name, delta.num_cached_tokens)
-                self._news.append(delta)
+                self._events.append(delta)
             report = self._report(prompts, others, time.monotonic() - began)
         elif self._changed:
             report = self._report()
@@ -125,10 +125,10 @@ class Instance:
             name = next(iter(self._embeds))
             self._embed(name, self._embeds.pop(name))
         if report is not None:
-            self._news.append(report)
-        if self._news:
-            news, self._news = self._news, []
-            self._send(Batch(news))
+            self._events.append(report)
+        if self._events:
+            events, self._events = self._events, []
+            self._send(EventBatch(events))
 
     def _report(self, prefill_tokens: int = 0, decode_tokens: int = 0, seconds: float = 0.0) -> StepReport:
         stats = self._scheduler.stats
@@ -137,7 +137,7 @@ class Instance:
 
     # ---- commands
 
-    def _obey(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         try:
             if isinstance(command, Add):
                 self._add(command)
@@ -149,12 +149,12 @@ class Instance:
                 self._check_embed(command)
                 self._embeds[command.name] = command.prompt_token_ids
             elif isinstance(command, Inspect):
-                self._news.append(self._tree(command))
-            elif isinstance(command, Update):
+                self._events.append(self._tree(command))
+            elif isinstance(command, UpdateWeights):
                 self._update(command)
         except RequestError as error:
             name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
-            self._news.append(Refused(name, str(error), named_parameter(str(error))))
+            self._events.append(Refused(name, str(error), named_parameter(str(error))))
 
     def _add(self, add: Add) -> None:
         params = SamplingParams(**add.params)
@@ -167,7 +167,7 @@ class Instance:
     def _enter(self, name: str, sent: Sent) -> None:
         self._sent[name] = sent
         self._explainer.arrived(name, self._frontend.group(name).choices)
-        self._news.append(Accepted(name))
+        self._events.append(Accepted(name))
 
     def _abort(self, name: str) -> None:
         self._embeds.pop(name, None)
@@ -177,13 +177,13 @@ class Instance:
             self._explainer.finish(name, output.num_cached_tokens)
             self._changed = True
 
-    def _update(self, update: Update) -> None:
+    def _update(self, update: UpdateWeights) -> None:
         try:
-            weights = put_in(self._llm, update.folder, update.version)
+            weights = install(self._llm, update.folder, update.version)
         except CheckpointError as error:
-            self._news.append(Refused(update.name, str(error), "path"))
+            self._events.append(Refused(update.name, str(error), "path"))
         else:
-            self._news.append(Updated(update.name, weights))
+            self._events.append(WeightsUpdated(update.name, weights))
             self._changed = True
 
     def _check_embed(self, embed: Embed) -> None:
@@ -211,7 +211,7 @@ class Instance:
         for hidden_D in hidden_TD.cpu().double():
             total_D += hidden_D
         vector = (total_D / len(ids)).float().tolist()
-        self._news.append(Embedding(name, vector, self._frontend.weights_version))
+        self._events.append(Embedding(name, vector, self._frontend.weights_version))
 
     def _tree(self, inspect: Inspect) -> Tree:
         """A block's number serves as its node's id. Parents stand before their children."""

@@ -17,7 +17,17 @@ from typing import Any, Literal, Protocol
 
 from headrace.errors import HeadraceError
 from headrace.instance.client import InstanceClient, InstanceDiedError
-from headrace.instance.wire import Batch, Command, Delta, Embedding, Ready, StepReport, Updated, Weights, encode
+from headrace.instance.wire import (
+    Command,
+    Delta,
+    Embedding,
+    EventBatch,
+    InstalledWeights,
+    Ready,
+    StepReport,
+    WeightsUpdated,
+    encode,
+)
 
 __all__ = ["Death", "InstanceOwner", "InstanceState", "InstanceSupervisor"]
 
@@ -43,7 +53,7 @@ class Death:
 class InstanceOwner(Protocol):
     """Callbacks of a supervisor, on the event loop. `name` is the instance's."""
 
-    def on_events(self, name: str, batch: Batch) -> None:
+    def on_events(self, name: str, batch: EventBatch) -> None:
         """Events of the running process."""
 
     def on_death(self, name: str, death: Death) -> None:
@@ -78,7 +88,7 @@ class InstanceSupervisor:
         self.restarts = 0
         self.report: StepReport | None = None
         """The latest step's."""
-        self.weights: Weights | None = None
+        self.weights: InstalledWeights | None = None
         """Installed last, over the model's own: a new process gets them too."""
         self._owner = owner
         self._restart = restart
@@ -152,11 +162,11 @@ class InstanceSupervisor:
             return f"the engine failed: {error}"
         return "the engine's process died"
 
-    def _note_events(self, batch: Batch) -> None:
-        for event in batch.news:
-            if isinstance(event, (Delta, Embedding, Updated)):
+    def _note_events(self, batch: EventBatch) -> None:
+        for event in batch.events:
+            if isinstance(event, (Delta, Embedding, WeightsUpdated)):
                 self._deaths = 0
-            if isinstance(event, Updated):
+            if isinstance(event, WeightsUpdated):
                 self.weights = event.weights
             elif isinstance(event, StepReport):
                 self.report = event

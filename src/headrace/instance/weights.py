@@ -6,32 +6,32 @@ import os
 from pathlib import Path
 
 from headrace.errors import CheckpointError
-from headrace.instance.wire import Weights
+from headrace.instance.wire import InstalledWeights
 from headrace.llm.llm import LLM
 
-__all__ = ["put_back", "put_in"]
+__all__ = ["install", "reinstall"]
 
 
-def put_in(llm: LLM, folder: str, version: int | None) -> Weights:
+def install(llm: LLM, folder: str, version: int | None) -> InstalledWeights:
     """`LLM.update_weights` from a folder on this machine, never from a hub.
 
     Raises `CheckpointError` where nothing has changed; anything else leaves an engine that can do no other step.
     """
     folder, before = _look(folder)
-    weights = Weights(folder, llm.update_weights(folder, version), before)
+    weights = InstalledWeights(folder, llm.update_weights(folder, version), before)
     if _look(folder)[1] != before:
         raise RuntimeError(_changed(weights, "were read"))
     return weights
 
 
-def put_back(llm: LLM, weights: Weights) -> None:
+def reinstall(llm: LLM, weights: InstalledWeights) -> None:
     """Put weights in again. `CheckpointError` where the files are not what they were: tokens could differ."""
     if _look(weights.folder)[1] != weights.files:
         raise CheckpointError(_changed(weights, "were put in"))
-    put_in(llm, weights.folder, weights.version)
+    install(llm, weights.folder, weights.version)
 
 
-def _changed(weights: Weights, when: str) -> str:
+def _changed(weights: InstalledWeights, when: str) -> str:
     return (
         f"the weights of version {weights.version} in {weights.folder} have changed since they {when}: give every "
         "version a folder of its own, and keep it until the next one is in"
@@ -39,7 +39,7 @@ def _changed(weights: Weights, when: str) -> str:
 
 
 def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """Where it is, though links on the way may lead elsewhere later, and `Weights.files`."""
+    """Where it is, though links on the way may lead elsewhere later, and `InstalledWeights.files`."""
     try:
         place = Path(os.path.realpath(folder))
         if not place.is_dir():

@@ -15,18 +15,19 @@ __all__ = [
     "Abort",
     "Accepted",
     "Add",
-    "Batch",
     "ChoiceDelta",
     "Command",
     "Delta",
     "Embed",
     "Embedding",
+    "EngineEvent",
     "Event",
+    "EventBatch",
     "Explanation",
     "Failed",
     "Inspect",
-    "News",
-    "Progress",
+    "InstalledWeights",
+    "KernelProgress",
     "Ready",
     "Refused",
     "Resume",
@@ -34,9 +35,8 @@ __all__ = [
     "Stop",
     "TokenEntry",
     "Tree",
-    "Update",
-    "Updated",
-    "Weights",
+    "UpdateWeights",
+    "WeightsUpdated",
     "decode_command",
     "decode_event",
     "encode",
@@ -89,7 +89,7 @@ class Inspect(_Message):
     max_nodes: int = 500
 
 
-class Update(_Message):
+class UpdateWeights(_Message):
     """Put a folder's weights into the running model, as `version` (None: the next one)."""
 
     name: str
@@ -101,13 +101,13 @@ class Stop(_Message):
     """End the process after the step that runs."""
 
 
-Command = Add | Resume | Abort | Embed | Inspect | Update | Stop
+Command = Add | Resume | Abort | Embed | Inspect | UpdateWeights | Stop
 
 
 # ---- instance → gateway ----------------------------------------------------------------------------------------
 
 
-class Weights(_Message):
+class InstalledWeights(_Message):
     """Weights that were put in: what another instance must have, to go on with the same tokens."""
 
     folder: str
@@ -192,11 +192,11 @@ class Embedding(_Message):
     weights_version: int = 0
 
 
-class Updated(_Message):
-    """The answer to `Update`: every later step is of these weights. A `Refused` says that nothing has changed."""
+class WeightsUpdated(_Message):
+    """The answer to `UpdateWeights`: every later step uses these weights. After a `Refused`, nothing has changed."""
 
     name: str
-    weights: Weights
+    weights: InstalledWeights
 
 
 class StepReport(_Message):
@@ -224,7 +224,7 @@ class Tree(_Message):
     complete: bool = True
 
 
-class Progress(_Message):
+class KernelProgress(_Message):
     """Kernels are being compiled, or loaded from disk: `done` of `total`, and the one it is at."""
 
     done: int
@@ -259,17 +259,17 @@ class Failed(_Message):
     bad_input: bool = False
 
 
-News = Accepted | Delta | Refused | Embedding | StepReport | Tree | Updated
+EngineEvent = Accepted | Delta | Refused | Embedding | StepReport | Tree | WeightsUpdated
 """What a step, or the commands before it, can bring."""
 
 
-class Batch(_Message):
+class EventBatch(_Message):
     """All news of one step in one message, so that 32 streams cost what one does. Never empty; the report is last."""
 
-    news: list[News]
+    events: list[EngineEvent]
 
 
-Event = Batch | Progress | Ready | Failed
+Event = EventBatch | KernelProgress | Ready | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)

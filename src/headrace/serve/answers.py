@@ -1,4 +1,4 @@
-"""`Answers`: prompts and an `Ask` to an answer, streamed or whole, for completions and chats alike.
+"""`Answers`: answers generation requests, streamed or whole, for completions and chats alike.
 
 open one stream a prompt ──> deltas ──> parts ──> a form's choices ──> chunks, or one answer at the end
 """
@@ -21,9 +21,9 @@ from headrace.serve.errors import RefusedError
 from headrace.serve.gateway import Stream
 from headrace.serve.http import JSON, EventStream, unless_gone
 from headrace.serve.models import ServedModel
-from headrace.serve.protocol.asks import Ask
-from headrace.serve.protocol.forms import Form, Part, prompt_part, prompt_tables, usage
-from headrace.serve.texts import Prompt
+from headrace.serve.protocol.forms import ChoicePart, Form, prompt_part, prompt_tables, usage
+from headrace.serve.protocol.requests import GenerationRequest
+from headrace.serve.text_service import TokenizedPrompt
 
 __all__ = ["Answers"]
 
@@ -32,7 +32,7 @@ __all__ = ["Answers"]
 class _Job:
     """One HTTP request as it is answered."""
 
-    ask: Ask
+    generation: GenerationRequest
     form: Form
     streams: Sequence[Stream]
     echoes: Sequence[tuple[str, str]]
@@ -43,7 +43,7 @@ class _Job:
     @property
     def best(self) -> int:
         """Tokens to show beside each."""
-        return self.ask.logprobs or 0
+        return self.generation.logprobs or 0
 
     @property
     def weights_version(self) -> int:
@@ -61,18 +61,23 @@ class Answers:
 
     def __init__(self, model: ServedModel) -> None:
         self._gateway = model.gateway
-        self._texts = model.texts
+        self._text = model.text
         self._model_name = model.name
 
     async def answer(
-        self, request: Request, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None = None
+        self,
+        request: Request,
+        generation: GenerationRequest,
+        form: Form,
+        prompts: Sequence[TokenizedPrompt],
+        echo: str | None = None,
     ) -> Response:
         """The response. Raises what `Gateway.open` raises, and `ClientGoneError`, before anything is sent.
 
         `echo` is the text to begin with, where it is not the prompt's own.
         """
-        job = await unless_gone(request, self._open(ask, form, prompts, echo))
-        if ask.stream:
+        job = await unless_gone(request, self._open(generation, form, prompts, echo))
+        if generation.stream:
             return EventStream(self._chunks(job), job.abandon)
         try:
             outputs = await unless_gone(request, self._results(job))
@@ -80,24 +85,26 @@ class Answers:
             job.abandon()
         return JSON(self._whole(job, outputs))
 
-    def check(self, ask: Ask, count: int) -> None:
+    def check(self, generation: GenerationRequest, count: int) -> None:
         """Refuse `count` prompts that cannot be served together, before anything is done for them."""
-        if ask.explain and count > 1:
+        if generation.explain and count > 1:
             raise RefusedError(f"explain is for one prompt, not {count}", "explain")
-        seats = count * max(ask.params.n, ask.params.beam_width)
+        seats = count * max(generation.params.n, generation.params.beam_width)
         if count > 1 and seats > self._gateway.seats:
             raise RefusedError(
-                f"{count} prompts with n={ask.params.n} are {seats} sequences, and this server "
+                f"{count} prompts with n={generation.params.n} are {seats} sequences, and this server "
                 f"holds {self._gateway.seats}: send fewer at a time",
                 "prompt",
             )
 
     # ---- opening
 
-    async def _open(self, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None) -> _Job:
+    async def _open(
+        self, generation: GenerationRequest, form: Form, prompts: Sequence[TokenizedPrompt], echo: str | None
+    ) -> _Job:
         """All of them, or none. Cancelled, it leaves nothing behind."""
-        identity = form.prefix + (ask.request_id or secrets.token_hex(12))
-        echoes = [await self._echo(ask, prompt, echo) for prompt in prompts] if ask.echo else []
+        identity = form.prefix + (generation.request_id or secrets.token_hex(12))
+        echoes = [await self._echo(generation, prompt, echo) for prompt in prompts] if generation.echo else []
         streams: list[Stream] = []
         try:
             for prompt in prompts:
@@ -106,9 +113,9 @@ class Answers:
                         identity,
                         prompt.text,
                         prompt.token_ids,
-                        ask.params,
-                        priority=ask.priority,
-                        namespace=ask.namespace,
+                        generation.params,
+                        priority=generation.priority,
+                        namespace=generation.namespace,
                     )
                 )
         except BaseException:
@@ -117,19 +124,19 @@ class Answers:
             raise
         head = {
             "id": identity,
-            "object": form.chunk_object if ask.stream else form.object,
+            "object": form.chunk_object if generation.stream else form.object,
             "created": int(time.time()),
             "model": self._model_name,
             "system_fingerprint": self._gateway.info.fingerprint,
         }
-        return _Job(ask, form, streams, echoes, head)
+        return _Job(generation, form, streams, echoes, head)
 
-    async def _echo(self, ask: Ask, prompt: Prompt, echo: str | None) -> tuple[str, str]:
+    async def _echo(self, generation: GenerationRequest, prompt: TokenizedPrompt, echo: str | None) -> tuple[str, str]:
         text = echo if echo is not None else prompt.text
         if text is None:
-            text = await self._texts.decode(prompt.token_ids)
-        first = prompt.token_ids[:1] if ask.logprobs is not None else []
-        return text, "".join(await self._texts.token_texts(first))
+            text = await self._text.decode(prompt.token_ids)
+        first = prompt.token_ids[:1] if generation.logprobs is not None else []
+        return text, "".join(await self._text.token_texts(first))
 
     # ---- one answer at the end
 
@@ -140,29 +147,29 @@ class Answers:
         choices = []
         for i, output in enumerate(outputs):
             for choice in output.outputs:
-                part = Part(finish_reason="length") if job.ask.only_echo else Part.of_output(choice)
+                part = ChoicePart(finish_reason="length") if job.generation.only_echo else ChoicePart.of_output(choice)
                 if job.echoes:
                     part = self._prompt_part(job, i, output) + part
                 shape = job.form.whole(i * len(output.outputs) + choice.index, part, job.best)
-                if job.ask.token_ids:
+                if job.generation.token_ids:
                     shape |= {
-                        "token_ids": [] if job.ask.only_echo else choice.token_ids,
+                        "token_ids": [] if job.generation.only_echo else choice.token_ids,
                         "prompt_token_ids": output.prompt_token_ids,
                     }
-                if job.ask.prompt_tables:
+                if job.generation.prompt_tables:
                     shape["prompt_logprobs"] = prompt_tables(output)
                 choices.append(shape)
-        generated = 0 if job.ask.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
+        generated = 0 if job.generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
         told = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
         answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": told}
-        if job.ask.explain:
+        if job.generation.explain:
             answer["explanation"] = _explanation(job.streams[0])
         return answer
 
-    def _prompt_part(self, job: _Job, i: int, output: RequestOutput) -> Part:
+    def _prompt_part(self, job: _Job, i: int, output: RequestOutput) -> ChoicePart:
         text, first = job.echoes[i]
-        part = prompt_part(text, output, first, job.ask.logprobs is not None and job.form.echoes_logprobs)
-        return Part(part.text, (), part.rows)
+        part = prompt_part(text, output, first, job.generation.logprobs is not None and job.form.echoes_logprobs)
+        return ChoicePart(part.text, (), part.rows)
 
     # ---- a chunk at a time
 
@@ -176,7 +183,7 @@ class Answers:
             chunks = chunker.chunks(i, delta)
             if chunks:
                 yield chunks
-        if job.ask.include_usage:
+        if job.generation.include_usage:
             yield [{**job.head, "weights_version": job.weights_version, "choices": [], "usage": chunker.usage()}]
 
 
@@ -186,7 +193,7 @@ class _Chunker:
     def __init__(self, job: _Job, prompt_part: Any) -> None:
         self._job = job
         self._prompt_part = prompt_part
-        count = len(job.streams) * job.ask.params.n
+        count = len(job.streams) * job.generation.params.n
         self._offsets = [0] * count
         """Characters of each choice's tokens so far."""
         self._begun = [False] * count
@@ -211,7 +218,7 @@ class _Chunker:
             self._cached[i] = each.num_cached_tokens
             shapes = [shape for new in each.choices if (shape := self._shape(i, new)) is not None]
             chunks += [self._chunk(shape, each.weights_version) for shape in shapes]
-        if delta.finished and self._job.ask.explain and chunks:
+        if delta.finished and self._job.generation.explain and chunks:
             chunks[-1] = {**chunks[-1], "explanation": _explanation(self._job.streams[0])}
         return chunks
 
@@ -223,21 +230,21 @@ class _Chunker:
 
     def _shape(self, i: int, new: ChoiceDelta) -> dict[str, Any] | None:
         """The choice of a chunk; None where it would say nothing."""
-        job, index = self._job, i * self._job.ask.params.n + new.index
-        part = Part.of_delta(new)
-        if job.ask.only_echo:
-            part = Part(finish_reason=part.finish_reason)
+        job, index = self._job, i * self._job.generation.params.n + new.index
+        part = ChoicePart.of_delta(new)
+        if job.generation.only_echo:
+            part = ChoicePart(finish_reason=part.finish_reason)
         self._generated += len(part.token_ids)
         token_ids, first = part.token_ids, not self._begun[index]
         self._begun[index] = True
         if first and job.echoes:
             part = self._prompt_part(job, i, job.streams[i].output) + part
-        if not (part.text or part.finish_reason or part.rows or (job.ask.token_ids and token_ids)):
+        if not (part.text or part.finish_reason or part.rows or (job.generation.token_ids and token_ids)):
             return None
         shape = job.form.piece(index, part, job.best, self._offsets[index])
         if part.rows is not None:
             self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
-        if job.ask.token_ids:
+        if job.generation.token_ids:
             shape["token_ids"] = token_ids
             if first:
                 shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
@@ -248,11 +255,11 @@ class _Chunker:
         return usage(_prompt_tokens(self._job), self._generated, sum(self._cached))
 
     def _chunk(self, shape: Mapping[str, Any], version: int) -> dict[str, Any]:
-        ask = self._job.ask
+        generation = self._job.generation
         chunk: dict[str, Any] = {**self._job.head, "weights_version": version, "choices": [shape]}
-        if ask.continuous_usage:
+        if generation.continuous_usage:
             chunk["usage"] = self.usage()
-        elif ask.include_usage:
+        elif generation.include_usage:
             chunk["usage"] = None
         return chunk
 

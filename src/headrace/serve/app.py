@@ -1,6 +1,6 @@
 """`create_app`: the endpoints over the served models, as one ASGI application.
 
-Guard (key, body) ──> routes/ ──> protocol/ (fields, asks, forms) ──> Answers ──> Gateway
+Guard (key, body) ──> routes/ ──> protocol/ (fields, requests, forms) ──> Answers ──> Gateway
 """
 
 from __future__ import annotations

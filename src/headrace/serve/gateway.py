@@ -23,18 +23,18 @@ from headrace.instance.supervisor import Death, InstanceSupervisor
 from headrace.instance.wire import (
     Abort,
     Accepted,
-    Batch,
     Command,
     Delta,
     Embed,
     Embedding,
+    EventBatch,
     Inspect,
     Ready,
     Refused,
     StepReport,
     Tree,
-    Update,
-    Updated,
+    UpdateWeights,
+    WeightsUpdated,
 )
 from headrace.llm.options import EngineOptions
 from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
@@ -86,7 +86,7 @@ class Gateway:
         self._streams: dict[str, Stream] = {}
         self._embeds: PendingCommands[Embed, Embedding] = PendingCommands()
         self._trees: PendingCommands[Inspect, Tree] = PendingCommands()
-        self._updates: PendingCommands[Update, int] = PendingCommands()
+        self._updates: PendingCommands[UpdateWeights, int] = PendingCommands()
         self._feeds: set[ReportFeed] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._ends: deque[float] = deque([time.monotonic()], maxlen=33)
@@ -215,7 +215,7 @@ class Gateway:
             raise UnavailableError(f"the engine is {self.state}")
         answers = []
         for instance in self._instances:
-            update = Update(str(next(self._names)), folder, version)
+            update = UpdateWeights(str(next(self._names)), folder, version)
             self._send(instance, update)
             answers.append(self._updates.add(update.name, instance, update))
         return (await asyncio.gather(*answers))[0]
@@ -288,10 +288,10 @@ class Gateway:
 
     # ---- what instances report
 
-    def on_events(self, name: str, batch: Batch) -> None:
+    def on_events(self, name: str, batch: EventBatch) -> None:
         """Pass each event to the stream or command that it belongs to."""
         now = time.monotonic()
-        for event in batch.news:
+        for event in batch.events:
             if isinstance(event, Delta):
                 self._take(event, now)
             elif isinstance(event, StepReport):
@@ -303,7 +303,7 @@ class Gateway:
                 self._refuse(event)
             elif isinstance(event, Embedding):
                 self._embeds.resolve(event.name, event)
-            elif isinstance(event, Updated):
+            elif isinstance(event, WeightsUpdated):
                 self._updates.resolve(event.name, event.weights.version)
             else:
                 self._trees.resolve(event.name, event)

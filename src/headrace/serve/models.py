@@ -9,7 +9,7 @@ from typing import Any
 from headrace.serve.errors import NotFoundError
 from headrace.serve.gateway import Gateway
 from headrace.serve.protocol.bodies import Body
-from headrace.serve.texts import Texts
+from headrace.serve.text_service import TextService
 
 __all__ = ["ModelDirectory", "ServedModel"]
 
@@ -18,11 +18,17 @@ class ServedModel:
     """One model as the endpoints need it."""
 
     def __init__(
-        self, gateway: Gateway, texts: Texts, names: Sequence[str], *, defaults: Mapping[str, Any], priorities: bool
+        self,
+        gateway: Gateway,
+        text: TextService,
+        names: Sequence[str],
+        *,
+        defaults: Mapping[str, Any],
+        priorities: bool,
     ) -> None:
         """`defaults` are sampling parameters; `priorities` is whether the engine schedules by priority."""
         self.gateway = gateway
-        self.texts = texts
+        self.text = text
         self.names = tuple(names)
         self.defaults = dict(defaults)
         self.priorities = priorities

@@ -22,7 +22,7 @@ from headrace.serve.gateway import Gateway
 from headrace.serve.metrics import ServerMetrics
 from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.settings import ServeSettings
-from headrace.serve.texts import Texts
+from headrace.serve.text_service import TextService
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Server"]
@@ -32,7 +32,7 @@ HEAD_SECONDS = 15.0
 """A connection that has not sent a request's head by then is closed."""
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
-Progress = Callable[[int, int, str], None]
+ProgressCallback = Callable[[int, int, str], None]
 
 
 class _Protocol(H11Protocol):
@@ -107,7 +107,7 @@ class Server:
             observer=self._metrics,
             progress=self._tell,
         )
-        self._progress: Progress | None = None
+        self._progress: ProgressCallback | None = None
         self._http: _Uvicorn | None = None
         self._interrupt: Callable[[], object] = lambda: None
         """What a signal does just now."""
@@ -128,7 +128,10 @@ class Server:
         return self._names[0]
 
     async def run(
-        self, ready: Callable[[Ready], None], progress: Progress | None = None, until: asyncio.Event | None = None
+        self,
+        ready: Callable[[Ready], None],
+        progress: ProgressCallback | None = None,
+        until: asyncio.Event | None = None,
     ) -> None:
         """Serve until a SIGTERM or SIGINT, or until `until` is set, and what then still runs is done.
 
@@ -138,25 +141,25 @@ class Server:
         self._progress = progress
         loop = asyncio.get_running_loop()
         before = {n: signal.signal(n, lambda *_: loop.call_soon_threadsafe(lambda: self._interrupt())) for n in SIGNALS}
-        texts: Texts | None = None
+        text: TextService | None = None
         try:
-            texts = await self._start()
+            text = await self._start()
             self._interrupt = self._end
             if until is not None:
                 self._ending.append(asyncio.ensure_future(self._end_after(until)))
-            await self._serve(texts, lambda: ready(self.gateway.info))
+            await self._serve(text, lambda: ready(self.gateway.info))
         finally:
             await self.gateway.stop()
             for task in self._ending:
                 task.cancel()
             await asyncio.gather(*self._ending, return_exceptions=True)
-            if texts is not None:
-                await texts.close()
+            if text is not None:
+                await text.close()
             self._socket.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    async def _start(self) -> Texts:
+    async def _start(self) -> TextService:
         """The engine, then its tokenizer."""
         starting = asyncio.ensure_future(self.gateway.start())
         interrupted = asyncio.Event()
@@ -171,16 +174,16 @@ class Server:
             for task in (starting, waiting):
                 task.cancel()
             await asyncio.gather(starting, waiting, return_exceptions=True)
-        texts = Texts(await asyncio.to_thread(Tokenizer.from_folder, self.gateway.info.folder))
-        await texts.start()
-        return texts
+        text = TextService(await asyncio.to_thread(Tokenizer.from_folder, self.gateway.info.folder))
+        await text.start()
+        return text
 
-    async def _serve(self, texts: Texts, ready: Callable[[], None]) -> None:
+    async def _serve(self, text: TextService, ready: Callable[[], None]) -> None:
         settings = self._settings
         defaults = self.gateway.info.default_sampling_params if settings.generation_config else {}
         model = ServedModel(
             self.gateway,
-            texts,
+            text,
             self._names,
             defaults=defaults,
             priorities=self._options.get("scheduling_policy") == "priority",

@@ -48,8 +48,8 @@ Name = Annotated[str, Constraint(min_length=1, max_length=256)]
 # A list is read to its first mistake: millions of them would take minutes, and gigabytes to tell.
 Some = Annotated[T, Constraint(min_length=1, fail_fast=True)]
 Ids = Some[list[Id]]
-Prompt = str | Ids | Some[list[str]] | Some[list[Ids]]
-Messages = Some[list[dict[str, Any]]]
+PromptValue = str | Ids | Some[list[str]] | Some[list[Ids]]
+MessagesValue = Some[list[dict[str, Any]]]
 
 
 def _few(value: Any) -> Any:
@@ -105,9 +105,9 @@ BEAMS = "a beam search of this many beams"
 TABLE: tuple[Field, ...] = (
     # What is asked, and of whom.
     row("model", str, "the served model's name; another one is a 404", (*PROMPTS, TOKENIZE, DETOKENIZE)),
-    row("prompt", Prompt, "text, token ids, or a list of either", (COMPLETIONS,), required=True),
-    row("messages", Messages, "the conversation; content is text or a list of text parts", (CHAT,), required=True),
-    row("input", Prompt, "text, token ids, or a list of either", (EMBEDDINGS,), required=True),
+    row("prompt", PromptValue, "text, token ids, or a list of either", (COMPLETIONS,), required=True),
+    row("messages", MessagesValue, "the conversation; content is text or a list of text parts", (CHAT,), required=True),
+    row("input", PromptValue, "text, token ids, or a list of either", (EMBEDDINGS,), required=True),
     row("n", Annotated[int, Constraint(ge=1, le=256)], "choices for each prompt, which share its blocks"),
     row("max_tokens", Count, "tokens to generate; 16 by default, and in a chat to the end of the context"),
     row("max_completion_tokens", Positive, "the same as max_tokens, by its newer name", (CHAT,)),
@@ -197,7 +197,7 @@ TABLE: tuple[Field, ...] = (
     row("explain", bool, "why it took its time: queue, cached tokens, chunks, preemptions, batch sizes, resumes"),
     row("encoding_format", Literal["float", "base64"], "numbers, or base64 of little-endian fp32", (EMBEDDINGS,)),
     row("prompt", str, "the text", (TOKENIZE,)),
-    row("messages", Messages, "a conversation, rendered by the chat template", (TOKENIZE,)),
+    row("messages", MessagesValue, "a conversation, rendered by the chat template", (TOKENIZE,)),
     row("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
     row("tokens", Annotated[list[Id], Constraint(fail_fast=True)], "token ids", (DETOKENIZE,), required=True),
     # Other weights.

@@ -1,4 +1,4 @@
-"""The shapes of completions and chats: one `Part` of a choice becomes a chunk's choice, or a whole answer's."""
+"""The shapes of completions and chats: one `ChoicePart` of a choice becomes a chunk's choice, or a whole answer's."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Any, Protocol
 from headrace.instance.wire import ChoiceDelta, TokenEntry
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 
-__all__ = ["CHAT_FORM", "COMPLETION_FORM", "Form", "Part", "prompt_part", "prompt_tables", "usage"]
+__all__ = ["CHAT_FORM", "COMPLETION_FORM", "ChoicePart", "Form", "prompt_part", "prompt_tables", "usage"]
 
-Row = Sequence[TokenEntry] | None
+LogprobRow = Sequence[TokenEntry] | None
 """A token's own entry, then the best ones; None for a prompt's first token."""
 
 
 @dataclass(slots=True)
-class Part:
+class ChoicePart:
     """Some of one choice's tokens, with their text. `rows` has one row a token, or is None."""
 
     text: str = ""
     token_ids: Sequence[int] = ()
-    rows: Sequence[Row] | None = None
+    rows: Sequence[LogprobRow] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
     @classmethod
-    def of_delta(cls, new: ChoiceDelta) -> Part:
+    def of_delta(cls, new: ChoiceDelta) -> ChoicePart:
         """What a step brought."""
         return cls(new.text, new.token_ids, new.logprobs, new.finish_reason, new.stop_reason)
 
     @classmethod
-    def of_output(cls, whole: CompletionOutput) -> Part:
+    def of_output(cls, whole: CompletionOutput) -> ChoicePart:
         """A choice that is over."""
         rows = None if whole.logprobs is None else [entries(table) for table in whole.logprobs]
         return cls(whole.text, whole.token_ids, rows, whole.finish_reason, whole.stop_reason)
 
-    def __add__(self, other: Part) -> Part:
+    def __add__(self, other: ChoicePart) -> ChoicePart:
         """This and what came after it."""
         rows = None if self.rows is None and other.rows is None else [*(self.rows or ()), *(other.rows or ())]
-        return Part(
+        return ChoicePart(
             self.text + other.text, [*self.token_ids, *other.token_ids], rows, other.finish_reason, other.stop_reason
         )
 
@@ -49,15 +49,15 @@ def entries(table: Mapping[int, Logprob]) -> list[TokenEntry]:
     return [TokenEntry(token, entry.logprob, entry.rank, entry.decoded_token) for token, entry in table.items()]
 
 
-def prompt_part(text: str, output: RequestOutput, first_token: str, shown: bool) -> Part:
+def prompt_part(text: str, output: RequestOutput, first_token: str, shown: bool) -> ChoicePart:
     """The prompt as a part of a choice, for an echo. `first_token` is the first token's text."""
     ids = output.prompt_token_ids
     if not shown or output.prompt_logprobs is None:
-        return Part(text, ids)
-    rows: list[Row] = [None if table is None else entries(table) for table in output.prompt_logprobs]
+        return ChoicePart(text, ids)
+    rows: list[LogprobRow] = [None if table is None else entries(table) for table in output.prompt_logprobs]
     if rows:
         rows[0] = [TokenEntry(ids[0], 0.0, 0, first_token)]  # rank 0: nothing stands before it
-    return Part(text, ids, rows)
+    return ChoicePart(text, ids, rows)
 
 
 def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
@@ -98,10 +98,10 @@ class Form(Protocol):
     def opening(self, index: int) -> dict[str, Any] | None:
         """The choice of a stream's first chunk, where it has one without text."""
 
-    def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
+    def piece(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
         """A chunk's choice. `best` tokens are shown beside each; `offset` characters of the text came before."""
 
-    def whole(self, index: int, part: Part, best: int) -> dict[str, Any]:
+    def whole(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
         """An answer's choice."""
 
 
@@ -114,7 +114,7 @@ class CompletionForm:
     def opening(self, index: int) -> None:
         """Nothing comes before the text."""
 
-    def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
+    def piece(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
         """A chunk's choice is an answer's choice."""
         return {
             "index": index,
@@ -124,7 +124,7 @@ class CompletionForm:
             "stop_reason": part.stop_reason,
         }
 
-    def whole(self, index: int, part: Part, best: int) -> dict[str, Any]:
+    def whole(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
         """All of it."""
         return self.piece(index, part, best, 0)
 
@@ -139,7 +139,7 @@ class ChatForm:
         """Who speaks."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
+    def piece(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
         """What is new."""
         return {
             "index": index,
@@ -149,7 +149,7 @@ class ChatForm:
             "stop_reason": part.stop_reason,
         }
 
-    def whole(self, index: int, part: Part, best: int) -> dict[str, Any]:
+    def whole(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
         """The message."""
         return {
             "index": index,
@@ -160,7 +160,7 @@ class ChatForm:
         }
 
 
-def _completion_logprobs(part: Part, offset: int) -> dict[str, Any] | None:
+def _completion_logprobs(part: ChoicePart, offset: int) -> dict[str, Any] | None:
     if part.rows is None:
         return None
     told: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
@@ -178,7 +178,7 @@ def _completion_logprobs(part: Part, offset: int) -> dict[str, Any] | None:
     return told
 
 
-def _chat_logprobs(part: Part, best: int) -> dict[str, Any] | None:
+def _chat_logprobs(part: ChoicePart, best: int) -> dict[str, Any] | None:
     if part.rows is None:
         return None
     content = []

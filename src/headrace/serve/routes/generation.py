@@ -10,13 +10,13 @@ from headrace.serve.answers import Answers
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import unless_gone
 from headrace.serve.models import ModelDirectory, ServedModel
-from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.bodies import Body, Reader
 from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING
 from headrace.serve.protocol.document import answers as documented
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
-from headrace.serve.texts import Prompt, several
+from headrace.serve.protocol.requests import read_generation_request
+from headrace.serve.text_service import TokenizedPrompt, several
 
 __all__ = ["generation_router", "read_chat", "truncated"]
 
@@ -36,11 +36,11 @@ def generation_router(models: ModelDirectory) -> APIRouter:
         body = completion.read(await request.body())
         model = models.of(body)
         answers = Answers(model)
-        ask = read_ask(body, COMPLETIONS, model.defaults, model.priorities)
+        generation = read_generation_request(body, COMPLETIONS, model.defaults, model.priorities)
         given = several(body["prompt"])
-        answers.check(ask, len(given))
-        prompts = await unless_gone(request, model.texts.prompts(given, body.get("add_special_tokens", True)))
-        return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, model) for p in prompts])
+        answers.check(generation, len(given))
+        prompts = await unless_gone(request, model.text.prompts(given, body.get("add_special_tokens", True)))
+        return await answers.answer(request, generation, COMPLETION_FORM, [truncated(p, body, model) for p in prompts])
 
     @router.post(
         CHAT,
@@ -51,15 +51,15 @@ def generation_router(models: ModelDirectory) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         body = chat.read(await request.body())
         model = models.of(body)
-        ask = read_ask(body, CHAT, model.defaults, model.priorities)
-        echo = _last_message(body) if ask.echo else None
+        generation = read_generation_request(body, CHAT, model.defaults, model.priorities)
+        echo = _last_message(body) if generation.echo else None
         prompt = await unless_gone(request, read_chat(body, model))
-        return await Answers(model).answer(request, ask, CHAT_FORM, [truncated(prompt, body, model)], echo)
+        return await Answers(model).answer(request, generation, CHAT_FORM, [truncated(prompt, body, model)], echo)
 
     return router
 
 
-async def read_chat(body: Body, model: ServedModel) -> Prompt:
+async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
     """The prompt that a conversation becomes."""
     going_on = body.get("continue_final_message", False)
     if going_on and body.get("add_generation_prompt", False):
@@ -71,7 +71,7 @@ async def read_chat(body: Body, model: ServedModel) -> Prompt:
     }
     if "reasoning_effort" in body:
         variables["reasoning_effort"] = "reasoning_effort", body["reasoning_effort"]
-    return await model.texts.chat(
+    return await model.text.chat(
         body["messages"],
         add_generation_prompt=body.get("add_generation_prompt", True),
         continue_final_message=going_on,
@@ -81,7 +81,7 @@ async def read_chat(body: Body, model: ServedModel) -> Prompt:
     )
 
 
-def truncated(prompt: Prompt, body: Body, model: ServedModel) -> Prompt:
+def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> TokenizedPrompt:
     """The end of a prompt that `truncate_prompt_tokens` asks for."""
     count = body.get("truncate_prompt_tokens")
     if count is None:

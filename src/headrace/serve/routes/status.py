@@ -88,6 +88,6 @@ def _card(name: str, model: ServedModel) -> dict[str, Any]:
         "max_model_len": info.max_model_len,
         "fingerprint": info.fingerprint,
         "weights_version": model.gateway.weights_version,
-        "chat_template": model.texts.tokenizer.has_chat_template,
+        "chat_template": model.text.tokenizer.has_chat_template,
         "default_sampling_params": dict(model.defaults),
     }

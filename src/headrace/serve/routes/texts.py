@@ -18,7 +18,7 @@ from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, 
 from headrace.serve.protocol.document import answers as documented
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
 from headrace.serve.routes.generation import read_chat, truncated
-from headrace.serve.texts import Prompt, several
+from headrace.serve.text_service import TokenizedPrompt, several
 
 __all__ = ["texts_router"]
 
@@ -55,7 +55,7 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
             raise RefusedError(
                 f"{len(given)} texts at once, and this server holds {model.gateway.seats}: send fewer", "input"
             )
-        prompts = await unless_gone(request, model.texts.prompts(given, body.get("add_special_tokens", True)))
+        prompts = await unless_gone(request, model.text.prompts(given, body.get("add_special_tokens", True)))
         prompts = [truncated(prompt, body, model) for prompt in prompts]
         made = await unless_gone(request, _embed(model, prompts))
         as_base64 = body.get("encoding_format") == "base64"
@@ -92,7 +92,7 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
             prompt = await unless_gone(request, read_chat(body, model))
         else:
             [prompt] = await unless_gone(
-                request, model.texts.prompts([body["prompt"]], body.get("add_special_tokens", True))
+                request, model.text.prompts([body["prompt"]], body.get("add_special_tokens", True))
             )
         answer: dict[str, Any] = {
             "count": len(prompt.token_ids),
@@ -100,7 +100,7 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
             "tokens": prompt.token_ids,
         }
         if body.get("return_token_strs", False):
-            answer["token_strs"] = await model.texts.token_texts(prompt.token_ids)
+            answer["token_strs"] = await model.text.token_texts(prompt.token_ids)
         return JSON(answer)
 
 
@@ -120,10 +120,10 @@ def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
         for token in body["tokens"]:
             if token > last:
                 raise RefusedError(f"tokens has id {token}, and the vocabulary ends at {last}", "tokens")
-        return JSON({"prompt": await model.texts.decode(body["tokens"])})
+        return JSON({"prompt": await model.text.decode(body["tokens"])})
 
 
-async def _embed(model: ServedModel, prompts: list[Prompt]) -> list[Embedding]:
+async def _embed(model: ServedModel, prompts: list[TokenizedPrompt]) -> list[Embedding]:
     """All of them, or the first error. They are made one after another."""
     tasks = [asyncio.ensure_future(model.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
     try:

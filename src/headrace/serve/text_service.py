@@ -1,4 +1,4 @@
-"""`Texts`: text to tokens and conversations to text, none of it on the event loop.
+"""`TextService`: text to tokens and conversations to text, none of it on the event loop.
 
 encode, decode ──> a thread; long texts have one of their own, so that short ones need not wait for them
 chat ──> the template, in a worker process ──> a thread
@@ -18,7 +18,7 @@ from headrace.serve.errors import RefusedError, named
 from headrace.serve.templates import TemplateWorker
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "Texts", "several"]
+__all__ = ["TextService", "TokenizedPrompt", "several"]
 
 LONG = 20_000
 """Characters or tokens from which a text is long: some 10 ms of work."""
@@ -33,18 +33,18 @@ def several(given: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A prompt as the engine takes it. `text` is None where it came as token ids."""
 
     text: str | None
     token_ids: list[int]
 
-    def last(self, count: int) -> Prompt:
+    def last(self, count: int) -> TokenizedPrompt:
         """The last `count` tokens of it."""
-        return self if len(self.token_ids) <= count else Prompt(None, self.token_ids[-count:] if count else [])
+        return self if len(self.token_ids) <= count else TokenizedPrompt(None, self.token_ids[-count:] if count else [])
 
 
-class Texts:
+class TextService:
     """One tokenizer and its chat template, for many requests. Close it at the end."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -82,10 +82,12 @@ class Texts:
 
         return await self._off_loop(16 * len(ids), work)
 
-    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[Prompt]:
+    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[TokenizedPrompt]:
         """Prompts of texts or ids."""
         return [
-            Prompt(one, await self.encode(one, add_special_tokens)) if isinstance(one, str) else Prompt(None, one)
+            TokenizedPrompt(one, await self.encode(one, add_special_tokens))
+            if isinstance(one, str)
+            else TokenizedPrompt(None, one)
             for one in given
         ]
 
@@ -98,7 +100,7 @@ class Texts:
         chat_template: str | None = None,
         variables: Mapping[str, tuple[str, Any]] = {},
         add_special_tokens: bool = False,
-    ) -> Prompt:
+    ) -> TokenizedPrompt:
         """A conversation as a prompt. `variables` are the template's, each with the field that it came in."""
         for name, (field, _) in variables.items():
             if name in RESERVED:
@@ -126,7 +128,7 @@ class Texts:
         )
         if mark:
             text = _cut(text, mark)
-        return Prompt(text, await self.encode(text, add_special_tokens))
+        return TokenizedPrompt(text, await self.encode(text, add_special_tokens))
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
         pool = self._short if size < LONG else self._long

@@ -1,4 +1,4 @@
-"""`Ask`: what one request asks for, read from its fields. Prompts are not read here: that takes a tokenizer."""
+"""`GenerationRequest`: a request's fields, read and checked. Prompts are not read here: that takes a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from headrace.serve.errors import RefusedError, named
 from headrace.serve.protocol.bodies import Body
 from headrace.serve.protocol.fields import CHAT, TABLE
 
-__all__ = ["Ask", "read_ask"]
+__all__ = ["GenerationRequest", "read_generation_request"]
 
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 SAMPLING = {field.name: field.sampling for field in TABLE if field.sampling is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class GenerationRequest:
     """Everything but the prompts."""
 
     params: SamplingParams
@@ -41,15 +41,17 @@ class Ask:
     namespace: tuple[str, ...] = ()
 
 
-def read_ask(body: Body, endpoint: str, defaults: Mapping[str, Any], priorities: bool) -> Ask:
-    """An `Ask` of a body that a `Reader` passed. `defaults` are the model's own sampling parameters.
+def read_generation_request(
+    body: Body, endpoint: str, defaults: Mapping[str, Any], priorities: bool
+) -> GenerationRequest:
+    """A body that a `Reader` has checked. `defaults` are the model's own sampling parameters.
 
     `priorities` is whether the engine schedules by priority. Raises `RefusedError` with the field at fault.
     """
     _check_together(body, endpoint, priorities)
     options = body.get("stream_options", {})
     only_echo = bool(body.get("echo")) and body.get("max_tokens") == 0
-    return Ask(
+    return GenerationRequest(
         params=_sampling_params(body, endpoint, defaults, only_echo),
         stream=body.get("stream", False),
         include_usage=options.get("include_usage") is True,
