@@ -34,7 +34,7 @@ class Driver:
     def check_empty(self):
         held = vars(self.instance)
         assert not held["_sent"] and not held["_embeds"] and not held["_events"]
-        assert not held["_explainer"]._stories and not held["_explainer"]._names
+        assert not held["_explainer"]._timelines and not held["_explainer"]._names
 
 
 @pytest.fixture

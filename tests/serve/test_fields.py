@@ -113,8 +113,10 @@ SHOWN_ELSEWHERE = {f.name for f in TABLE if f.sampling} - {"prompt_logprobs"} | 
 WRONG = {"not": ["what", {"is": "expected"}]}
 
 
-def rows(fate):
-    return [pytest.param(f, on, id=f"{on}:{f.name}") for f in TABLE for on in f.on if f.fate == fate and on in BASE]
+def rows(handling):
+    return [
+        pytest.param(f, on, id=f"{on}:{f.name}") for f in TABLE for on in f.on if f.handling == handling and on in BASE
+    ]
 
 
 def test_every_known_field_has_a_row():
@@ -202,9 +204,9 @@ def test_a_refused_field_is_named_and_asking_for_nothing_is_not_refused(server, 
     refused = server.client.post(endpoint, json={**BASE[endpoint], field.name: WRONG})
     error = refused.json()["error"]
     assert refused.status_code == 400 and error["param"] == field.name and field.name in error["message"]
-    assert error["type"] == "invalid_request_error" and field.says in error["message"]
-    for nothing in (None, *field.nothing):
-        assert server.client.post(endpoint, json={**BASE[endpoint], field.name: nothing}).status_code == 200
+    assert error["type"] == "invalid_request_error" and field.description in error["message"]
+    for neutral in (None, *field.neutral):
+        assert server.client.post(endpoint, json={**BASE[endpoint], field.name: neutral}).status_code == 200
 
 
 @pytest.mark.parametrize(("field", "endpoint"), rows("ignored"))

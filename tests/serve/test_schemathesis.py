@@ -21,7 +21,7 @@ CONFIG = {
 }
 MOST_TOKENS = 8
 OPERATIONS = 11
-UNLIKELY = {field.name for field in TABLE if field.fate == "refused"} | {
+UNLIKELY = {field.name for field in TABLE if field.handling == "refused"} | {
     "reasoning_effort",
     "chat_template",
     "chat_template_kwargs",

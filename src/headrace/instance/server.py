@@ -1,6 +1,6 @@
-"""`Instance`: one engine that obeys a gateway's messages. No sockets here: see `process.py`.
+"""`Instance`: one engine that executes a gateway's commands. Sockets are in `process.py`.
 
-commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one EventBatch of news a step
+commands ──> EngineLoop ──> executed between steps ──> Frontend.step ──> one EventBatch a step
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _STATS = [f.name for f in fields(SchedulerStats) if f.name != "finished"]
 
 
 class Instance:
-    """Everything but the transport. The thread that calls `run` owns the engine; `post` is for any thread."""
+    """Everything but the transport. The thread that calls `run` owns the engine; any thread may call `post`."""
 
     def __init__(self, llm: LLM, send: Callable[[EventBatch], None], name: str = "0") -> None:
         """`send` takes the events of a step; it is called on the engine's thread and may block.
@@ -66,10 +66,10 @@ class Instance:
         self._embeds: dict[str, list[int]] = {}
         self._events: list[EngineEvent] = []
         self._changed = False
-        """Whether something ended, or the cache was emptied, since the last report."""
+        """Whether a request ended or the cache was emptied outside a step since the last report."""
 
     def ready(self, startup_seconds: float) -> Ready:
-        """What a gateway wants to know of this engine."""
+        """This engine's description for the gateway. `startup_seconds` from the process's start to now."""
         scheduler = self._scheduler
         return Ready(
             instance=self._name,
@@ -88,21 +88,21 @@ class Instance:
         )
 
     def post(self, command: Command) -> None:
-        """Have a command obeyed before the next step, in the order of the calls."""
+        """Queue a command, to be executed before the next step. Order is kept."""
         if isinstance(command, Stop):
             self._loop.stop()
         else:
             self._loop.post(lambda: self._execute(command))
 
     def run(self) -> None:
-        """Until a `Stop`; raises what a step raises."""
+        """Run steps until a `Stop`. Raises what a step raises."""
         self._loop.run(self._busy, self._step)
 
     def _busy(self) -> bool:
         return bool(self._embeds) or self._frontend.has_work
 
     def _step(self) -> None:
-        """One step of the engine, one embedding, and the news of both as one message."""
+        """Run one step of the engine and one embedding; send the events of both as one message."""
         report: StepReport | None = None
         if self._frontend.has_work:
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Weights from a folder into a running engine, and into the engine that comes after it."""
+"""Install weights from a folder into a running engine, and again into a restarted one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["install", "reinstall"]
 def install(llm: LLM, folder: str, version: int | None) -> InstalledWeights:
     """`LLM.update_weights` from a folder on this machine, never from a hub.
 
-    Raises `CheckpointError` where nothing has changed; anything else leaves an engine that can do no other step.
+    After a `CheckpointError` nothing has changed; after any other error the engine cannot run another step.
     """
-    folder, before = _look(folder)
+    folder, before = _resolve(folder)
     weights = InstalledWeights(folder, llm.update_weights(folder, version), before)
-    if _look(folder)[1] != before:
+    if _resolve(folder)[1] != before:
         raise RuntimeError(_changed(weights, "were read"))
     return weights
 
 
 def reinstall(llm: LLM, weights: InstalledWeights) -> None:
-    """Put weights in again. `CheckpointError` where the files are not what they were: tokens could differ."""
-    if _look(weights.folder)[1] != weights.files:
+    """Install weights in a restarted engine. `CheckpointError` if the files have changed: tokens could differ."""
+    if _resolve(weights.folder)[1] != weights.files:
         raise CheckpointError(_changed(weights, "were put in"))
     install(llm, weights.folder, weights.version)
 
@@ -38,8 +38,8 @@ def _changed(weights: InstalledWeights, when: str) -> str:
     )
 
 
-def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """Where it is, though links on the way may lead elsewhere later, and `InstalledWeights.files`."""
+def _resolve(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """The folder with symbolic links resolved, since they may change later, and `InstalledWeights.files`."""
     try:
         place = Path(os.path.realpath(folder))
         if not place.is_dir():
@@ -48,6 +48,6 @@ def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
         stats = [(path.name, path.stat()) for path in found]
     except CheckpointError:
         raise
-    except (OSError, ValueError) as error:  # no path at all, or none that may be read
+    except (OSError, ValueError) as error:  # not a valid path, or no permission
         raise CheckpointError(f"{folder[:200]!r} cannot be read: {error}") from error
     return str(place), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

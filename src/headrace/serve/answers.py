@@ -30,7 +30,7 @@ __all__ = ["Answers"]
 
 @dataclass(frozen=True)
 class _Job:
-    """One HTTP request as it is answered."""
+    """One HTTP request while it is answered."""
 
     generation: GenerationRequest
     form: Form
@@ -38,20 +38,20 @@ class _Job:
     echoes: Sequence[tuple[str, str]]
     """For each prompt, its text and its first token's; empty where nothing is echoed."""
     head: Mapping[str, Any] = field(default_factory=dict)
-    """What every chunk and answer begins with."""
+    """The first fields of every chunk and answer."""
 
     @property
     def best(self) -> int:
-        """Tokens to show beside each."""
+        """Alternatives to show for each token."""
         return self.generation.logprobs or 0
 
     @property
     def weights_version(self) -> int:
-        """Of the weights that gave the latest token of all."""
+        """Of the weights that computed the latest token of all streams."""
         return max(self.streams, key=lambda stream: stream.last_token or 0.0).output.weights_version
 
     def abandon(self) -> None:
-        """End what still runs."""
+        """Abort the streams that still run."""
         for stream in self.streams:
             stream.abandon()
 
@@ -86,7 +86,7 @@ class Answers:
         return JSON(self._whole(job, outputs))
 
     def check(self, generation: GenerationRequest, count: int) -> None:
-        """Refuse `count` prompts that cannot be served together, before anything is done for them."""
+        """Refuse `count` prompts that cannot be served together, before any work is done for them."""
         if generation.explain and count > 1:
             raise RefusedError(f"explain is for one prompt, not {count}", "explain")
         seats = count * max(generation.params.n, generation.params.beam_width)
@@ -102,7 +102,7 @@ class Answers:
     async def _open(
         self, generation: GenerationRequest, form: Form, prompts: Sequence[TokenizedPrompt], echo: str | None
     ) -> _Job:
-        """All of them, or none. Cancelled, it leaves nothing behind."""
+        """Open a stream for every prompt, or for none if one fails or this is cancelled."""
         identity = form.prefix + (generation.request_id or secrets.token_hex(12))
         echoes = [await self._echo(generation, prompt, echo) for prompt in prompts] if generation.echo else []
         streams: list[Stream] = []
@@ -150,7 +150,7 @@ class Answers:
                 part = ChoicePart(finish_reason="length") if job.generation.only_echo else ChoicePart.of_output(choice)
                 if job.echoes:
                     part = self._prompt_part(job, i, output) + part
-                shape = job.form.whole(i * len(output.outputs) + choice.index, part, job.best)
+                shape = job.form.answer_choice(i * len(output.outputs) + choice.index, part, job.best)
                 if job.generation.token_ids:
                     shape |= {
                         "token_ids": [] if job.generation.only_echo else choice.token_ids,
@@ -160,8 +160,8 @@ class Answers:
                     shape["prompt_logprobs"] = prompt_tables(output)
                 choices.append(shape)
         generated = 0 if job.generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
-        told = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
-        answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": told}
+        spent = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
+        answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": spent}
         if job.generation.explain:
             answer["explanation"] = _explanation(job.streams[0])
         return answer
@@ -174,7 +174,7 @@ class Answers:
     # ---- a chunk at a time
 
     async def _chunks(self, job: _Job) -> AsyncIterator[list[Mapping[str, Any]]]:
-        """Chunks, in lists of those that came at once."""
+        """Chunks; those of one delta are in one list."""
         chunker = _Chunker(job, self._prompt_part)
         opening = chunker.opening()
         if opening:
@@ -188,27 +188,27 @@ class Answers:
 
 
 class _Chunker:
-    """Turns deltas into chunks; it keeps how far each choice has come."""
+    """Turns deltas into chunks; keeps the progress of each choice."""
 
     def __init__(self, job: _Job, prompt_part: Any) -> None:
         self._job = job
         self._prompt_part = prompt_part
         count = len(job.streams) * job.generation.params.n
         self._offsets = [0] * count
-        """Characters of each choice's tokens so far."""
+        """Characters of each choice's tokens so far: `text_offset` of the next."""
         self._begun = [False] * count
         self._generated = 0
         self._cached = [0] * len(job.streams)
         self._held: list[list[Delta]] = [[] for _ in job.streams]
 
     def opening(self) -> list[Mapping[str, Any]]:
-        """The chunks that need no token: who speaks."""
-        shapes = [self._job.form.opening(i) for i in range(len(self._offsets))]
+        """The chunks before any token: a chat's role."""
+        shapes = [self._job.form.opening_choice(i) for i in range(len(self._offsets))]
         version = self._job.weights_version
         return [self._chunk(shape, version) for shape in shapes if shape is not None]
 
     def chunks(self, i: int, delta: Delta) -> list[Mapping[str, Any]]:
-        """What a delta of prompt `i` brings. It waits for the log-probabilities of an echo, which come before it."""
+        """Chunks of a delta of prompt `i`. An echo's log-probabilities come first: deltas wait for them."""
         self._held[i].append(delta)
         if not self._can_echo(i):
             return []
@@ -223,13 +223,13 @@ class _Chunker:
         return chunks
 
     def _can_echo(self, i: int) -> bool:
-        """A choice whose prefix was cached may be ahead of the one that computes the prompt again."""
+        """Whether the prompt's log-probabilities are complete: a choice with a cached prefix may be ahead of them."""
         output = self._job.streams[i].output
         known = output.prompt_logprobs
         return not self._job.echoes or known is None or output.finished or len(known) >= len(output.prompt_token_ids)
 
     def _shape(self, i: int, new: ChoiceDelta) -> dict[str, Any] | None:
-        """The choice of a chunk; None where it would say nothing."""
+        """The choice of a chunk; None where it would be empty."""
         job, index = self._job, i * self._job.generation.params.n + new.index
         part = ChoicePart.of_delta(new)
         if job.generation.only_echo:
@@ -241,7 +241,7 @@ class _Chunker:
             part = self._prompt_part(job, i, job.streams[i].output) + part
         if not (part.text or part.finish_reason or part.rows or (job.generation.token_ids and token_ids)):
             return None
-        shape = job.form.piece(index, part, job.best, self._offsets[index])
+        shape = job.form.chunk_choice(index, part, job.best, self._offsets[index])
         if part.rows is not None:
             self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
         if job.generation.token_ids:
@@ -251,7 +251,7 @@ class _Chunker:
         return shape
 
     def usage(self) -> dict[str, Any]:
-        """So far."""
+        """Tokens so far."""
         return usage(_prompt_tokens(self._job), self._generated, sum(self._cached))
 
     def _chunk(self, shape: Mapping[str, Any], version: int) -> dict[str, Any]:
@@ -269,12 +269,12 @@ def _prompt_tokens(job: _Job) -> int:
 
 
 def _explanation(stream: Stream) -> dict[str, Any]:
-    """Every field, those at their defaults too."""
+    """Every field, also those with default values."""
     return {name: getattr(stream.explanation, name) for name in Explanation.__struct_fields__}
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
-    """Deltas of all, as they come, with the number of their stream. Raises what the first to fail raises."""
+    """(Index of the stream, delta) of all streams, as they come. Raises the first error of any."""
     if len(streams) == 1:
         async for delta in streams[0]:
             yield 0, delta

@@ -28,7 +28,7 @@ from headrace.serve.settings import ServeSettings
 __all__ = ["create_app"]
 
 CLIENT_CLOSED = 499
-"""Nobody reads it; logs and tests do."""
+"""Status for logs and tests: the client has disconnected."""
 
 
 def create_app(models: ModelDirectory, metrics: ServerMetrics, settings: ServeSettings) -> ASGIApp:
@@ -55,8 +55,8 @@ def create_app(models: ModelDirectory, metrics: ServerMetrics, settings: ServeSe
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = f"{request.method} {request.scope['path'][:100]} is not served here"  # `url` reads the Host header
-        message = said if error.status_code in (404, 405) else str(error.detail)
+        not_served = f"{request.method} {request.scope['path'][:100]} is not served here"  # `url` reads the Host header
+        message = not_served if error.status_code in (404, 405) else str(error.detail)
         return JSON(error_body(error.status_code, message), error.status_code, dict(error.headers or {}))
 
     async def gone(request: Request, error: Exception) -> Response:

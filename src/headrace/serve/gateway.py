@@ -65,10 +65,10 @@ class Gateway:
         observer: GatewayObserver | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        """`options` are fields of `EngineOptions`, as JSON has them; `ConfigError` if they cannot work.
+        """`options` are fields of `EngineOptions`, JSON values; `ConfigError` if they cannot work.
 
         `max_queue` counts sequences beyond the engine's `max_num_seqs`. `progress(done, total, kernel)` is called
-        while kernels are made ready.
+        while kernels compile.
         """
         require(0 <= max_logprobs <= MAX_LOGPROBS, f"max_logprobs={max_logprobs} must be from 0 to {MAX_LOGPROBS}")
         require(max_queue >= 0, f"max_queue={max_queue} must not be negative")
@@ -116,7 +116,7 @@ class Gateway:
                 self.observer.ready(instance.ready)
 
     async def drain(self, timeout: float) -> None:
-        """Take no new requests, give the running ones `timeout` seconds, then stop."""
+        """Refuse new requests, give the running ones `timeout` seconds, then stop."""
         self._draining = True
         self._note_idle()
         with contextlib.suppress(TimeoutError):
@@ -167,8 +167,8 @@ class Gateway:
     ) -> Stream:
         """Queue a request; returns when an instance has accepted it. While the instance restarts, the request waits.
 
-        Every request without a seed is given one. Raises `RefusedError` where it can never be served,
-        `QueueFullError` where too many wait, `UnavailableError` where no instance is, or will be.
+        A request without a seed gets a random one. Raises `RefusedError` if it can never be served, `QueueFullError`
+        if the queue is full, `UnavailableError` if no instance is ready or restarting.
         """
         self._check(params)
         self._make_room(max(params.n, params.beam_width))
@@ -241,7 +241,7 @@ class Gateway:
 
     @property
     def seats(self) -> int:
-        """Sequences that may run or wait at once."""
+        """Sequences that may run or wait at once, at most."""
         return self.max_num_seqs + self.max_queue
 
     @property
@@ -256,7 +256,7 @@ class Gateway:
                 raise RefusedError(f"{field}={asked} is more than this server's limit of {self._max_logprobs}", field)
 
     def _make_room(self, seats: int) -> None:
-        """Refuse what would wait too long. A request that is alone is never refused for its size."""
+        """Raise `QueueFullError` if the queue is full. A request that is alone is never refused for its size."""
         if self.state not in ("ready", "restarting"):
             raise UnavailableError(f"the engine is {self.state}")
         taken = self.unfinished

@@ -24,7 +24,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 LABELS = ("model_name", "engine")
 REASONS = ("stop", "length", "abort", "error")
 
-# Dashboards made for vLLM expect these edges, in seconds and in tokens.
+# vLLM's bucket edges, which its dashboards expect: seconds and tokens.
 FIRST_TOKEN = (
     0.001,
     0.005,
@@ -54,7 +54,7 @@ REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 24
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-# name: (field of `SchedulerStats`, help). The engine counts from 0 in every new instance; these go on.
+# name: (field of `SchedulerStats`, help). The engine counts from 0 in every process; these never decrease.
 ENGINE_COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),

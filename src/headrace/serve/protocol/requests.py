@@ -29,9 +29,9 @@ class GenerationRequest:
     """The usage in every chunk."""
     echo: bool = False
     only_echo: bool = False
-    """Nothing is to be generated: the echo is all that is wanted."""
+    """Return the echo only: generate no token."""
     logprobs: int | None = None
-    """Best tokens to show beside each, None to show no log-probabilities."""
+    """Alternatives to show for each token; None: no log-probabilities."""
     prompt_tables: bool = False
     """Show `prompt_logprobs`, which an echo computes too."""
     token_ids: bool = False
@@ -74,7 +74,7 @@ def _need(ok: bool, message: str, param: str) -> None:
 
 
 def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
-    """Refuse what would be without effect."""
+    """Refuse fields that would have no effect, or that contradict each other."""
     stream = body.get("stream", False)
     _need(stream or "stream_options" not in body, "stream_options needs stream: true", "stream_options")
     for name, value in body.get("stream_options", {}).items():
@@ -113,7 +113,7 @@ def _logprobs(body: Body, endpoint: str) -> int | None:
 
 
 def _sampling_params(body: Body, endpoint: str, defaults: Mapping[str, Any], only_echo: bool) -> SamplingParams:
-    """The model's defaults, then OpenAI's for the endpoint, then what was sent."""
+    """The model's defaults, overridden by OpenAI's for the endpoint, then by the request's."""
     given = {SAMPLING[name]: value for name, value in body.items() if name in SAMPLING}
     given["logit_bias"] = {_token_id(key): value for key, value in body.get("logit_bias", {}).items()}
     given["n"] = body.get("n", 1)

@@ -11,8 +11,7 @@ from headrace.serve.errors import RefusedError
 from headrace.serve.http import unless_gone
 from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.protocol.bodies import Body, Reader
-from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING
-from headrace.serve.protocol.document import answers as documented
+from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING, responses
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
 from headrace.serve.protocol.requests import read_generation_request
@@ -22,7 +21,7 @@ __all__ = ["generation_router", "read_chat", "truncated"]
 
 
 def generation_router(models: ModelDirectory) -> APIRouter:
-    """Continue prompts, and answer conversations."""
+    """Endpoints that generate text."""
     router = APIRouter(tags=["generation"])
     completion, chat = Reader(COMPLETIONS, "CompletionRequest"), Reader(CHAT, "ChatCompletionRequest")
 
@@ -30,7 +29,7 @@ def generation_router(models: ModelDirectory) -> APIRouter:
         COMPLETIONS,
         openapi_extra={"requestBody": completion.schema()},
         summary="Continue prompts",
-        responses=documented(COMPLETION, *GENERATING, stream=True),
+        responses=responses(COMPLETION, *GENERATING, stream=True),
     )
     async def completions(request: Request) -> Response:
         body = completion.read(await request.body())
@@ -46,7 +45,7 @@ def generation_router(models: ModelDirectory) -> APIRouter:
         CHAT,
         openapi_extra={"requestBody": chat.schema()},
         summary="Answer a conversation",
-        responses=documented(CHAT_ANSWER, *GENERATING, stream=True),
+        responses=responses(CHAT_ANSWER, *GENERATING, stream=True),
     )
     async def chat_completions(request: Request) -> Response:
         body = chat.read(await request.body())
@@ -61,8 +60,8 @@ def generation_router(models: ModelDirectory) -> APIRouter:
 
 async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
     """The prompt that a conversation becomes."""
-    going_on = body.get("continue_final_message", False)
-    if going_on and body.get("add_generation_prompt", False):
+    continuing = body.get("continue_final_message", False)
+    if continuing and body.get("add_generation_prompt", False):
         raise RefusedError(
             "continue_final_message and add_generation_prompt are opposites: send one of them", "continue_final_message"
         )
@@ -74,7 +73,7 @@ async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
     return await model.text.chat(
         body["messages"],
         add_generation_prompt=body.get("add_generation_prompt", True),
-        continue_final_message=going_on,
+        continue_final_message=continuing,
         chat_template=body.get("chat_template"),
         variables=variables,
         add_special_tokens=body.get("add_special_tokens", False),
@@ -82,7 +81,7 @@ async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
 
 
 def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> TokenizedPrompt:
-    """The end of a prompt that `truncate_prompt_tokens` asks for."""
+    """The prompt, cut at its start as `truncate_prompt_tokens` asks."""
     count = body.get("truncate_prompt_tokens")
     if count is None:
         return prompt

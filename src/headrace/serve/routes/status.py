@@ -11,29 +11,29 @@ from headrace import __version__
 from headrace.serve.http import JSON
 from headrace.serve.metrics import CONTENT_TYPE, ServerMetrics
 from headrace.serve.models import ModelDirectory, ServedModel
-from headrace.serve.protocol.document import CARD, HEALTH, MODELS, UNHEALTHY, VERSION, answers, text_answers
+from headrace.serve.protocol.document import CARD, HEALTH, MODELS, UNHEALTHY, VERSION, responses, text_responses
 
 __all__ = ["PUBLIC_PATHS", "status_router"]
 
 PUBLIC_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/openapi.json"})
-"""What monitors read without a key; no prompt and no text is in it."""
+"""Paths for monitoring that need no key: no prompt and no text is in their responses."""
 NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
 def status_router(directory: ModelDirectory, server_metrics: ServerMetrics) -> APIRouter:
-    """How the server is, and what it serves."""
+    """The server's state and metrics, and the served models."""
     router = APIRouter(tags=["status"])
     _add_models(router, directory)
     _add_health(router, directory)
 
-    @router.get("/version", summary="headrace's version", responses=answers(VERSION, public=True))
+    @router.get("/version", summary="headrace's version", responses=responses(VERSION, public=True))
     async def version() -> Response:
         return JSON({"version": __version__})
 
     @router.get(
         "/metrics",
         summary="Counters and histograms in Prometheus' text format",
-        responses=text_answers(),
+        responses=text_responses(),
         response_class=PlainTextResponse,
     )
     async def metrics() -> Response:
@@ -43,15 +43,15 @@ def status_router(directory: ModelDirectory, server_metrics: ServerMetrics) -> A
 
 
 def _add_models(router: APIRouter, directory: ModelDirectory) -> None:
-    @router.get("/v1/models", summary="The served model, by each of its names", responses=answers(MODELS))
+    @router.get("/v1/models", summary="The served model, by each of its names", responses=responses(MODELS))
     async def models() -> Response:
         return JSON({"object": "list", "data": [_card(name, directory.find(name)) for name in directory]})
 
-    # With `name` as an argument, the document would have FastAPI's own 422, which never comes.
+    # With `name` as an argument, FastAPI would document a 422, which is never sent.
     @router.get(
         "/v1/models/{name:path}",
         summary="One model",
-        responses=answers(CARD, 404),
+        responses=responses(CARD, 404),
         openapi_extra={"parameters": [NAME]},
     )
     async def model(request: Request) -> Response:
@@ -60,7 +60,7 @@ def _add_models(router: APIRouter, directory: ModelDirectory) -> None:
 
 
 def _add_health(router: APIRouter, directory: ModelDirectory) -> None:
-    healthy = answers(HEALTH, public=True)
+    healthy = responses(HEALTH, public=True)
     healthy[503]["content"] = {"application/json": {"schema": UNHEALTHY}}
 
     @router.get("/health", summary="200 while the engine can serve, 503 while it cannot", responses=healthy)

@@ -14,8 +14,7 @@ from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
 from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.protocol.bodies import Reader
-from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, TOKENIZED, WITH_MODEL
-from headrace.serve.protocol.document import answers as documented
+from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, TOKENIZED, WITH_MODEL, responses
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
 from headrace.serve.routes.generation import read_chat, truncated
 from headrace.serve.text_service import TokenizedPrompt, several
@@ -45,7 +44,7 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
         openapi_extra={"requestBody": reader.schema()},
         summary="Mean-pooled hidden states",
         description=EMBEDDING_HELP,
-        responses=documented(EMBEDDED, *GENERATING),
+        responses=responses(EMBEDDED, *GENERATING),
     )
     async def embeddings(request: Request) -> Response:
         body = reader.read(await request.body())
@@ -81,7 +80,7 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
         TOKENIZE,
         openapi_extra={"requestBody": reader.schema()},
         summary="Text to token ids",
-        responses=documented(TOKENIZED, *WITH_MODEL),
+        responses=responses(TOKENIZED, *WITH_MODEL),
     )
     async def tokenize(request: Request) -> Response:
         body = reader.read(await request.body())
@@ -111,7 +110,7 @@ def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
         DETOKENIZE,
         openapi_extra={"requestBody": reader.schema()},
         summary="Token ids to text",
-        responses=documented(DETOKENIZED, *WITH_MODEL),
+        responses=responses(DETOKENIZED, *WITH_MODEL),
     )
     async def detokenize(request: Request) -> Response:
         body = reader.read(await request.body())
@@ -124,7 +123,7 @@ def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
 
 
 async def _embed(model: ServedModel, prompts: list[TokenizedPrompt]) -> list[Embedding]:
-    """All of them, or the first error. They are made one after another."""
+    """The embeddings of all prompts, or the first error."""
     tasks = [asyncio.ensure_future(model.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)

@@ -8,7 +8,7 @@ from headrace.serve.errors import NotAllowedError
 from headrace.serve.http import JSON, unless_gone
 from headrace.serve.models import ModelDirectory
 from headrace.serve.protocol.bodies import Reader
-from headrace.serve.protocol.document import UPDATED, answers
+from headrace.serve.protocol.document import UPDATED, responses
 from headrace.serve.protocol.fields import UPDATE
 
 __all__ = ["weights_router"]
@@ -20,7 +20,7 @@ HELP = (
 
 
 def weights_router(models: ModelDirectory, allowed: bool) -> APIRouter:
-    """Put other weights into the running engine."""
+    """The endpoint that replaces the weights of the running engine."""
     router = APIRouter(tags=["weights"])
     reader = Reader(UPDATE, "UpdateWeightsRequest")
 
@@ -29,7 +29,7 @@ def weights_router(models: ModelDirectory, allowed: bool) -> APIRouter:
         openapi_extra={"requestBody": reader.schema()},
         summary="Put in the weights of a folder",
         description=HELP,
-        responses=answers(UPDATED, 400, 403),
+        responses=responses(UPDATED, 400, 403),
     )
     async def update_weights(request: Request) -> Response:
         if not allowed:
