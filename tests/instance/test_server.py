@@ -1,4 +1,4 @@
-"""`Instance`: an engine that obeys messages, without a process around it."""
+"""`Instance`: an engine that executes commands, without its process."""
 
 import pytest
 
@@ -22,7 +22,7 @@ class Driver:
         self.instance = Instance(llm, self.batches.append)
 
     def run(self, *commands, steps=10_000):
-        """News of the commands and at most `steps` steps, flat."""
+        """Events of the commands and at most `steps` steps, flat."""
         self.batches.clear()
         for command in commands:
             self.instance._execute(command)
@@ -49,7 +49,7 @@ def kinds(news):
     return [type(item) for item in news]
 
 
-def test_one_message_a_step_carries_all_its_news(driver):
+def test_one_message_a_step_carries_all_its_events(driver):
     adds = [Add(str(i), [5 + i, 6], {**PARAMS, "seed": i}) for i in range(5)]
     driver.run(*adds)
     first = driver.batches[0].events
@@ -105,7 +105,7 @@ def test_embeddings_come_one_a_step_in_their_order_and_may_be_withdrawn(driver):
     assert sum(isinstance(n, Embedding) for n in driver.batches[0].events) == 1
 
 
-def test_a_preempted_request_says_so(driver, llm):
+def test_preemptions_are_in_the_explanation(driver, llm):
     """Ten that grow past what 39 blocks hold."""
     adds = [Add(str(i), [3 + i] * 40, {**PARAMS, "max_tokens": 60}) for i in range(10)]
     told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.finished}
@@ -139,7 +139,7 @@ def test_nothing_is_kept_of_many_requests(driver):
         driver.check_empty()
 
 
-def test_ready_says_what_the_engine_holds(driver, llm):
+def test_ready_describes_the_engine(driver, llm):
     ready = driver.instance.ready(1.5)
     assert ready.kv_blocks == 39 and ready.block_size == 16 and ready.kv_tokens == 39 * 16
     assert ready.fingerprint == llm.fingerprint and ready.startup_seconds == 1.5

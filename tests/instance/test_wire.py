@@ -1,4 +1,4 @@
-"""The messages: what goes in comes out, floats to the bit."""
+"""Messages keep their values through encoding, floats to the bit."""
 
 import math
 

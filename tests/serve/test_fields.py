@@ -1,4 +1,4 @@
-"""Every field that clients send is honoured or refused by name; a real server is asked about each."""
+"""Every field that clients send is honoured or refused by name, checked on a real server."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ BASE = {
     DETOKENIZE: {"tokens": [5, 6]},
 }
 TEMPLATE = "{{ messages[0].content }}{{ reasoning_effort }}{{ mood }}"
-# A value that a server honours, with what it must come with.
+# A value that a server honours, with the fields that it needs.
 VALUES = {
     "model": "tiny",
     "prompt": [5, 6, 7],

@@ -83,7 +83,7 @@ def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, 
 @pytest.mark.parametrize("kind", ["greedy", "choices", "scored", "beam", "stopped", "stop shown", "penalised"])
 @pytest.mark.parametrize("steps", [1, 3, 5, 9, 17, 28])
 def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
-    """Without a process: what is sent after some steps, and an engine that goes on from it."""
+    """Without a process: an engine resumes from the transcript after some steps."""
     ids, params = llm.tokenizer.encode(PROMPT), kinds(llm)[kind]
     params = replace(params, seed=params.seed or 1)
     expected = llm.generate([ids], params)[0]

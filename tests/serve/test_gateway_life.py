@@ -1,4 +1,4 @@
-"""A gateway's life: it starts or says why not, drains, stops, and gives up where going on makes no sense."""
+"""Start, drain, stop, restart and failure of a gateway and its instances."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ IDS = [5, 6, 7, 8, 9]
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """An empty directory for what instances leave behind."""
+    """The empty directory in which instances make their temporary folders."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -67,7 +67,7 @@ def test_a_drain_lets_what_runs_finish_and_takes_nothing_new(tinyworld_checkpoin
     async def scenario():
         gateway, _ = await start(tinyworld_checkpoint, progress=lambda *at: seen.append(at))
         process = psutil.Process(gateway.info.pid)
-        for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group, they are the gateway's to obey
+        for number in (signal.SIGINT, signal.SIGTERM):  # the instance ignores them: only the gateway handles signals
             process.send_signal(number)
         stream = await gateway.open("last", None, IDS, LONG)
         draining = await begun(gateway.drain(60.0))
@@ -127,7 +127,7 @@ def test_requests_that_come_while_an_instance_starts_wait_for_it(tinyworld_check
         gateway, _ = await start(tinyworld_checkpoint)
         first = gateway.info.pid
         os.kill(first, signal.SIGKILL)
-        with pytest.raises(UnavailableError):  # nobody answers; told so when the death is seen
+        with pytest.raises(UnavailableError):  # raised when the gateway detects the death
             await gateway.inspect()
         assert gateway.state == "restarting"
         leaves = await begun(gateway.open("leaves", None, IDS, LONG))
@@ -169,7 +169,7 @@ def test_an_instance_goes_when_its_gateway_is_killed(tinyworld_checkpoint, tmp_p
 
 
 class FakeClient:
-    """An instance that dies after it said what it is told to say."""
+    """An instance that dies after it has sent the given events."""
 
     def __init__(self, fingerprint="hr_1", says=(), waits=False):
         self.ready = Ready("0", 1, fingerprint, 100, 100, 100, 10, 16, {}, 0.0)
@@ -196,7 +196,7 @@ class FakeClient:
 
 
 def fake(monkeypatch, clients):
-    """A gateway whose instances are these; an exception in the list is one that does not start."""
+    """A gateway whose processes are these clients; an exception in the list is a failed start."""
     left = list(clients)
 
     async def make():
@@ -321,7 +321,7 @@ def test_an_engine_that_dies_while_its_weights_change_has_changed_nothing(monkey
     asyncio.run(scenario())
 
 
-def test_what_was_put_in_is_known_though_nobody_waited(monkeypatch):
+def test_updated_weights_count_without_a_waiting_caller(monkeypatch):
     weights = InstalledWeights("somewhere", 3, [("a", 1, 2)])
 
     async def scenario():

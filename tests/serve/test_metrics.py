@@ -1,4 +1,4 @@
-"""What /metrics says: names, buckets, and counters that survive a restart of the instance."""
+"""/metrics: names, buckets, and counters that survive a restart of the instance."""
 
 import json
 import re

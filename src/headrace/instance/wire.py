@@ -283,9 +283,11 @@ def encode(message: Command | Event) -> bytes:
 
 def decode_command(data: bytes) -> Command:
     """A gateway's message; raises `msgspec.DecodeError` (a ValueError) if `data` is not one."""
-    return _commands.decode(data)
+    command: Command = _commands.decode(data)
+    return command
 
 
 def decode_event(data: bytes) -> Event:
     """An instance's message; raises `msgspec.DecodeError` (a ValueError) if `data` is not one."""
-    return _events.decode(data)
+    event: Event = _events.decode(data)
+    return event

@@ -223,7 +223,7 @@ class _InstanceMetrics:
 
     def _growth(self, stats: Mapping[str, Any], field: str) -> float:
         """How much an engine's counter grew since the last report; one that shrank began again at 0."""
-        before, now = self._seen.get(field, 0), stats[field]
+        before, now = self._seen.get(field, 0.0), float(stats[field])
         self._seen[field] = now
         return now - before if now >= before else now
 
