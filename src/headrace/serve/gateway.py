@@ -209,10 +209,11 @@ class Gateway:
         """Load a folder's weights into every engine, between two steps; returns their version (None: the next one).
 
         Running requests continue under them, and a restarted engine gets them too. Raises `RefusedError` where they do
-        not fit, `UnavailableError` where no engine is ready or one dies: then nothing has changed.
+        not fit, `UnavailableError` where an engine is not ready or dies: then its weights have not changed.
         """
-        if self.state != "ready":
-            raise UnavailableError(f"the engine is {self.state}")
+        not_ready = [s for s in (self.state, *(i.state for i in self._instances.values())) if s != "ready"]
+        if not_ready:
+            raise UnavailableError(f"the engine is {not_ready[0]}")
         answers = []
         for instance in self._instances:
             update = UpdateWeights(str(next(self._names)), folder, version)
@@ -223,7 +224,7 @@ class Gateway:
     async def inspect(self, max_nodes: int = 500) -> Tree:
         """The radix tree of the prefix cache that a new request would meet. `UnavailableError` if none is ready."""
         instance = self._pick()
-        if instance.state != "ready":
+        if self._stopped or instance.state != "ready":
             raise UnavailableError(f"the engine is {self.state}")
         inspect = Inspect(str(next(self._names)), max_nodes)
         self._send(instance.name, inspect)
