@@ -21,7 +21,7 @@ import torch
 from headrace import LLM, SamplingParams
 from headrace.kernels.ops import load_ops
 from headrace.train.config import load_recipe
-from headrace.train.data import Batch, batch_of
+from headrace.train.data import TrainingBatch, batch_of
 from headrace.train.run import train
 from headrace.train.trainer import Trainer
 
@@ -63,7 +63,7 @@ def policy_gradient_step(trainer: Trainer, logprobs: torch.Tensor) -> None:
             parameter -= RATE * grad
 
 
-def sample_over_http(checkpoint: Path) -> tuple[Batch, list[float]]:
+def sample_over_http(checkpoint: Path) -> tuple[TrainingBatch, list[float]]:
     """Completions from `headrace serve`, as a batch, and the log-probabilities that it reported."""
     server = subprocess.Popen(
         [sys.executable, "-m", "headrace", "serve", str(checkpoint), "--port", "0"], stdout=subprocess.PIPE, text=True
@@ -95,7 +95,7 @@ def sample_over_http(checkpoint: Path) -> tuple[Batch, list[float]]:
         server.wait()
 
 
-def sample(llm: LLM) -> tuple[Batch, list[float]]:
+def sample(llm: LLM) -> tuple[TrainingBatch, list[float]]:
     """The same from an engine in this process."""
     outputs = llm.generate(PROMPTS, [SamplingParams(max_tokens=24, seed=i, logprobs=1) for i in range(len(PROMPTS))])
     choices = [output.outputs[0] for output in outputs]
@@ -103,7 +103,7 @@ def sample(llm: LLM) -> tuple[Batch, list[float]]:
     return as_batch([(o.prompt_token_ids, c.token_ids) for o, c in zip(outputs, choices)]), scores
 
 
-def as_batch(rows: list[tuple[list[int], list[int]]]) -> Batch:
+def as_batch(rows: list[tuple[list[int], list[int]]]) -> TrainingBatch:
     """Prompts and completions, packed; the completions' tokens count."""
     return batch_of([([*prompt, *out], [False] * len(prompt) + [True] * len(out)) for prompt, out in rows])
 

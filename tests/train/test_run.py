@@ -16,7 +16,7 @@ from headrace.model.huggingface import load_model
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.config import load_recipe
-from headrace.train.metrics import Metrics, draw
+from headrace.train.metrics import MetricsFile, draw
 from headrace.train.run import train
 from train.run_kit import TIMES, lines_of
 
@@ -207,6 +207,6 @@ def test_metrics_that_the_disk_does_not_take_are_a_clear_error(recipe, tmp_path,
     def full(self, line):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "metrics.jsonl"))
 
-    monkeypatch.setattr(Metrics, "write", full)
+    monkeypatch.setattr(MetricsFile, "write", full)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written: No space left.*--resume"):
         train(recipe, tmp_path / "run", ops=cpu_ops)

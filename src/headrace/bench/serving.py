@@ -77,7 +77,7 @@ class RequestRow:
         return self.end - self.sent if self.end is not None and self.sent is not None else None
 
 
-class _Choice(msgspec.Struct):
+class _ChunkChoice(msgspec.Struct):
     text: str | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
@@ -92,13 +92,13 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
-class _Event(msgspec.Struct):
-    choices: list[_Choice] = []
+class _Chunk(msgspec.Struct):
+    choices: list[_ChunkChoice] = []
     usage: _Usage | None = None
     error: Any = None
 
 
-_decode = msgspec.json.Decoder(_Event).decode
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 def find_model(url: str, key: str | None = None, model: str | None = None) -> str:
@@ -151,10 +151,10 @@ async def run_calls(url: str, calls: Sequence[Call], limit: float, key: str | No
     """Send them all on time; what has not ended `limit` seconds after the start has failed."""
     require(limit > 0, f"the limit of {limit:g} s must be above 0")
     with _many_files(len(calls)):
-        return await _Run(Endpoint.of(url, PATH, key), calls).run(limit)
+        return await _LoadRun(Endpoint.of(url, PATH, key), calls).run(limit)
 
 
-class _Run:
+class _LoadRun:
     """One run: its clock and its rows."""
 
     def __init__(self, endpoint: Endpoint, calls: Sequence[Call]) -> None:

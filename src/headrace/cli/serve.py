@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", help="a checkpoint folder in Hugging Face layout, or a hub id")
     _add_server(parser.add_argument_group("server"))
+    _add_access(parser.add_argument_group("access"))
     _add_limits(parser.add_argument_group("limits"))
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -54,25 +55,6 @@ def _add_server(group: Any) -> None:
         help="names that requests may use; answers carry the first (default: MODEL as it is given)",
     )
     group.add_argument(
-        "--api-key",
-        nargs="+",
-        default=(),
-        metavar="KEY",
-        help=f"keys, of which requests must carry one; better set {KEY_VARIABLE}, which process lists "
-        "do not show (default: none, as only this machine reaches it)",
-    )
-    group.add_argument(
-        "--allow-remote",
-        action="store_true",
-        help="listen beyond this machine without a key (default: refused, as anybody could use it)",
-    )
-    group.add_argument(
-        "--allow-weight-updates",
-        action="store_true",
-        help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
-        "as whoever may ask could change the model)",
-    )
-    group.add_argument(
         "--restart",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -92,6 +74,28 @@ def _add_server(group: Any) -> None:
         default=10.0,
         metavar="S",
         help="seconds that running requests have after SIGTERM (default: 10, a third of what Kubernetes allows)",
+    )
+
+
+def _add_access(group: Any) -> None:
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help=f"keys, of which requests must carry one; better set {KEY_VARIABLE}, which process lists "
+        "do not show (default: none, as only this machine reaches it)",
+    )
+    group.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="listen beyond this machine without a key (default: refused, as anybody could use it)",
+    )
+    group.add_argument(
+        "--allow-weight-updates",
+        action="store_true",
+        help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
+        "as whoever may ask could change the model)",
     )
 
 

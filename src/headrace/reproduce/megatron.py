@@ -34,7 +34,7 @@ BATCH, LENGTH, VOCABULARY, COPIES = 8, 1024, 51200, 64
 ALL_REDUCES = 6
 """A layer: 2 forward, 2 backward, 2 when activations are recomputed."""
 
-Answers = dict[tuple[int, int], list[dict[str, Any]]]
+ResultsByLayout = dict[tuple[int, int], list[dict[str, Any]]]
 
 
 def table(quick: bool = False) -> Table:
@@ -46,7 +46,7 @@ def table(quick: bool = False) -> Table:
         f"a Llama of {model.num_layers} layers of {model.hidden_size}, {model.shards} virtual shards, CPU "
         "kernels, really run in 1, 2 and 4 processes of one thread",
     )
-    answers: Answers = {layout: run_ranks(*layout, setting) for layout in LAYOUTS}
+    answers: ResultsByLayout = {layout: run_ranks(*layout, setting) for layout in LAYOUTS}
     counts(out, answers, setting)
     bits(out, answers, model.num_layers)
     scaling(out, answers)
@@ -79,12 +79,12 @@ def run_ranks(
     return [json.loads(text) for text in told]
 
 
-def tensor_parallel(answers: Answers) -> list[list[dict[str, Any]]]:
+def tensor_parallel(answers: ResultsByLayout) -> list[list[dict[str, Any]]]:
     """The ranks of every layout that is one copy of the model, shared by several."""
     return [ranks for (processes, tensor), ranks in answers.items() if processes == tensor > 1]
 
 
-def counts(out: Table, answers: Answers, setting: dict[str, int]) -> None:
+def counts(out: Table, answers: ResultsByLayout, setting: dict[str, int]) -> None:
     """Collectives, their messages and volume, as counted by the ranks' own group."""
     layers, width = setting["layers"], setting["width"]
 
@@ -129,7 +129,7 @@ def ring(rank: dict[str, Any], p: int) -> float:
     return float(rank["sent"] / (4 * expected))
 
 
-def entropy(out: Table, answers: Answers) -> None:
+def entropy(out: Table, answers: ResultsByLayout) -> None:
     """What the vocabulary-parallel cross-entropy says to other ranks."""
     found = set()
     for ranks in tensor_parallel(answers):
@@ -141,7 +141,7 @@ def entropy(out: Table, answers: Answers) -> None:
     out.add("Vocabulary-parallel cross-entropy", "CE", "O(b·s) scalars, logits never gathered", " or ".join(found))
 
 
-def bits(out: Table, answers: Answers, layers: int) -> None:
+def bits(out: Table, answers: ResultsByLayout, layers: int) -> None:
     """Loss, gradients, weights and random streams of every layout against one process, by ==."""
     alone, equal = answers[1, 1][0], "mathematically equal"
     tensor = tensor_parallel(answers)
@@ -264,7 +264,7 @@ def like_the_paper_s() -> Machine:
     return min((Machine(V100, 0.0, 10 ** (9 + step / 100), 2) for step in range(400)), key=error)
 
 
-def scaling(out: Table, answers: Answers) -> None:
+def scaling(out: Table, answers: ResultsByLayout) -> None:
     """The paper's sizes on a machine with this one's compute and links, and the model held against a real run."""
     alone, two = answers[1, 1][0], answers[2, 2]
     machine, theirs = Machine.fitted(alone["flops"], alone["seconds"], two[0]["link"]), like_the_paper_s()

@@ -30,7 +30,7 @@ from headrace.parallel.mesh import Mesh
 from headrace.parallel.pieces import in_place_of
 from headrace.parallel.rendezvous import join
 from headrace.train.config import DataConfig, OptimizerConfig, Recipe, TrainConfig
-from headrace.train.data import Batch, open_source
+from headrace.train.data import TrainingBatch, open_source
 from headrace.train.flops import model_flops
 from headrace.train.recompute import recompute_
 from headrace.train.trainer import Trainer
@@ -150,13 +150,13 @@ def _build(plan: Recipe, group: RankGroup, recompute: str) -> Transformer:
     return model
 
 
-def _loss(model: Transformer, batch: Batch) -> Tensor:
+def _loss(model: Transformer, batch: TrainingBatch) -> Tensor:
     hidden = model.hidden(batch.ids_T, batch.positions_T, DenseContext(model.ops, model.config, batch.lengths))
     weight_R = torch.full((len(batch.rows_R),), 1 / len(batch.rows_R))
     return model.lm_head.loss(model.ops.embedding(batch.rows_R, hidden), batch.targets_R, weight_R)[0]
 
 
-def _timed(model: Transformer, batch: Batch, group: RankGroup) -> dict[str, Any]:
+def _timed(model: Transformer, batch: TrainingBatch, group: RankGroup) -> dict[str, Any]:
     """Seconds of forward and backward, and what was computed and sent in them."""
     seconds = []
     for _ in range(REPEATS):

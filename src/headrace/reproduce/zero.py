@@ -27,7 +27,7 @@ PUBLISHED = {
 """GB a device of 7.5 billion parameters at P_os, P_os+g, P_os+g+p, by the number of copies (figure 1, table 1)."""
 MODULE = "headrace.reproduce.zero_rank"
 
-Answers = dict[int, list[dict[str, Any]]]
+ResultsByCopies = dict[int, list[dict[str, Any]]]
 """What each rank saw, by the number of copies."""
 
 
@@ -39,7 +39,7 @@ def table(quick: bool = False) -> Table:
         f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, really run as "
         "2 and 4 copies, processes of one thread; the 7.5 billion by formula",
     )
-    answers: Answers = {copies: run_ranks(copies, 1, setting, MODULE) for copies in COPIES}
+    answers: ResultsByCopies = {copies: run_ranks(copies, 1, setting, MODULE) for copies in COPIES}
     by_formula(out)
     held(out, answers)
     moved(out, answers)
@@ -68,7 +68,7 @@ def by_formula(out: Table) -> None:
         )
 
 
-def held(out: Table, answers: Answers) -> None:
+def held(out: Table, answers: ResultsByCopies) -> None:
     """States that the ranks' tensors take, over the formula's."""
     for stage, name in enumerate(STAGES):
         shares = []
@@ -83,7 +83,7 @@ def held(out: Table, answers: Answers) -> None:
         )
 
 
-def moved(out: Table, answers: Answers) -> None:
+def moved(out: Table, answers: ResultsByCopies) -> None:
     """Volume of a step with one micro-step, in Ψ, as the group counted it."""
     for stage, name in enumerate(STAGES):
         found, sent = set(), []
@@ -101,7 +101,7 @@ def moved(out: Table, answers: Answers) -> None:
         )
 
 
-def bits(out: Table, answers: Answers) -> None:
+def bits(out: Table, answers: ResultsByCopies) -> None:
     """Whether every stage is the same run."""
     same = all(
         rank["stages"][stage][what] == ranks[0]["stages"][0][what]

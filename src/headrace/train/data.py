@@ -18,15 +18,15 @@ from headrace.config import require
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.config import DataConfig
 from headrace.train.corpus.folder import Corpus
-from headrace.train.corpus.pieces import Held, Piece, Pieces
+from headrace.train.corpus.pieces import DocumentPiece, Held, PieceStream
 from headrace.train.corpus.world import World, encode_document
 from headrace.train.tinyworld import Document
 
-__all__ = ["Batch", "BatchStream", "Source", "batch_of", "collate", "open_source"]
+__all__ = ["BatchStream", "Source", "TrainingBatch", "batch_of", "collate", "open_source"]
 
 
 @dataclass(slots=True)
-class Batch:
+class TrainingBatch:
     """Packed sequences. The positions of each start at 0 and it attends to itself only."""
 
     ids_T: Tensor
@@ -54,7 +54,7 @@ class Batch:
         """How many rows."""
         return self.row_of[-1] + 1
 
-    def share(self, rank: int, ranks: int) -> Batch:
+    def share(self, rank: int, ranks: int) -> TrainingBatch:
         """Rows rank, rank + ranks, …: the part of one of `ranks`. It may be that nothing in it counts.
 
         Raises `ConfigError` where there are fewer rows than ranks. `share(r, n).share(i, k)` is
@@ -69,7 +69,7 @@ class Batch:
         keep_T = torch.from_numpy(np.repeat(mine, lengths))
         place_T = torch.cumsum(keep_T, dim=0) - 1
         keep_R = keep_T[self.rows_R]
-        return Batch(
+        return TrainingBatch(
             self.ids_T[keep_T],
             self.positions_T[keep_T],
             lengths[mine].tolist(),
@@ -79,7 +79,7 @@ class Batch:
             self.tokens_T[keep_T],
         )
 
-    def split(self, parts: int) -> list[Batch]:
+    def split(self, parts: int) -> list[TrainingBatch]:
         """`share` for every one of `parts`: micro-batches whose union is this batch."""
         return [self.share(part, parts) for part in range(parts)]
 
@@ -87,13 +87,13 @@ class Batch:
 class BatchStream:
     """Batches without end. They depend on the data, `data.seed`, `batch_size` and `seq_length` alone."""
 
-    def __init__(self, pieces: Pieces, batch_size: int, seq_length: int) -> None:
+    def __init__(self, pieces: PieceStream, batch_size: int, seq_length: int) -> None:
         self._pieces = pieces
         self._batch_size = batch_size
         self._seq_length = seq_length
 
-    def next(self) -> Batch:
-        """The next batch of `batch_size` rows: the global one, of which `Batch.share` takes a rank's part."""
+    def next(self) -> TrainingBatch:
+        """The next batch of `batch_size` rows: the global one, of which `TrainingBatch.share` takes a rank's part."""
         return _pack(_fill(self._pieces, self._batch_size, self._seq_length))
 
     def state(self) -> dict[str, Any]:
@@ -101,15 +101,15 @@ class BatchStream:
         return self._pieces.state()
 
 
-class _Texts(Protocol):
+class _TextSource(Protocol):
     """What a kind of data must tell."""
 
     tokenizer: Tokenizer
 
-    def pieces(self, seq_length: int, state: dict[str, Any] | None) -> Pieces:
+    def pieces(self, seq_length: int, state: dict[str, Any] | None) -> PieceStream:
         """The training pieces, from `state` on."""
 
-    def held_out(self, seq_length: int) -> Iterator[Piece]:
+    def held_out(self, seq_length: int) -> Iterator[DocumentPiece]:
         """The held-out pieces."""
 
     def prompts(self, n: int) -> list[str]:
@@ -120,7 +120,7 @@ class Source:
     """A recipe's data: its tokenizer, its endless training batches, its held-out ones."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
-        self._texts: _Texts = (
+        self._texts: _TextSource = (
             World(config.vocab_size, config.seed, tokenizer)
             if config.source == "tinyworld"
             else Corpus(config.source, config.seed, config.shuffle)
@@ -134,7 +134,7 @@ class Source:
         """
         return BatchStream(self._texts.pieces(seq_length, state), batch_size, seq_length)
 
-    def validation(self, seq_length: int, batch_size: int, limit: int = 0) -> list[Batch]:
+    def validation(self, seq_length: int, batch_size: int, limit: int = 0) -> list[TrainingBatch]:
         """Batches of the first `limit` held-out sequences, or of all for 0; the last may have fewer rows.
 
         Empty where the data holds nothing out.
@@ -159,13 +159,13 @@ def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Sourc
     return Source(config, tokenizer)
 
 
-def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) -> Batch:
+def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) -> TrainingBatch:
     """One batch of all of `texts`, a row for each; a text longer than `seq_length` is cut short."""
     encoded = [encode_document(text, tokenizer) for text in texts]
-    return _pack([[Piece(ids[: seq_length + 1], counts[: seq_length + 1])] for ids, counts in encoded])
+    return _pack([[DocumentPiece(ids[: seq_length + 1], counts[: seq_length + 1])] for ids, counts in encoded])
 
 
-def batch_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Batch:
+def batch_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> TrainingBatch:
     """One batch of token sequences, a row for each; `counts[i]` says whether token i counts in the loss.
 
     What a policy has sampled, say: prompt and completion, of which the completion counts.
@@ -176,12 +176,12 @@ def batch_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Batch
             f"sequence {number} has {len(ids)} tokens and {len(counts)} marks: it "
             "needs as many, and two at least, as the first is only read",
         )
-    return _pack([[Piece(np.asarray(ids, np.int64), np.asarray(counts, bool))] for ids, counts in sequences])
+    return _pack([[DocumentPiece(np.asarray(ids, np.int64), np.asarray(counts, bool))] for ids, counts in sequences])
 
 
-def _fill(pieces: Pieces, batch_size: int, seq_length: int) -> list[list[Piece]]:
+def _fill(pieces: PieceStream, batch_size: int, seq_length: int) -> list[list[DocumentPiece]]:
     """The next rows: each takes pieces while they fit."""
-    rows: list[list[Piece]] = [[]]
+    rows: list[list[DocumentPiece]] = [[]]
     room = seq_length
     while (piece := pieces.peek()) is not None:
         if piece.length > room:
@@ -195,13 +195,13 @@ def _fill(pieces: Pieces, batch_size: int, seq_length: int) -> list[list[Piece]]
     return rows
 
 
-def _pack(rows: Sequence[Sequence[Piece]]) -> Batch:
+def _pack(rows: Sequence[Sequence[DocumentPiece]]) -> TrainingBatch:
     pieces = [piece for row in rows for piece in row]
     lengths = [piece.length for piece in pieces]
     counts_T = np.concatenate([piece.counts[1:] for piece in pieces])
     next_T = np.concatenate([piece.ids[1:] for piece in pieces])
     rows_R = np.flatnonzero(counts_T)
-    return Batch(
+    return TrainingBatch(
         torch.from_numpy(np.concatenate([piece.ids[:-1] for piece in pieces])),
         torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
         lengths,

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 
 from headrace.model.transformer import Transformer
-from headrace.train.data import Batch
+from headrace.train.data import TrainingBatch
 
 __all__ = ["matrix_rate", "model_flops"]
 
 SIDE, REPEATS = 1024, 5
 
 
-def model_flops(model: Transformer, batch: Batch) -> float:
+def model_flops(model: Transformer, batch: TrainingBatch) -> float:
     """Operations of one step's forward and backward, without recomputation.
 
     6 for every parameter of the blocks and token, 6 for every parameter of the head and predicted token, and

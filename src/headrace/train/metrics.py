@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["Events", "Metrics", "draw", "memory_bytes", "read_metrics"]
+__all__ = ["Events", "MetricsFile", "draw", "memory_bytes", "read_metrics"]
 
 SIZE, DPI = (7.0, 4.0), 120
 
 
-class Metrics:
+class MetricsFile:
     """metrics.jsonl, open to be appended to. Lines of steps after `step`, of a run that was cut off, are removed."""
 
     def __init__(self, path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from headrace.kernels.ops import Ops
 from headrace.parallel.group import RankGroup
 from headrace.train.config import OptimizerConfig
 
-__all__ = ["AdamW", "Moments", "PairwiseSum", "Updated", "global_norm"]
+__all__ = ["AdamW", "Moments", "PairwiseSum", "ParameterGroup", "global_norm"]
 
 
 def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: Ops, groups: Sequence[RankGroup] = ()) -> float:
@@ -56,7 +56,7 @@ class PairwiseSum:
 
 
 @dataclass(frozen=True, slots=True)
-class Updated:
+class ParameterGroup:
     """Weights that one call of AdamW changes, flat, and whether they decay."""
 
     weights: Tensor
@@ -83,24 +83,23 @@ class AdamW:
 
     def __init__(
         self,
-        updated: Sequence[Updated],
+        groups: Sequence[ParameterGroup],
         config: OptimizerConfig,
         ops: Ops,
         offload: Callable[[int], Tensor] | None = None,
     ) -> None:
         """`offload` gives fp32 memory for the state that is elsewhere than the weights; None keeps it beside them."""
         self._config, self._ops = config, ops
-        self._updated = list(updated)
         self.steps = 0
         self._offloads = offload is not None
         self.state = [
-            _moments(one, config.weight_decay, offload or partial(torch.zeros, device=one.weights.device))
-            for one in updated
+            _moments(group, config.weight_decay, offload or partial(torch.zeros, device=group.weights.device))
+            for group in groups
         ]
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rate: float, scale: float = 1.0) -> None:
-        """Update all weights from their gradients times `scale`, one flat tensor for each of `updated`."""
+        """Update all weights from their gradients times `scale`, one flat tensor for each of the groups."""
         config = self._config
         self.steps += 1
         for moments, grad in zip(self.state, grads, strict=True):
@@ -134,7 +133,7 @@ class AdamW:
         return {**(nothing if self._offloads else beside), "offloaded": masters + moments if self._offloads else 0}
 
     def tensors(self) -> dict[str, list[Tensor | None]]:
-        """All state that is not in the weights, flat, for each of `updated`; None where it has none of the kind."""
+        """All state that is not in the weights, flat, for each of the groups; None where it has none of the kind."""
         return {
             "master": [None if moments.stored is None else moments.master for moments in self.state],
             "first": [moments.first for moments in self.state],
@@ -142,9 +141,9 @@ class AdamW:
         }
 
 
-def _moments(one: Updated, weight_decay: float, zeros: Callable[[int], Tensor]) -> Moments:
-    flat = one.weights
+def _moments(group: ParameterGroup, weight_decay: float, zeros: Callable[[int], Tensor]) -> Moments:
+    flat = group.weights
     narrow = flat.dtype != torch.float32
     count = flat.numel()
     master = zeros(count).copy_(flat) if narrow else flat
-    return Moments(master, zeros(count), zeros(count), flat if narrow else None, weight_decay if one.decays else 0.0)
+    return Moments(master, zeros(count), zeros(count), flat if narrow else None, weight_decay if group.decays else 0.0)

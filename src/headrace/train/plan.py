@@ -1,7 +1,7 @@
 """What a recipe needs of each device, in bytes, without allocating any: `headrace plan`.
 
 The layout is the trainer's: its own model, built on torch's meta device as each rank would hold it. What backward
-keeps follows from the autograd functions (`headrace.kernels.autograd`): `Part.kept` names every tensor that they save.
+keeps follows from the autograd functions (`headrace.kernels.autograd`), and `RankModel.kept` names every tensor saved.
 A step is accounted for at the moments where it is greatest.
 
     T tokens of a micro-batch   t those of them that a rank's stream between blocks has   D hidden   d head_dim
@@ -27,7 +27,7 @@ from headrace.parallel.group import RankGroup
 from headrace.train.config import RECOMPUTE, Recipe
 from headrace.zero.gradients import IN_FLIGHT
 
-__all__ = ["DEGREES", "KINDS", "MOMENTS", "STATES", "Part", "Plan", "Planner"]
+__all__ = ["DEGREES", "KINDS", "MOMENTS", "STATES", "MemoryPlan", "Planner", "RankModel"]
 
 DEGREES = (1, 2, 4, 8, 16)
 """Of tensor parallelism: the powers of two that can divide `model.virtual_shards`."""
@@ -58,7 +58,7 @@ Account = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """What the fullest rank of a layout holds."""
 
     tensor: int
@@ -91,7 +91,7 @@ class Planner:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._parts: dict[int, list[Part]] = {}
+        self._parts: dict[int, list[RankModel]] = {}
 
     def plan(
         self,
@@ -100,7 +100,7 @@ class Planner:
         micro_batches: int | None = None,
         recompute: str | None = None,
         zero: int | None = None,
-    ) -> Plan:
+    ) -> MemoryPlan:
         """That layout's plan; what is None is the recipe's. Raises `ConfigError` for a layout that cannot be."""
         train = self.recipe.train
         parts = self._micro_batches(tensor, copies, train.micro_batches if micro_batches is None else micro_batches)
@@ -110,7 +110,7 @@ class Planner:
             (part.plan(copies, parts, recompute, zero) for part in self.ranks(tensor)), key=lambda plan: plan.total
         )
 
-    def over(self, tensor: int, devices: int) -> dict[str, Plan]:
+    def over(self, tensor: int, devices: int) -> dict[str, MemoryPlan]:
         """`devices` as copies of `tensor` ranks: a plan for every kind of recomputation. Raises like `plan`."""
         if devices < tensor:
             raise ConfigError(f"{devices} devices are fewer than {tensor}")
@@ -121,7 +121,7 @@ class Planner:
             raise ConfigError(f"{copies} copies of the model are not a power of two")
         return {what: self.plan(tensor, copies, recompute=what) for what in RECOMPUTE}
 
-    def greatest_micro_batch(self, tensor: int, copies: int, memory: int) -> Plan | None:
+    def greatest_micro_batch(self, tensor: int, copies: int, memory: int) -> MemoryPlan | None:
         """The plan with the fewest micro-batches that fits into `memory` bytes, or None."""
         batch = self.recipe.train.batch_size
         for parts in range(copies, batch + 1, copies):
@@ -130,10 +130,10 @@ class Planner:
                 return plan
         return None
 
-    def ranks(self, tensor: int) -> list[Part]:
+    def ranks(self, tensor: int) -> list[RankModel]:
         """What each of `tensor` ranks holds: they differ where widths do not divide evenly."""
         if tensor not in self._parts:
-            self._parts[tensor] = [Part(self.recipe, tensor, rank) for rank in range(tensor)]
+            self._parts[tensor] = [RankModel(self.recipe, tensor, rank) for rank in range(tensor)]
         return self._parts[tensor]
 
     def _micro_batches(self, tensor: int, copies: int, asked: int) -> int:
@@ -146,7 +146,7 @@ class Planner:
         return parts
 
 
-class Part:
+class RankModel:
     """One rank's part of a recipe's model, of which only shapes exist."""
 
     def __init__(self, recipe: Recipe, tensor: int, rank: int) -> None:
@@ -213,7 +213,7 @@ class Part:
             kept["the table's rows (at most)"] = (FP32 * D + 8) * T  # and where they go; how many, the data says
         return kept | {"stream before the last norm": FP32 * t * D, "positions, ids and rows that count": 20 * T}
 
-    def plan(self, copies: int, parts: int, recompute: str, zero: int = 0) -> Plan:
+    def plan(self, copies: int, parts: int, recompute: str, zero: int = 0) -> MemoryPlan:
         """Of a batch in `parts` micro-batches, shared by `copies` of the model."""
         rows = -(-self.recipe.train.batch_size // parts)
         kept = self.kept(rows, recompute)
@@ -221,7 +221,7 @@ class Part:
             name: {kind: account.get(kind, 0) for kind in KINDS}
             for name, account in self._moments(rows, recompute, sum(kept.values()), copies, parts, zero)
         }
-        return Plan(self.tensor, copies, parts, rows, recompute, zero, moments, kept)
+        return MemoryPlan(self.tensor, copies, parts, rows, recompute, zero, moments, kept)
 
     # ---- what is kept
 

@@ -29,8 +29,8 @@ from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
-from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_metrics
-from headrace.train.plan import Part
+from headrace.train.metrics import Events, MetricsFile, draw, memory_bytes, read_metrics
+from headrace.train.plan import RankModel
 from headrace.train.snapshots.disk import clear_after, snapshots
 from headrace.train.snapshots.reader import Snapshot, newest_whole
 from headrace.train.snapshots.writer import SnapshotWriter
@@ -87,7 +87,7 @@ def train(
     with _disk(out), _memory(recipe, mesh):
         _require_one_recipe(recipe, mesh)
         resume = of_first(mesh, lambda: _begin(out, resume))
-        run = _Run(recipe, out, ops, mesh, clock, warn)
+        run = _TrainingRun(recipe, out, ops, mesh, clock, warn)
         if resume:
             run.restore()
         run.go(on_step, sampler)
@@ -102,7 +102,7 @@ def own_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-class _Run:
+class _TrainingRun:
     """Every rank has one; rank 0 alone writes what is not a snapshot, and speaks."""
 
     def __init__(
@@ -140,7 +140,7 @@ class _Run:
         """All steps that are left."""
         train, trainer = self.recipe.train, self.trainer
         with contextlib.ExitStack() as files:
-            record = _Record(self.out, trainer.steps, files) if self._speaks else None
+            record = _StepRecords(self.out, trainer.steps, files) if self._speaks else None
             files.enter_context(self._snapshots)
             while trainer.steps < train.steps:
                 line = self._step()
@@ -236,11 +236,11 @@ class _Run:
                     self._warn(f"{section}.{key} was {was!r} until step {snapshot.step} and is {value!r} from here on")
 
 
-class _Record:
+class _StepRecords:
     """The two accounts of a run's steps, a line each."""
 
     def __init__(self, out: Path, steps: int, files: contextlib.ExitStack) -> None:
-        self._accounts = (Metrics(out / METRICS, steps), Events(out / "tensorboard", steps))
+        self._accounts = (MetricsFile(out / METRICS, steps), Events(out / "tensorboard", steps))
         for account in self._accounts:
             files.callback(account.close)
 
@@ -309,7 +309,7 @@ def _memory(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
         told = str(error)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in told:
             raise
-        part = Part(recipe, mesh.tensor.size, mesh.tensor.rank)
+        part = RankModel(recipe, mesh.tensor.size, mesh.tensor.rank)
         take = {stage: sum(part.state(mesh.data.size, stage).values()) / 2**20 for stage in (recipe.parallel.zero, 3)}
         less = (
             f"; parallel.zero=3 makes that {take[3]:,.0f} MiB"

@@ -28,10 +28,10 @@ from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
 from headrace.parallel.regions import Region
 from headrace.train.config import Recipe
-from headrace.train.data import Batch, open_source
+from headrace.train.data import TrainingBatch, open_source
 from headrace.train.dropout import Dropout
 from headrace.train.flops import model_flops
-from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
+from headrace.train.optimizer import AdamW, PairwiseSum, ParameterGroup, global_norm
 from headrace.train.process import for_kernels, keep_memory
 from headrace.train.recompute import recompute_
 from headrace.train.scaler import LossScale
@@ -106,7 +106,7 @@ class Trainer:
             first_weights(self.model, recipe)
         slots = self.sharded.slots
         self._optimizer = AdamW(
-            [Updated(slot.weights, slot.unit.matrices) for slot in slots],
+            [ParameterGroup(slot.weights, slot.unit.matrices) for slot in slots],
             recipe.optimizer,
             self.ops,
             host.zeros if parallel.offload_optimizer else None,
@@ -115,19 +115,19 @@ class Trainer:
         """Steps done."""
         self._scale = LossScale(recipe.train, active=self.config.dtype == "float16")
         self._stream = self.source.stream(recipe.train.batch_size, recipe.train.seq_length)
-        self._held_out: dict[int, list[Batch]] = {}
+        self._held_out: dict[int, list[TrainingBatch]] = {}
 
-    def log_probabilities(self, batch: Batch) -> Tensor:
+    def log_probabilities(self, batch: TrainingBatch) -> Tensor:
         """log p [R] of the batch's targets, with gradients: the bits that the server computes for them."""
         return self.model.lm_head.log_probabilities(self._predicting(batch), batch.targets_R)
 
-    def _predicting(self, batch: Batch) -> Tensor:
+    def _predicting(self, batch: TrainingBatch) -> Tensor:
         """What the head reads of the batch's counting tokens [R, D]."""
         batch = self._padded(batch)
         ctx = DenseContext(self.ops, self.config, batch.lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
         return self.ops.embedding(batch.rows_R, self.model.hidden(batch.ids_T, batch.positions_T, ctx))
 
-    def _padded(self, batch: Batch) -> Batch:
+    def _padded(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch with a sequence after the last, which nobody sees, that makes T a multiple of V: rows can be split.
 
         It is there whether they are or not: a product's bits may depend on how many rows it sums over.
@@ -252,7 +252,7 @@ class Trainer:
         self._checkpoints = Checkpoints(self.config.num_layers, shared_by, zeros, device)
         keep_checkpoints(self.model, self._checkpoints)
 
-    def _next_batch(self) -> tuple[dict[str, Any], Batch]:
+    def _next_batch(self) -> tuple[dict[str, Any], TrainingBatch]:
         """The next batch in which something counts, and where it begins."""
         for _ in range(EMPTY_BATCHES):
             begin = self._stream.state()
@@ -264,12 +264,12 @@ class Trainer:
             "a row: no token counts in the loss"
         )
 
-    def _loss(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: TrainingBatch, weight: float) -> tuple[Tensor, Tensor]:
         """(the sum over targets of −weight · log p, log p [R] without gradients)."""
         weight_R = torch.full((len(batch.rows_R),), weight, device=self.ops.device)
         return self.model.lm_head.loss(self._predicting(batch), batch.targets_R, weight_R)
 
-    def _gradients(self, batch: Batch, factor: float) -> tuple[float, list[Tensor]]:
+    def _gradients(self, batch: TrainingBatch, factor: float) -> tuple[float, list[Tensor]]:
         """(mean loss over the batch, its gradients times `factor`).
 
         Part i of the batch is computed by copy i modulo their number; neighbours' gradients are added first, so the

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from headrace.parallel.group import RankGroup
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.layout import Unit
 from headrace.zero.memory import Arena
-from headrace.zero.messages import Messages
 
 __all__ = ["IN_FLIGHT", "Gradients"]
 
@@ -54,11 +54,11 @@ class Gradients:
         parameters: Sequence[nn.Parameter],
         copies: RankGroup,
         stage: int,
-        messages: Messages,
+        queue: CollectiveQueue,
         each_micro_step: bool = True,
     ) -> None:
         """`each_micro_step` False: sum over the micro-steps here, and over the copies once, in the last of them."""
-        self._copies, self._stage, self._messages = copies, stage, messages
+        self._copies, self._stage, self._queue = copies, stage, queue
         self._each = each_micro_step
         self._device = parameters[0].device
         self._arenas: dict[torch.dtype, Arena] = {}
@@ -93,7 +93,7 @@ class Gradients:
         self._taken = True
         loss.backward()
         self._taken = False
-        self._messages.all()
+        self._queue.all()
         assert not any(bucket.lacks for bucket in self._buckets), "a parameter had no gradient"
 
     def own(self) -> dict[tuple[str, int], Tensor]:
@@ -151,12 +151,12 @@ class Gradients:
                 bucket.lacks -= high - low
         while self._next < len(self._buckets) and not self._buckets[self._next].lacks:
             if self._reduces:
-                self._messages.ask(partial(self._reduce, self._buckets[self._next]))
+                self._queue.ask(partial(self._reduce, self._buckets[self._next]))
             self._next += 1
 
     def _room(self, bucket: _Bucket) -> Tensor:
         if bucket.buffer is None:
-            self._messages.leave(IN_FLIGHT)
+            self._queue.leave(IN_FLIGHT)
             bucket.buffer = self._arenas[bucket.unit.dtype].take()
         return bucket.buffer
 

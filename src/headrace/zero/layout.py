@@ -27,7 +27,7 @@ from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece
 
-__all__ = ["CHUNK", "Member", "Place", "Segment", "Unit", "divide", "lay_out"]
+__all__ = ["CHUNK", "Member", "Place", "RowRange", "Unit", "divide", "lay_out"]
 
 CHUNK = 4096
 """About how many elements of a gradient have their squares summed together: whole rows, at least one."""
@@ -78,7 +78,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class RowRange:
     """Rows first … last − 1 of a member, which lie at `at` of the range that was asked for."""
 
     member: Member
@@ -111,12 +111,12 @@ class Unit:
         """(start, end) of that slot in every bucket."""
         return [(cuts[slot], cuts[slot + 1]) for cuts in self.buckets]
 
-    def segments(self, start: int, stop: int) -> Iterator[Segment]:
+    def segments(self, start: int, stop: int) -> Iterator[RowRange]:
         """The rows that lie in [start, stop), whose ends lie between chunks."""
         for member in self.members:
             low, high = max(start, member.offset), min(stop, member.stop)
             if low < high:
-                yield Segment(
+                yield RowRange(
                     member, (low - member.offset) // member.width, (high - member.offset) // member.width, low - start
                 )
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from headrace.model.transformer import Part, Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.regions import Region
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.gradients import Gradients
-from headrace.zero.layout import Segment, Unit, lay_out
-from headrace.zero.messages import Messages
+from headrace.zero.layout import RowRange, Unit, lay_out
 from headrace.zero.passage import passage
 from headrace.zero.weights import Weights
 
@@ -56,9 +56,9 @@ class Sharded:
         self._model, self._copies, self.stage = model, copies, stage
         self._parameters = list(model.parameters())
         self.units = lay_out(model.config, model.group, copies.size, bucket)
-        self._messages = Messages(overlap and copies.size > 1)
-        self.weights = Weights(self.units, self._parameters, copies, stage, self._messages)
-        self.gradients = Gradients(self.units, self._parameters, copies, stage, self._messages, each_micro_step)
+        self._queue = CollectiveQueue(overlap and copies.size > 1)
+        self.weights = Weights(self.units, self._parameters, copies, stage, self._queue)
+        self.gradients = Gradients(self.units, self._parameters, copies, stage, self._queue, each_micro_step)
         own = self.gradients.own()
         self.slots = [Slot(unit, start, weights, own[unit.name, start]) for unit, start, weights in self.weights.own()]
         self._unit_of = self._units_of_parts()
@@ -130,15 +130,15 @@ class Sharded:
     @property
     def waited(self) -> float:
         """Seconds for which this rank did not compute because of the other copies, since the beginning."""
-        return self._messages.waited
+        return self._queue.waited
 
     def close(self) -> None:
         """End its thread."""
-        self._messages.close()
+        self._queue.close()
 
     # ---- inside
 
-    def _rows(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Segment, Tensor]]:
+    def _rows(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[RowRange, Tensor]]:
         """(which rows of which parameter, those rows [rows, width]) of a flat tensor, or None, for each of `slots`."""
         for slot, flat in zip(self.slots, tensors, strict=True):
             if flat is not None:

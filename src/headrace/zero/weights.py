@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from headrace.parallel.group import RankGroup
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.layout import Unit
 from headrace.zero.memory import Arena
-from headrace.zero.messages import Messages
 
 __all__ = ["Weights"]
 
@@ -33,11 +33,11 @@ class Weights:
         parameters: Sequence[nn.Parameter],
         copies: RankGroup,
         stage: int,
-        messages: Messages,
+        queue: CollectiveQueue,
     ) -> None:
         """Parameters get their memory here, and lose what they held."""
         self._units, self._parameters = list(units), parameters
-        self._copies, self._stage, self._messages = copies, stage, messages
+        self._copies, self._stage, self._queue = copies, stage, queue
         self._divided = [stage == 3 and unit.matrices for unit in units]
         device = parameters[0].device
         sizes = [unit.size for unit, divided in zip(units, self._divided) if divided]
@@ -85,8 +85,8 @@ class Weights:
         for i, unit in enumerate(self._units):
             if self._stage and not self._divided[i]:
                 for cuts in unit.buckets:
-                    self._messages.ask(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
-        self._messages.all()
+                    self._queue.ask(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
+        self._queue.all()
 
     def tensors(self) -> list[Tensor]:
         """All memory that stays."""
@@ -106,7 +106,7 @@ class Weights:
             self._ask(unit)
             coming = self._coming.pop(unit, None)
             if coming is not None:
-                self._messages.wait(coming)
+                self._queue.wait(coming)
             if self._uses[unit] == 1:
                 self._show(unit, self._open[unit])
         if following is not None and self._divided[following]:
@@ -139,7 +139,7 @@ class Weights:
         if unit in self._open:
             return
         buffer = self._open[unit] = self._arena(unit).take()
-        self._coming[unit] = self._messages.ask(partial(self._gather, unit, buffer))
+        self._coming[unit] = self._queue.ask(partial(self._gather, unit, buffer))
 
     @torch.no_grad()
     def _gather(self, unit: int, buffer: Tensor) -> None:

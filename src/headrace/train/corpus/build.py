@@ -32,7 +32,7 @@ TINYWORLD = "tinyworld"
 LEARN_FROM = 200_000_000
 """Characters that a tokenizer is learnt from, an equal share of each input."""
 
-Progress = Callable[[str, int, int], None]
+BuildProgress = Callable[[str, int, int], None]
 """(what is done, documents, tokens): called now and then."""
 
 
@@ -85,7 +85,7 @@ class Built:
     """Documents with the end token's text inside: attention crosses it."""
 
 
-def build(config: BuildConfig, progress: Progress | None = None) -> Built:
+def build(config: BuildConfig, progress: BuildProgress | None = None) -> Built:
     """Build the folder `config.out`. Raises `ConfigError` that names the flag, or the file and line, at fault.
 
     Until it is whole the folder does not exist; what was there before stays until then.
@@ -118,7 +118,7 @@ def _check_target(config: BuildConfig) -> None:
     )
 
 
-def _write(config: BuildConfig, folder: Path, progress: Progress) -> Built:
+def _write(config: BuildConfig, folder: Path, progress: BuildProgress) -> Built:
     source = CorpusInput(
         config.inputs,
         config.chat,
@@ -185,7 +185,7 @@ def _append(writer: ShardWriter, document: Encoded, eos: int) -> int:
     return int(document.counts is None and bool((inside == eos).any()))
 
 
-def _tokenizer(config: BuildConfig, source: CorpusInput, progress: Progress) -> Tokenizer:
+def _tokenizer(config: BuildConfig, source: CorpusInput, progress: BuildProgress) -> Tokenizer:
     if config.tokenizer is not None:
         require(config.tokenizer.is_dir(), f"--tokenizer={config.tokenizer} is not a folder")
         return Tokenizer.from_folder(config.tokenizer)

@@ -14,7 +14,7 @@ from headrace.errors import ConfigError, RequestError
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.corpus.chat import encode_chat, messages_of
-from headrace.train.corpus.files import Part, Record, kind_of, read_parts, read_records
+from headrace.train.corpus.files import Record, TextPart, kind_of, read_parts, read_records
 from headrace.train.corpus.world import WHOLE_EXAM, encode_document
 
 __all__ = ["CorpusInput", "Encoded", "cuts_cleanly"]
@@ -102,7 +102,7 @@ class CorpusInput:
         for _, prompt, answer in tinyworld.exam(self.seed, WHOLE_EXAM):
             yield Encoded(*encode_document(tinyworld.Document(((prompt, answer),)), tokenizer))
 
-    def _parts(self, name: str) -> Iterator[Part]:
+    def _parts(self, name: str) -> Iterator[TextPart]:
         if kind_of(name) == "text":
             yield from read_parts(name, self.split_on)
             return
@@ -116,7 +116,7 @@ class CorpusInput:
             require(
                 isinstance(text, str), f"{record.where}: {self.text_field} must be a string, not {type(text).__name__}"
             )
-            yield Part(record.where, text)
+            yield TextPart(record.where, text)
 
     def _records(self, name: str) -> Iterator[Record]:
         require(kind_of(name) != "text", f"{name}: --chat needs records with messages: JSON lines, parquet or hub:…")
@@ -144,17 +144,17 @@ def _encode_record(tokenizer: Tokenizer, field: str, record: Record) -> Encoded:
     return SKIPPED if found is None else Encoded(*found)
 
 
-def _joined(parts: Iterator[Part]) -> Iterator[Part]:
+def _joined(parts: Iterator[TextPart]) -> Iterator[TextPart]:
     """Whole documents."""
     texts: list[str] = []
     for part in parts:
         texts.append(part.text)
         if part.last:
-            yield Part(part.where, "".join(texts))
+            yield TextPart(part.where, "".join(texts))
             texts = []
 
 
-def _encode_parts(parts: Iterator[Part], tokenizer: Tokenizer, eos: int) -> Iterator[Encoded]:
+def _encode_parts(parts: Iterator[TextPart], tokenizer: Tokenizer, eos: int) -> Iterator[Encoded]:
     """Tokens of texts; a text of white space, or of an end token, alone is skipped."""
     begun = False
     for part in parts:

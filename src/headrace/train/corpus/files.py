@@ -15,7 +15,7 @@ from typing import IO, Any
 from headrace.config import require
 from headrace.errors import ConfigError
 
-__all__ = ["HUB", "Part", "Record", "kind_of", "read_parts", "read_records"]
+__all__ = ["HUB", "Record", "TextPart", "kind_of", "read_parts", "read_records"]
 
 KINDS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")
@@ -32,7 +32,7 @@ BEFORE_SPACE = re.compile(r"\S(?=\s)")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextPart:
     """A stretch of a document, cut before white space. The next part goes on where it is not the `last`."""
 
     where: str
@@ -77,7 +77,7 @@ def read_records(name: str, fields: tuple[str, ...]) -> Iterator[Record]:
     return _parquet(name, fields) if kind == "parquet" else _hub(name)
 
 
-def read_parts(name: str, split_on: str) -> Iterator[Part]:
+def read_parts(name: str, split_on: str) -> Iterator[TextPart]:
     """The documents of a text file, in parts of about a million characters.
 
     A document ends at every `split_on` ("" for the whole file), and line breaks at its ends are not part of it.
@@ -135,7 +135,7 @@ class _TextReader:
         self._begun = False
         self._first = True
 
-    def push(self, block: bytes) -> Iterator[Part]:
+    def push(self, block: bytes) -> Iterator[TextPart]:
         self._decode(block, final=False)
         yield from self._split()
         if len(self._buffer) < BLOCK:
@@ -148,7 +148,7 @@ class _TextReader:
         elif self._limit() >= FORCED:
             yield from self._take(self._limit(), last=False)
 
-    def end(self) -> Iterator[Part]:
+    def end(self) -> Iterator[TextPart]:
         self._decode(b"", final=True)
         yield from self._split()
         yield from self._take(len(self._buffer), last=True)
@@ -156,14 +156,14 @@ class _TextReader:
     def _limit(self) -> int:
         return len(self._buffer) - max(0, len(self._split_on) - 1)
 
-    def _split(self) -> Iterator[Part]:
+    def _split(self) -> Iterator[TextPart]:
         while self._split_on and (at := self._buffer.find(self._split_on, self._searched)) >= 0:
             yield from self._take(at, last=True)
             self._buffer = self._buffer[len(self._split_on) :]
             self._searched = 0
         self._searched = max(0, self._limit())
 
-    def _take(self, end: int, last: bool) -> Iterator[Part]:
+    def _take(self, end: int, last: bool) -> Iterator[TextPart]:
         text, self._buffer = self._buffer[:end], self._buffer[end:]
         self._searched = 0
         line = self._line
@@ -174,7 +174,7 @@ class _TextReader:
             text = bare
         self._begun = (self._begun or bool(text)) and not last
         text = text.rstrip("\r\n") if last else text
-        yield Part(f"{self._name}:{line}", text, last)
+        yield TextPart(f"{self._name}:{line}", text, last)
 
     def _decode(self, block: bytes, final: bool) -> None:
         try:

@@ -16,7 +16,7 @@ from headrace.errors import ConfigError
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.corpus.index import INDEX, OFFSETS, VALIDATION, Index, read_index, sha256
 from headrace.train.corpus.order import permutation
-from headrace.train.corpus.pieces import Piece, same_data
+from headrace.train.corpus.pieces import DocumentPiece, same_data
 
 __all__ = ["Corpus", "CorpusPieces", "check_folder"]
 
@@ -60,7 +60,7 @@ class Corpus:
             self._map(shard.mask, "uint8", -(-shard.tokens // 8)) for shard in self.index.shards if self.index.masked
         ]
 
-    def piece(self, document: int, start: int, seq_length: int) -> Piece:
+    def piece(self, document: int, start: int, seq_length: int) -> DocumentPiece:
         """The piece of a document that begins at its token `start`."""
         stop = min(start + seq_length + 1, int(self.lengths[document]))
         begin = int(self._offsets[document]) + start
@@ -74,9 +74,9 @@ class Corpus:
             "vocabulary lacks, or too few; build it again",
         )
         if not self.index.masked:
-            return Piece(ids, np.ones(len(ids), dtype=bool))
+            return DocumentPiece(ids, np.ones(len(ids), dtype=bool))
         bits = np.unpackbits(self._masks[shard][a // 8 : -(-b // 8)], bitorder="little")
-        return Piece(ids, bits[a % 8 : a % 8 + b - a].astype(bool))
+        return DocumentPiece(ids, bits[a % 8 : a % 8 + b - a].astype(bool))
 
     def pieces(self, seq_length: int, state: dict[str, Any] | None) -> CorpusPieces:
         """The training documents' pieces, epoch after epoch, from `state` on."""
@@ -89,7 +89,7 @@ class Corpus:
         taken = [0, 0] if state is None else same_data(state, run, CorpusPieces.COUNTERS)
         return CorpusPieces(self, seq_length, self._seed, self._shuffle, run, *taken)
 
-    def held_out(self, seq_length: int) -> Iterator[Piece]:
+    def held_out(self, seq_length: int) -> Iterator[DocumentPiece]:
         """The held-out documents' pieces."""
         for document in self.validation:
             for start in range(0, int(self.lengths[document]) - 1, seq_length):
@@ -148,11 +148,11 @@ class CorpusPieces:
         self._taken = taken
         self._counts_D = -(-(corpus.lengths[corpus.training] - 1) // seq_length)
         self._total = int(self._counts_D.sum())
-        self._next: Piece | None = None
+        self._next: DocumentPiece | None = None
         self._arrange()
         require(taken <= self._total, "the snapshot's data state is damaged")
 
-    def peek(self) -> Piece:
+    def peek(self) -> DocumentPiece:
         """The next piece in which something counts."""
         while self._next is None:
             if self._taken == self._total:
@@ -183,7 +183,7 @@ class CorpusPieces:
         self._order_D = np.arange(documents) if by_pieces else permutation(documents, self._seed, self._epoch)
         self._ends_D = np.cumsum(self._counts_D[self._order_D])
 
-    def _read(self, number: int) -> Piece:
+    def _read(self, number: int) -> DocumentPiece:
         """Piece `number` of the epoch."""
         number = number if self._order_P is None else int(self._order_P[number])
         at = int(np.searchsorted(self._ends_D, number, side="right"))

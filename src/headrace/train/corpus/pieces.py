@@ -14,11 +14,11 @@ import numpy as np
 
 from headrace.config import require
 
-__all__ = ["Held", "Piece", "Pieces", "cut", "same_data"]
+__all__ = ["DocumentPiece", "Held", "PieceStream", "cut", "same_data"]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class DocumentPiece:
     """A sequence of its own in a batch: attention begins and ends with it."""
 
     ids: np.ndarray
@@ -32,10 +32,10 @@ class Piece:
         return len(self.ids) - 1
 
 
-class Pieces(Protocol):
+class PieceStream(Protocol):
     """Pieces one after another, each with at least one token that counts."""
 
-    def peek(self) -> Piece | None:
+    def peek(self) -> DocumentPiece | None:
         """The next piece; None at the end, if there is one."""
 
     def advance(self) -> None:
@@ -45,22 +45,22 @@ class Pieces(Protocol):
         """Where the next piece is, in plain JSON values."""
 
 
-def cut(ids: np.ndarray, counts: np.ndarray, seq_length: int) -> list[Piece]:
+def cut(ids: np.ndarray, counts: np.ndarray, seq_length: int) -> list[DocumentPiece]:
     """The pieces of one document, those in which nothing counts left out."""
     starts = range(0, len(ids) - 1, seq_length)
-    pieces = [Piece(ids[i : i + seq_length + 1], counts[i : i + seq_length + 1]) for i in starts]
+    pieces = [DocumentPiece(ids[i : i + seq_length + 1], counts[i : i + seq_length + 1]) for i in starts]
     return [piece for piece in pieces if piece.counts[1:].any()]
 
 
 class Held:
     """The pieces of an iterator, with an end."""
 
-    def __init__(self, pieces: Iterator[Piece]) -> None:
+    def __init__(self, pieces: Iterator[DocumentPiece]) -> None:
         self._pieces = pieces
         self._next = next(pieces, None)
         self._taken = 0
 
-    def peek(self) -> Piece | None:
+    def peek(self) -> DocumentPiece | None:
         """The next piece; None at the end."""
         return self._next
 

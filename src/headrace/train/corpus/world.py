@@ -10,7 +10,7 @@ import numpy as np
 
 from headrace.errors import ConfigError
 from headrace.text.tokenizer import Tokenizer
-from headrace.train.corpus.pieces import Piece, cut, same_data
+from headrace.train.corpus.pieces import DocumentPiece, cut, same_data
 from headrace.train.tinyworld import Document, build_tokenizer, documents, exam, prompts
 
 __all__ = ["World", "encode_document"]
@@ -53,7 +53,7 @@ class World:
         taken = [0, 0] if state is None else same_data(state, run, WorldPieces.COUNTERS)
         return WorldPieces(documents(self._seed), self.tokenizer, seq_length, run, *taken)
 
-    def held_out(self, seq_length: int) -> Iterator[Piece]:
+    def held_out(self, seq_length: int) -> Iterator[DocumentPiece]:
         """The exam's pieces."""
         for _, prompt, answer in exam(self._seed, WHOLE_EXAM):
             yield from cut(*encode_document(Document(((prompt, answer),)), self.tokenizer), seq_length)
@@ -85,7 +85,7 @@ class WorldPieces:
         self._at = pieces
         self._pieces = self._read()
 
-    def peek(self) -> Piece:
+    def peek(self) -> DocumentPiece:
         """The next piece."""
         while self._at >= len(self._pieces):
             self._pieces, self._at = self._read(), 0
@@ -101,5 +101,5 @@ class WorldPieces:
         """Where the next piece is."""
         return {**self._run, "documents": self._taken, "pieces": self._at}
 
-    def _read(self) -> list[Piece]:
+    def _read(self) -> list[DocumentPiece]:
         return cut(*encode_document(next(self._texts), self._tokenizer), self._seq_length)

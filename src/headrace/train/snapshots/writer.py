@@ -40,7 +40,7 @@ __all__ = ["SnapshotWriter"]
 
 
 @dataclass(slots=True)
-class _Job:
+class _SnapshotJob:
     """A snapshot that is being written."""
 
     partial: Path
@@ -78,7 +78,7 @@ class SnapshotWriter:
         self._keep = keep
         self._tokenizer = tokenizer
         self._staging = Staging()
-        self._job: _Job | None = None
+        self._job: _SnapshotJob | None = None
 
     def __enter__(self) -> SnapshotWriter:
         return self
@@ -99,7 +99,7 @@ class SnapshotWriter:
         self.finish()
         held = [(name, region) for name, region in regions if region.tensor.numel()]
         final = self._folder / step_folder(record["state"]["step"])
-        job = _Job(
+        job = _SnapshotJob(
             final.with_name(f".{final.name}.partial"),
             final,
             json.loads(json.dumps(record)),
@@ -148,7 +148,7 @@ class SnapshotWriter:
 
     # ---- this rank's part, in the thread
 
-    def _write(self, job: _Job, staged: list[Staged]) -> None:
+    def _write(self, job: _SnapshotJob, staged: list[Staged]) -> None:
         mesh = self._mesh
         file = f"{_rank(mesh.rank, mesh.size)}.safetensors"
         try:
@@ -178,7 +178,7 @@ class SnapshotWriter:
 
     # ---- rank 0's
 
-    def _seal(self, job: _Job) -> None:
+    def _seal(self, job: _SnapshotJob) -> None:
         """Put together what the ranks have said, and let the folder take its name."""
         said = [job.partial / self._said(i) for i in range(self._mesh.size)]
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in said]

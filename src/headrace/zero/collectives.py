@@ -1,4 +1,4 @@
-"""`Messages`: the data group's collectives in flight, carried out in the order in which they were asked for."""
+"""`CollectiveQueue`: the data group's collectives in flight, carried out in the order in which they were asked for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-__all__ = ["Messages"]
+__all__ = ["CollectiveQueue"]
 
 
-class Messages:
+class CollectiveQueue:
     """A thread that talks to the other copies while this one computes.
 
     A link carries one message at a time, and all ranks must have theirs in one order: whoever asks, asks here, and
@@ -18,7 +18,7 @@ class Messages:
     """
 
     def __init__(self, overlap: bool) -> None:
-        self._thread = ThreadPoolExecutor(1, "messages") if overlap else None
+        self._thread = ThreadPoolExecutor(1, "collectives") if overlap else None
         self._pending: deque[Future[None]] = deque()
         self.waited = 0.0
         """Seconds for which those who ask did not go on."""
