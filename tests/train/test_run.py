@@ -93,7 +93,7 @@ def test_the_loss_is_drawn(tmp_path):
 def test_a_folder_that_holds_a_run_is_left_alone(recipe, tmp_path, cpu_ops):
     train(recipe, tmp_path / "run", ops=cpu_ops)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
-    with pytest.raises(ConfigError, match="run holds a run: go on with it by --resume, or give another --out"):
+    with pytest.raises(ConfigError, match="run holds a run: continue it with --resume, or give another --out"):
         train(recipe, tmp_path / "run", ops=cpu_ops)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
     (tmp_path / "file").write_text("x")

@@ -1,7 +1,8 @@
-"""From texts to batches: tokens, targets, which of them count, and where each text begins.
+"""From texts to batches: tokens, targets, which of them count in the loss, and where each text begins.
 
-T tokens of a batch, those of all its sequences one after another   R tokens whose prediction counts
-A batch is rows, a row is sequences: whole documents while they fit, or a piece of a longer one.
+A batch has rows, a row has sequences: whole documents while they fit, or a piece of a longer one.
+
+    T tokens of a batch, all its sequences one after another   R tokens whose prediction counts
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class TrainingBatch:
     lengths: list[int]
     """Tokens of each sequence; they sum to T."""
     rows_R: Tensor
-    """int64: which of the T tokens' predictions count."""
+    """int64: indices of the tokens whose predictions count."""
     targets_R: Tensor
-    """int64: what they should predict."""
+    """int64: the tokens to predict."""
     row_of: list[int]
     """The row of each sequence: 0, …, `num_rows` - 1, ascending."""
     tokens_T: Tensor
@@ -55,10 +56,10 @@ class TrainingBatch:
         return self.row_of[-1] + 1
 
     def share(self, rank: int, ranks: int) -> TrainingBatch:
-        """Rows rank, rank + ranks, …: the part of one of `ranks`. It may be that nothing in it counts.
+        """Rows rank, rank + ranks, …: the part of one rank. Possibly no token in it counts.
 
-        Raises `ConfigError` where there are fewer rows than ranks. `share(r, n).share(i, k)` is
-        `share(r + n * i, n * k)`: however a batch is divided, by rank and by micro-batch, its parts are the same.
+        Raises `ConfigError` where there are fewer rows than ranks. `share(r, n).share(i, k)` equals
+        `share(r + n * i, n * k)`, so the parts are the same however a batch is divided into ranks and micro-batches.
         """
         require(
             0 <= rank < ranks <= self.num_rows,
@@ -80,12 +81,12 @@ class TrainingBatch:
         )
 
     def split(self, parts: int) -> list[TrainingBatch]:
-        """`share` for every one of `parts`: micro-batches whose union is this batch."""
+        """All `parts` shares: micro-batches whose union is this batch."""
         return [self.share(part, parts) for part in range(parts)]
 
 
 class BatchStream:
-    """Batches without end. They depend on the data, `data.seed`, `batch_size` and `seq_length` alone."""
+    """Endless batches. They depend on the data, `data.seed`, `batch_size` and `seq_length` alone."""
 
     def __init__(self, pieces: PieceStream, batch_size: int, seq_length: int) -> None:
         self._pieces = pieces
@@ -97,12 +98,12 @@ class BatchStream:
         return _pack(_fill(self._pieces, self._batch_size, self._seq_length))
 
     def state(self) -> dict[str, Any]:
-        """Where the next batch begins, in plain JSON values: for `Source.stream`, with any `batch_size`."""
+        """Where the next batch begins, in JSON values, for `Source.stream` with any `batch_size`."""
         return self._pieces.state()
 
 
 class _TextSource(Protocol):
-    """What a kind of data must tell."""
+    """The interface of a kind of data."""
 
     tokenizer: Tokenizer
 
@@ -113,11 +114,11 @@ class _TextSource(Protocol):
         """The held-out pieces."""
 
     def prompts(self, n: int) -> list[str]:
-        """Texts to go on from."""
+        """Texts to continue."""
 
 
 class Source:
-    """A recipe's data: its tokenizer, its endless training batches, its held-out ones."""
+    """A recipe's data: its tokenizer, training batches and held-out batches."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
         self._texts: _TextSource = (
@@ -130,7 +131,7 @@ class Source:
     def stream(self, batch_size: int, seq_length: int, state: dict[str, Any] | None = None) -> BatchStream:
         """Training batches of `batch_size` rows of up to `seq_length` tokens, from a `BatchStream.state` on.
 
-        Raises `ConfigError` where `state` is of other data or settings, and names the one that differs.
+        Raises `ConfigError` that names the setting in which `state` differs from this data.
         """
         return BatchStream(self._texts.pieces(seq_length, state), batch_size, seq_length)
 
@@ -154,7 +155,7 @@ class Source:
 def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:
     """A recipe's data. Raises `ConfigError` that names the `data.` key or the file at fault.
 
-    `tokenizer` is that of the model which training starts from, if any; a built folder has one of its own.
+    `tokenizer`: that of the model from which training starts, if any; a built folder has its own.
     """
     return Source(config, tokenizer)
 
@@ -166,15 +167,15 @@ def collate(texts: Sequence[Document], tokenizer: Tokenizer, seq_length: int) ->
 
 
 def batch_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> TrainingBatch:
-    """One batch of token sequences, a row for each; `counts[i]` says whether token i counts in the loss.
+    """One batch of token sequences, a row for each; where `counts[i]`, token i counts in the loss.
 
-    What a policy has sampled, say: prompt and completion, of which the completion counts.
+    For example the samples of a policy: prompt and completion, of which the completion counts.
     """
     for number, (ids, counts) in enumerate(sequences):
         require(
             len(ids) == len(counts) >= 2,
-            f"sequence {number} has {len(ids)} tokens and {len(counts)} marks: it "
-            "needs as many, and two at least, as the first is only read",
+            f"sequence {number} has {len(ids)} tokens and {len(counts)} counts: give as many of both, "
+            "and at least two, as the first token is only read",
         )
     return _pack([[DocumentPiece(np.asarray(ids, np.int64), np.asarray(counts, bool))] for ids, counts in sequences])
 

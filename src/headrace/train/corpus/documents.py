@@ -1,4 +1,4 @@
-"""Inputs to documents: the same texts for learning a tokenizer and for writing tokens."""
+"""Read inputs as documents, for learning a tokenizer and for writing tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROBES = (("One day", " she went"), ("one", "\ntwo"), ("the end.", "\n\n  x 12")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A stretch of a document's tokens; the last one ends with the end token. Or a record that was skipped."""
+    """Consecutive tokens of a document, the `last` with the end token; or a skipped record."""
 
     ids: np.ndarray
     counts: np.ndarray | None = None
@@ -38,7 +38,7 @@ SKIPPED = Encoded(np.zeros(0, dtype=np.int64), skipped=True)
 
 @dataclass(frozen=True, slots=True)
 class CorpusInput:
-    """What to read: see `BuildConfig`, whose fields these are."""
+    """The inputs; the fields are those of `BuildConfig`."""
 
     inputs: tuple[str, ...]
     chat: bool
@@ -55,17 +55,17 @@ class CorpusInput:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens do not count."""
+        """Whether only some tokens count in the loss."""
         return self.chat or self.generated
 
     @property
     def eos(self) -> str:
-        """The end token that the texts themselves are written with, or ""."""
+        """The end token within the texts, or ""."""
         return tinyworld.END if self.generated else ""
 
     @property
     def exam(self) -> int:
-        """How many documents at the end are held out by their making."""
+        """The number of tinyworld's exam questions, which are the last documents."""
         return len(tinyworld.exam(self.seed, WHOLE_EXAM)) if self.generated else 0
 
     def texts(self, name: str) -> Iterator[str]:
@@ -124,7 +124,7 @@ class CorpusInput:
 
 
 def cuts_cleanly(tokenizer: Tokenizer) -> bool:
-    """Whether a text cut before white space has the tokens of the whole, so that long ones need not be held whole."""
+    """Whether a text cut before white space keeps its tokens, so that long texts can be read in parts."""
     return all(
         tokenizer.encode(one + other) == tokenizer.encode(one) + tokenizer.encode(other, False) for one, other in PROBES
     )
@@ -145,7 +145,7 @@ def _encode_record(tokenizer: Tokenizer, field: str, record: Record) -> Encoded:
 
 
 def _joined(parts: Iterator[TextPart]) -> Iterator[TextPart]:
-    """Whole documents."""
+    """Join parts to whole documents."""
     texts: list[str] = []
     for part in parts:
         texts.append(part.text)
@@ -155,7 +155,7 @@ def _joined(parts: Iterator[TextPart]) -> Iterator[TextPart]:
 
 
 def _encode_parts(parts: Iterator[TextPart], tokenizer: Tokenizer, eos: int) -> Iterator[Encoded]:
-    """Tokens of texts; a text of white space, or of an end token, alone is skipped."""
+    """Tokenize parts; a document of white space or of an end token alone is skipped."""
     begun = False
     for part in parts:
         if not begun and not part.text.strip():
@@ -176,5 +176,5 @@ def _characters(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: holds a lone surrogate, which is not a character") from None
+        raise ConfigError(f"{where}: holds a lone surrogate, which is not a character: remove it") from None
     return text
