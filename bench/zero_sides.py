@@ -47,7 +47,7 @@ def headrace(stage: str, folder: Path, dtype: str, rank: int, size: int, port: i
 
 def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: int) -> Step:
     """Whole runs: what a snapshot costs those that go on, and how long the way back from one takes."""
-    from headrace.kernels.ops import load_ops
+    from headrace.kernels.load import load_ops
     from headrace.parallel.mesh import launched
     from headrace.train.config import load_recipe
     from headrace.train.run import train

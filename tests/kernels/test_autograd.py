@@ -8,8 +8,11 @@ import torch.nn.functional as F
 
 from headrace.attention.context import packed_meta
 from headrace.kernels.autograd import AutogradOps, VocabPart, causal_attention, head_loss, log_probability
-from headrace.kernels.ops import load_ops, vocab_bounds
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import Ops
 from headrace.kernels.reference import ReferenceOps
+from headrace.kernels.shards import vocab_bounds
+from headrace.kernels.training import TrainingOps
 from headrace.parallel.group import RankGroup
 
 T, D, H, G, d, P = 21, 24, 4, 2, 8, 64
@@ -188,9 +191,7 @@ def test_forward_has_the_bits_of_the_base(base):
 
 
 def test_nothing_of_the_protocol_is_missing():
-    from headrace.kernels.ops import Ops
-
-    names = {name for name in vars(Ops) if not name.startswith("_")} | {"name", "device"}
+    names = {name for name in {**vars(Ops), **vars(TrainingOps)} if not name.startswith("_")} | {"name", "device"}
     assert {name for name in names if not hasattr(AutogradOps(ReferenceOps()), name)} == set()
 
 

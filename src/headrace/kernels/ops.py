@@ -11,61 +11,17 @@ one fixed shape, written in the kernel.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from headrace.errors import ConfigError
-
-__all__ = [
-    "SPLIT",
-    "AttentionMeta",
-    "Ops",
-    "SampleParams",
-    "Span",
-    "dropout_bar",
-    "load_ops",
-    "shard_bounds",
-    "signed64",
-    "vocab_bounds",
-]
-
-Span = tuple[int, int, int, int]
-"""(virtual shard, first column of a result, first row of the weight that gives it, how many)."""
+__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams"]
 
 SPLIT = 256
 """Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
-
-
-def shard_bounds(width: int, shards: int, unit: int = 32) -> tuple[int, ...]:
-    """Offsets of `shards` virtual shards over `width` inputs: shard i starts at unit·⌊i·⌈width/unit⌉/shards⌋.
-
-    An empty shard is an exact zero. 172 over 4 gives (0, 32, 96, 128, 172).
-    """
-    units = -(-width // unit)
-    return (*(min(width, unit * (i * units // shards)) for i in range(shards)), width)
-
-
-def vocab_bounds(vocab_size: int, shards: int) -> tuple[int, ...]:
-    """Shard offsets over the vocabulary padded to a multiple of 128·shards, clipped to what exists."""
-    padded = -(-vocab_size // (128 * shards)) * 128
-    return tuple(min(vocab_size, i * padded) for i in range(shards + 1))
-
-
-def dropout_bar(rate: float) -> int:
-    """What 31 bits of an element's hash must reach for dropout to keep it: about rate · 2³¹."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"a dropout rate of {rate} is not in [0, 1)")
-    return round(rate * 2**31)
-
-
-def signed64(key: int) -> int:
-    """The int64 with the bits of `key` modulo 2⁶⁴."""
-    return (key + 2**63) % 2**64 - 2**63
 
 
 @dataclass(slots=True)
@@ -192,6 +148,17 @@ class Ops(Protocol):
         """log Σ exp per row, fp32: each vocabulary shard's (m, e) alone, then a balanced tree over the shards."""
         ...
 
+    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        """[R, S, 2] fp32: (m, e) = (max, Σ exp(z − m)) of every vocabulary shard; an empty one is (-inf, 0)."""
+        ...
+
+    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
+        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first.
+
+        `logsumexp` is this of `logsumexp_parts`, to the bit.
+        """
+        ...
+
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probability fp32, rank int32 from 1) of one token per row, under the logits as they are.
 
@@ -223,138 +190,3 @@ class Ops(Protocol):
     def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks source[i] → target[j] in order (copy-on-write, swap)."""
         ...
-
-    # ---- what training adds ------------------------------------------------------------------------------------
-    # g_… is the gradient of the loss by …. An element's bits never depend on where it stands: a range of columns,
-    # or of a flat tensor, computed alone equals that range of the whole.
-
-    def rms_norm_backward(
-        self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, bounds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """(g_x [T, D], g_weight [S, D] fp32) of `rms_norm`; any leading axes count as T rows.
-
-        `bounds` = (0, …, T) cuts the rows into S shards, each summed alone for the weight's gradient (an empty one is
-        zeros): chunks of 64 rows counted from the shard's first, each in order, then a balanced tree over the chunks,
-        neighbours first, an odd one passing up. The caller adds the shards.
-        """
-        ...
-
-    def linear_backward_input(self, g_TN: Tensor, weight_NK: Tensor, spans: Sequence[Span]) -> Tensor:
-        """g_x [T, K] of `linear`: the sum of g[:, column] · weight[row] over what the spans name.
-
-        A shard's spans are cut into chunks of 256 terms from the start of each; a chunk is one chain of FMAs, chunks
-        are added in order, then the shards (1, 2, 4, 8 or 16; each has a span, if an empty one) in a balanced tree.
-        """
-        ...
-
-    def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
-        """g_weight [N, K] fp32 of `linear`, or `into_NK` to which it has been added: Σ g[t, n] · x[t, k].
-
-        The sum over t is one shard's in chunks of 256 rows, as above, so rows that come in multiples of 256 may come in
-        several calls.
-        """
-        ...
-
-    def attention_backward(
-        self,
-        g_THd: Tensor,
-        q_THd: Tensor,
-        k_TGd: Tensor,
-        v_TGd: Tensor,
-        out_THd: Tensor,
-        lse_TH: Tensor,
-        query_start_S1: Tensor,
-        scale: float,
-        window: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(g_q, g_k, g_v) of `attention` over whole sequences, rows `query_start[s] : query_start[s + 1]` each.
-
-        k and v, all in fp32, are as the cache holds them, and may be strided views whose last axis is contiguous; out
-        and lse are the forward's. A kv head's gradients in a sequence depend on nothing beside them, and sums have one
-        order: over keys ascending, over query heads of the kv head, then rows, ascending.
-        """
-        ...
-
-    def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
-        """g_gate_up [T, 2I] of `silu_mul`."""
-        ...
-
-    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        """[R, S, 2] fp32: (m, e) = (max, Σ exp(z − m)) of every vocabulary shard; an empty one is (-inf, 0)."""
-        ...
-
-    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
-        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first.
-
-        `logsumexp` is this of `logsumexp_parts`, to the bit.
-        """
-        ...
-
-    def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
-        """logits[r, v] ← g[r] · ([v = target] − exp(z − lse)): the gradient of Σ g · log p(target).
-
-        Target -1 says that a row's target is elsewhere, in another vocabulary shard.
-        """
-        ...
-
-    def adamw_(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        first: Tensor,
-        second: Tensor,
-        stored: Tensor | None,
-        *,
-        rate: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        decay: float,
-        step: int,
-        scale: float,
-    ) -> None:
-        """One step of AdamW on flat contiguous tensors of one length; `step` counts from 1.
-
-        master and the moments are fp32, grad fp32, bf16 or fp16, and so is `stored`, which receives the master,
-        rounded. With g = grad · scale: first += (1 − β1)·(g − first), second = β2·second + (1 − β2)·g², and
-        master = master·(1 − rate·decay) − rate/(1 − β1ᵗ) · first / (√second/√(1 − β2ᵗ) + eps).
-        """
-        ...
-
-    def sum_of_squares(self, flat: Tensor, chunk: int) -> Tensor:
-        """Σ x² in fp64 of every `chunk` elements from the start of a flat fp32, bf16 or fp16 tensor."""
-        ...
-
-    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
-        """x / (1 − rate) where kept, else 0; rate 0 returns x itself, and 1 is refused.
-
-        Whether x[t, j] is kept is a function of (key modulo 2⁶⁴, row_T[t], first_feature + j) and `rate`, and of
-        nothing else: the gradient of dropout is dropout of the gradient.
-        """
-        ...
-
-
-def load_ops(name: str, alone: bool = False, **options: Any) -> Ops:
-    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there).
-
-    `alone`: nobody else needs the cores, as in training; threads of "cpu" then stay awake between kernels.
-    """
-    if name == "cpu":
-        from headrace.kernels.cpu import CpuOps
-
-        return CpuOps(alone=alone, **options)
-    if name == "reference":
-        from headrace.kernels.reference import ReferenceOps
-
-        return ReferenceOps(**options)
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no GPU: use device=cpu, or install a CUDA build of torch")
-        if importlib.util.find_spec("triton") is None:
-            from headrace.kernels.reference import ReferenceOps
-
-            return ReferenceOps("cuda", **options)
-        from headrace.kernels.cuda import CudaOps
-
-        return CudaOps(**options)
-    raise ConfigError(f"kernels={name!r} is not one of cpu, reference, cuda")

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.autograd import AutogradOps, OutputShards, VocabPart, add_bias, head_loss, log_probability
-from headrace.kernels.ops import Ops, vocab_bounds
+from headrace.kernels.autograd import AutogradOps, VocabPart, add_bias, head_loss, log_probability
+from headrace.kernels.ops import Ops
+from headrace.kernels.shards import OutputShards, vocab_bounds
 from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.parallel.operators import f, f_rows, g, g_rows, shared

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.tensor import RowParallelLinear, VocabParallelEmbedding
@@ -28,7 +28,7 @@ __all__ = ["Dropout"]
 class Dropout:
     """All places of one model. It drops nothing outside `during`: to validate, sample or score is to call as ever."""
 
-    def __init__(self, model: Transformer, ops: Ops, rate: float, seed: int) -> None:
+    def __init__(self, model: Transformer, ops: TrainingOps, rate: float, seed: int) -> None:
         """Fill the `after` slots of what writes into the stream of `model`; a rate of 0 leaves the model alone."""
         self.rate, self.seed = rate, seed
         self._ops, self._group = ops, model.group

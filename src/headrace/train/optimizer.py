@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.parallel.group import RankGroup
 from headrace.train.config import OptimizerConfig
 
 __all__ = ["AdamW", "Moments", "PairwiseSum", "Updated", "global_norm"]
 
 
-def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: Ops, groups: Sequence[RankGroup] = ()) -> float:
+def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: TrainingOps, groups: Sequence[RankGroup] = ()) -> float:
     """The norm of all gradients together, in fp64; NaN where one is not finite.
 
     Each flat gradient comes with the length of its chunks: a chunk is summed alone and the chunks' sums are added
@@ -85,7 +85,7 @@ class AdamW:
         self,
         updated: Sequence[Updated],
         config: OptimizerConfig,
-        ops: Ops,
+        ops: TrainingOps,
         offload: Callable[[int], Tensor] | None = None,
     ) -> None:
         """`offload` gives fp32 memory for the state that is elsewhere than the weights; None keeps it beside them."""

@@ -21,7 +21,7 @@ import torch
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.autograd.entropy import CHUNK
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.train.config import RECOMPUTE, Recipe
@@ -158,7 +158,7 @@ class Part:
         self.recipe, self.tensor = recipe, tensor
         self.shards = config.shards // tensor
         # Of the ops only the device is asked before anything is computed.
-        nothing = cast(Ops, SimpleNamespace(device=torch.device("meta")))
+        nothing = cast(TrainingOps, SimpleNamespace(device=torch.device("meta")))
         self.model = Transformer(config, AutogradOps(nothing, self.shards), group=group)
         block: Any = self.model.blocks[0]
         self.heads, self.kv_heads, _ = block.attention.qkv.split

@@ -22,7 +22,8 @@ from torch import Tensor
 from headrace.attention.dense import DenseContext
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.ops import Ops, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.huggingface import save_model
 from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
@@ -70,7 +71,7 @@ class StepRecord:
 class Trainer:
     """Model, data and optimizer of one run. `step()` does one step; `log_probabilities(batch)` is its forward."""
 
-    def __init__(self, recipe: Recipe, ops: Ops | None = None, mesh: Mesh | None = None) -> None:
+    def __init__(self, recipe: Recipe, ops: TrainingOps | None = None, mesh: Mesh | None = None) -> None:
         """`mesh`: the ranks that train together; None for this one alone."""
         self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe

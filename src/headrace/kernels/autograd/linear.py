@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from headrace.kernels.autograd.shards import OutputShards, row_bounds, tree
-from headrace.kernels.ops import Ops
+from headrace.kernels.shards import OutputShards, row_bounds, tree
+from headrace.kernels.training import TrainingOps
 
 __all__ = ["AddBias", "ColumnLinear", "RowLinear"]
 
@@ -83,7 +83,7 @@ class AddBias(Function):
         return None, g_TN, _sum_row_shards(g_TN.contiguous(), ctx.ops)
 
 
-def _sum_rows(g_TN: Tensor, base: Ops) -> Tensor:
+def _sum_rows(g_TN: Tensor, base: TrainingOps) -> Tensor:
     return base.linear_backward_weight(g_TN, g_TN.new_ones(len(g_TN), 1)).squeeze(1)
 
 

@@ -16,9 +16,10 @@ from torch.autograd import Function
 from headrace.kernels.autograd.attention import CausalAttention
 from headrace.kernels.autograd.entropy import HeadLoss, LogProbability, VocabPart
 from headrace.kernels.autograd.linear import AddBias, ColumnLinear, RowLinear
-from headrace.kernels.autograd.shards import OutputShards, row_bounds, tree
 from headrace.kernels.delegate import DelegatingOps
 from headrace.kernels.ops import AttentionMeta, Ops
+from headrace.kernels.shards import OutputShards, row_bounds, tree
+from headrace.kernels.training import TrainingOps
 
 __all__ = ["AutogradOps", "add_bias", "causal_attention", "head_loss", "log_probability"]
 
@@ -30,7 +31,7 @@ class AutogradOps(DelegatingOps):
     alone, then in a balanced tree.
     """
 
-    def __init__(self, base: Ops, shards: int = 1, row_shards: int = 1, deferred: bool = False) -> None:
+    def __init__(self, base: TrainingOps, shards: int = 1, row_shards: int = 1, deferred: bool = False) -> None:
         """`deferred`: matrices of models get their memory later, from whoever divides them further (ZeRO)."""
         super().__init__(base)
         self.deferred = deferred
@@ -103,7 +104,7 @@ def head_loss(
 
     Logits exist a few hundred rows at a time.
     """
-    ops = ops if isinstance(ops, AutogradOps) else AutogradOps(ops)
+    ops = ops if isinstance(ops, AutogradOps) else AutogradOps(_base(ops))
     return HeadLoss.apply(ops, x_RD, weight_VD, targets_R, weight_R, part)
 
 
@@ -125,7 +126,7 @@ def causal_attention(
     return CausalAttention.apply(_base(ops), q_THd, k_TGd, v_TGd, meta, block_size, cache_dtype, scale, window)
 
 
-def _base(ops: Ops) -> Ops:
+def _base(ops: Ops) -> Any:
     return ops.base if isinstance(ops, AutogradOps) else ops
 
 
@@ -233,7 +234,9 @@ class _SiluMul(Function):
 
 class _Dropout(Function):
     @staticmethod
-    def forward(ctx: Any, ops: Ops, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+    def forward(
+        ctx: Any, ops: TrainingOps, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float
+    ) -> Tensor:
         # The rows' numbers are the batch's; as a saved tensor they would make a block recompute to its very end.
         ctx.ops, ctx.where = ops, (key, row_T, first_feature, rate)
         return ops.dropout(x_TD.detach(), *ctx.where)
