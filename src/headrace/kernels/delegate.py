@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from headrace.kernels.base import BaseOps
 from headrace.kernels.training import TrainingOps
 
 __all__ = ["DelegatingOps"]
 
 
-class DelegatingOps:
+class DelegatingOps(BaseOps):
     """`TrainingOps` where what a subclass does not define is `base`'s own, name and device too."""
 
     def __init__(self, base: TrainingOps) -> None:

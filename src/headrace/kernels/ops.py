@@ -18,7 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["SPLIT", "AttentionMeta", "Ops", "SampleParams"]
+from headrace.kernels.shards import OutputShards
+from headrace.kernels.vocab import VocabPart
+
+__all__ = ["SPLIT", "AttentionMeta", "Kernel", "Ops", "SampleParams"]
+
+Kernel = Callable[[Tensor], Tensor]
+"""What a linear's kernel slot holds: x [T, K] → [T, N] fp32."""
 
 SPLIT = 256
 """Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
@@ -145,7 +151,7 @@ class Ops(Protocol):
         ...
 
     def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        """log Σ exp per row, fp32: each vocabulary shard's (m, e) alone, then a balanced tree over the shards."""
+        """log Σ exp per row, fp32: `merge_logsumexp` of `logsumexp_parts`."""
         ...
 
     def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
@@ -153,10 +159,7 @@ class Ops(Protocol):
         ...
 
     def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
-        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first.
-
-        `logsumexp` is this of `logsumexp_parts`, to the bit.
-        """
+        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first."""
         ...
 
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,4 +192,60 @@ class Ops(Protocol):
 
     def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks source[i] → target[j] in order (copy-on-write, swap)."""
+        ...
+
+    # ---- what a model's parts are made of. `BaseOps` answers these without gradients, `AutogradOps` with them.
+
+    @property
+    def columns_per_shard(self) -> bool:
+        """Whether `column_kernel` gives virtual shards that share rows of a weight columns of their own.
+
+        Gradients need that: each shard's is taken alone.
+        """
+        ...
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A weight without values yet."""
+        ...
+
+    def column_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+        """The kernel slot of a linear split by its outputs, which lie in virtual shards as `outputs` says."""
+        ...
+
+    def row_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
+        """The kernel slot of a linear split by its inputs; `bounds` as in `linear`."""
+        ...
+
+    def add_bias(self, y_TN: Tensor, bias_N: Tensor) -> Tensor:
+        """y + bias, where y has been summed over ranks."""
+        ...
+
+    def causal_attention(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        meta: AttentionMeta,
+        block_size: int,
+        cache_dtype: torch.dtype,
+        scale: float,
+        window: int = 0,
+    ) -> Tensor:
+        """`attention` of whole packed sequences (rows = context in `meta`): [T, H, d] fp32.
+
+        k and v go through a paged cache of `cache_dtype` that lives for this call. Its rounding has gradient one.
+        """
+        ...
+
+    def log_probability(self, logits_RV: Tensor, targets_R: Tensor, part: VocabPart) -> Tensor:
+        """log p(target) [R] fp32 of logits over this rank's part of the vocabulary, of which −mean is a step's loss."""
+        ...
+
+    def head_loss(
+        self, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart
+    ) -> tuple[Tensor, Tensor]:
+        """(Σ weight · log p(target) in fp64, log p(target) [R] fp32 without gradient), the head's product fused in.
+
+        Logits exist a few hundred rows at a time.
+        """
         ...

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from headrace.attention.dense import DenseContext
 from headrace.errors import ConfigError
-from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.load import load_ops
 from headrace.kernels.training import TrainingOps
 from headrace.model.huggingface import save_model
@@ -39,6 +38,7 @@ from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
 from headrace.train.start import first_weights, initial_model, initial_tokenizer
 from headrace.zero.activations import Checkpoints, keep_checkpoints
+from headrace.zero.deferred import DeferredOps
 from headrace.zero.memory import Host
 from headrace.zero.sharded import Sharded
 
@@ -81,11 +81,10 @@ class Trainer:
         shards = recipe.model.shards
         mesh.tensor.require_shards(shards)
         local = shards // mesh.tensor.size
-        self.ops = AutogradOps(
+        self.ops = DeferredOps(
             ops or load_ops(recipe.train.kernels, alone=True),
             local,
             local if mesh.tensor.sequence else shards,
-            deferred=True,
         )
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)

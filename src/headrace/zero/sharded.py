@@ -41,7 +41,7 @@ class Slot:
 
 
 class Sharded:
-    """One rank's part of a model and of its gradients. Made with deferred ops, the model has its memory from here."""
+    """One rank's part of a model and of its gradients. Made with `DeferredOps`, the model has its memory from here."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.kernels.base import BaseOps
 from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import elementwise, launch
 from headrace.kernels.cpu import sample as sampling
@@ -31,7 +32,7 @@ SOURCE = launch.source_key()
 """Of the kernels that this process has imported: their files may be edited while it runs."""
 
 
-class CpuServingOps:
+class CpuServingOps(BaseOps):
     """`headrace.kernels.ops.Ops` in Numba. fp32 activations; fp32, bf16 or fp16 weights and cache.
 
     One thread at a time may call it (Numba's workqueue is not thread-safe), and processes that use it are started
@@ -239,9 +240,6 @@ class CpuServingOps:
         bad = elementwise.mask_logits(dense(logits_RV), integers(rows_E), integers(mask_EW, torch.int32))
         if bad >= 0:
             raise IndexError(f"mask {bad} names row {rows_E[bad]} of {tuple(logits_RV.shape)}")
-
-    def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        return self.merge_logsumexp(self.logsumexp_parts(logits_RV, bounds))
 
     def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
         cuts = bounds_array(tuple(bounds), logits_RV.shape[1])

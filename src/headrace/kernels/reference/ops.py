@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.kernels.base import BaseOps
 from headrace.kernels.dropout import dropout_bar, signed64
 from headrace.kernels.ops import AttentionMeta, SampleParams
 from headrace.kernels.reference import sample as sampling
@@ -22,7 +23,7 @@ from headrace.kernels.shards import Span, tree
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps:
+class ReferenceOps(BaseOps):
     """`headrace.kernels.training.TrainingOps` in torch, on `device`."""
 
     name = "reference"
@@ -137,9 +138,6 @@ class ReferenceOps:
         scores = scores.masked_fill(~seen_IJ, -torch.inf)
         out = (torch.softmax(scores, dim=-1) @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
         return out, torch.logsumexp(scores, dim=-1).flatten(0, 1).T
-
-    def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        return self.merge_logsumexp(self.logsumexp_parts(logits_RV, bounds))
 
     def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
         parts = []
