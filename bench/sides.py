@@ -86,7 +86,7 @@ def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, ran
     """Our trainer by a recipe, `tensor` ranks to a copy of the model."""
     import torch
 
-    from headrace.kernels.ops import load_ops
+    from headrace.kernels.load import load_ops
     from headrace.parallel.mesh import Mesh
     from headrace.parallel.rendezvous import join, keep_store
     from headrace.train.config import load_recipe

@@ -22,7 +22,7 @@ from typing import Any
 
 from headrace.bench.measure import Pairs, interleave, rates, write_results
 from headrace.config import ModelConfig
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.model.huggingface import save_model
 from headrace.model.transformer import Transformer
 from headrace.train.config import DataConfig

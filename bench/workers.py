@@ -50,7 +50,7 @@ class Side:
 def headrace(checkpoint: str, threads: int, torch_slots: bool = False) -> Any:
     """Our engine: a new one with an empty cache for every run, on one loaded model."""
     from headrace.bench.load import Job, run_jobs
-    from headrace.kernels.ops import load_ops
+    from headrace.kernels.load import load_ops
     from headrace.llm.assemble import assemble
     from headrace.llm.options import EngineOptions
     from headrace.model.huggingface import load_model

@@ -47,7 +47,7 @@ def headrace(stage: str, folder: Path, dtype: str, rank: int, size: int, port: i
 
 def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: int) -> Step:
     """Whole runs: the cost of a snapshot to a run, and the time to resume from one."""
-    from headrace.kernels.ops import load_ops
+    from headrace.kernels.load import load_ops
     from headrace.parallel.mesh import launched
     from headrace.train.config import load_recipe
     from headrace.train.run import train

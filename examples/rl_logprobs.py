@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from headrace import LLM, SamplingParams
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.train.config import load_recipe
 from headrace.train.data import TrainingBatch, batch_of
 from headrace.train.run import train

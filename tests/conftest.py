@@ -69,7 +69,7 @@ def other_checkpoint(tinyworld_checkpoint, tmp_path_factory) -> Path:
     """The same model with other weights, and the same tokenizer."""
     import torch
 
-    from headrace.kernels.ops import load_ops
+    from headrace.kernels.load import load_ops
     from headrace.model.huggingface import load_model, save_model
 
     model = load_model(tinyworld_checkpoint, load_ops("reference"))

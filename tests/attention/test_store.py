@@ -5,7 +5,7 @@ import torch
 
 from headrace.attention.store import LAYOUT_VERSION, KVStore
 from headrace.errors import ConfigError
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from headrace.engine.run.runner import Runner
 from headrace.engine.run.shard import ModelShard
 from headrace.engine.schedule.plan import PREVIOUS, SAMPLE, LogitEdits, Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.model.huggingface import load_model
 
 SIZE = 8

@@ -24,7 +24,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.llm.assemble import assemble
 from headrace.llm.options import EngineOptions
 from headrace.model.huggingface import load_model

@@ -9,7 +9,8 @@ import torch
 
 from headrace.kernels.cpu.attention import merge
 from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
-from headrace.kernels.ops import SPLIT, AttentionMeta, Ops, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import SPLIT, AttentionMeta, Ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYER = 1

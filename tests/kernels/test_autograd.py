@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from headrace.attention.context import packed_meta
-from headrace.kernels.autograd import AutogradOps, VocabPart, causal_attention, head_loss, log_probability
-from headrace.kernels.ops import load_ops, vocab_bounds
+from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import Ops
 from headrace.kernels.reference import ReferenceOps
+from headrace.kernels.shards import vocab_bounds
+from headrace.kernels.training import TrainingOps
+from headrace.kernels.vocab import VocabPart
 from headrace.parallel.group import RankGroup
 
 T, D, H, G, d, P = 21, 24, 4, 2, 8, 64
@@ -110,28 +114,29 @@ def test_log_probability(base):
     bounds = vocab_bounds(130, 2)
     part = VocabPart(0, bounds, RankGroup())
     check(
-        lambda z: log_probability(AutogradOps(base), z, targets, part),
+        lambda z: AutogradOps(base).log_probability(z, targets, part),
         lambda z: F.log_softmax(z, -1)[torch.arange(T), targets],
         normal(T, 130) * 4,
     )
 
 
 def test_the_head_s_loss_is_never_all_logits_at_once(base, monkeypatch):
-    monkeypatch.setattr("headrace.kernels.autograd.entropy.CHUNK", 8)
+    monkeypatch.setattr("headrace.kernels.vocab.CHUNK", 8)
     rows = []
     linear = base.linear
     monkeypatch.setattr(base, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
     targets, weights = torch.arange(T) * 5 % 130, normal(T)
     part = VocabPart(0, vocab_bounds(130, 2), RankGroup())
     check(
-        lambda x, w: head_loss(AutogradOps(base), x, w, targets, weights, part)[0],
+        lambda x, w: AutogradOps(base).head_loss(x, w, targets, weights, part)[0],
         lambda x, w: (F.log_softmax((x @ w.T).double(), -1)[torch.arange(T), targets] * weights).sum(),
         normal(T, D),
         normal(130, D),
     )
     assert rows == [8, 8, 5]
     with torch.no_grad():
-        _, logprob = head_loss(base, normal(T, D), normal(130, D), targets, weights, part)
+        loss, logprob = base.head_loss(normal(T, D), normal(130, D), targets, weights, part)
+        assert AutogradOps(base).head_loss(normal(T, D), normal(130, D), targets, weights, part)[0] == loss
     whole = linear(normal(T, D), normal(130, D))
     expected = base.score(whole, base.logsumexp(whole, part.bounds), targets)[0]
     torch.testing.assert_close(logprob, expected, rtol=0, atol=0 if base.name == "cpu" else 1e-4)
@@ -156,7 +161,7 @@ def test_causal_attention(base, lengths, window):
     meta = packed_meta(lengths, 16, base.device)
     rows = sum(lengths)
     check(
-        lambda q, k, v: causal_attention(base, q, k, v, meta, 16, torch.float32, 0.4, window),
+        lambda q, k, v: AutogradOps(base).causal_attention(q, k, v, meta, 16, torch.float32, 0.4, window),
         lambda q, k, v: plain_attention(q, k, v, lengths, 0.4, window),
         normal(rows, H, d),
         normal(rows, G, d, seed=5),
@@ -169,7 +174,7 @@ def test_attention_reads_what_the_cache_holds(base):
     meta = packed_meta([30], 16, base.device)
     q, k, v = normal(30, H, d), normal(30, G, d, seed=5), normal(30, G, d, seed=6)
     check(
-        lambda q, k, v: causal_attention(base, q, k, v, meta, 16, torch.bfloat16, 0.4),
+        lambda q, k, v: AutogradOps(base).causal_attention(q, k, v, meta, 16, torch.bfloat16, 0.4),
         lambda q, k, v: plain_attention(
             q, k + (k.bfloat16().float() - k).detach(), v + (v.bfloat16().float() - v).detach(), [30], 0.4, 0
         ),
@@ -188,9 +193,7 @@ def test_forward_has_the_bits_of_the_base(base):
 
 
 def test_nothing_of_the_protocol_is_missing():
-    from headrace.kernels.ops import Ops
-
-    names = {name for name in vars(Ops) if not name.startswith("_")} | {"name", "device"}
+    names = {name for name in {**vars(Ops), **vars(TrainingOps)} if not name.startswith("_")} | {"name", "device"}
     assert {name for name in names if not hasattr(AutogradOps(ReferenceOps()), name)} == set()
 
 

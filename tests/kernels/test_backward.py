@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps
-from headrace.kernels.ops import vocab_bounds
 from headrace.kernels.reference import ReferenceOps
+from headrace.kernels.shards import vocab_bounds
 
 ONE, REFERENCE = CpuOps(threads=1), ReferenceOps()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps, launch, linear, tiles
-from headrace.kernels.ops import shard_bounds
+from headrace.kernels.shards import shard_bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEPTHS = (1, 7, 8, 9, 31, 33, 100, 172)
@@ -195,7 +195,7 @@ def test_the_threading_layer_changes_no_bits(here):
 
 @pytest.mark.parametrize(("alone", "spins"), [(False, launch.SPINS), (True, launch.LONG_SPINS)])
 def test_threads_wait_awake_where_nobody_else_needs_the_cores(alone, spins):
-    script = f"from headrace.kernels.ops import load_ops; import os; load_ops('cpu', alone={alone})\n"
+    script = f"from headrace.kernels.load import load_ops; import os; load_ops('cpu', alone={alone})\n"
     script += "load_ops('cpu', alone=True); print(os.environ['GOMP_SPINCOUNT'])"  # the first ops have decided
     done = subprocess.run(
         [sys.executable, "-c", script],

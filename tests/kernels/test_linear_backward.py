@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.kernels.autograd import tree
 from headrace.kernels.cpu import CpuOps, launch
 from headrace.kernels.cpu.linear_backward import DEPTH
 from headrace.kernels.reference import ReferenceOps
+from headrace.kernels.shards import tree
 
 ONE, TWO, REFERENCE = CpuOps(threads=1), CpuOps(threads=2), ReferenceOps()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from headrace.errors import ConfigError
-from headrace.kernels.ops import AttentionMeta, Ops, SampleParams, load_ops, shard_bounds, vocab_bounds
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import AttentionMeta, Ops, SampleParams
 from headrace.kernels.reference import ReferenceOps
+from headrace.kernels.shards import shard_bounds, vocab_bounds
+from headrace.kernels.training import TrainingOps
 
 OPS = ReferenceOps()
 
@@ -23,7 +26,7 @@ def integers(*values: int) -> torch.Tensor:
 
 
 def test_every_operation_of_the_protocol_is_there():
-    wanted = {name for name in vars(Ops) if not name.startswith("_")}
+    wanted = {name for name in {**vars(Ops), **vars(TrainingOps)} if not name.startswith("_")}
     assert len(wanted) > 12
     assert all(callable(getattr(OPS, name, None)) for name in wanted)
     assert OPS.fingerprint() == ReferenceOps("cpu").fingerprint() != ""

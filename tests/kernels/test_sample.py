@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.kernels.cpu import sample as cpu
-from headrace.kernels.ops import SampleParams, load_ops, vocab_bounds
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import SampleParams
 from headrace.kernels.reference import ReferenceOps
 from headrace.kernels.reference import sample as reference
+from headrace.kernels.shards import vocab_bounds
 
 OPS = load_ops("cpu", threads=2)
 REFERENCE = ReferenceOps()

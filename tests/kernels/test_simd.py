@@ -6,27 +6,8 @@ import pytest
 import torch
 
 from headrace.kernels.cpu import simd
-from headrace.kernels.cpu.simd import (
-    exp1,
-    exp8,
-    fma1,
-    fma8,
-    hmax8,
-    hsum8,
-    hsum8x8,
-    load1,
-    load8,
-    load8n,
-    log1,
-    log8,
-    pointer,
-    sqrt8,
-    store1,
-    store8,
-    store8n,
-    store_lanes,
-    zero8,
-)
+from headrace.kernels.cpu.memory import load1, load8, load8n, pointer, store1, store8, store8n, store_lanes
+from headrace.kernels.cpu.simd import exp1, exp8, fma1, fma8, hmax8, hsum8, hsum8x8, log1, log8, sqrt8, zero8
 
 SPECIAL = np.array(
     [

@@ -18,13 +18,14 @@ SCRIPT = """
     from headrace.kernels.cuda import CudaOps
     from headrace.kernels.ops import Ops
     from headrace.kernels.reference import ReferenceOps
+    from headrace.kernels.training import TrainingOps
 
     ReferenceOps.new_in_the_protocol = lambda self, x: (self.name, x)
     triton_ops, reference = CudaOps("cpu"), ReferenceOps("cpu")
     assert triton_ops.new_in_the_protocol(3) == ("reference", 3)
     assert (triton_ops.name, triton_ops.device) == ("cuda", reference.device)
     assert triton_ops.fingerprint().endswith(reference.fingerprint())
-    assert all(hasattr(triton_ops, name) for name in vars(Ops) if not name.startswith("_"))
+    assert all(hasattr(triton_ops, name) for name in {**vars(Ops), **vars(TrainingOps)} if not name.startswith("_"))
     assert triton_ops.fingerprint() != reference.fingerprint()
     torch.manual_seed(0)
     for width in (1, 20, 64, 100, 768):

@@ -10,7 +10,7 @@ import torch
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.engine.engine import EngineFailedError
 from headrace.errors import CheckpointError, ConfigError
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.llm.async_llm import EngineStoppedError
 from headrace.model.huggingface import load_model
 

@@ -12,7 +12,8 @@ from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.attention.paged import PagedContext
 from headrace.attention.store import KVStore
-from headrace.kernels.ops import AttentionMeta, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import AttentionMeta
 
 SMALL = {
     "vocab_size": 160,

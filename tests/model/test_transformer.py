@@ -9,7 +9,7 @@ from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.config import ModelConfig
 from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.ops import vocab_bounds
+from headrace.kernels.shards import vocab_bounds
 from headrace.model.transformer import Transformer
 
 CONFIG = ModelConfig(

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.config import ModelConfig
-from headrace.kernels.autograd import AutogradOps, OutputShards
-from headrace.kernels.ops import load_ops
+from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.load import load_ops
+from headrace.kernels.shards import OutputShards
 from headrace.model.transformer import Transformer
 from headrace.train.recompute import recompute_
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.errors import ConfigError
-from headrace.kernels.autograd import tree
+from headrace.kernels.shards import tree
 from headrace.parallel.group import RankGroup
 from headrace.parallel.links import LinkError, SocketLink
 from headrace.parallel.rendezvous import connect, join, keep_store

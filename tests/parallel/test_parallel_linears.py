@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headrace.config import ModelConfig
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.model.layers import Attention, GatedMLP
 from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Streams

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.model.huggingface import load_model
 from parallel.model_jobs import digest
 from parallel.rank_kit import run_mesh

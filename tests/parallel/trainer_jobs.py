@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from unittest import mock
 
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.train import dropout
 from headrace.train.config import load_recipe
 from headrace.train.trainer import Trainer

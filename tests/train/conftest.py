@@ -2,7 +2,7 @@
 
 import pytest
 
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.train.config import load_recipe
 
 RECIPE = """

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.train.config import load_recipe
 from headrace.train.data import batch_of
 from headrace.train.trainer import Trainer

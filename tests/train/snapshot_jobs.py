@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from headrace.errors import HeadraceError
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.train.config import load_recipe
 from headrace.train.run import train
 from headrace.train.snapshots import reader, writer

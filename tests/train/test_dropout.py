@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from headrace.kernels.delegate import DelegatingOps
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.model.huggingface import check_weights, load_model
 from headrace.train import dropout
 from headrace.train.config import load_recipe

@@ -1,7 +1,7 @@
 """Ranks that were started with different recipes: told by all of them, before anything is written."""
 
 from headrace.errors import ConfigError
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.train.config import load_recipe
 from headrace.train.run import train
 from parallel.rank_kit import run_mesh

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.parallel.regions import Region, inside
 from headrace.train.config import load_recipe
 from headrace.train.snapshots.disk import RECORD, snapshots

@@ -70,12 +70,12 @@ def test_slots_hold_every_element_once_and_end_between_chunks(layout):
 
 def sharded(config, tensor, rank, copies, copy, stage, bucket):
     """One rank's, without the others and without a step."""
-    from headrace.kernels.autograd import AutogradOps
     from headrace.kernels.reference import ReferenceOps
     from headrace.model.transformer import Transformer
+    from headrace.zero.deferred import DeferredOps
 
     group, data = RankGroup.of_size(tensor, rank), RankGroup.of_size(copies, copy)
-    model = Transformer(config, AutogradOps(ReferenceOps(), config.shards // tensor, deferred=True), group=group)
+    model = Transformer(config, DeferredOps(ReferenceOps(), config.shards // tensor), group=group)
     return Sharded(model, data, stage, bucket, overlap=False)
 
 

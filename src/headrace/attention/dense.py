@@ -9,7 +9,6 @@ from torch import Tensor
 
 from headrace.attention.context import packed_meta
 from headrace.config import ModelConfig
-from headrace.kernels.autograd import causal_attention
 from headrace.kernels.ops import Ops
 
 __all__ = ["DenseContext"]
@@ -41,6 +40,6 @@ class DenseContext:
 
     def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Attend causally within each sequence: [T, H, d] fp32."""
-        return causal_attention(
-            self.ops, q_THd, k_TGd, v_TGd, self.meta, self.block_size, self.cache_dtype, self.scale, self.windows[layer]
+        return self.ops.causal_attention(
+            q_THd, k_TGd, v_TGd, self.meta, self.block_size, self.cache_dtype, self.scale, self.windows[layer]
         )

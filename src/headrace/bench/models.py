@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from headrace.config import ModelConfig
-from headrace.kernels.ops import Ops, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import Ops
 from headrace.model.huggingface import save_model
 from headrace.model.transformer import Transformer
 

@@ -39,7 +39,7 @@ def load(model: str, options: dict[str, Any]) -> Any:
 def kernels(name: str, ranks: int = 1, device: Any = None) -> Any:
     """The op set `name`, compiled, on `device`, with this rank's share of the threads of a machine with `ranks`."""
     with status("loading kernels …") as line:
-        from headrace.kernels.ops import load_ops
+        from headrace.kernels.load import load_ops
 
         own: dict[str, Any] = {"threads": max(1, (os.cpu_count() or 1) // ranks)} if ranks > 1 else {}
         ops = load_ops(name, alone=ranks == 1, **(own if name == "cpu" else {"device": device} if device else {}))

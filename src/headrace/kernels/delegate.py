@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.kernels.ops import Ops
+from headrace.kernels.base import BaseOps
+from headrace.kernels.training import TrainingOps
 
 __all__ = ["DelegatingOps"]
 
 
-class DelegatingOps:
-    """`headrace.kernels.ops.Ops` where what a subclass does not define is `base`'s own, name and device too."""
+class DelegatingOps(BaseOps):
+    """`TrainingOps` where what a subclass does not define is `base`'s own, name and device too."""
 
-    def __init__(self, base: Ops) -> None:
+    def __init__(self, base: TrainingOps) -> None:
         self.base = base
 
     def __getattr__(self, name: str) -> Any:

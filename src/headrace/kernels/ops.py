@@ -11,61 +11,23 @@ one fixed shape, written in the kernel.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from headrace.errors import ConfigError
+from headrace.kernels.shards import OutputShards
+from headrace.kernels.vocab import VocabPart
 
-__all__ = [
-    "SPLIT",
-    "AttentionMeta",
-    "Ops",
-    "SampleParams",
-    "Span",
-    "dropout_bar",
-    "load_ops",
-    "shard_bounds",
-    "signed64",
-    "vocab_bounds",
-]
+__all__ = ["SPLIT", "AttentionMeta", "Kernel", "Ops", "SampleParams"]
 
-Span = tuple[int, int, int, int]
-"""(virtual shard, first column of a result, first row of the weight that gives it, how many)."""
+Kernel = Callable[[Tensor], Tensor]
+"""What a linear's kernel slot holds: x [T, K] → [T, N] fp32."""
 
 SPLIT = 256
 """Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
-
-
-def shard_bounds(width: int, shards: int, unit: int = 32) -> tuple[int, ...]:
-    """Offsets of `shards` virtual shards over `width` inputs: shard i starts at unit·⌊i·⌈width/unit⌉/shards⌋.
-
-    An empty shard is an exact zero. 172 over 4 gives (0, 32, 96, 128, 172).
-    """
-    units = -(-width // unit)
-    return (*(min(width, unit * (i * units // shards)) for i in range(shards)), width)
-
-
-def vocab_bounds(vocab_size: int, shards: int) -> tuple[int, ...]:
-    """Shard offsets over the vocabulary padded to a multiple of 128·shards, clipped to what exists."""
-    padded = -(-vocab_size // (128 * shards)) * 128
-    return tuple(min(vocab_size, i * padded) for i in range(shards + 1))
-
-
-def dropout_bar(rate: float) -> int:
-    """What 31 bits of an element's hash must reach for dropout to keep it: about rate · 2³¹."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"a dropout rate of {rate} is not in [0, 1)")
-    return round(rate * 2**31)
-
-
-def signed64(key: int) -> int:
-    """The int64 with the bits of `key` modulo 2⁶⁴."""
-    return (key + 2**63) % 2**64 - 2**63
 
 
 @dataclass(slots=True)
@@ -189,7 +151,15 @@ class Ops(Protocol):
         ...
 
     def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        """log Σ exp per row, fp32: each vocabulary shard's (m, e) alone, then a balanced tree over the shards."""
+        """log Σ exp per row, fp32: `merge_logsumexp` of `logsumexp_parts`."""
+        ...
+
+    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        """[R, S, 2] fp32: (m, e) = (max, Σ exp(z − m)) of every vocabulary shard; an empty one is (-inf, 0)."""
+        ...
+
+    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
+        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first."""
         ...
 
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,137 +194,58 @@ class Ops(Protocol):
         """Copy whole blocks source[i] → target[j] in order (copy-on-write, swap)."""
         ...
 
-    # ---- what training adds ------------------------------------------------------------------------------------
-    # g_… is the gradient of the loss by …. An element's bits never depend on where it stands: a range of columns,
-    # or of a flat tensor, computed alone equals that range of the whole.
+    # ---- what a model's parts are made of. `BaseOps` answers these without gradients, `AutogradOps` with them.
 
-    def rms_norm_backward(
-        self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, bounds: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """(g_x [T, D], g_weight [S, D] fp32) of `rms_norm`; any leading axes count as T rows.
+    @property
+    def columns_per_shard(self) -> bool:
+        """Whether `column_kernel` gives virtual shards that share rows of a weight columns of their own.
 
-        `bounds` = (0, …, T) cuts the rows into S shards, each summed alone for the weight's gradient (an empty one is
-        zeros): chunks of 64 rows counted from the shard's first, each in order, then a balanced tree over the chunks,
-        neighbours first, an odd one passing up. The caller adds the shards.
+        Gradients need that: each shard's is taken alone.
         """
         ...
 
-    def linear_backward_input(self, g_TN: Tensor, weight_NK: Tensor, spans: Sequence[Span]) -> Tensor:
-        """g_x [T, K] of `linear`: the sum of g[:, column] · weight[row] over what the spans name.
-
-        A shard's spans are cut into chunks of 256 terms from the start of each; a chunk is one chain of FMAs, chunks
-        are added in order, then the shards (1, 2, 4, 8 or 16; each has a span, if an empty one) in a balanced tree.
-        """
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A weight without values yet."""
         ...
 
-    def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
-        """g_weight [N, K] fp32 of `linear`, or `into_NK` to which it has been added: Σ g[t, n] · x[t, k].
-
-        The sum over t is one shard's in chunks of 256 rows, as above, so rows that come in multiples of 256 may come in
-        several calls.
-        """
+    def column_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+        """The kernel slot of a linear split by its outputs, which lie in virtual shards as `outputs` says."""
         ...
 
-    def attention_backward(
+    def row_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
+        """The kernel slot of a linear split by its inputs; `bounds` as in `linear`."""
+        ...
+
+    def add_bias(self, y_TN: Tensor, bias_N: Tensor) -> Tensor:
+        """y + bias, where y has been summed over ranks."""
+        ...
+
+    def causal_attention(
         self,
-        g_THd: Tensor,
         q_THd: Tensor,
         k_TGd: Tensor,
         v_TGd: Tensor,
-        out_THd: Tensor,
-        lse_TH: Tensor,
-        query_start_S1: Tensor,
+        meta: AttentionMeta,
+        block_size: int,
+        cache_dtype: torch.dtype,
         scale: float,
         window: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(g_q, g_k, g_v) of `attention` over whole sequences, rows `query_start[s] : query_start[s + 1]` each.
+    ) -> Tensor:
+        """`attention` of whole packed sequences (rows = context in `meta`): [T, H, d] fp32.
 
-        k and v, all in fp32, are as the cache holds them, and may be strided views whose last axis is contiguous; out
-        and lse are the forward's. A kv head's gradients in a sequence depend on nothing beside them, and sums have one
-        order: over keys ascending, over query heads of the kv head, then rows, ascending.
+        k and v go through a paged cache of `cache_dtype` that lives for this call. Its rounding has gradient one.
         """
         ...
 
-    def silu_mul_backward(self, g_TI: Tensor, gate_up_T2I: Tensor) -> Tensor:
-        """g_gate_up [T, 2I] of `silu_mul`."""
+    def log_probability(self, logits_RV: Tensor, targets_R: Tensor, part: VocabPart) -> Tensor:
+        """log p(target) [R] fp32 of logits over this rank's part of the vocabulary, of which −mean is a step's loss."""
         ...
 
-    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        """[R, S, 2] fp32: (m, e) = (max, Σ exp(z − m)) of every vocabulary shard; an empty one is (-inf, 0)."""
-        ...
+    def head_loss(
+        self, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart
+    ) -> tuple[Tensor, Tensor]:
+        """(Σ weight · log p(target) in fp64, log p(target) [R] fp32 without gradient), the head's product fused in.
 
-    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
-        """log Σ exp [R] of a row's shards, a power of two of them, in a balanced tree, neighbours first.
-
-        `logsumexp` is this of `logsumexp_parts`, to the bit.
+        Logits exist a few hundred rows at a time.
         """
         ...
-
-    def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
-        """logits[r, v] ← g[r] · ([v = target] − exp(z − lse)): the gradient of Σ g · log p(target).
-
-        Target -1 says that a row's target is elsewhere, in another vocabulary shard.
-        """
-        ...
-
-    def adamw_(
-        self,
-        master: Tensor,
-        grad: Tensor,
-        first: Tensor,
-        second: Tensor,
-        stored: Tensor | None,
-        *,
-        rate: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        decay: float,
-        step: int,
-        scale: float,
-    ) -> None:
-        """One step of AdamW on flat contiguous tensors of one length; `step` counts from 1.
-
-        master and the moments are fp32, grad fp32, bf16 or fp16, and so is `stored`, which receives the master,
-        rounded. With g = grad · scale: first += (1 − β1)·(g − first), second = β2·second + (1 − β2)·g², and
-        master = master·(1 − rate·decay) − rate/(1 − β1ᵗ) · first / (√second/√(1 − β2ᵗ) + eps).
-        """
-        ...
-
-    def sum_of_squares(self, flat: Tensor, chunk: int) -> Tensor:
-        """Σ x² in fp64 of every `chunk` elements from the start of a flat fp32, bf16 or fp16 tensor."""
-        ...
-
-    def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
-        """x / (1 − rate) where kept, else 0; rate 0 returns x itself, and 1 is refused.
-
-        Whether x[t, j] is kept is a function of (key modulo 2⁶⁴, row_T[t], first_feature + j) and `rate`, and of
-        nothing else: the gradient of dropout is dropout of the gradient.
-        """
-        ...
-
-
-def load_ops(name: str, alone: bool = False, **options: Any) -> Ops:
-    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there).
-
-    `alone`: nobody else needs the cores, as in training; threads of "cpu" then stay awake between kernels.
-    """
-    if name == "cpu":
-        from headrace.kernels.cpu import CpuOps
-
-        return CpuOps(alone=alone, **options)
-    if name == "reference":
-        from headrace.kernels.reference import ReferenceOps
-
-        return ReferenceOps(**options)
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no GPU: use device=cpu, or install a CUDA build of torch")
-        if importlib.util.find_spec("triton") is None:
-            from headrace.kernels.reference import ReferenceOps
-
-            return ReferenceOps("cuda", **options)
-        from headrace.kernels.cuda import CudaOps
-
-        return CudaOps(**options)
-    raise ConfigError(f"kernels={name!r} is not one of cpu, reference, cuda")

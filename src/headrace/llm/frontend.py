@@ -18,7 +18,8 @@ from headrace.engine.schedule.beam import BeamSearch
 from headrace.engine.schedule.request import Request, RequestUpdate
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import HeadraceError, RequestError
-from headrace.kernels.ops import Ops, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.ops import Ops
 from headrace.llm.assemble import assemble, fingerprint
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from headrace.attention.context import AttentionContext
 from headrace.config import ModelConfig
-from headrace.kernels.ops import Ops, shard_bounds
+from headrace.kernels.ops import Ops
+from headrace.kernels.shards import shard_bounds
 from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.parallel.operators import shared

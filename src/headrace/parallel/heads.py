@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
-from headrace.kernels.autograd import OutputShards
+from headrace.kernels.shards import OutputShards
 from headrace.parallel.group import RankGroup
 
 __all__ = ["HeadLayout"]

@@ -13,13 +13,13 @@ the residual stream has a slot for its finished output too, `after(y) -> y`, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from headrace.kernels.autograd import AutogradOps, OutputShards, VocabPart, add_bias, head_loss, log_probability
-from headrace.kernels.ops import Ops, vocab_bounds
+from headrace.kernels.ops import Kernel, Ops
+from headrace.kernels.shards import OutputShards, vocab_bounds
+from headrace.kernels.vocab import VocabPart
 from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.parallel.operators import f, f_rows, g, g_rows, shared
@@ -28,57 +28,10 @@ from headrace.parallel.pieces import Piece, Streams
 __all__ = [
     "ColumnParallelLinear",
     "LMHead",
-    "LinearKernel",
     "QKVParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
 ]
-
-
-@dataclass(slots=True)
-class LinearKernel:
-    """The default kernel slot: `Ops.linear` on the weight as it is stored."""
-
-    ops: Ops
-    weight_NK: Tensor
-    bias_N: Tensor | None
-    bounds: tuple[int, ...] | None
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """x @ weight.T + bias, [T, N] fp32."""
-        return self.ops.linear(x_TK, self.weight_NK, self.bias_N, self.bounds)
-
-
-@dataclass(slots=True)
-class TrainedKernel:
-    """The slot of a linear that trains: its gradients are taken by virtual shard."""
-
-    ops: AutogradOps
-    weight_NK: Tensor
-    bias_N: Tensor | None
-    bounds: tuple[int, ...] | None
-    outputs: OutputShards | None
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """x @ weight.T + bias, fp32, in the columns that `outputs` says."""
-        if self.outputs is None:
-            return self.ops.linear(x_TK, self.weight_NK, self.bias_N, self.bounds)
-        return self.ops.column_linear(x_TK, self.weight_NK, self.bias_N, self.outputs)
-
-
-def _matrix(rows: int, columns: int, dtype: torch.dtype, ops: Ops) -> nn.Parameter:
-    """A weight without values yet; where the ops defer it, without memory either: one element stands for all."""
-    if isinstance(ops, AutogradOps) and ops.deferred:
-        return nn.Parameter(torch.empty(1, 1, dtype=dtype, device=ops.device).expand(rows, columns))
-    return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=ops.device))
-
-
-def _slot(
-    ops: Ops, weight: Tensor, bias: Tensor | None, bounds: tuple[int, ...] | None, outputs: OutputShards | None
-) -> Callable[[Tensor], Tensor]:
-    if isinstance(ops, AutogradOps):
-        return TrainedKernel(ops, weight, bias, bounds, outputs)
-    return LinearKernel(ops, weight, bias, bounds)
 
 
 class _ParallelLinear(nn.Module):
@@ -86,12 +39,12 @@ class _ParallelLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    kernel: Callable[[Tensor], Tensor]
+    kernel: Kernel
 
     def __init__(self, ops: Ops, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, group: RankGroup) -> None:
         super().__init__()
         self.group = group
-        self.weight = _matrix(outputs, inputs, dtype, ops)
+        self.weight = nn.Parameter(ops.matrix(outputs, inputs, dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, device=ops.device)) if bias else None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
@@ -134,19 +87,8 @@ class ColumnParallelLinear(_ParallelLinear):
         super().__init__(ops, inputs, sum(stop - start for start, stop in spans), bias, dtype, group)
         self.parts = tuple(parts)
         self.purpose = purpose
-        self.kernel = _slot(
-            ops,
-            self.weight,
-            self.bias,
-            None,
-            outputs
-            or OutputShards.of(
-                [
-                    [[(a - start, b - start)] for a, b in _pairs(bounds, group)]
-                    for (_, bounds), (start, _) in zip(parts, spans)
-                ]
-            ),
-        )
+        outputs = outputs or OutputShards.of([_own_shards(bounds, group) for _, bounds in parts])
+        self.kernel = ops.column_kernel(self.weight, self.bias, outputs)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] → [T, N], N being this rank's outputs."""
@@ -182,7 +124,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         super().__init__(
             ops, inputs, parts, bias=bias, dtype=dtype, group=group, purpose=purpose, outputs=heads.output_shards(group)
         )
-        kv_heads = heads.virtual_kv_heads if isinstance(ops, AutogradOps) else heads.kv_heads
+        kv_heads = heads.virtual_kv_heads if ops.columns_per_shard else heads.kv_heads
         self.split = (heads.heads, kv_heads, kv_heads)
         self.shape = (-1, sum(self.split), heads.dim)
 
@@ -213,10 +155,8 @@ class RowParallelLinear(_ParallelLinear):
         self.bounds = bounds
         self.purpose = purpose
         self.after: Callable[[Tensor], Tensor] = _as_it_is
-        local = tuple(
-            bounds[i] - start for i in range(group.own(len(bounds) - 1).start, group.own(len(bounds) - 1).stop + 1)
-        )
-        self.kernel = _slot(ops, self.weight, self.bias if group.size == 1 else None, local, None)
+        local = (0, *(b - start for _, b in _pairs(bounds, group)))
+        self.kernel = ops.row_kernel(self.weight, self.bias if group.size == 1 else None, local)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K], K being this rank's inputs → [T, N], the same on every rank."""
@@ -224,7 +164,7 @@ class RowParallelLinear(_ParallelLinear):
         if self.group.size > 1:
             y_TN = _leave(y_TN, self.group, self.purpose)
             if self.bias is not None:
-                y_TN = add_bias(self.ops, y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
+                y_TN = self.ops.add_bias(y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
         return self.after(y_TN)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
@@ -246,7 +186,7 @@ class VocabParallelEmbedding(nn.Module):
         self.after: Callable[[Tensor], Tensor] = _as_it_is
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        self.weight = _matrix(self.stop - self.start, width, dtype, ops)
+        self.weight = nn.Parameter(ops.matrix(self.stop - self.start, width, dtype))
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Token ids [T] → [T, D] fp32."""
@@ -293,19 +233,12 @@ class LMHead(nn.Module):
         self.group = group
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        weight = tied.weight if tied is not None else _matrix(self.stop - self.start, width, dtype, ops)
-        self.weight = weight
+        self.weight = nn.Parameter(ops.matrix(self.stop - self.start, width, dtype)) if tied is None else tied.weight
         self.tied = tied is not None
         local = (0, *(b - self.start for _, b in _pairs(self.bounds, group)))
         self.part = VocabPart(self.start, local, group)
         self.ops = ops
-        self.kernel = _slot(
-            ops,
-            weight,
-            None,
-            None,
-            OutputShards.of([[[(a - self.start, b - self.start)] for a, b in _pairs(self.bounds, group)]]),
-        )
+        self.kernel = ops.column_kernel(self.weight, None, OutputShards.of([_own_shards(self.bounds, group)]))
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """[R, D] → logits [R, V] fp32, V being this rank's part."""
@@ -317,11 +250,11 @@ class LMHead(nn.Module):
 
     def log_probabilities(self, x_RD: Tensor, targets_R: Tensor) -> Tensor:
         """log p(target) [R] fp32, differentiable: the bits that a server computes for them."""
-        return log_probability(self.ops, self(x_RD), targets_R, self.part)
+        return self.ops.log_probability(self(x_RD), targets_R, self.part)
 
     def loss(self, x_RD: Tensor, targets_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
         """(−Σ weight · log p(target) in fp64, log p(target) [R]); the logits never exist all at once."""
-        return head_loss(self.ops, x_RD, self.weight, targets_R, weight_R.neg(), self.part)
+        return self.ops.head_loss(x_RD, self.weight, targets_R, weight_R.neg(), self.part)
 
     def gather(self, logits_RV: Tensor) -> Tensor:
         """On rank 0 the logits of the whole vocabulary; elsewhere as they are."""
@@ -356,6 +289,12 @@ def _leave(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
 def _pairs(bounds: Sequence[int], group: RankGroup) -> list[tuple[int, int]]:
     """(start, stop) of each piece that this rank holds."""
     return [(bounds[i], bounds[i + 1]) for i in group.own(len(bounds) - 1)]
+
+
+def _own_shards(bounds: Sequence[int], group: RankGroup) -> list[list[tuple[int, int]]]:
+    """This rank's virtual shards, each the one piece that it has between `bounds`, counted from the rank's first."""
+    pairs = _pairs(bounds, group)
+    return [[(a - pairs[0][0], b - pairs[0][0])] for a, b in pairs]
 
 
 def _span(bounds: Sequence[int], group: RankGroup, rank: int | None = None) -> tuple[int, int]:

@@ -23,7 +23,8 @@ from headrace.attention.dense import DenseContext
 from headrace.config import ModelConfig
 from headrace.kernels.autograd import AutogradOps
 from headrace.kernels.delegate import DelegatingOps
-from headrace.kernels.ops import Ops, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh
@@ -80,7 +81,7 @@ def main(text: str) -> None:
 class _Watched(DelegatingOps):
     """Records the mask of every dropout call, recomputed ones included."""
 
-    def __init__(self, base: Ops) -> None:
+    def __init__(self, base: TrainingOps) -> None:
         super().__init__(base)
         self.masks: list[str] = []
         self.dropped = self.elements = 0
@@ -92,14 +93,14 @@ class _Watched(DelegatingOps):
         return self.base.dropout(x_TD, key, row_T, first_feature, rate)
 
 
-def _dropout(plan: Recipe, mesh: Mesh, ops: Ops) -> dict[str, Any]:
+def _dropout(plan: Recipe, mesh: Mesh, ops: TrainingOps) -> dict[str, Any]:
     """`_curve` with dropout, and the masks."""
     watched: Any = _Watched(ops)
     curve = _curve(replace(plan, model=replace(plan.model, dropout=RATE)), mesh, watched)
     return curve | {"masks": watched.masks, "share": watched.dropped / watched.elements}
 
 
-def _curve(plan: Recipe, mesh: Mesh, ops: Ops) -> dict[str, Any]:
+def _curve(plan: Recipe, mesh: Mesh, ops: TrainingOps) -> dict[str, Any]:
     """Every step's loss and gradient norm, and the weights at the end."""
     trainer = Trainer(plan, ops, mesh)
     records = [trainer.step() for _ in range(plan.train.steps)]

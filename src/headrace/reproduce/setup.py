@@ -11,7 +11,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
 from headrace.engine.run.runner import Runner
 from headrace.engine.schedule.scheduler import Scheduler
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.llm.assemble import assemble
 from headrace.llm.options import EngineOptions
 

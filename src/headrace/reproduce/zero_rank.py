@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.rendezvous import join
 from headrace.reproduce.megatron_rank import TIMEOUT, recipe

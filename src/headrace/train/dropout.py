@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.tensor import RowParallelLinear, VocabParallelEmbedding
@@ -28,7 +28,7 @@ __all__ = ["Dropout"]
 class Dropout:
     """The dropout of one model. It is active only within `during`, so validation and sampling drop nothing."""
 
-    def __init__(self, model: Transformer, ops: Ops, rate: float, seed: int) -> None:
+    def __init__(self, model: Transformer, ops: TrainingOps, rate: float, seed: int) -> None:
         """Set the `after` hook of every layer that writes into the residual stream; a rate of 0 changes nothing."""
         self.rate, self.seed = rate, seed
         self._ops, self._group = ops, model.group

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.parallel.group import RankGroup
 from headrace.train.config import OptimizerConfig
 
 __all__ = ["AdamW", "Moments", "PairwiseSum", "ParameterGroup", "global_norm"]
 
 
-def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: Ops, groups: Sequence[RankGroup] = ()) -> float:
+def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: TrainingOps, groups: Sequence[RankGroup] = ()) -> float:
     """The norm of all gradients, in fp64; NaN where one is not finite.
 
     Each flat gradient comes with the length of its chunks: every chunk is summed alone and the sums are added exactly,
@@ -85,7 +85,7 @@ class AdamW:
         self,
         groups: Sequence[ParameterGroup],
         config: OptimizerConfig,
-        ops: Ops,
+        ops: TrainingOps,
         offload: Callable[[int], Tensor] | None = None,
     ) -> None:
         """`offload` allocates fp32 memory outside of the device for the state; None keeps it beside the weights."""

@@ -20,8 +20,8 @@ import torch
 
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.autograd.entropy import CHUNK
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
+from headrace.kernels.vocab import CHUNK
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.train.config import RECOMPUTE, Recipe
@@ -158,7 +158,7 @@ class RankModel:
         self.recipe, self.tensor = recipe, tensor
         self.shards = config.shards // tensor
         # Building the model reads only the ops' device.
-        nothing = cast(Ops, SimpleNamespace(device=torch.device("meta")))
+        nothing = cast(TrainingOps, SimpleNamespace(device=torch.device("meta")))
         self.model = Transformer(config, AutogradOps(nothing, self.shards), group=group)
         block: Any = self.model.blocks[0]
         self.heads, self.kv_heads = map(int, block.attention.qkv.split[:2])

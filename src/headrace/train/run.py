@@ -23,7 +23,7 @@ import torch
 
 from headrace.config import require
 from headrace.errors import ConfigError
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.parallel.agreement import of_first
 from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
@@ -63,7 +63,7 @@ def train(
     out: str | Path,
     on_step: OnStep | None = None,
     sampler: Sampler | None = None,
-    ops: Ops | None = None,
+    ops: TrainingOps | None = None,
     *,
     mesh: Mesh | None = None,
     resume: bool = False,
@@ -109,7 +109,7 @@ class _TrainingRun:
         self,
         recipe: Recipe,
         out: Path,
-        ops: Ops | None,
+        ops: TrainingOps | None,
         mesh: Mesh,
         clock: Callable[[], float],
         warn: Callable[[str], None],

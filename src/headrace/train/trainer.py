@@ -21,8 +21,8 @@ from torch import Tensor
 
 from headrace.attention.dense import DenseContext
 from headrace.errors import ConfigError
-from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.ops import Ops, load_ops
+from headrace.kernels.load import load_ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.huggingface import save_model
 from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
@@ -38,6 +38,7 @@ from headrace.train.scaler import LossScale
 from headrace.train.schedule import learning_rate
 from headrace.train.start import first_weights, initial_model, initial_tokenizer
 from headrace.zero.activations import Checkpoints, keep_checkpoints
+from headrace.zero.deferred import DeferredOps
 from headrace.zero.memory import Host
 from headrace.zero.sharded import Sharded
 
@@ -70,7 +71,7 @@ class StepRecord:
 class Trainer:
     """Model, data and optimizer of one run. `step()` does one step; `log_probabilities(batch)` is its forward."""
 
-    def __init__(self, recipe: Recipe, ops: Ops | None = None, mesh: Mesh | None = None) -> None:
+    def __init__(self, recipe: Recipe, ops: TrainingOps | None = None, mesh: Mesh | None = None) -> None:
         """`mesh`: the ranks that train together; None takes those that torchrun started, or this process alone."""
         self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe
@@ -80,11 +81,10 @@ class Trainer:
         shards = recipe.model.shards
         mesh.tensor.require_shards(shards)
         local = shards // mesh.tensor.size
-        self.ops = AutogradOps(
+        self.ops = DeferredOps(
             ops or load_ops(recipe.train.kernels, alone=True),
             local,
             local if mesh.tensor.sequence else shards,
-            deferred=True,
         )
         self._parts = _parts(recipe, mesh)
         self.model = initial_model(recipe, self.tokenizer, self.ops, mesh.tensor)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from headrace.config import ModelConfig
 from headrace.kernels.autograd import AutogradOps
-from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece
@@ -184,7 +184,7 @@ def _shapes(config: ModelConfig, group: RankGroup) -> Transformer:
     """The model as this rank holds it, of which only shapes exist."""
     alone = RankGroup.of_size(group.size, group.rank)
     alone.sequence = group.sequence
-    nothing = cast(Ops, SimpleNamespace(device=torch.device("meta")))
+    nothing = cast(TrainingOps, SimpleNamespace(device=torch.device("meta")))
     return Transformer(config, AutogradOps(nothing, config.shards // group.size), group=alone)
 
 

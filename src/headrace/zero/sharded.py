@@ -41,7 +41,7 @@ class Slot:
 
 
 class Sharded:
-    """One rank's part of a model and of its gradients. It allocates the memory of a model made with deferred ops."""
+    """One rank's part of a model and of its gradients. It allocates the memory of a model made with `DeferredOps`."""
 
     def __init__(
         self,

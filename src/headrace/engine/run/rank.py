@@ -18,7 +18,7 @@ import torch
 from headrace.engine.run.follower import Follower
 from headrace.engine.run.frames import read_frame
 from headrace.errors import HeadraceError
-from headrace.kernels.ops import load_ops
+from headrace.kernels.load import load_ops
 from headrace.model.huggingface import load_model
 from headrace.parallel.rendezvous import connect, join
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from headrace.kernels.ops import AttentionMeta, Ops
+from headrace.kernels.base import cache_of
+from headrace.kernels.ops import AttentionMeta
+from headrace.kernels.training import TrainingOps
 
 __all__ = ["CausalAttention"]
 
@@ -19,7 +21,7 @@ class CausalAttention(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        ops: Ops,
+        ops: TrainingOps,
         q_THd: Tensor,
         k_TGd: Tensor,
         v_TGd: Tensor,
@@ -30,10 +32,7 @@ class CausalAttention(Function):
         window: int,
     ) -> Tensor:
         q_THd, k_TGd, v_TGd = q_THd.detach(), k_TGd.detach(), v_TGd.detach()
-        num_blocks = int(meta.block_table_SM.max()) + 1
-        shape = (num_blocks, 1, 2, k_TGd.shape[1], block_size, k_TGd.shape[2])
-        blocks = torch.empty(shape, dtype=cache_dtype, device=q_THd.device)
-        ops.store_kv_(k_TGd, v_TGd, blocks, 0, meta.slots_T)
+        blocks = cache_of(ops, k_TGd, v_TGd, meta, block_size, cache_dtype)
         lse_TH = torch.empty(q_THd.shape[:2], device=q_THd.device) if any(ctx.needs_input_grad) else None
         out_THd = ops.attention(q_THd, blocks, 0, meta, scale, window, lse_TH)
         if lse_TH is not None:

@@ -5,16 +5,31 @@ g_… is the gradient of the loss by …; shape suffixes are those of `headrace.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
-from headrace.kernels.autograd.shards import OutputShards, row_bounds, tree
-from headrace.kernels.ops import Ops
+from headrace.kernels.shards import OutputShards, row_bounds, tree
+from headrace.kernels.training import TrainingOps
 
-__all__ = ["AddBias", "ColumnLinear", "RowLinear"]
+__all__ = ["AddBias", "ColumnKernel", "ColumnLinear", "RowLinear"]
+
+
+@dataclass(slots=True)
+class ColumnKernel:
+    """The kernel slot of a linear whose gradients are taken by the virtual shards of its outputs."""
+
+    base: TrainingOps
+    weight_NK: Tensor
+    bias_N: Tensor | None
+    outputs: OutputShards
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """x @ weight.T + bias, fp32, in the columns of `outputs`."""
+        return ColumnLinear.apply(self.base, x_TK, self.weight_NK, self.bias_N, self.outputs)
 
 
 class ColumnLinear(Function):
@@ -22,11 +37,11 @@ class ColumnLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ops: Any, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards
+        ctx: Any, base: TrainingOps, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards
     ) -> Tensor:
         ctx.save_for_backward(x_TK, weight_NK)
-        ctx.base, ctx.outputs = ops.base, outputs
-        y_TN = ops.base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N))
+        ctx.base, ctx.outputs = base, outputs
+        y_TN = base.linear(x_TK.detach(), weight_NK.detach(), _detached(bias_N))
         return y_TN if outputs.spread is None else y_TN.index_select(1, outputs.spread.to(y_TN.device))
 
     @staticmethod
@@ -83,7 +98,7 @@ class AddBias(Function):
         return None, g_TN, _sum_row_shards(g_TN.contiguous(), ctx.ops)
 
 
-def _sum_rows(g_TN: Tensor, base: Ops) -> Tensor:
+def _sum_rows(g_TN: Tensor, base: TrainingOps) -> Tensor:
     return base.linear_backward_weight(g_TN, g_TN.new_ones(len(g_TN), 1)).squeeze(1)
 
 

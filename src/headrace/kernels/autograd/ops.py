@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from headrace.kernels.autograd.attention import CausalAttention
-from headrace.kernels.autograd.entropy import HeadLoss, LogProbability, VocabPart
-from headrace.kernels.autograd.linear import AddBias, ColumnLinear, RowLinear
-from headrace.kernels.autograd.shards import OutputShards, row_bounds, tree
+from headrace.kernels.autograd.entropy import HeadLoss, LogProbability
+from headrace.kernels.autograd.linear import AddBias, ColumnKernel, RowLinear
 from headrace.kernels.delegate import DelegatingOps
-from headrace.kernels.ops import AttentionMeta, Ops
+from headrace.kernels.ops import AttentionMeta, Kernel, Ops
+from headrace.kernels.shards import OutputShards, row_bounds, tree
+from headrace.kernels.training import TrainingOps
+from headrace.kernels.vocab import VocabPart
 
-__all__ = ["AutogradOps", "add_bias", "causal_attention", "head_loss", "log_probability"]
+__all__ = ["AutogradOps"]
 
 
 class AutogradOps(DelegatingOps):
@@ -30,10 +32,10 @@ class AutogradOps(DelegatingOps):
     alone, then in a balanced tree.
     """
 
-    def __init__(self, base: Ops, shards: int = 1, row_shards: int = 1, deferred: bool = False) -> None:
-        """`deferred`: matrices of models get their memory later, from whoever divides them further (ZeRO)."""
+    columns_per_shard = True
+
+    def __init__(self, base: TrainingOps, shards: int = 1, row_shards: int = 1) -> None:
         super().__init__(base)
-        self.deferred = deferred
         self.shards, self.row_shards = shards, row_shards
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -45,12 +47,11 @@ class AutogradOps(DelegatingOps):
     ) -> Tensor:
         return RowLinear.apply(self, x_TK, weight_NK, bias_N, tuple(bounds or (0, x_TK.shape[1])))
 
-    def column_linear(self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Tensor:
-        """`linear` whose gradients are taken by the virtual shards of its outputs.
+    def column_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+        return ColumnKernel(self.base, weight_NK, bias_N, outputs)
 
-        The result has the columns of `outputs`, which are its rows unless shards share some.
-        """
-        return ColumnLinear.apply(self, x_TK, weight_NK, bias_N, outputs)
+    def add_bias(self, y_TN: Tensor, bias_N: Tensor) -> Tensor:
+        return AddBias.apply(self, y_TN, bias_N)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return _RMSNorm.apply(self, x_TD, weight_D, eps)
@@ -69,6 +70,27 @@ class AutogradOps(DelegatingOps):
     def dropout(self, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
         return _Dropout.apply(self.base, x_TD, key, row_T, first_feature, rate) if rate else x_TD
 
+    def causal_attention(
+        self,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        meta: AttentionMeta,
+        block_size: int,
+        cache_dtype: torch.dtype,
+        scale: float,
+        window: int = 0,
+    ) -> Tensor:
+        return CausalAttention.apply(self.base, q_THd, k_TGd, v_TGd, meta, block_size, cache_dtype, scale, window)
+
+    def log_probability(self, logits_RV: Tensor, targets_R: Tensor, part: VocabPart) -> Tensor:
+        return LogProbability.apply(self.base, logits_RV, targets_R, part)
+
+    def head_loss(
+        self, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart
+    ) -> tuple[Tensor, Tensor]:
+        return HeadLoss.apply(self.base, x_RD, weight_VD, targets_R, weight_R, part)
+
     def turned_back(self, table_Pd: Tensor) -> Tensor:
         """The table of the transposed rotation: its sines negated. Kept, as every layer asks for the same."""
         if self._tables is None or self._tables[0] is not table_Pd:
@@ -81,52 +103,6 @@ class AutogradOps(DelegatingOps):
         bounds = row_bounds(len(x_TD), self.row_shards)
         g_x, g_weight = self.base.rms_norm_backward(g_TD.contiguous(), x_TD, weight_D, eps, bounds)
         return g_x, tree(list(g_weight)).to(weight_D.dtype)
-
-
-def add_bias(ops: Ops, y_TN: Tensor, bias_N: Tensor) -> Tensor:
-    """y + bias, whose gradient by the bias is summed by runs of rows."""
-    return AddBias.apply(ops, y_TN, bias_N) if isinstance(ops, AutogradOps) else y_TN + bias_N
-
-
-def log_probability(ops: Ops, logits_RV: Tensor, targets_R: Tensor, part: VocabPart) -> Tensor:
-    """log p(target) [R] fp32 of logits over this rank's part of the vocabulary.
-
-    These are the server's bits. The cross entropy of a step is −mean of it.
-    """
-    return LogProbability.apply(_base(ops), logits_RV, targets_R, part)
-
-
-def head_loss(
-    ops: Ops, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart
-) -> tuple[Tensor, Tensor]:
-    """(Σ weight · log p(target) in fp64, log p(target) [R] fp32 without gradient), the head's product fused in.
-
-    Logits exist a few hundred rows at a time.
-    """
-    ops = ops if isinstance(ops, AutogradOps) else AutogradOps(ops)
-    return HeadLoss.apply(ops, x_RD, weight_VD, targets_R, weight_R, part)
-
-
-def causal_attention(
-    ops: Ops,
-    q_THd: Tensor,
-    k_TGd: Tensor,
-    v_TGd: Tensor,
-    meta: AttentionMeta,
-    block_size: int,
-    cache_dtype: torch.dtype,
-    scale: float,
-    window: int = 0,
-) -> Tensor:
-    """Attention of whole packed sequences (rows = context in `meta`) by `ops.attention`: [T, H, d] fp32.
-
-    k and v go through a paged cache of `cache_dtype` that lives for this call. Its rounding has gradient one.
-    """
-    return CausalAttention.apply(_base(ops), q_THd, k_TGd, v_TGd, meta, block_size, cache_dtype, scale, window)
-
-
-def _base(ops: Ops) -> Ops:
-    return ops.base if isinstance(ops, AutogradOps) else ops
 
 
 class _Embedding(Function):
@@ -233,7 +209,9 @@ class _SiluMul(Function):
 
 class _Dropout(Function):
     @staticmethod
-    def forward(ctx: Any, ops: Ops, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float) -> Tensor:
+    def forward(
+        ctx: Any, ops: TrainingOps, x_TD: Tensor, key: int, row_T: Tensor, first_feature: int, rate: float
+    ) -> Tensor:
         # The rows' numbers are the batch's; as a saved tensor they would make a block recompute to its very end.
         ctx.ops, ctx.where = ops, (key, row_T, first_feature, rate)
         return ops.dropout(x_TD.detach(), *ctx.where)

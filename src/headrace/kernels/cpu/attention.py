@@ -22,8 +22,9 @@ import numpy as np
 from numba import get_num_threads, prange
 
 from headrace.kernels.cpu.launch import kernel
+from headrace.kernels.cpu.memory import load1, load8, store1, store8, store8n
 from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
-from headrace.kernels.cpu.simd import div8, exp1, fma8, load1, load8, log1, mul8, splat8, store1, store8, store8n
+from headrace.kernels.cpu.simd import div8, exp1, fma8, log1, mul8, splat8
 from headrace.kernels.cpu.work import take
 from headrace.kernels.ops import SPLIT
 

@@ -19,7 +19,8 @@ from numba import prange
 
 from headrace.kernels.cpu.launch import kernel
 from headrace.kernels.cpu.linear_backward import HEIGHT, PANEL, Ask, Tiles, chunk, pack
-from headrace.kernels.cpu.simd import fma8, hsum8, load1, load8, load8n, pointer, store1, store8n, zero8
+from headrace.kernels.cpu.memory import load1, load8, load8n, pointer, store1, store8n
+from headrace.kernels.cpu.simd import fma8, hsum8, zero8
 from headrace.kernels.cpu.simd16 import exp16, load16, mul16, splat16, store16, sub16, zero16
 from headrace.kernels.cpu.work import scratch, take
 

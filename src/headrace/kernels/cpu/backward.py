@@ -12,25 +12,9 @@ from numba import prange
 
 from headrace.kernels.cpu.elementwise import inverse_rms, share
 from headrace.kernels.cpu.launch import kernel
+from headrace.kernels.cpu.memory import load1, load8, load8n, store1, store8, store8n
 from headrace.kernels.cpu.sample import STEP, mix
-from headrace.kernels.cpu.simd import (
-    add8,
-    div8,
-    exp1,
-    exp8,
-    fma8,
-    hsum8,
-    load1,
-    load8,
-    load8n,
-    mul8,
-    splat8,
-    store1,
-    store8,
-    store8n,
-    sub8,
-    zero8,
-)
+from headrace.kernels.cpu.simd import add8, div8, exp1, exp8, fma8, hsum8, mul8, splat8, sub8, zero8
 
 __all__ = ["ROWS", "cross_entropy_backward", "dropout", "rms_norm_backward", "silu_mul_backward"]
 

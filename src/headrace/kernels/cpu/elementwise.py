@@ -13,23 +13,8 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.simd import (
-    add8,
-    div8,
-    exp8,
-    fma8,
-    hsum8,
-    load1,
-    load8,
-    load8n,
-    mul8,
-    splat8,
-    store1,
-    store8,
-    store8n,
-    sub8,
-    zero8,
-)
+from headrace.kernels.cpu.memory import load1, load8, load8n, store1, store8, store8n
+from headrace.kernels.cpu.simd import add8, div8, exp8, fma8, hsum8, mul8, splat8, sub8, zero8
 
 __all__ = [
     "add_rms_norm",

@@ -18,19 +18,8 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import WIDE, kernel
-from headrace.kernels.cpu.simd import (
-    add8,
-    load1,
-    load8,
-    load8n,
-    narrow,
-    pointer,
-    prefetch,
-    store1,
-    store8,
-    store8n,
-    widest,
-)
+from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, pointer, prefetch, store1, store8, store8n, widest
+from headrace.kernels.cpu.simd import add8
 from headrace.kernels.cpu.simd16 import load16, store16
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile4x3, tile8x4
 from headrace.kernels.cpu.work import scratch

@@ -16,7 +16,7 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import WIDE, kernel
-from headrace.kernels.cpu.simd import load1, load8, load8n, pointer, prefetch, store8, store8n
+from headrace.kernels.cpu.memory import load1, load8, load8n, pointer, prefetch, store8, store8n
 from headrace.kernels.cpu.simd16 import add16, fma16, high8, load16, low8, splat16, store16, zero16
 from headrace.kernels.cpu.work import scratch, take
 
@@ -169,8 +169,9 @@ def chunk(tiles, rows, room, packed, tall, depth, width, first, c, pitch, ask):
 
     Rows past the end repeat the last; c has room for them.
     """
+    a, row, step, src, on = tiles.a, tiles.row, tiles.step, ask.a, ask.step
     for n in range(0, width, PANEL):
-        b, row = packed + n * tall, tiles.row
+        b = packed + n * tall
         for j in range((rows + HEIGHT - 1) // HEIGHT):
             r0, to = tiles.at + j * tiles.tile, c + j * HEIGHT * pitch + n
             last = r0 + (min(rows - j * HEIGHT, HEIGHT) - 1) * row
@@ -181,50 +182,10 @@ def chunk(tiles, rows, room, packed, tall, depth, width, first, c, pitch, ask):
             if WIDE:
                 r6, r7 = min(r0 + 6 * row, last), min(r0 + 7 * row, last)
                 _tile8x32(
-                    tiles.a,
-                    r0,
-                    r1,
-                    r2,
-                    r3,
-                    r4,
-                    r5,
-                    r6,
-                    r7,
-                    tiles.step,
-                    room,
-                    b,
-                    depth,
-                    first,
-                    room,
-                    to,
-                    pitch,
-                    ask.a,
-                    far,
-                    ask.step,
-                    apart,
+                    a, r0, r1, r2, r3, r4, r5, r6, r7, step, room, b, depth, first, room, to, pitch, src, far, on, apart
                 )
             else:
-                _tile6x16(
-                    tiles.a,
-                    r0,
-                    r1,
-                    r2,
-                    r3,
-                    r4,
-                    r5,
-                    tiles.step,
-                    room,
-                    b,
-                    depth,
-                    first,
-                    room,
-                    to,
-                    pitch,
-                    ask.a,
-                    far,
-                    ask.step,
-                    apart,
-                )
+                _tile6x16(a, r0, r1, r2, r3, r4, r5, step, room, b, depth, first, room, to, pitch, src, far, on, apart)
 
 
 @kernel

@@ -9,18 +9,8 @@ from numba import prange
 
 from headrace.kernels.cpu.elementwise import share
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.simd import (
-    div8,
-    fma8,
-    load8,
-    load8n,
-    mul8,
-    splat8,
-    sqrt8,
-    store8,
-    store8n,
-    sub8,
-)
+from headrace.kernels.cpu.memory import load8, load8n, store8, store8n
+from headrace.kernels.cpu.simd import div8, fma8, mul8, splat8, sqrt8, sub8
 from headrace.kernels.cpu.simd64 import add_squares8d, hsum8d, zero8d
 
 __all__ = ["adamw", "sum_of_squares"]

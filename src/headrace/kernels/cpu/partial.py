@@ -13,23 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from headrace.kernels.cpu.launch import WIDE, kernel
-from headrace.kernels.cpu.simd import (
-    add8,
-    fma8,
-    hmax8,
-    hsum8,
-    load1,
-    load8,
-    load8n,
-    max8,
-    narrow,
-    pointer,
-    prefetch,
-    splat8,
-    store1,
-    store8,
-    zero8,
-)
+from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, pointer, prefetch, store1, store8
+from headrace.kernels.cpu.simd import add8, fma8, hmax8, hsum8, max8, splat8, zero8
 from headrace.kernels.cpu.simd16 import (
     exp16,
     fma16,

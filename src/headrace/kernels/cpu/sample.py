@@ -17,25 +17,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.simd import (
-    LANES,
-    add8,
-    div8,
-    exp1,
-    exp8,
-    hmax8,
-    hsum8,
-    load1,
-    load8,
-    log1,
-    log8,
-    max8,
-    splat8,
-    store1,
-    store8,
-    sub8,
-    zero8,
-)
+from headrace.kernels.cpu.memory import load1, load8, store1, store8
+from headrace.kernels.cpu.simd import LANES, add8, div8, exp1, exp8, hmax8, hsum8, log1, log8, max8, splat8, sub8, zero8
 
 __all__ = ["STEP", "gumbel", "logsumexp_parts", "merge_logsumexp", "mix", "sample", "score", "top_logprobs"]
 

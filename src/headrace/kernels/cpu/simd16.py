@@ -13,14 +13,13 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import models, register_model
 
+from headrace.kernels.cpu.memory import address, emit_load
 from headrace.kernels.cpu.simd import (
     FLOAT,
     LANES,
     VECTOR,
-    address,
     emit_exp,
     emit_fma,
-    emit_load,
     emit_select,
     emit_splat,
     emit_sums,

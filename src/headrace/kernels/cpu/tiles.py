@@ -10,7 +10,8 @@ All arguments are `pointer`s and element offsets. A chunk that is not the last i
 from __future__ import annotations
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.simd import fma8, hsum8x8, load8, load8n, narrow, prefetch, store8, store_lanes, zero8
+from headrace.kernels.cpu.memory import load8, load8n, narrow, prefetch, store8, store_lanes
+from headrace.kernels.cpu.simd import fma8, hsum8x8, zero8
 from headrace.kernels.cpu.simd16 import fma16, hsum16x8, load16, store16, store_quarter, twice8, zero16
 
 __all__ = ["tile1x8", "tile4x2", "tile4x3", "tile8x4"]

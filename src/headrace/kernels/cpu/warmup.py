@@ -12,16 +12,22 @@ from headrace.kernels.ops import AttentionMeta, SampleParams
 if TYPE_CHECKING:
     from headrace.kernels.cpu.ops import CpuOps
 
-__all__ = ["Progress", "warm_up"]
-
-Progress = Callable[[int, int, str], None]
-"""progress(done, total, name): called before each kernel, and once more when all are done."""
+__all__ = ["warm_up"]
 
 WIDTH = 1024  # of a product large enough for the threads
 
 
-def warm_up(ops: CpuOps, weights: torch.dtype, cache: torch.dtype, progress: Progress | None, training: bool) -> None:
-    """Call each operation of `ops` once, with weights and cache of these dtypes. What is on disk is only loaded."""
+def warm_up(
+    ops: CpuOps,
+    weights: torch.dtype,
+    cache: torch.dtype,
+    progress: Callable[[int, int, str], None] | None,
+    training: bool,
+) -> None:
+    """Call each operation of `ops` once, with weights and cache of these dtypes. What is on disk is only loaded.
+
+    progress(done, total, name) is called before each, and once more when all are done.
+    """
     steps = [*_model_steps(ops, weights, cache), *_logit_steps(ops)]
     if training:
         steps += _training_steps(ops, weights)

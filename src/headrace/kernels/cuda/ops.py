@@ -14,7 +14,7 @@ __all__ = ["CudaOps"]
 
 
 class CudaOps(DelegatingOps):
-    """`headrace.kernels.ops.Ops` on `device`: what has no Triton kernel yet is the reference's own."""
+    """`headrace.kernels.training.TrainingOps` on `device`: what has no Triton kernel yet is the reference's own."""
 
     name = "cuda"
 

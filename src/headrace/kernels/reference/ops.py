@@ -14,22 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.kernels.ops import AttentionMeta, SampleParams, Span, dropout_bar, signed64
+from headrace.kernels.base import BaseOps
+from headrace.kernels.dropout import dropout_bar, signed64
+from headrace.kernels.ops import AttentionMeta, SampleParams
 from headrace.kernels.reference import sample as sampling
+from headrace.kernels.shards import Span, tree
 
 __all__ = ["ReferenceOps"]
 
 
-def _tree(parts: list[Tensor]) -> Tensor:
-    """Balanced binary tree of sums: neighbours first."""
-    while len(parts) > 1:
-        pairs = [a + b for a, b in zip(parts[::2], parts[1::2])]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
-
-
-class ReferenceOps:
-    """`headrace.kernels.ops.Ops` in torch, on `device`."""
+class ReferenceOps(BaseOps):
+    """`headrace.kernels.training.TrainingOps` in torch, on `device`."""
 
     name = "reference"
 
@@ -58,7 +53,7 @@ class ReferenceOps:
         self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
     ) -> Tensor:
         cuts = (0, x_TK.shape[-1]) if bounds is None else tuple(bounds)
-        y_TN = _tree([F.linear(x_TK[..., a:b], weight_NK[:, a:b].float()) for a, b in pairwise(cuts)])
+        y_TN = tree([F.linear(x_TK[..., a:b], weight_NK[:, a:b].float()) for a, b in pairwise(cuts)])
         return y_TN if bias_N is None else y_TN + bias_N.float()
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -144,8 +139,24 @@ class ReferenceOps:
         out = (torch.softmax(scores, dim=-1) @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
         return out, torch.logsumexp(scores, dim=-1).flatten(0, 1).T
 
-    def logsumexp(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        return self.merge_logsumexp(self.logsumexp_parts(logits_RV, bounds))
+    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
+        parts = []
+        for a, b in pairwise(bounds):
+            z = F.pad(logits_RV[:, a:b].float(), (0, 1), value=-torch.inf)  # an empty shard has a maximum too
+            m_R = z.amax(dim=1)
+            parts.append(torch.stack((m_R, torch.exp(z - _shift(m_R)[:, None]).sum(dim=1)), dim=1))
+        return torch.stack(parts, dim=1)
+
+    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
+        m_RS, e_RS = parts_RS2.unbind(dim=2)
+        while m_RS.shape[1] > 1:
+            best_RS = torch.maximum(m_RS[:, ::2], m_RS[:, 1::2])
+            shift_RS = _shift(best_RS)
+            e_RS = e_RS[:, ::2] * torch.exp(m_RS[:, ::2] - shift_RS) + e_RS[:, 1::2] * torch.exp(
+                m_RS[:, 1::2] - shift_RS
+            )
+            m_RS = best_RS
+        return m_RS[:, 0] + torch.log(e_RS[:, 0])
 
     def score(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
         target_R1 = targets_R.to(logits_RV.device, torch.int64)[:, None]
@@ -203,7 +214,7 @@ class ReferenceOps:
         for shard, column, row, count in spans:
             part = g_TN[:, column : column + count] @ weight_NK[row : row + count].float()
             parts[shard] = parts[shard] + part if shard in parts else part
-        return _tree(list(parts.values()))
+        return tree(list(parts.values()))
 
     def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
         return g_TN.mT @ x_TK if into_NK is None else into_NK.addmm_(g_TN.mT, x_TK)
@@ -241,25 +252,6 @@ class ReferenceOps:
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
         return torch.cat((g_TI * up * (sigmoid + silu * (1 - sigmoid)), g_TI * silu), dim=-1)
-
-    def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
-        parts = []
-        for a, b in pairwise(bounds):
-            z = F.pad(logits_RV[:, a:b].float(), (0, 1), value=-torch.inf)  # an empty shard has a maximum too
-            m_R = z.amax(dim=1)
-            parts.append(torch.stack((m_R, torch.exp(z - _shift(m_R)[:, None]).sum(dim=1)), dim=1))
-        return torch.stack(parts, dim=1)
-
-    def merge_logsumexp(self, parts_RS2: Tensor) -> Tensor:
-        m_RS, e_RS = parts_RS2.unbind(dim=2)
-        while m_RS.shape[1] > 1:
-            best_RS = torch.maximum(m_RS[:, ::2], m_RS[:, 1::2])
-            shift_RS = _shift(best_RS)
-            e_RS = e_RS[:, ::2] * torch.exp(m_RS[:, ::2] - shift_RS) + e_RS[:, 1::2] * torch.exp(
-                m_RS[:, 1::2] - shift_RS
-            )
-            m_RS = best_RS
-        return m_RS[:, 0] + torch.log(e_RS[:, 0])
 
     def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
         ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)

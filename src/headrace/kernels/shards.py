@@ -1,4 +1,4 @@
-"""How sums over virtual shards and rows are cut and added up, and which outputs a virtual shard has."""
+"""How sums over virtual shards and rows are cut and added, and which outputs a virtual shard has."""
 
 from __future__ import annotations
 
@@ -9,11 +9,27 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from headrace.kernels.ops import Span
-
-__all__ = ["OutputShards", "row_bounds", "tree"]
+__all__ = ["OutputShards", "Span", "row_bounds", "shard_bounds", "tree", "vocab_bounds"]
 
 Range = tuple[int, int]
+
+Span = tuple[int, int, int, int]
+"""(virtual shard, first column of a result, first row of the weight that gives it, how many)."""
+
+
+def shard_bounds(width: int, shards: int, unit: int = 32) -> tuple[int, ...]:
+    """Offsets of `shards` virtual shards over `width` inputs: shard i starts at unit·⌊i·⌈width/unit⌉/shards⌋.
+
+    An empty shard is an exact zero. 172 over 4 gives (0, 32, 96, 128, 172).
+    """
+    units = -(-width // unit)
+    return (*(min(width, unit * (i * units // shards)) for i in range(shards)), width)
+
+
+def vocab_bounds(vocab_size: int, shards: int) -> tuple[int, ...]:
+    """Shard offsets over the vocabulary padded to a multiple of 128·shards, clipped to what exists."""
+    padded = -(-vocab_size // (128 * shards)) * 128
+    return tuple(min(vocab_size, i * padded) for i in range(shards + 1))
 
 
 def tree(parts: Sequence[Tensor]) -> Tensor:
