@@ -135,11 +135,10 @@ class Runner:
     def _resolve_previous(self, batch: Batch) -> None:
         if not batch.previous:
             return
-        if self._last is None or not {request for _, request in batch.previous} <= self._sampled.keys():
-            missing = next(
-                request for _, request in batch.previous if self._last is None or request not in self._sampled
-            )
-            raise RuntimeError(f"request {missing} has no token from the plan before for PREVIOUS")
+        for _, request in batch.previous:
+            if request not in self._sampled:
+                raise RuntimeError(f"request {request} has no token from the plan before for PREVIOUS")
+        assert self._last is not None  # what has rows in it was sampled
         rows = [row for row, _ in batch.previous]
         batch.inputs.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
 
