@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from headrace.cache.key import CacheKey
 from headrace.config import CacheConfig, SchedulerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
@@ -48,15 +49,15 @@ PARAMS = SamplingParams(
 def test_a_record_continues_anywhere_with_equal_tokens(steps):
     prompt = list(range(10, 21))
     whole = fresh()
-    whole.scheduler.add(Request(0, prompt, PARAMS, seed=11, choice=0, priority=2, namespace=("salt",)))
+    whole.scheduler.add(Request(0, prompt, PARAMS, seed=11, choice=0, priority=2, cache_key=CacheKey(salt="salt")))
     expected = run(whole)
     first = fresh()
-    request = Request(0, prompt, PARAMS, seed=11, priority=2, namespace=("salt",))
+    request = Request(0, prompt, PARAMS, seed=11, priority=2, cache_key=CacheKey(salt="salt"))
     first.scheduler.add(request)
     tokens, scores = run(first, steps)
     record = json.loads(json.dumps(request.resume_record()))
     again = Request.from_record(77, record)
-    assert again.params == PARAMS and again.namespace == ("salt",) and again.priority == 2
+    assert again.params == PARAMS and again.cache_key == CacheKey(salt="salt") and again.priority == 2
     second = fresh()
     second.scheduler.add(again)
     more, more_scores = run(second)
@@ -90,10 +91,10 @@ def test_known_tokens_and_what_remains_of_them():
 
 
 def test_siblings_differ_in_their_choice_alone():
-    root = Request(4, [1, 2], SamplingParams(n=2), seed=9, priority=1, namespace=("x",))
+    root = Request(4, [1, 2], SamplingParams(n=2), seed=9, priority=1, cache_key=CacheKey(salt="x"))
     other = root.sibling(5, 1)
     assert (other.parent_id, other.group_id, other.seed, other.choice) == (4, 4, 9, 1)
-    assert other.prompt_token_ids == [1, 2] and other.namespace == ("x",)
+    assert other.prompt_token_ids == [1, 2] and other.cache_key == CacheKey(salt="x")
 
 
 def test_top_is_what_sampled_and_scored_tokens_need():

@@ -5,6 +5,7 @@ import math
 import msgspec
 import pytest
 
+from headrace.cache.key import CacheKey
 from headrace.instance.wire import (
     Accepted,
     Add,
@@ -35,7 +36,7 @@ def test_events_come_through_with_their_bits():
 
 
 def test_commands_come_through():
-    add = Add("1", [1, 2], {"logit_bias": {5: -1.5}, "seed": 2**64 - 1, "stop": ["a"]}, -3, ["tenant"])
+    add = Add("1", [1, 2], {"logit_bias": {5: -1.5}, "seed": 2**64 - 1, "stop": ["a"]}, -3, CacheKey(salt="tenant"))
     assert decode_command(encode(add)) == add
 
 

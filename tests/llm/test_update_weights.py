@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headrace import LLM, AsyncLLM, SamplingParams
+from headrace.cache.key import CacheKey
 from headrace.engine.engine import EngineFailedError
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels.ops import load_ops
@@ -144,17 +145,17 @@ def test_what_was_in_flight_is_told_by_the_next_step(tinyworld_checkpoint, other
 def test_a_salt_stays_with_a_request_that_is_resumed_and_then_updated(tinyworld_checkpoint, other):
     llm = LLM(tinyworld_checkpoint)
     llm.update_weights(tinyworld_checkpoint, version=7)
-    name = llm.frontend.add(PROMPT, GREEDY, namespace=("salt",))
+    name = llm.frontend.add(PROMPT, GREEDY, cache_key=CacheKey(salt="salt"))
     llm.frontend.step()
     record = json.loads(json.dumps(llm.frontend.resume_record(name)))
-    assert record["choices"][0]["request"]["namespace"] == ["salt"]
+    assert record["choices"][0]["request"]["cache_key"] == [7, None, "salt"]
     second = LLM(tinyworld_checkpoint)
     second.update_weights(tinyworld_checkpoint, version=9)
     [number] = second.frontend.group(second.frontend.resume(record)).choices
     request = second.frontend.engine.scheduler.requests[number]
-    assert request.namespace == request.kv.namespace == (9, "salt")
+    assert request.cache_key == request.kv.cache_key == CacheKey(9, None, "salt")
     second.update_weights(other[0])
-    assert request.namespace == request.kv.namespace == (10, "salt")
+    assert request.cache_key == request.kv.cache_key == CacheKey(10, None, "salt")
     second.frontend.abort(name)
     llm.frontend.abort(name)
 

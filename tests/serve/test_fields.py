@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.cache.key import CacheKey
 from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.fields import (
     CHAT,
@@ -176,7 +177,7 @@ def test_fields_that_are_read_together_reach_the_engine():
     ask = read_ask(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
     params = ask.params
     assert (params.n, params.beam_width, params.stop, params.logit_bias, params.max_tokens) == (2, 2, ("x",), {5: 1}, 7)
-    assert (ask.namespace, ask.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
+    assert (ask.cache_key, ask.priority, params.logprobs, params.prompt_logprobs) == (CacheKey(salt="s"), 3, 2, 4)
     assert (params.temperature, params.top_k) == (0.5, 9)
     assert read_ask({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
     assert read_ask({}, CHAT, {}, False).params.max_tokens is None

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from headrace import LLM
+from headrace.cache.key import CacheKey
 from headrace.instance.server import Instance
 from headrace.instance.wire import Batch, Delta, Resume
 from headrace.serve.transcript import Transcript
@@ -88,7 +89,7 @@ def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
     params = replace(params, seed=params.seed or 1)
     expected = llm.generate([ids], params)[0]
     batches: list[Batch] = []
-    transcript = Transcript("1", "name", PROMPT, ids, params, 0, ())
+    transcript = Transcript("1", "name", PROMPT, ids, params, 0, CacheKey())
     for _ in range(2):
         instance = Instance(llm, batches.append)
         instance._obey(transcript.command(llm.fingerprint))

@@ -153,7 +153,7 @@ class Instance:
 
     def _add(self, add: Add) -> None:
         params = SamplingParams(**add.params)
-        name = self._frontend.add(add.prompt_token_ids, params, add.name, add.priority, tuple(add.namespace))
+        name = self._frontend.add(add.prompt_token_ids, params, add.name, add.priority, add.cache_key)
         self._enter(name, Sent.nothing(params.n))
 
     def _resume(self, resume: Resume) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from headrace.cache.key import CacheKey
+
 __all__ = [
     "COMMANDS",
     "EVENTS",
@@ -60,7 +62,7 @@ class Add(_Message):
     prompt_token_ids: list[int]
     params: dict[str, Any]
     priority: int = 0
-    namespace: list[str] = []
+    cache_key: CacheKey = CacheKey()
 
 
 class Resume(_Message):

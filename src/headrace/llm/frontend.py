@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.cache.key import CacheKey
 from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import Runner
@@ -114,15 +115,14 @@ class Frontend:
         params: SamplingParams,
         name: str | None = None,
         priority: int = 0,
-        namespace: tuple[object, ...] = (),
+        cache_key: CacheKey = CacheKey(),
     ) -> str:
         """Queue a prompt; returns its name. Raises `RequestError` where it can never be served."""
         text, ids = self._read(prompt)
         self._check(ids, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        first = Request(
-            next(self._ids), ids, params, seed=seed, priority=priority, namespace=(self.weights_version, *namespace)
-        )
+        cache_key = cache_key._replace(weights_version=self.weights_version)
+        first = Request(next(self._ids), ids, params, seed=seed, priority=priority, cache_key=cache_key)
         numbers = [first.request_id, *(next(self._ids) for _ in range(1, params.n))]
         requests = [first]
         if not params.beam_width:
@@ -222,8 +222,7 @@ class Frontend:
         }
 
     def _record(self, request: Request) -> dict[str, Any]:
-        """Its namespace is the caller's, without the weights' version, which is another engine's own matter."""
-        return {**request.resume_record(), "namespace": list(request.namespace[1:])}
+        return request.resume_record()
 
     def resume(self, record: Mapping[str, Any]) -> str:
         """Queue what a `resume_record` describes. A beam search, being deterministic, begins again."""
@@ -236,7 +235,7 @@ class Frontend:
             numbers = [next(self._ids) for _ in record["choices"]]
             plain = {n: c["request"] for n, c in zip(numbers, record["choices"]) if c["request"]}
             requests = {
-                n: Request.from_record(n, {**r, "namespace": [self.weights_version, *r["namespace"]]})
+                n: Request.from_record(n, {**r, "cache_key": [self.weights_version, *r["cache_key"][1:]]})
                 for n, r in plain.items()
             }
             outputs = [read_output(c["output"]) for c in record["choices"]]

@@ -107,7 +107,7 @@ class Answers:
                         prompt.token_ids,
                         ask.params,
                         priority=ask.priority,
-                        namespace=ask.namespace,
+                        cache_key=ask.cache_key,
                     )
                 )
         except BaseException:

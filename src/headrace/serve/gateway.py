@@ -16,10 +16,11 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
+from headrace.cache.key import CacheKey
 from headrace.config import require
 from headrace.engine.schedule.sampling import MAX_LOGPROBS, SamplingParams
 from headrace.errors import HeadraceError
@@ -155,7 +156,7 @@ class Gateway:
         params: SamplingParams,
         *,
         priority: int = 0,
-        namespace: Sequence[str] = (),
+        cache_key: CacheKey = CacheKey(),
     ) -> Stream:
         """Queue a request; returns when the instance has taken it. While an instance restarts, it waits for it.
 
@@ -167,7 +168,7 @@ class Gateway:
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
         wire = str(next(self._names))
-        transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, namespace)
+        transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, cache_key)
         transcript.output.weights_version = self.weights_version
         stream = Stream(transcript, self._leave)
         self._streams[wire] = stream

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from headrace.cache.key import CacheKey
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.instance.wire import Add, Delta, Resume, TokenEntry
@@ -26,7 +27,7 @@ class Transcript:
         prompt_token_ids: list[int],
         params: SamplingParams,
         priority: int,
-        namespace: Sequence[str],
+        cache_key: CacheKey,
     ) -> None:
         """`params` has a seed: without one, no other instance could draw the same tokens."""
         assert params.seed is not None
@@ -34,7 +35,7 @@ class Transcript:
         self.params = params
         self.seed = params.seed
         self.priority = priority
-        self.namespace = tuple(namespace)
+        self.cache_key = cache_key
         choices = [CompletionOutput(i) for i in range(params.n)]
         if params.logprobs is not None:
             for choice in choices:
@@ -78,7 +79,7 @@ class Transcript:
         if self._begun:
             return Resume(self._record(fingerprint))
         params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
-        return Add(self.wire_name, self.output.prompt_token_ids, params, self.priority, list(self.namespace))
+        return Add(self.wire_name, self.output.prompt_token_ids, params, self.priority, self.cache_key)
 
     def _record(self, fingerprint: str) -> dict[str, Any]:
         """The form of `Frontend.resume_record`. A beam search, whose choices are empty, begins again."""
@@ -104,7 +105,7 @@ class Transcript:
             seed=self.seed,
             choice=index,
             priority=self.priority,
-            namespace=self.namespace,
+            cache_key=self.cache_key,
             output_token_ids=choice.token_ids,
         )
         request.num_scored = max(request.num_scored, len(self.output.prompt_logprobs or ()) - 1)

@@ -41,7 +41,7 @@ class Admission:
         if head is None or s.batching.joins_empty or s.config.reserve != "none":
             return
         while s.running and s.running[-1].priority > head.priority:
-            path = s.cache.match(head.token_ids, head.namespace, self._limit(head))
+            path = s.cache.match(head.token_ids, head.cache_key, self._limit(head))
             need = s.cache.blocks_for(head.num_tokens) - sum(node.locks > 0 for node in path)
             if len(s.running) < s.batching.seats and need + self._promised() <= s.cache.available:
                 return
@@ -58,7 +58,7 @@ class Admission:
         for request in s.policy.order(s.waiting, seats, self._cached_tokens):
             if not s.batching.admits(request.group_id, groups) or self._blocked(request):
                 continue
-            path = s.cache.match(request.token_ids, request.namespace, self._limit(request))
+            path = s.cache.match(request.token_ids, request.cache_key, self._limit(request))
             if not s.batching.joins_empty and self._prefix_is_coming(request, path):
                 continue
             if seats == 0 or not self._admit(request, path, promised, plan):
@@ -124,7 +124,7 @@ class Admission:
 
     def _cached_tokens(self, request: Request) -> int:
         s = self._scheduler
-        path = s.cache.match(request.token_ids, request.namespace, self._limit(request))
+        path = s.cache.match(request.token_ids, request.cache_key, self._limit(request))
         return len(path) * s.cache.block_size
 
     def _blocked(self, request: Request) -> bool:
@@ -153,7 +153,7 @@ class Admission:
         node = path[-1] if path else None
         for other in s.running:
             kv = other.kv
-            same = kv.node is node if node is not None else (kv.depth == 0 and kv.namespace == request.namespace)
+            same = kv.node is node if node is not None else (kv.depth == 0 and kv.cache_key == request.cache_key)
             if same and kv.depth == len(path) and other.token_ids[start : start + size] == key:
                 request.prefix_waits += 1
                 s.counters.prefix_waits += 1

@@ -184,7 +184,7 @@ class BeamSearch:
             choice=parent.choice,
             priority=parent.priority,
             group_id=parent.group_id,
-            namespace=parent.namespace,
+            cache_key=parent.cache_key,
             output_token_ids=parent.output_token_ids,
         )
         child.num_scored = parent.num_scored

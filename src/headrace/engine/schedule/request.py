@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from headrace.cache.key import CacheKey
 from headrace.cache.manager import CachedSequence, Segment
 from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.plan import TokenLogprobs
@@ -48,13 +49,14 @@ class Request:
     """A prompt, what was generated so far, and how far both are computed.
 
     The n choices of one prompt are n requests with one `group_id`; `parent_id` names the one that computes
-    the prompt, from which the others fork. `namespace` is whatever else the KV depends on (adapter, cache
-    salt). Positions: `token_ids` are known; `num_computed_tokens` of them have KV; `num_scheduled` will have
-    it once the plans in flight are done; `num_pending` sampled tokens are in flight.
+    the prompt, from which the others fork. Positions: `token_ids` are known; `num_computed_tokens` of them
+    have KV; `num_scheduled` will have it once the plans in flight are done; `num_pending` sampled tokens are
+    in flight.
     """
 
     __slots__ = (
         "arrival",
+        "cache_key",
         "choice",
         "cumulative_logprob",
         "edits",
@@ -63,7 +65,6 @@ class Request:
         "group_id",
         "kv",
         "max_output",
-        "namespace",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending",
@@ -98,7 +99,7 @@ class Request:
         priority: int = 0,
         parent_id: int | None = None,
         group_id: int | None = None,
-        namespace: tuple[object, ...] = (),
+        cache_key: CacheKey = CacheKey(),
         output_token_ids: Sequence[int] = (),
     ) -> None:
         if not prompt_token_ids:
@@ -110,7 +111,7 @@ class Request:
         self.priority = priority
         self.parent_id = parent_id
         self.group_id = request_id if group_id is None else group_id
-        self.namespace = namespace
+        self.cache_key = cache_key
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         """Prompt, then output. Grows; never edited in place."""
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -124,7 +125,7 @@ class Request:
         """Prompt positions whose next token has been scored, where `prompt_logprobs` asks for it."""
         if params.prompt_logprobs is None or choice or output_token_ids:
             self.num_scored = self.num_prompt_tokens - 1
-        self.kv = CachedSequence(namespace)
+        self.kv = CachedSequence(cache_key)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -206,7 +207,7 @@ class Request:
             priority=self.priority,
             parent_id=self.request_id,
             group_id=self.group_id,
-            namespace=self.namespace,
+            cache_key=self.cache_key,
         )
 
     def resume_record(self) -> dict[str, Any]:
@@ -227,7 +228,7 @@ class Request:
             "choice": self.choice,
             "priority": self.priority,
             "cumulative_logprob": self.cumulative_logprob,
-            "namespace": list(self.namespace),
+            "cache_key": list(self.cache_key),
             "params": params,
         }
 
@@ -248,7 +249,7 @@ class Request:
                 seed=record["seed"],
                 choice=record["choice"],
                 priority=record["priority"],
-                namespace=tuple(record["namespace"]),
+                cache_key=CacheKey(*record["cache_key"]),
                 output_token_ids=tokens[split:],
             )
             request.num_scored = max(request.num_scored, record["num_scored"])

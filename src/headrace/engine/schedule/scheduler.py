@@ -172,7 +172,7 @@ class Scheduler:
             self.cache.release(request.kv)
             request.num_computed_tokens = 0
             request.spec_token_ids = []
-            request.kv.namespace = request.namespace = (version, *request.namespace[1:])
+            request.kv.cache_key = request.cache_key = request.cache_key._replace(weights_version=version)
         self.cache.reset()
 
     # ---- one step
