@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from headrace import LLM, AsyncLLM, Logprob, RequestError, SamplingParams
+from headrace import LLM, AsyncLLM, Logprob, RequestError, ResumeRecord, SamplingParams
 from headrace.engine.engine import EngineFailedError
 from headrace.llm.async_llm import EngineStoppedError
 
@@ -169,9 +169,9 @@ def test_a_resumed_request_ends_as_if_nothing_had_happened(llm, folder, params, 
     name = llm.frontend.add("Once upon a time", params)
     for _ in range(steps):
         llm.frontend.step()
-    record = json.loads(json.dumps(llm.frontend.resume_record(name)))
+    record = json.loads(json.dumps(llm.frontend.resume_record(name).to_dict()))
     llm.frontend.abort(name)
-    resumed = LLM(folder, num_kv_blocks=60).resume([record])[0]
+    resumed = LLM(folder, num_kv_blocks=60).resume([ResumeRecord.from_dict(record)])[0]
     assert resumed.outputs == expected.outputs
 
 
@@ -182,7 +182,15 @@ def test_resume_refuses_another_fingerprint(llm, folder):
     with pytest.raises(RequestError, match="its tokens could differ"):
         LLM(folder, num_kv_blocks=60, kv_cache_dtype="bf16").resume([record])
     with pytest.raises(RequestError, match="broken"):
-        llm.resume([{"fingerprint": llm.fingerprint}])
+        llm.resume([ResumeRecord.from_dict({"fingerprint": llm.fingerprint})])
+    record.output.outputs[0].finish_reason = "stop"
+    with pytest.raises(RequestError, match=r"broken.*finished"):
+        llm.resume([record])
+    record.output.outputs[0].finish_reason = None
+    record.output.outputs[0].token_ids.append(10**6)
+    with pytest.raises(RequestError, match="token id 1000000"):
+        llm.resume([record])
+    assert not llm.frontend.has_work
 
 
 @pytest.mark.parametrize(

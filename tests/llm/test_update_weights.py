@@ -147,8 +147,8 @@ def test_a_salt_stays_with_a_request_that_is_resumed_and_then_updated(tinyworld_
     llm.update_weights(tinyworld_checkpoint, version=7)
     name = llm.frontend.add(PROMPT, GREEDY, cache_key=CacheKey(salt="salt"))
     llm.frontend.step()
-    record = json.loads(json.dumps(llm.frontend.resume_record(name)))
-    assert record["choices"][0]["request"]["cache_key"] == [7, None, "salt"]
+    record = llm.frontend.resume_record(name)
+    assert record.cache_key == CacheKey(salt="salt")
     second = LLM(tinyworld_checkpoint)
     second.update_weights(tinyworld_checkpoint, version=9)
     [number] = second.frontend.group(second.frontend.resume(record)).choices

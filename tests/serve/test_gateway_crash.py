@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from headrace import LLM
-from headrace.cache.key import CacheKey
 from headrace.instance.server import Instance
 from headrace.instance.wire import Batch, Delta, Resume
+from headrace.llm.records import ResumeRecord
 from headrace.serve.transcript import Transcript
 from serve.gateway_kit import OPTIONS, PROMPT, check_stream, kinds, start
 
@@ -89,7 +89,7 @@ def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
     params = replace(params, seed=params.seed or 1)
     expected = llm.generate([ids], params)[0]
     batches: list[Batch] = []
-    transcript = Transcript("1", "name", PROMPT, ids, params, 0, CacheKey())
+    transcript = Transcript("1", ResumeRecord.begin("name", PROMPT, ids, params))
     for _ in range(2):
         instance = Instance(llm, batches.append)
         instance._obey(transcript.command(llm.fingerprint))

@@ -7,10 +7,9 @@ an output after its step stays; text may come in a later delta than its tokens, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from headrace.instance.wire import ChoiceDelta, Delta, TokenEntry
-from headrace.llm.outputs import CompletionOutput, Logprob
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.llm.processor import Group
 
 __all__ = ["Sent"]
@@ -19,24 +18,10 @@ __all__ = ["Sent"]
 class Sent:
     """How much of one request's output has been sent: three numbers a choice."""
 
-    def __init__(self, choices: list[tuple[int, int, bool]], prompt_logprobs: int = 0) -> None:
-        """`choices`: (tokens, characters, whether it is over), by index; `prompt_logprobs`: tables."""
-        self._choices = choices
-        self._prompt_logprobs = prompt_logprobs
-
-    @classmethod
-    def nothing(cls, n: int) -> Sent:
-        """Of a new request with n choices."""
-        return cls([(0, 0, False)] * n)
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Sent:
-        """Of a request that goes on from a `Frontend.resume_record`: what it holds, the client has."""
-        outputs = [choice["output"] for choice in record["choices"]]
-        return cls(
-            [(len(o["token_ids"]), len(o["text"]), o["finish_reason"] is not None) for o in outputs],
-            len(record["prompt_logprobs"] or ()),
-        )
+    def __init__(self, output: RequestOutput) -> None:
+        """Of a request whose `output` so far the client has."""
+        self._choices = [(len(c.token_ids), len(c.text), c.finish_reason is not None) for c in output.outputs]
+        self._prompt_logprobs = len(output.prompt_logprobs or ())
 
     def news(self, group: Group) -> Delta | None:
         """What `group` has beyond what was sent, which counts as sent now; None if that is nothing."""

@@ -69,7 +69,11 @@ def main() -> int:
 def _receive(commands: zmq.Socket[bytes], instance: Instance) -> None:
     command: Any = None
     while not isinstance(command, Stop):
-        command = decode_command(commands.recv())
+        try:
+            command = decode_command(commands.recv())
+        except ValueError as error:  # a gateway of this version sends none; to read on would leave it waiting
+            print(f"headrace: {error}", file=sys.stderr)
+            _leave(1)
         instance.post(command)
 
 

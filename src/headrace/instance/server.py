@@ -12,7 +12,7 @@ from dataclasses import fields
 
 import torch
 
-from headrace.engine.schedule.sampling import SamplingParams, named_parameter
+from headrace.engine.schedule.sampling import named_parameter
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import CheckpointError, RequestError
 from headrace.instance.deltas import Sent
@@ -148,20 +148,19 @@ class Instance:
             elif isinstance(command, Update):
                 self._update(command)
         except RequestError as error:
-            name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
-            self._news.append(Refused(name, str(error), named_parameter(str(error))))
+            self._news.append(Refused(getattr(command, "name", ""), str(error), named_parameter(str(error))))
 
     def _add(self, add: Add) -> None:
-        params = SamplingParams(**add.params)
-        name = self._frontend.add(add.prompt_token_ids, params, add.name, add.priority, add.cache_key)
-        self._enter(name, Sent.nothing(params.n))
+        self._enter(self._frontend.add(add.prompt_token_ids, add.params, add.name, add.priority, add.cache_key))
 
     def _resume(self, resume: Resume) -> None:
-        self._enter(self._frontend.resume(resume.record), Sent.of_record(resume.record))
+        self._enter(self._frontend.resume(resume.record))
 
-    def _enter(self, name: str, sent: Sent) -> None:
-        self._sent[name] = sent
-        self._explainer.arrived(name, self._frontend.group(name).choices)
+    def _enter(self, name: str) -> None:
+        """The gateway has what the output holds already: the output of a resumed request is not sent again."""
+        group = self._frontend.group(name)
+        self._sent[name] = Sent(group.output)
+        self._explainer.arrived(name, group.choices)
         self._news.append(Accepted(name))
 
     def _abort(self, name: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from headrace.cache.key import CacheKey
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.llm.records import ResumeRecord
 
 __all__ = [
     "COMMANDS",
@@ -56,19 +58,24 @@ class _Message(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class Add(_Message):
-    """A new request. `params` are fields of `SamplingParams`, the seed always among them."""
+    """A new request; `params` has a seed."""
 
     name: str
     prompt_token_ids: list[int]
-    params: dict[str, Any]
+    params: SamplingParams
     priority: int = 0
     cache_key: CacheKey = CacheKey()
 
 
 class Resume(_Message):
-    """A request that another instance had begun: a record in the form of `Frontend.resume_record`."""
+    """A request that another instance had begun."""
 
-    record: dict[str, Any]
+    record: ResumeRecord
+
+    @property
+    def name(self) -> str:
+        """Of the request."""
+        return self.record.output.request_id
 
 
 class Abort(_Message):

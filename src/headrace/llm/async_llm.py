@@ -133,7 +133,7 @@ class AsyncLLM:
     def _step(self) -> None:
         for group in self._llm.frontend.step():
             if group.name in self._receivers:
-                self._receivers[group.name](group.snapshot())
+                self._receivers[group.name](group.output.snapshot())
                 if group.output.finished:
                     del self._receivers[group.name]
 

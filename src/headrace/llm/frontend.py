@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from headrace.llm.assemble import assemble, fingerprint
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.processor import Group
-from headrace.llm.records import plain_output, plain_prompt_logprobs, read_output, read_table
+from headrace.llm.records import ResumeRecord
 from headrace.model.huggingface import load_model, read_config, resolve
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
@@ -55,8 +54,6 @@ class Frontend:
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
         self._searches: dict[str, BeamSearch] = {}
-        self._origins: dict[str, dict[str, Any]] = {}
-        """What each beam search began from: it is resumed by beginning again."""
         self._by_id: dict[int, Group] = {}
         """Group by the group id of its requests."""
         self.weights_version = 0
@@ -120,26 +117,39 @@ class Frontend:
         """Queue a prompt; returns its name. Raises `RequestError` where it can never be served."""
         text, ids = self._read(prompt)
         self._check(ids, params)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        cache_key = cache_key._replace(weights_version=self.weights_version)
-        first = Request(next(self._ids), ids, params, seed=seed, priority=priority, cache_key=cache_key)
-        numbers = [first.request_id, *(next(self._ids) for _ in range(1, params.n))]
-        requests = [first]
-        if not params.beam_width:
-            requests += [first.sibling(number, i) for i, number in enumerate(numbers) if i]
-        return self._enter(self._group(name, text, first, numbers), requests)
+        numbers = [next(self._ids) for _ in range(params.n)]
+        name = name or f"request-{numbers[0]}"
+        record = ResumeRecord.begin(name, text, ids, params, priority, cache_key, self.fingerprint)
+        first, *_ = record.requests(numbers, self.weights_version)
+        siblings = [] if params.beam_width else [first.sibling(number, i) for i, number in enumerate(numbers) if i]
+        return self._enter(Group(record, numbers, self.tokenizer), [first, *siblings])
 
-    def _group(self, name: str | None, text: str | None, first: Request, numbers: Sequence[int]) -> Group:
-        name = name or f"request-{first.request_id}"
-        if name in self._groups:
-            raise RequestError(f"there is a request called {name!r} already")
-        return Group(name, text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
+    def resume(self, record: ResumeRecord) -> str:
+        """Continue the request of a record; returns its name. A beam search, being deterministic, begins again."""
+        if record.fingerprint != self.fingerprint:
+            raise RequestError(
+                f"the record is of an engine {record.fingerprint}, and this one is "
+                f"{self.fingerprint}: its tokens could differ"
+            )
+        record = record.snapshot()
+        for ids in (record.output.prompt_token_ids, *(choice.token_ids for choice in record.output.outputs)):
+            self._check(ids, record.params)
+        numbers = [next(self._ids) for _ in record.output.outputs]
+        requests = record.requests(numbers, self.weights_version)
+        if not requests:
+            raise RequestError("the resume record is broken: all of its choices are finished")
+        return self._enter(Group(record, numbers, self.tokenizer), requests)
+
+    def resume_record(self, name: str) -> ResumeRecord:
+        """A running request, for `resume` here or on another engine of this fingerprint; KeyError if there is none."""
+        return self._groups[name].record.snapshot()
 
     def _enter(self, group: Group, requests: Sequence[Request]) -> str:
-        """Hand the requests to the scheduler: all of them, or none if one is refused."""
+        """Give the requests to the scheduler: all of them, or none if one is refused."""
+        if group.name in self._groups:
+            raise RequestError(f"there is a request called {group.name!r} already")
         scheduler = self.engine.scheduler
         if group.params.beam_width:
-            self._origins[group.name] = self._record(requests[0])
             self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
         else:
             for request in requests:
@@ -196,64 +206,8 @@ class Frontend:
     def _forget(self, group: Group) -> None:
         del self._groups[group.name]
         self._searches.pop(group.name, None)
-        self._origins.pop(group.name, None)
         for request_id in group.choices:
             self._by_id.pop(request_id, None)
-
-    def resume_record(self, name: str) -> dict[str, Any]:
-        """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
-        group = self._groups[name]
-        live = {
-            number: self._record(r) for number, r in self.engine.scheduler.requests.items() if number in group.choices
-        }
-        if name in self._origins:
-            scored = max(0, len(group.output.prompt_logprobs or ()) - 1)
-            live = {number: {**self._origins[name], "num_scored": scored} for number in group.choices}
-        return {
-            "name": name,
-            "prompt": group.output.prompt,
-            "fingerprint": self.fingerprint,
-            "prompt_logprobs": plain_prompt_logprobs(group.output),
-            "num_cached_tokens": group.output.num_cached_tokens,
-            "choices": [
-                {"request": live.get(number), "output": plain_output(choice.output)}
-                for number, choice in group.choices.items()
-            ],
-        }
-
-    def _record(self, request: Request) -> dict[str, Any]:
-        return request.resume_record()
-
-    def resume(self, record: Mapping[str, Any]) -> str:
-        """Queue what a `resume_record` describes. A beam search, being deterministic, begins again."""
-        if record.get("fingerprint") != self.fingerprint:
-            raise RequestError(
-                f"the record is of an engine {record.get('fingerprint')}, and this one is "
-                f"{self.fingerprint}: its tokens could differ"
-            )
-        try:
-            numbers = [next(self._ids) for _ in record["choices"]]
-            plain = {n: c["request"] for n, c in zip(numbers, record["choices"]) if c["request"]}
-            requests = {
-                n: Request.from_record(n, {**r, "cache_key": [self.weights_version, *r["cache_key"][1:]]})
-                for n, r in plain.items()
-            }
-            outputs = [read_output(c["output"]) for c in record["choices"]]
-            first = next(iter(requests.values()))
-            text, scores = record["prompt"], record["prompt_logprobs"]
-            cached = int(record["num_cached_tokens"])
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise RequestError(f"the resume record is broken: {error!r}") from error
-        group = Group(str(record["name"]), text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
-        if group.name in self._groups:
-            raise RequestError(f"there is a request called {group.name!r} already")
-        for choice, output in zip(group.choices.values(), outputs):
-            choice.restore(output)
-        group.output.num_cached_tokens = cached
-        if scores is not None:
-            group.output.prompt_logprobs = [t and read_table(t) for t in scores]
-        entering = list(requests.values())
-        return self._enter(group, entering[:1] if first.params.beam_width else entering)
 
     def group(self, name: str) -> Group:
         """An unfinished request by name, for those who watch it; KeyError if there is none."""

@@ -14,6 +14,7 @@ from headrace.kernels.ops import Ops
 from headrace.llm.frontend import Frontend, Prompt, WeightSource
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
+from headrace.llm.records import ResumeRecord
 from headrace.model.huggingface import resolve
 from headrace.model.transformer import Transformer
 from headrace.text.tokenizer import Tokenizer
@@ -113,7 +114,7 @@ class LLM:
             while self.frontend.has_work:
                 for group in self.frontend.step():
                     if group.name == name:
-                        yield group.snapshot()
+                        yield group.output.snapshot()
         finally:
             self.frontend.abort(name)
 
@@ -126,8 +127,8 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
-    def resume(self, records: Sequence[Mapping[str, Any]]) -> list[RequestOutput]:
-        """Go on from `resume_record`s of this or another engine of the same fingerprint, with equal tokens."""
+    def resume(self, records: Sequence[ResumeRecord]) -> list[RequestOutput]:
+        """Continue from records of this or another engine of the same fingerprint and weights, with equal tokens."""
         return self._run(lambda i: self.frontend.resume(records[i]), len(records))
 
     def _run(self, add: Callable[[int], str], count: int) -> list[RequestOutput]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 
 from headrace.engine.schedule.beam import Hypothesis
 from headrace.engine.schedule.plan import TokenLogprobs
 from headrace.engine.schedule.request import RequestUpdate
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.llm.records import ResumeRecord
 from headrace.text.detokenizer import TextStream
 from headrace.text.tokenizer import Tokenizer
 
@@ -19,8 +19,11 @@ __all__ = ["Choice", "Group"]
 class Choice:
     """One of a prompt's choices: its tokens so far, as text."""
 
-    def __init__(self, index: int, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
-        self.output = CompletionOutput(index)
+    def __init__(
+        self, output: CompletionOutput, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        """`output` grows from here; of a resumed request it has tokens."""
+        self.output = output
         self._params = params
         self._tokenizer = tokenizer
         self._stream = TextStream(
@@ -29,8 +32,7 @@ class Choice:
             params.include_stop_str_in_output,
             params.min_tokens,
         )
-        if params.logprobs is not None:
-            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._stream.push(output.token_ids)
 
     def take(self, update: RequestUpdate) -> int | None:
         """Add a step's tokens. Where a stop string ends the text, returns how many output tokens to keep."""
@@ -51,12 +53,6 @@ class Choice:
         self._cut(keep)
         out.finish_reason, out.stop_reason = "stop", self._stream.stop
         return keep
-
-    def restore(self, output: CompletionOutput) -> None:
-        """Continue from what another engine had given out: its text follows from its tokens."""
-        self._stream.push(output.token_ids)
-        for field in fields(output):
-            setattr(self.output, field.name, getattr(output, field.name))
 
     def end(self, finish_reason: str) -> None:
         """It is over for a reason that came from outside, such as an abort."""
@@ -86,22 +82,16 @@ class Group:
     Under beam search the choices stay empty until the search is over; then each takes one hypothesis.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prompt: str | None,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        tokenizer: Tokenizer,
-        request_ids: Sequence[int],
-    ) -> None:
-        self.name = name
-        self.params = params
-        self.output = RequestOutput(name, prompt, prompt_ids, [])
-        self.choices = {number: Choice(i, prompt_ids, params, tokenizer) for i, number in enumerate(request_ids)}
-        self.output.outputs = [choice.output for choice in self.choices.values()]
-        if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None]
+    def __init__(self, record: ResumeRecord, request_ids: Sequence[int], tokenizer: Tokenizer) -> None:
+        """`record` grows with it; `request_ids` has one id for each choice."""
+        self.record = record
+        self.output: RequestOutput = record.output
+        self.name = record.output.request_id
+        self.params = record.params
+        self.choices = {
+            number: Choice(choice, record.output.prompt_token_ids, record.params, tokenizer)
+            for number, choice in zip(request_ids, record.output.outputs)
+        }
 
     def take(self, update: RequestUpdate) -> int | None:
         """Add one choice's step; see `Choice.take`."""
@@ -140,11 +130,3 @@ class Group:
 
     def _note_end(self) -> None:
         self.output.finished = all(c.output.finish_reason is not None for c in self.choices.values())
-
-    def snapshot(self) -> RequestOutput:
-        """The output as it is now, which later steps leave alone."""
-        outputs = [
-            replace(c, token_ids=list(c.token_ids), logprobs=None if c.logprobs is None else list(c.logprobs))
-            for c in self.output.outputs
-        ]
-        return replace(self.output, outputs=outputs)

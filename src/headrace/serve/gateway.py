@@ -12,12 +12,10 @@ import asyncio
 import contextlib
 import itertools
 import math
-import secrets
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
 from headrace.cache.key import CacheKey
@@ -44,6 +42,7 @@ from headrace.instance.wire import (
     encode,
 )
 from headrace.llm.options import EngineOptions
+from headrace.llm.records import ResumeRecord
 from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
 from headrace.serve.observer import GatewayObserver
 from headrace.serve.questions import Questions
@@ -165,10 +164,8 @@ class Gateway:
         """
         self._check(params)
         self._make_room(max(params.n, params.beam_width))
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(63))
         wire = str(next(self._names))
-        transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, cache_key)
+        transcript = Transcript(wire, ResumeRecord.begin(name, prompt, prompt_token_ids, params, priority, cache_key))
         transcript.output.weights_version = self.weights_version
         stream = Stream(transcript, self._leave)
         self._streams[wire] = stream

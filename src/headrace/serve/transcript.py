@@ -1,17 +1,14 @@
-"""`Transcript`: all that a request was and has brought, from which another instance goes on with the same tokens."""
+"""`Transcript`: a request and all the output that came, from which another instance continues with the same tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import replace
 
-from headrace.cache.key import CacheKey
-from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.instance.wire import Add, Delta, Resume, TokenEntry
-from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
-from headrace.llm.records import plain_output, plain_prompt_logprobs
+from headrace.llm.outputs import Logprob, RequestOutput
+from headrace.llm.records import ResumeRecord
 
 __all__ = ["Transcript"]
 
@@ -19,31 +16,20 @@ __all__ = ["Transcript"]
 class Transcript:
     """One request by the name that the instance knows it by, and its output as it grows."""
 
-    def __init__(
-        self,
-        wire_name: str,
-        name: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        priority: int,
-        cache_key: CacheKey,
-    ) -> None:
-        """`params` has a seed: without one, no other instance could draw the same tokens."""
-        assert params.seed is not None
+    def __init__(self, wire_name: str, record: ResumeRecord) -> None:
         self.wire_name = wire_name
-        self.params = params
-        self.seed = params.seed
-        self.priority = priority
-        self.cache_key = cache_key
-        choices = [CompletionOutput(i) for i in range(params.n)]
-        if params.logprobs is not None:
-            for choice in choices:
-                choice.logprobs, choice.cumulative_logprob = [], 0.0
-        self.output = RequestOutput(name, prompt, prompt_token_ids, choices)
-        if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = []
+        self._record = record
         self._begun = False
+
+    @property
+    def output(self) -> RequestOutput:
+        """All that came so far, under the request's own name."""
+        return self._record.output
+
+    @property
+    def params(self) -> SamplingParams:
+        """With a seed."""
+        return self._record.params
 
     @property
     def seats(self) -> int:
@@ -69,47 +55,19 @@ class Transcript:
         output.finished = delta.finished
 
     def end(self, finish_reason: str) -> None:
-        """It is over for a reason from outside."""
+        """End every choice that still runs, for a reason from outside."""
         for choice in self.output.outputs:
             choice.finish_reason = choice.finish_reason or finish_reason
         self.output.finished = True
 
     def command(self, fingerprint: str) -> Add | Resume:
-        """What has an instance of this fingerprint go on with it, or begin it where nothing came yet."""
-        if self._begun:
-            return Resume(self._record(fingerprint))
-        params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
-        return Add(self.wire_name, self.output.prompt_token_ids, params, self.priority, self.cache_key)
-
-    def _record(self, fingerprint: str) -> dict[str, Any]:
-        """The form of `Frontend.resume_record`. A beam search, whose choices are empty, begins again."""
-        output = self.output
-        return {
-            "name": self.wire_name,
-            "prompt": None,
-            "fingerprint": fingerprint,
-            "prompt_logprobs": plain_prompt_logprobs(output),
-            "num_cached_tokens": output.num_cached_tokens,
-            "choices": [
-                {"request": None if c.finish_reason else self._request(c).resume_record(), "output": plain_output(c)}
-                for c in output.outputs
-            ],
-        }
-
-    def _request(self, choice: CompletionOutput) -> Request:
-        index = 0 if self.params.beam_width else choice.index
-        request = Request(
-            0,
-            self.output.prompt_token_ids,
-            self.params,
-            seed=self.seed,
-            choice=index,
-            priority=self.priority,
-            cache_key=self.cache_key,
-            output_token_ids=choice.token_ids,
-        )
-        request.num_scored = max(request.num_scored, len(self.output.prompt_logprobs or ()) - 1)
-        return request
+        """The message that continues it on an instance of this fingerprint, or begins it where nothing came yet."""
+        record = self._record
+        if not self._begun:
+            ids = record.output.prompt_token_ids
+            return Add(self.wire_name, ids, record.params, record.priority, record.cache_key)
+        output = replace(record.output, request_id=self.wire_name, prompt=None)
+        return Resume(replace(record, output=output, fingerprint=fingerprint))
 
 
 def _table(entries: Sequence[TokenEntry]) -> dict[int, Logprob]:

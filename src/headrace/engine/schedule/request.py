@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from headrace.cache.key import CacheKey
 from headrace.cache.manager import CachedSequence, Segment
@@ -101,7 +100,9 @@ class Request:
         group_id: int | None = None,
         cache_key: CacheKey = CacheKey(),
         output_token_ids: Sequence[int] = (),
+        num_scored: int = 0,
     ) -> None:
+        """`output_token_ids` and `num_scored` are what another engine had given."""
         if not prompt_token_ids:
             raise RequestError("the prompt has no tokens: there is nothing to continue")
         self.request_id = request_id
@@ -121,7 +122,7 @@ class Request:
         self.num_pending = 0
         self.num_cached_tokens = 0
         """Prompt tokens that the first admission found computed."""
-        self.num_scored = 0
+        self.num_scored = num_scored
         """Prompt positions whose next token has been scored, where `prompt_logprobs` asks for it."""
         if params.prompt_logprobs is None or choice or output_token_ids:
             self.num_scored = self.num_prompt_tokens - 1
@@ -209,52 +210,3 @@ class Request:
             group_id=self.group_id,
             cache_key=self.cache_key,
         )
-
-    def resume_record(self) -> dict[str, Any]:
-        """Plain JSON-able data from which any instance of the same fingerprint continues with equal tokens.
-
-        A beam search is resumed from its first request: it is deterministic, so starting again gives the
-        same.
-        """
-        params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
-        params["logit_bias"] = [[token, bias] for token, bias in self.params.logit_bias.items()]
-        params = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
-        return {
-            "token_ids": list(self.token_ids),
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_scored": self.num_scored,
-            "num_cached_tokens": self.num_cached_tokens,
-            "seed": self.seed,
-            "choice": self.choice,
-            "priority": self.priority,
-            "cumulative_logprob": self.cumulative_logprob,
-            "cache_key": list(self.cache_key),
-            "params": params,
-        }
-
-    @classmethod
-    def from_record(cls, request_id: int, record: Mapping[str, Any]) -> Request:
-        """The request of a `resume_record`, to be added anywhere; `RequestError` if the record is broken."""
-        try:
-            given = dict(record["params"])
-            given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"]}
-            if given["allowed_token_ids"] is not None:
-                given["allowed_token_ids"] = tuple(given["allowed_token_ids"])
-            split = record["num_prompt_tokens"]
-            tokens = record["token_ids"]
-            request = cls(
-                request_id,
-                tokens[:split],
-                SamplingParams(**given),
-                seed=record["seed"],
-                choice=record["choice"],
-                priority=record["priority"],
-                cache_key=CacheKey(*record["cache_key"]),
-                output_token_ids=tokens[split:],
-            )
-            request.num_scored = max(request.num_scored, record["num_scored"])
-            request.num_cached_tokens = record["num_cached_tokens"]
-            request.cumulative_logprob = record["cumulative_logprob"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"the resume record is broken: {error!r}") from error
-        return request
