@@ -67,7 +67,7 @@ def test_text_that_may_become_a_stop_string_comes_later_than_its_tokens(driver, 
     text = llm.generate([[5, 6]], PARAMS)[0].outputs[0].text
     never = text[:8] + "\N{SNOWMAN}"
     news = [n for n in driver.run(Add("a", [5, 6], replace(PARAMS, stop=(never,)))) if isinstance(n, Delta)]
-    choices = [choice for delta in news for choice in delta.choices]
+    choices = [choice for delta in news for choice in delta.output.outputs]
     assert "".join(c.text for c in choices) == text
     held = [c for c in choices if c.token_ids and not c.text]
     assert held, "its first tokens come without text"
@@ -110,7 +110,7 @@ def test_embeddings_come_one_a_step_in_their_order_and_may_be_withdrawn(driver):
 def test_preemptions_are_in_the_explanation(driver, llm):
     """Ten that grow past what 39 blocks hold."""
     adds = [Add(str(i), [3 + i] * 40, replace(PARAMS, max_tokens=60)) for i in range(10)]
-    told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.finished}
+    told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.output.finished}
     assert len(told) == 10 and sum(e.preemptions for e in told.values()) >= 1
     assert any(e.queue_time > 0 for e in told.values())
     preempted = [e for e in told.values() if e.preemptions]
@@ -120,7 +120,7 @@ def test_preemptions_are_in_the_explanation(driver, llm):
 def test_beams_are_counted_to_their_search(driver):
     params = SamplingParams(beam_width=3, n=2, max_tokens=8, ignore_eos=True, seed=0)
     news = [n for n in driver.run(Add("b", [5, 6, 7], params)) if isinstance(n, Delta)]
-    assert len(news) == 1 and news[0].finished and len(news[0].choices) == 2
+    assert len(news) == 1 and news[0].output.finished and len(news[0].output.outputs) == 2
     assert news[0].explanation.batch_sizes[0] == 1 and max(news[0].explanation.batch_sizes) == 3
 
 
@@ -129,9 +129,9 @@ def test_an_aborted_search_takes_no_neighbour_with_it(driver, llm):
     expected = llm.generate([[9, 8]], PARAMS)[0]
     search = SamplingParams(beam_width=2, n=2, max_tokens=9, seed=0)
     driver.run(Add("search", [5, 6], search), Add("beside", [9, 8], PARAMS), steps=1)
-    first = [c for b in driver.batches for n in b.events if isinstance(n, Delta) for c in n.choices]
+    first = [c for b in driver.batches for n in b.events if isinstance(n, Delta) for c in n.output.outputs]
     news = driver.run(Abort("search"))
-    rest = [c for n in news if isinstance(n, Delta) and n.name == "beside" for c in n.choices]
+    rest = [c for n in news if isinstance(n, Delta) and n.name == "beside" for c in n.output.outputs]
     assert [t for c in first + rest for t in c.token_ids] == expected.outputs[0].token_ids
 
 

@@ -68,7 +68,7 @@ def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, 
         await check_stream(held, expected["stopped"])
         assert held.explanation.resumes == 2
         async for delta in waits:
-            assert delta.prompt_logprobs and not delta.choices, "the prompt comes in chunks"
+            assert delta.output.prompt_logprobs and not delta.output.outputs, "the prompt comes in chunks"
             break
         watcher.kill_at = [0]
         watcher._count()

@@ -1,8 +1,12 @@
-"""What a user gets back: the field's standard names, as in vLLM."""
+"""What a user gets back, under the field's standard names, as in vLLM.
+
+The same types carry a request's output everywhere: engine → wire → gateway → HTTP. A *part* is an output that has only
+what is new: `since` cuts it, `extend` appends it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 from headrace.engine.schedule.sampling import SamplingParams
@@ -32,10 +36,20 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop token id or string that ended it; None for the model's own end-of-sequence token."""
 
-    def snapshot(self) -> CompletionOutput:
-        """A copy that does not grow."""
-        logprobs = None if self.logprobs is None else list(self.logprobs)
-        return replace(self, token_ids=list(self.token_ids), logprobs=logprobs)
+    def since(self, tokens: int, characters: int) -> CompletionOutput:
+        """The part after the first `tokens` of `token_ids` and `logprobs` and the first `characters` of `text`."""
+        logprobs = None if self.logprobs is None else self.logprobs[tokens:]
+        return replace(self, text=self.text[characters:], token_ids=self.token_ids[tokens:], logprobs=logprobs)
+
+    def extend(self, part: CompletionOutput) -> None:
+        """Append a part. Fields that do not grow are replaced by the part's."""
+        self.text += part.text
+        self.token_ids += part.token_ids
+        if part.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += part.logprobs
+        for name in _CHOICE_STATE:
+            setattr(self, name, getattr(part, name))
 
 
 @dataclass(slots=True)
@@ -68,4 +82,22 @@ class RequestOutput:
     def snapshot(self) -> RequestOutput:
         """A copy that does not grow."""
         scores = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
-        return replace(self, outputs=[choice.snapshot() for choice in self.outputs], prompt_logprobs=scores)
+        return replace(self, outputs=[choice.since(0, 0) for choice in self.outputs], prompt_logprobs=scores)
+
+    def extend(self, part: RequestOutput) -> None:
+        """Append a part. It has only the choices with something new, and no prompt."""
+        for choice in part.outputs:
+            self.outputs[choice.index].extend(choice)
+        if part.prompt_logprobs is not None:
+            self.prompt_logprobs = self.prompt_logprobs or []
+            self.prompt_logprobs += part.prompt_logprobs
+        for name in _REQUEST_STATE:
+            setattr(self, name, getattr(part, name))
+
+
+def _others(kind: type, *grows: str) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.name not in grows)
+
+
+_CHOICE_STATE = _others(CompletionOutput, "text", "token_ids", "logprobs")
+_REQUEST_STATE = _others(RequestOutput, "request_id", "prompt", "prompt_token_ids", "outputs", "prompt_logprobs")

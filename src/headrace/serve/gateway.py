@@ -338,13 +338,13 @@ class Gateway:
         if delta.explanation is not None:
             delta.explanation.resumes = stream.resumes
         stream.take(delta)
-        if any(choice.token_ids for choice in delta.choices):
+        if any(choice.token_ids for choice in delta.output.outputs):
             if self.observer is not None and stream.last_token is None:
                 self.observer.first_token(stream.instance, stream.name, now - stream.opened)
             elif self.observer is not None and stream.last_token is not None:
                 self.observer.token_gap(stream.instance, stream.name, now - stream.last_token)
             stream.last_token = now
-        if delta.finished:
+        if delta.output.finished:
             del self._streams[delta.name]
             self._note_end(stream, str(stream.output.outputs[0].finish_reason))
 
