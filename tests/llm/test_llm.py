@@ -1,4 +1,4 @@
-"""`LLM` and `AsyncLLM` as a user meets them, on a small trained model."""
+"""`LLM` and `AsyncLLM`, on a small trained model."""
 
 import asyncio
 import json
@@ -175,7 +175,7 @@ def test_a_resumed_request_ends_as_if_nothing_had_happened(llm, folder, params, 
     assert resumed.outputs == expected.outputs
 
 
-def test_resume_refuses_another_fingerprint(llm, folder):
+def test_resume_refuses_another_fingerprint_and_broken_records(llm, folder):
     name = llm.frontend.add("One day", GREEDY)
     record = llm.frontend.resume_record(name)
     llm.frontend.abort(name)
@@ -254,7 +254,7 @@ def test_async_construction_reports_the_fault(tmp_path):
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_step_that_raises_is_the_last(folder, monkeypatch, error, depth):
-    """Its prompt stands in the prefix cache, uncomputed: the same prompt would read what is not there."""
+    """The prompt is in the prefix cache, but not computed: the same prompt would read wrong KV."""
     llm = LLM(folder, num_kv_blocks=60, queue_depth=depth)
 
     def fail(plan):
@@ -283,7 +283,7 @@ def test_a_step_that_raises_is_the_last(folder, monkeypatch, error, depth):
         ),
     ],
 )
-def test_defaults_are_the_model_s_own(folder, tmp_path, given, expected):
+def test_defaults_are_those_of_the_model(folder, tmp_path, given, expected):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     llm = LLM(tmp_path, num_kv_blocks=60)

@@ -1,4 +1,4 @@
-"""`Frontend`: prompts in, outputs out. What `LLM` and `AsyncLLM` share; whoever steps it owns it."""
+"""`Frontend`: prompts in, outputs out, on one thread. `LLM`, `AsyncLLM` and an instance each hold one."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ from headrace.text.tokenizer import Tokenizer
 __all__ = ["Frontend", "Prompt", "WeightSource"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
-Progress = Callable[[int, int, str], None]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 WeightSource = str | Path | Transformer | Mapping[str, Tensor]
 """A checkpoint folder or hub id, a model, or tensors by checkpoint name."""
 
 
 class Frontend:
-    """One engine with its tokenizer. Prompts are checked here; a request is a `Group` of one or more choices."""
+    """One engine with its tokenizer. It tokenizes and checks prompts; a request is a `Group` of n choices."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None
@@ -57,18 +56,23 @@ class Frontend:
         self._by_id: dict[int, Group] = {}
         """Group by the group id of its requests."""
         self.weights_version = 0
-        """How often the weights have changed, or what `update_weights` was told."""
+        """Incremented or set by `update_weights`."""
         self._settled: dict[str, Group] = {}
-        """What steps brought that were waited for between two calls of `step`."""
+        """Groups with results of steps that finished between two calls of `step`."""
 
     @classmethod
-    def from_folder(cls, path_or_id: str | Path, options: EngineOptions, progress: Progress | None = None) -> Frontend:
-        """Load a checkpoint in Hugging Face layout, by folder or hub id."""
+    def from_folder(
+        cls, path_or_id: str | Path, options: EngineOptions, progress: Callable[[int, int, str], None] | None = None
+    ) -> Frontend:
+        """Load a checkpoint in Hugging Face layout, by folder or hub id.
+
+        `progress(done, total, kernel)` is called while kernels compile.
+        """
         folder = resolve(path_or_id)
         config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
         tokenizer.check_vocabulary(config.vocab_size)
-        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
+        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # raises before a process starts
         each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
         ops = load_ops(options.kernel_set, **each[0])
         ranks = Ranks.start(
@@ -83,11 +87,11 @@ class Frontend:
             raise
 
     def update_weights(self, source: WeightSource, version: int | None = None) -> int:
-        """Put other weights of the same shape into the running model; returns their version (None: the next one).
+        """Load other weights of the same shape into the running model; returns their version (None: the next one).
 
-        `source` is a checkpoint folder or hub id, a model, or tensors by checkpoint name. Requests that run compute
-        what they know again under the new weights, and go on. Raises `CheckpointError` before anything has changed
-        where a tensor is missing, left over or misshapen.
+        `source` is a checkpoint folder or hub id, a model, or tensors by checkpoint name. Running requests compute
+        their known tokens again under the new weights, and continue. Raises `CheckpointError`, with nothing changed,
+        if a tensor is missing, unknown or of another shape.
         """
         folder = resolve(source) if isinstance(source, (str, Path)) else None
         try:
@@ -103,7 +107,7 @@ class Frontend:
         return self.weights_version
 
     def close(self) -> None:
-        """End the processes of other ranks. Nothing can be computed afterwards where there were any."""
+        """End the processes of the other ranks. With tensor parallelism, no step can run afterwards."""
         self.engine.runner.ranks.close()
 
     def add(
@@ -114,7 +118,7 @@ class Frontend:
         priority: int = 0,
         cache_key: CacheKey = CacheKey(),
     ) -> str:
-        """Queue a prompt; returns its name. Raises `RequestError` where it can never be served."""
+        """Queue a prompt; returns its name. Raises `RequestError` if it can never be served."""
         text, ids = self._read(prompt)
         self._check(ids, params)
         numbers = [next(self._ids) for _ in range(params.n)]
@@ -160,7 +164,7 @@ class Frontend:
         return group.name
 
     def step(self) -> list[Group]:
-        """One step of the engine; returns the groups that it brought something to."""
+        """One step of the engine; returns the groups that changed."""
         touched, self._settled = self._settled, {}
         return list((touched | self._take_all(self.engine.step())).values())
 
@@ -190,7 +194,7 @@ class Frontend:
             self._forget(group)
 
     def abort(self, name: str) -> RequestOutput | None:
-        """Stop a request and free its blocks; what it had so far comes back, or None if it is not running."""
+        """Stop a request and free its blocks; returns its output so far, or None if it is not running."""
         group = self._groups.get(name)
         if group is None:
             return None
@@ -210,7 +214,7 @@ class Frontend:
             self._by_id.pop(request_id, None)
 
     def group(self, name: str) -> Group:
-        """An unfinished request by name, for those who watch it; KeyError if there is none."""
+        """An unfinished request; KeyError if there is none of this name."""
         return self._groups[name]
 
     @property

@@ -1,4 +1,4 @@
-"""What a user gets back, under the field's standard names, as in vLLM.
+"""Outputs, by vLLM's names.
 
 The same types carry a request's output everywhere: engine → wire → gateway → HTTP. A *part* is an output that has only
 what is new: `since` cuts it, `extend` appends it.
@@ -24,7 +24,7 @@ class Logprob(NamedTuple):
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One choice. `logprobs[i]` maps token ids to `Logprob` for token i: the chosen one first, then the best."""
+    """One choice. `logprobs[i]` maps token ids to `Logprob` for token i: the sampled one first, then the best."""
 
     index: int
     text: str = ""
@@ -54,7 +54,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's state. `prompt_logprobs[0]` is None: nothing stands before the first token."""
+    """One request. `prompt_logprobs[0]` is None: the first token is not predicted."""
 
     request_id: str
     prompt: str | None
@@ -63,9 +63,9 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens whose keys and values came from the cache."""
+    """Prompt tokens whose KV came from the cache."""
     weights_version: int = 0
-    """Of the weights that gave its last token."""
+    """Of the weights that computed the last token."""
 
     @classmethod
     def begin(

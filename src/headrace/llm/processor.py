@@ -1,4 +1,4 @@
-"""From tokens to what users read: text, stop strings, log-probabilities, one output a prompt."""
+"""`Group`: a prompt and its choices. Turns the scheduler's tokens into text, stop strings and log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Choice", "Group"]
 
 
 class Choice:
-    """One of a prompt's choices: its tokens so far, as text."""
+    """One choice of a prompt: detokenizes its output."""
 
     def __init__(
         self, output: CompletionOutput, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer
     ) -> None:
-        """`output` grows from here; of a resumed request it has tokens."""
+        """`output` grows with each step; of a resumed request it already has tokens."""
         self.output = output
         self._params = params
         self._tokenizer = tokenizer
@@ -35,7 +35,7 @@ class Choice:
         self._stream.push(output.token_ids)
 
     def take(self, update: RequestUpdate) -> int | None:
-        """Add a step's tokens. Where a stop string ends the text, returns how many output tokens to keep."""
+        """Add a step's tokens. If a stop string ends the text, returns the number of output tokens to keep."""
         out, before = self.output, len(self.output.token_ids)
         out.token_ids += update.token_ids
         hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
@@ -55,7 +55,7 @@ class Choice:
         return keep
 
     def end(self, finish_reason: str) -> None:
-        """It is over for a reason that came from outside, such as an abort."""
+        """Finish a choice that still runs, for a reason such as an abort."""
         if self.output.finish_reason is None:
             self._stream.finish()
             self.output.text, self.output.finish_reason = self._stream.text, finish_reason
@@ -68,7 +68,7 @@ class Choice:
             out.cumulative_logprob = sum(table[token].logprob for table, token in zip(out.logprobs, out.token_ids))
 
     def table(self, record: TokenLogprobs, k: int | None) -> dict[int, Logprob]:
-        """The chosen or scored token first, then the k best."""
+        """The sampled or scored token first, then the k best. This is where log-probabilities get their text."""
         text = self._tokenizer.token_text
         entries = {record.token_id: Logprob(record.logprob, record.rank, text(record.token_id))}
         for rank, (token, logprob) in enumerate(zip(record.top_ids[:k], record.top_logprobs[:k]), 1):
@@ -77,9 +77,9 @@ class Choice:
 
 
 class Group:
-    """A prompt and its choices: what one call of a user comes down to.
+    """One request: a prompt and its choices.
 
-    Under beam search the choices stay empty until the search is over; then each takes one hypothesis.
+    Under beam search the choices stay empty until the search is over; then each gets one hypothesis.
     """
 
     def __init__(self, record: ResumeRecord, request_ids: Sequence[int], tokenizer: Tokenizer) -> None:
@@ -94,7 +94,7 @@ class Group:
         }
 
     def take(self, update: RequestUpdate) -> int | None:
-        """Add one choice's step; see `Choice.take`."""
+        """Add a step's result of one choice; see `Choice.take`."""
         self.take_scores(update)
         keep = self.choices[update.request_id].take(update)
         self._note_end()
@@ -107,7 +107,7 @@ class Group:
             self.output.prompt_logprobs += [choice.table(r, self.params.prompt_logprobs) for r in update.scores]
 
     def take_hypotheses(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The beam search is over: the best hypotheses are the choices, best first."""
+        """Make the hypotheses of a finished search the choices, best first."""
         for (number, choice), found in zip(self.choices.items(), hypotheses):
             choice.take(
                 RequestUpdate(
@@ -123,7 +123,7 @@ class Group:
         self.end("length")
 
     def end(self, finish_reason: str) -> None:
-        """End every choice that still runs."""
+        """Finish every choice that still runs."""
         for choice in self.choices.values():
             choice.end(finish_reason)
         self._note_end()
