@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from headrace.llm.async_llm import AsyncLLM
     from headrace.llm.llm import LLM
     from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
+    from headrace.llm.records import ResumeRecord
 
 __all__ = [
     "LLM",
@@ -24,6 +25,7 @@ __all__ = [
     "Logprob",
     "RequestError",
     "RequestOutput",
+    "ResumeRecord",
     "SamplingParams",
     "__version__",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "CompletionOutput": "llm.outputs",
     "Logprob": "llm.outputs",
     "RequestOutput": "llm.outputs",
+    "ResumeRecord": "llm.records",
 }
 
 

@@ -4,12 +4,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from headrace.cache.key import CacheKey
 from headrace.cache.manager import CachedSequence, CacheManager
 
 
 def grown(manager, tokens, end=None):
-    seq = CachedSequence(())
-    manager.adopt(seq, manager.match(tokens, (), len(tokens) - 1))
+    seq = CachedSequence(CacheKey())
+    manager.adopt(seq, manager.match(tokens, CacheKey(), len(tokens) - 1))
     manager.grow(seq, len(tokens) if end is None else end)
     manager.commit(seq, tokens, len(tokens))
     return seq
@@ -28,7 +29,7 @@ def test_fork_copies_the_partial_block_once_and_only_when_written():
     manager = CacheManager(20, 4)
     parent = grown(manager, list(range(6)))
     manager.end_step()
-    child = CachedSequence(())
+    child = CachedSequence(CacheKey())
     manager.fork(parent, child, 6)
     assert child.blocks == parent.blocks and manager.end_step().copies == []
     shared = parent.blocks[1]
@@ -43,7 +44,7 @@ def test_fork_copies_the_partial_block_once_and_only_when_written():
 def test_a_copy_source_is_pinned_until_the_end_of_the_step():
     manager = CacheManager(4, 4)
     parent = grown(manager, list(range(6)))
-    child = CachedSequence(())
+    child = CachedSequence(CacheKey())
     manager.fork(parent, child, 6)
     source = parent.blocks[1]
     manager.grow(child, 7)
@@ -61,7 +62,7 @@ def test_a_block_in_the_tree_is_copied_before_a_rewound_sequence_writes_it():
     cached = seq.blocks[1]
     manager.grow(seq, 7)
     assert manager.end_step().copies == [(cached, seq.blocks[1])]
-    assert len(manager.match(list(range(9)), (), 9)) == 2  # the cached prefix is whole
+    assert len(manager.match(list(range(9)), CacheKey(), 9)) == 2  # the cached prefix is whole
     manager.check_integrity([seq])
 
 
@@ -72,15 +73,15 @@ def test_a_rewound_sequence_leaves_the_path_it_was_on():
     manager.rewind(seq, 5)
     manager.grow(seq, 12)
     manager.commit(seq, new, 12)
-    assert [n.block for n in manager.match([*new, 1], (), 12)] == seq.blocks
-    assert len(manager.match([*old, 5, 5, 5, 5], (), 12)) == 2
+    assert [n.block for n in manager.match([*new, 1], CacheKey(), 12)] == seq.blocks
+    assert len(manager.match([*old, 5, 5, 5, 5], CacheKey(), 12)) == 2
     manager.check_integrity([seq])
 
 
 def test_what_is_pinned_is_not_available():
     manager = CacheManager(5, 4)
     parent = grown(manager, list(range(8)))
-    child = CachedSequence(())
+    child = CachedSequence(CacheKey())
     manager.fork(parent, child, 6)
     manager.release(parent)
     manager.grow(child, 7)
@@ -102,12 +103,12 @@ def test_duplicates_keep_their_own_block_and_the_tree_the_first():
     manager = CacheManager(20, 4)
     tokens = list(range(9))
     first = grown(manager, tokens)
-    second = CachedSequence(())
+    second = CachedSequence(CacheKey())
     manager.adopt(second, [])  # as prompt log-probabilities ask: from position 0
     manager.grow(second, 9)
     manager.commit(second, tokens, 9)
     assert not set(first.blocks) & set(second.blocks)
-    assert [n.block for n in manager.match(tokens, (), 8)] == first.blocks[:2]
+    assert [n.block for n in manager.match(tokens, CacheKey(), 8)] == first.blocks[:2]
     manager.check_integrity([first, second])
 
 
@@ -120,7 +121,7 @@ def test_swap_moves_every_block_and_brings_back_what_the_tree_lost():
     assert manager.swap_out(seq) and manager.available == 5
     assert manager.end_step().swap_out == list(zip(old, [0, 1, 2])) and manager.host.num_free == 1
     manager.tree.evict(1)  # block 1 of 2 that were cached
-    manager.adopt(seq, manager.match(tokens, (), 9))
+    manager.adopt(seq, manager.match(tokens, CacheKey(), 9))
     assert seq.num_tokens == 4 and manager.need(seq, 10) == 2
     manager.swap_in(seq)
     assert seq.num_tokens == 10 and manager.host.num_free == 1  # slots are read in this step
@@ -138,13 +139,13 @@ def test_without_prefix_caching_nothing_is_kept():
     manager = CacheManager(6, 4, prefix_caching=False)
     seq = grown(manager, list(range(10)))
     manager.release(seq)
-    assert manager.pool.num_free == 5 and manager.match(list(range(10)), (), 9) == []
+    assert manager.pool.num_free == 5 and manager.match(list(range(10)), CacheKey(), 9) == []
     manager.check_integrity([])
 
 
 def test_reserved_and_filled_slots_are_counted():
     manager = CacheManager(20, 4)
-    seq = CachedSequence(())
+    seq = CachedSequence(CacheKey())
     manager.adopt(seq, [])
     manager.grow(seq, 5, reserve=30)
     assert (manager.held_blocks, manager.filled_slots) == (8, 5)
@@ -190,8 +191,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(stem=st.lists(st.integers(0, 1), min_size=1, max_size=12), more=st.integers(1, 6))
     def admit(self, stem, more):
-        seq = CachedSequence(())
-        self.manager.adopt(seq, self.manager.match(stem, (), len(stem) - 1))
+        seq = CachedSequence(CacheKey())
+        self.manager.adopt(seq, self.manager.match(stem, CacheKey(), len(stem) - 1))
         self.tokens[seq] = stem
         if not self.write(seq, min(len(stem), seq.num_tokens + more)):
             self.manager.release(seq)
@@ -214,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         count = data.draw(st.integers(0, parent.num_tokens))
         if count % self.size and parent.blocks[count // self.size] in busy:
             count -= count % self.size  # a partial block is copied before this step writes it
-        child = CachedSequence(())
+        child = CachedSequence(CacheKey())
         self.manager.fork(parent, child, count)
         self.tokens[child] = [*self.tokens[parent][:count], *more]
         if not self.write(child, len(self.tokens[child])):
@@ -248,7 +249,7 @@ class Machine(RuleBasedStateMachine):
         if rewind:
             self.manager.rewind(seq, data.draw(st.integers(1, seq.host_tokens)))
         tokens = self.tokens[seq] = self.tokens[seq][: seq.host_tokens]
-        self.manager.adopt(seq, self.manager.match(tokens, (), len(tokens)))
+        self.manager.adopt(seq, self.manager.match(tokens, CacheKey(), len(tokens)))
         if self.manager.need(seq, seq.host_tokens) > self.manager.available:
             self.manager.drop_blocks(seq)
             return

@@ -1,12 +1,13 @@
 import pytest
 
 from headrace.cache.blocks import BlockPool
+from headrace.cache.key import CacheKey
 from headrace.cache.radix import RadixTree
 
 
-def insert(tree, tokens, namespace=()):
+def insert(tree, tokens, cache_key=CacheKey()):
     """Insert whole blocks of `tokens` as a request that then ends; returns their blocks."""
-    node = tree.root(namespace)
+    node = tree.root(cache_key)
     tree.lock(node)
     blocks = []
     for i in range(0, len(tokens) - tree.block_size + 1, tree.block_size):
@@ -24,8 +25,8 @@ def tree():
     return RadixTree(BlockPool(64), 2)
 
 
-def blocks_of(tree, tokens, namespace=(), limit=99):
-    return [node.block for node in tree.match(tokens, namespace, limit)]
+def blocks_of(tree, tokens, cache_key=CacheKey(), limit=99):
+    return [node.block for node in tree.match(tokens, cache_key, limit)]
 
 
 def test_match_gives_the_longest_prefix_of_whole_blocks(tree):
@@ -43,18 +44,18 @@ def test_the_first_block_for_a_prefix_stays(tree):
     assert tree.pool.num_free == free
 
 
-def test_namespaces_share_nothing_and_empty_ones_vanish(tree):
-    one, two = insert(tree, [1, 2], ("a",)), insert(tree, [1, 2], ("b",))
+def test_cache_keys_share_nothing_and_empty_ones_vanish(tree):
+    one, two = insert(tree, [1, 2], CacheKey(salt="a")), insert(tree, [1, 2], CacheKey(salt="b"))
     assert one != two and blocks_of(tree, [1, 2]) == []
     assert tree.evict(9) == 2
-    assert blocks_of(tree, [1, 2], ("a",)) == [] and not tree._roots
+    assert blocks_of(tree, [1, 2], CacheKey(salt="a")) == [] and not tree._roots
     tree.check_integrity()
 
 
 def test_eviction_takes_leaves_least_recently_used_first(tree):
     old = insert(tree, [1, 2, 3, 4])
     new = insert(tree, [1, 2, 5, 6])
-    path = tree.match([1, 2, 3, 4], (), 99)
+    path = tree.match([1, 2, 3, 4], CacheKey(), 99)
     tree.lock(path[-1])
     tree.unlock(path[-1])  # [3, 4] is now the last used
     assert tree.evict(1) == 1
@@ -65,17 +66,17 @@ def test_eviction_takes_leaves_least_recently_used_first(tree):
 
 def test_locked_paths_stay(tree):
     insert(tree, [1, 2, 3, 4, 5, 6])
-    path = tree.match([1, 2, 3, 4], (), 4)
+    path = tree.match([1, 2, 3, 4], CacheKey(), 4)
     tree.lock(path[-1])
     assert tree.num_evictable == 1 and tree.evict(9) == 1
-    assert len(tree.match([1, 2, 3, 4, 5, 6], (), 99)) == 2
+    assert len(tree.match([1, 2, 3, 4, 5, 6], CacheKey(), 99)) == 2
     tree.unlock(path[-1])
     assert tree.evict(9) == 2
 
 
 def test_the_heap_of_candidates_stays_small(tree):
     insert(tree, [1, 2, 3, 4])
-    leaf = tree.match([1, 2, 3, 4], (), 4)[-1]
+    leaf = tree.match([1, 2, 3, 4], CacheKey(), 4)[-1]
     for _ in range(5000):
         tree.lock(leaf)
         tree.unlock(leaf)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.cache.key import CacheKey
 from headrace.config import CacheConfig, SchedulerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
@@ -373,10 +374,10 @@ def test_a_whole_cached_prompt_still_computes_its_last_token():
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 4)
 
 
-def test_namespaces_do_not_share():
+def test_cache_keys_do_not_share():
     engine = make()
     for i, salt in enumerate(["a", "b", "a"]):
-        request = Case(i, list(range(10, 18)), SamplingParams(max_tokens=2), namespace=(salt,))
+        request = Case(i, list(range(10, 18)), SamplingParams(max_tokens=2), cache_key=CacheKey(salt=salt))
         check(engine, [request])
         assert request.num_cached_tokens == (4 if i == 2 else 0)
 

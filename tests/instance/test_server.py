@@ -1,12 +1,15 @@
 """`Instance`: an engine that executes commands, without its process."""
 
+from dataclasses import replace
+
 import pytest
 
 from headrace import LLM, SamplingParams
 from headrace.instance.server import Instance
 from headrace.instance.wire import Abort, Accepted, Add, Delta, Embed, Embedding, Inspect, Refused, Resume, StepReport
+from headrace.llm.records import ResumeRecord
 
-PARAMS = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "seed": 1}
+PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def kinds(news):
 
 
 def test_one_message_a_step_carries_all_its_events(driver):
-    adds = [Add(str(i), [5 + i, 6], {**PARAMS, "seed": i}) for i in range(5)]
+    adds = [Add(str(i), [5 + i, 6], replace(PARAMS, seed=i)) for i in range(5)]
     driver.run(*adds)
     first = driver.batches[0].events
     assert kinds(first) == [Accepted] * 5 + [Delta] * 5 + [StepReport]
@@ -61,10 +64,10 @@ def test_one_message_a_step_carries_all_its_events(driver):
 
 
 def test_text_that_may_become_a_stop_string_comes_later_than_its_tokens(driver, llm):
-    text = llm.generate([[5, 6]], SamplingParams(**PARAMS))[0].outputs[0].text
+    text = llm.generate([[5, 6]], PARAMS)[0].outputs[0].text
     never = text[:8] + "\N{SNOWMAN}"
-    news = [n for n in driver.run(Add("a", [5, 6], {**PARAMS, "stop": [never]})) if isinstance(n, Delta)]
-    choices = [choice for delta in news for choice in delta.choices]
+    news = [n for n in driver.run(Add("a", [5, 6], replace(PARAMS, stop=(never,)))) if isinstance(n, Delta)]
+    choices = [choice for delta in news for choice in delta.output.outputs]
     assert "".join(c.text for c in choices) == text
     held = [c for c in choices if c.token_ids and not c.text]
     assert held, "its first tokens come without text"
@@ -72,7 +75,7 @@ def test_text_that_may_become_a_stop_string_comes_later_than_its_tokens(driver, 
 
 def test_an_abort_frees_all_blocks_before_the_next_step(driver):
     pool = driver.instance._scheduler.cache
-    driver.run(Add("stays", [5, 6], PARAMS), Add("goes", list(range(3, 30)), {**PARAMS, "n": 2}), steps=4)
+    driver.run(Add("stays", [5, 6], PARAMS), Add("goes", list(range(3, 30)), replace(PARAMS, n=2)), steps=4)
     counted = dict(driver.instance._scheduler.stats.finished)
     news = driver.run(Abort("goes"), Abort("goes"), Abort("unknown"), steps=1)
     assert news[-1].stats["finished"]["abort"] == counted["abort"] + 2
@@ -86,11 +89,10 @@ def test_an_abort_frees_all_blocks_before_the_next_step(driver):
 @pytest.mark.parametrize(
     ("command", "message", "param"),
     [
-        (Add("bad", [5], {"max_tokens": 10**6}), "max_tokens=1000000 make 1000001", "prompt"),
-        (Add("bad", [], {}), "no tokens", "prompt"),
-        (Add("bad", [5], {"logit_bias": {10**6: 1.0}}), "logit_bias has token id", "logit_bias"),
-        (Add("bad", [5], {"temperature": -1.0}), "temperature=-1.0", "temperature"),
-        (Resume({"name": "bad", "fingerprint": "other"}), "its tokens could differ", None),
+        (Add("bad", [5], SamplingParams(max_tokens=10**6)), "max_tokens=1000000 make 1000001", "prompt"),
+        (Add("bad", [], SamplingParams()), "no tokens", "prompt"),
+        (Add("bad", [5], SamplingParams(logit_bias={10**6: 1.0})), "logit_bias has token id", "logit_bias"),
+        (Resume(ResumeRecord.begin("bad", None, [5], PARAMS, fingerprint="other")), "its tokens could differ", None),
         (Embed("bad", [-1]), "prompt has token id -1", "prompt"),
     ],
 )
@@ -107,8 +109,8 @@ def test_embeddings_come_one_a_step_in_their_order_and_may_be_withdrawn(driver):
 
 def test_preemptions_are_in_the_explanation(driver, llm):
     """Ten that grow past what 39 blocks hold."""
-    adds = [Add(str(i), [3 + i] * 40, {**PARAMS, "max_tokens": 60}) for i in range(10)]
-    told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.finished}
+    adds = [Add(str(i), [3 + i] * 40, replace(PARAMS, max_tokens=60)) for i in range(10)]
+    told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.output.finished}
     assert len(told) == 10 and sum(e.preemptions for e in told.values()) >= 1
     assert any(e.queue_time > 0 for e in told.values())
     preempted = [e for e in told.values() if e.preemptions]
@@ -116,26 +118,26 @@ def test_preemptions_are_in_the_explanation(driver, llm):
 
 
 def test_beams_are_counted_to_their_search(driver):
-    params = {"beam_width": 3, "n": 2, "max_tokens": 8, "ignore_eos": True, "seed": 0}
+    params = SamplingParams(beam_width=3, n=2, max_tokens=8, ignore_eos=True, seed=0)
     news = [n for n in driver.run(Add("b", [5, 6, 7], params)) if isinstance(n, Delta)]
-    assert len(news) == 1 and news[0].finished and len(news[0].choices) == 2
+    assert len(news) == 1 and news[0].output.finished and len(news[0].output.outputs) == 2
     assert news[0].explanation.batch_sizes[0] == 1 and max(news[0].explanation.batch_sizes) == 3
 
 
 def test_an_aborted_search_takes_no_neighbour_with_it(driver, llm):
     """The numbers of a search's choices are its own, though it runs as one request at first."""
-    expected = llm.generate([[9, 8]], SamplingParams(**PARAMS))[0]
-    search = {"beam_width": 2, "n": 2, "max_tokens": 9, "seed": 0}
+    expected = llm.generate([[9, 8]], PARAMS)[0]
+    search = SamplingParams(beam_width=2, n=2, max_tokens=9, seed=0)
     driver.run(Add("search", [5, 6], search), Add("beside", [9, 8], PARAMS), steps=1)
-    first = [c for b in driver.batches for n in b.events if isinstance(n, Delta) for c in n.choices]
+    first = [c for b in driver.batches for n in b.events if isinstance(n, Delta) for c in n.output.outputs]
     news = driver.run(Abort("search"))
-    rest = [c for n in news if isinstance(n, Delta) and n.name == "beside" for c in n.choices]
+    rest = [c for n in news if isinstance(n, Delta) and n.name == "beside" for c in n.output.outputs]
     assert [t for c in first + rest for t in c.token_ids] == expected.outputs[0].token_ids
 
 
 def test_nothing_is_kept_of_many_requests(driver):
     for i in range(200):
-        driver.run(Add(f"{i}", [5, 6], {**PARAMS, "max_tokens": 2}), Inspect("i", 0), Abort(f"{i - 1}"))
+        driver.run(Add(f"{i}", [5, 6], replace(PARAMS, max_tokens=2)), Inspect("i", 0), Abort(f"{i - 1}"))
         driver.check_empty()
 
 

@@ -5,29 +5,33 @@ import math
 import msgspec
 import pytest
 
+from headrace.cache.key import CacheKey
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.instance.wire import (
     Accepted,
     Add,
-    ChoiceDelta,
     Delta,
     EventBatch,
     Explanation,
+    Resume,
     StepReport,
-    TokenEntry,
     Tree,
     decode_command,
     decode_event,
     encode,
 )
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.llm.records import ResumeRecord
 
-TABLE = [TokenEntry(3, -math.pi / 7, 1, "é"), TokenEntry(4, -1e-300, 2, "\N{SNOWMAN}")]
+TABLE = {3: Logprob(-math.pi / 7, 2, "é"), 4: Logprob(-1e-300, 1, "\N{SNOWMAN}")}
 
 
 def test_events_come_through_with_their_bits():
-    choice = ChoiceDelta(1, "text", [3, 4], [TABLE, TABLE], -0.1 - 0.2, "stop", "end")
+    choice = CompletionOutput(1, "text", [3, 4], -0.1 - 0.2, [TABLE, TABLE], "stop", "end")
+    output = RequestOutput("1", None, [], [choice], True, [None, TABLE], 5, 3)
     news = [
         Accepted("1"),
-        Delta("1", [choice], [None, TABLE], 5, True, Explanation(0.1, batch_sizes=[1, 2])),
+        Delta(output, Explanation(0.1, batch_sizes=[1, 2])),
         Tree("2", [(1, -1, 16, 2, "a")], complete=False),
         StepReport("0", {"steps": 1, "finished": {"stop": 2}}),
     ]
@@ -35,11 +39,60 @@ def test_events_come_through_with_their_bits():
 
 
 def test_commands_come_through():
-    add = Add("1", [1, 2], {"logit_bias": {5: -1.5}, "seed": 2**64 - 1, "stop": ["a"]}, -3, ["tenant"])
+    add = Add(
+        "1",
+        [1, 2],
+        SamplingParams(logit_bias={5: -1.5}, seed=2**64 - 1, stop=("a",), temperature=1),
+        -3,
+        CacheKey(salt="tenant"),
+    )
     assert decode_command(encode(add)) == add
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"{}", encode(Accepted("1")), encode(Add("1", [], {}))[:-1]])
+RECORD = ResumeRecord.begin(
+    "1", None, [1, 2], SamplingParams(n=2, seed=3, logprobs=1, prompt_logprobs=0), -3, CacheKey(salt="tenant"), "hr_1"
+)
+
+
+def test_a_record_comes_through_with_its_bits():
+    record = RECORD.snapshot()
+    record.output.prompt_logprobs.append(TABLE)
+    record.output.outputs[1] = CompletionOutput(1, "text", [3], -0.1 - 0.2, [TABLE], "stop", "end")
+    again = decode_command(encode(Resume(record)))
+    assert again == Resume(record) and again.name == "1"
+    assert list(again.record.output.outputs[1].logprobs[0]) == [3, 4]
+
+
+def changed(command, *path, value):
+    """The bytes of a command with one value changed."""
+    data = msgspec.msgpack.decode(encode(command))
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return msgspec.msgpack.encode(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (changed(Add("1", [], SamplingParams()), "params", "temperature", value=-1.0), r"temperature=-1\.0 must be"),
+        (changed(Add("1", [], SamplingParams()), "params", "stop", value=[1]), "Expected `str`"),
+        (changed(Resume(RECORD), "record", "params", "seed", value=None), "no seed"),
+        (changed(Resume(RECORD), "record", "params", "n", value=3), r"n=3, and the choices are \[0, 1\]"),
+        (changed(Resume(RECORD), "record", "output", "prompt_token_ids", value=["1"]), "Expected `int`"),
+        (changed(Resume(RECORD), "record", "output", "outputs", 0, "logprobs", value=[{1: [2]}]), "of length 3, got 1"),
+        (changed(Resume(RECORD), "record", value={}), "missing required field"),
+    ],
+)
+def test_what_a_request_cannot_be_is_refused(data, message):
+    with pytest.raises(msgspec.DecodeError, match=message):
+        decode_command(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", b"{}", encode(Accepted("1")), encode(Add("1", [], SamplingParams()))[:-1]]
+)
 def test_what_is_no_command_is_refused(data):
     with pytest.raises(msgspec.DecodeError):
         decode_command(data)

@@ -27,7 +27,9 @@ from headrace.engine.schedule.sampling import SamplingParams
 from headrace.kernels.load import load_ops
 from headrace.llm.assemble import assemble
 from headrace.llm.options import EngineOptions
+from headrace.llm.records import ResumeRecord
 from headrace.model.huggingface import load_model
+from invariance.records import known_tokens, record_of
 
 TOKENS = 12
 PROMPTS = 64
@@ -237,16 +239,16 @@ def run_cell(cell: Cell, folder: Path, worker: Worker | None = None) -> dict[int
         return traces
     assert worker is not None
     drive(engine, arrange(cell, requests), steps=6)
-    begun = {r.request_id: r.resume_record() for r in requests if r.request_id <= PROMPTS}
+    begun = {r.request_id: record_of(r) for r in requests if r.request_id <= PROMPTS}
     rest = worker.resume(cell, folder, begun)
     traces = {}
     for i in picked:
-        split = begun[i + 1]["num_prompt_tokens"]
         before = recorder.traces.get(i + 1, Trace()).logits
         after = rest[i + 1]
-        known = begun[i + 1]["token_ids"]
+        known = known_tokens(begun[i + 1])
         traces[i] = Trace(
-            known[split:] + after.tokens, {**{p: row for p, row in before.items() if p < len(known)}, **after.logits}
+            begun[i + 1].output.outputs[0].token_ids + after.tokens,
+            {**{p: row for p, row in before.items() if p < len(known)}, **after.logits},
         )
     return traces
 
@@ -255,14 +257,14 @@ def replace_id(item: Request, number: int) -> Request:
     return Request(number, item.prompt_token_ids, item.params, seed=item.seed, choice=item.choice)
 
 
-def resume_here(cell: Cell, folder: Path, records: dict[int, dict[str, Any]]) -> dict[int, Trace]:
+def resume_here(cell: Cell, folder: Path, records: dict[int, ResumeRecord]) -> dict[int, Trace]:
     """Finish requests from their records in a fresh engine of this process."""
-    engine = engine_for(replace(cell, prefix="cold"), folder, max(len(r["token_ids"]) for r in records.values()))
+    engine = engine_for(replace(cell, prefix="cold"), folder, max(len(known_tokens(r)) for r in records.values()))
     recorder = Recorder(engine)
     open_ones = [
-        Request.from_record(number, record)
+        record.requests([number], weights_version=0)[0]
         for number, record in records.items()
-        if len(record["token_ids"]) - record["num_prompt_tokens"] < TOKENS
+        if len(record.output.outputs[0].token_ids) < TOKENS
     ]
     tokens = drive(engine, iter([open_ones]))
     return {n: Trace(tokens.get(n, []), recorder.traces.get(n, Trace()).logits) for n in records}
@@ -280,9 +282,10 @@ class Worker:
             cwd=Path(__file__).parents[1],
         )
 
-    def resume(self, cell: Cell, folder: Path, records: dict[int, dict[str, Any]]) -> dict[int, Trace]:
+    def resume(self, cell: Cell, folder: Path, records: dict[int, ResumeRecord]) -> dict[int, Trace]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"cell": vars(cell), "folder": str(folder), "records": records}) + "\n")
+        plain = {number: record.to_dict() for number, record in records.items()}
+        self._process.stdin.write(json.dumps({"cell": vars(cell), "folder": str(folder), "records": plain}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the worker died: its error is on standard error"

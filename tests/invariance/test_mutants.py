@@ -5,16 +5,19 @@ Each mutant is a mistake that a serving engine could really make, and that leave
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from headrace.cache.manager import CacheManager
 from headrace.engine.run.runner import Runner
 from headrace.engine.schedule.pool import RequestPool
-from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.scheduler import Scheduler
 from headrace.kernels.cpu import CpuOps
+from headrace.llm.records import ResumeRecord
 from invariance.harness import AXES, Cell, chosen, first_difference, resume_here, run_alone, run_cell
+from invariance.records import known_tokens
 
 
 def sums_by_row_count(patch):
@@ -125,14 +128,15 @@ def noise_by_arrival(patch):
 
 def forgets_what_is_output(patch):
     """A record that counts the output so far as prompt, so that penalties no longer see it."""
-    right = Request.from_record.__func__
+    right = ResumeRecord.requests
 
-    def from_record(cls, request_id, record):
-        done = len(record["token_ids"]) - record["num_prompt_tokens"]
-        params = {**record["params"], "max_tokens": record["params"]["max_tokens"] - done}
-        return right(cls, request_id, {**record, "num_prompt_tokens": len(record["token_ids"]), "params": params})
+    def requests(self, request_ids, weights_version):
+        [choice] = self.output.outputs
+        params = replace(self.params, max_tokens=self.params.max_tokens - len(choice.token_ids))
+        changed = ResumeRecord.begin("", None, known_tokens(self), params, self.priority)
+        return right(changed, request_ids, weights_version)
 
-    patch.setattr(Request, "from_record", classmethod(from_record))
+    patch.setattr(ResumeRecord, "requests", requests)
 
 
 def mixes_up_previous(patch):

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from headrace.llm.records import ResumeRecord
 from invariance.harness import Cell, resume_here
 
 
@@ -12,7 +13,8 @@ def main() -> None:
     sys.stdout = sys.stderr
     for line in sys.stdin:
         job = json.loads(line)
-        traces = resume_here(Cell(**job["cell"]), Path(job["folder"]), {int(n): r for n, r in job["records"].items()})
+        records = {int(number): ResumeRecord.from_dict(data) for number, data in job["records"].items()}
+        traces = resume_here(Cell(**job["cell"]), Path(job["folder"]), records)
         out.write(json.dumps({n: trace.to_json() for n, trace in traces.items()}) + "\n")
         out.flush()
 

@@ -1,4 +1,4 @@
-"""`LLM` and `AsyncLLM` as a user meets them, on a small trained model."""
+"""`LLM` and `AsyncLLM`, on a small trained model."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from headrace import LLM, AsyncLLM, Logprob, RequestError, SamplingParams
+from headrace import LLM, AsyncLLM, Logprob, RequestError, ResumeRecord, SamplingParams
 from headrace.engine.engine import EngineFailedError
 from headrace.llm.async_llm import EngineStoppedError
 
@@ -169,20 +169,28 @@ def test_a_resumed_request_ends_as_if_nothing_had_happened(llm, folder, params, 
     name = llm.frontend.add("Once upon a time", params)
     for _ in range(steps):
         llm.frontend.step()
-    record = json.loads(json.dumps(llm.frontend.resume_record(name)))
+    record = json.loads(json.dumps(llm.frontend.resume_record(name).to_dict()))
     llm.frontend.abort(name)
-    resumed = LLM(folder, num_kv_blocks=60).resume([record])[0]
+    resumed = LLM(folder, num_kv_blocks=60).resume([ResumeRecord.from_dict(record)])[0]
     assert resumed.outputs == expected.outputs
 
 
-def test_resume_refuses_another_fingerprint(llm, folder):
+def test_resume_refuses_another_fingerprint_and_broken_records(llm, folder):
     name = llm.frontend.add("One day", GREEDY)
     record = llm.frontend.resume_record(name)
     llm.frontend.abort(name)
     with pytest.raises(RequestError, match="its tokens could differ"):
         LLM(folder, num_kv_blocks=60, kv_cache_dtype="bf16").resume([record])
     with pytest.raises(RequestError, match="broken"):
-        llm.resume([{"fingerprint": llm.fingerprint}])
+        llm.resume([ResumeRecord.from_dict({"fingerprint": llm.fingerprint})])
+    record.output.outputs[0].finish_reason = "stop"
+    with pytest.raises(RequestError, match=r"broken.*finished"):
+        llm.resume([record])
+    record.output.outputs[0].finish_reason = None
+    record.output.outputs[0].token_ids.append(10**6)
+    with pytest.raises(RequestError, match="token id 1000000"):
+        llm.resume([record])
+    assert not llm.frontend.has_work
 
 
 @pytest.mark.parametrize(
@@ -246,7 +254,7 @@ def test_async_construction_reports_the_fault(tmp_path):
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_step_that_raises_is_the_last(folder, monkeypatch, error, depth):
-    """Its prompt stands in the prefix cache, uncomputed: the same prompt would read what is not there."""
+    """The prompt is in the prefix cache, but not computed: the same prompt would read wrong KV."""
     llm = LLM(folder, num_kv_blocks=60, queue_depth=depth)
 
     def fail(plan):
@@ -275,7 +283,7 @@ def test_a_step_that_raises_is_the_last(folder, monkeypatch, error, depth):
         ),
     ],
 )
-def test_defaults_are_the_model_s_own(folder, tmp_path, given, expected):
+def test_defaults_are_those_of_the_model(folder, tmp_path, given, expected):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     llm = LLM(tmp_path, num_kv_blocks=60)

@@ -1,4 +1,4 @@
-"""Other weights under a live engine: what comes after is theirs alone, whatever was cached or running."""
+"""Other weights in a running engine: later tokens are of the new weights, whatever was cached or running."""
 
 import asyncio
 import json
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headrace import LLM, AsyncLLM, SamplingParams
+from headrace.cache.key import CacheKey
 from headrace.engine.engine import EngineFailedError
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels.load import load_ops
@@ -35,7 +36,7 @@ def sources(other):
 
 
 @pytest.mark.parametrize("kind", ["folder", "text", "model", "tensors"])
-def test_the_new_weights_answer_with_nothing_of_the_old(tinyworld_checkpoint, other, kind):
+def test_the_new_weights_use_no_cache_of_the_old(tinyworld_checkpoint, other, kind):
     llm = LLM(tinyworld_checkpoint)
     before = llm.generate(PROMPT, GREEDY)[0]
     expected = LLM(other[0]).generate(PROMPT, GREEDY)[0]
@@ -116,7 +117,7 @@ def test_a_folder_of_another_model_is_refused_though_its_tensors_fit(tinyworld_c
     assert llm.update_weights(tmp_path / "hf") == 1
 
 
-def test_weights_that_are_half_in_end_the_engine(tinyworld_checkpoint, other, monkeypatch):
+def test_a_failure_while_weights_load_ends_the_engine(tinyworld_checkpoint, other, monkeypatch):
     llm = LLM(tinyworld_checkpoint)
 
     def fails(model, folder):
@@ -129,7 +130,7 @@ def test_weights_that_are_half_in_end_the_engine(tinyworld_checkpoint, other, mo
         llm.generate(PROMPT, GREEDY)
 
 
-def test_what_was_in_flight_is_told_by_the_next_step(tinyworld_checkpoint, other):
+def test_results_in_flight_come_with_the_next_step(tinyworld_checkpoint, other):
     llm = LLM(tinyworld_checkpoint, queue_depth=2)
     two = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     expected = llm.generate(PROMPT, two)[0].outputs
@@ -144,17 +145,17 @@ def test_what_was_in_flight_is_told_by_the_next_step(tinyworld_checkpoint, other
 def test_a_salt_stays_with_a_request_that_is_resumed_and_then_updated(tinyworld_checkpoint, other):
     llm = LLM(tinyworld_checkpoint)
     llm.update_weights(tinyworld_checkpoint, version=7)
-    name = llm.frontend.add(PROMPT, GREEDY, namespace=("salt",))
+    name = llm.frontend.add(PROMPT, GREEDY, cache_key=CacheKey(salt="salt"))
     llm.frontend.step()
-    record = json.loads(json.dumps(llm.frontend.resume_record(name)))
-    assert record["choices"][0]["request"]["namespace"] == ["salt"]
+    record = llm.frontend.resume_record(name)
+    assert record.cache_key == CacheKey(salt="salt")
     second = LLM(tinyworld_checkpoint)
     second.update_weights(tinyworld_checkpoint, version=9)
     [number] = second.frontend.group(second.frontend.resume(record)).choices
     request = second.frontend.engine.scheduler.requests[number]
-    assert request.namespace == request.kv.namespace == (9, "salt")
+    assert request.cache_key == request.kv.cache_key == CacheKey(9, None, "salt")
     second.update_weights(other[0])
-    assert request.namespace == request.kv.namespace == (10, "salt")
+    assert request.cache_key == request.kv.cache_key == CacheKey(10, None, "salt")
     second.frontend.abort(name)
     llm.frontend.abort(name)
 

@@ -52,7 +52,7 @@ async def check_stream(stream: Stream, expected: RequestOutput) -> None:
     tokens: list[list[int]] = [[] for _ in expected.outputs]
     over = [False] * len(expected.outputs)
     async for delta in stream:
-        for new in delta.choices:
+        for new in delta.output.outputs:
             assert not over[new.index], "an event of a finished choice"
             over[new.index] = new.finish_reason is not None
             texts[new.index] += new.text

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.cache.key import CacheKey
 from headrace.serve.protocol.fields import (
     CHAT,
     COMPLETIONS,
@@ -178,7 +179,12 @@ def test_fields_that_are_read_together_reach_the_engine():
     generation = read_generation_request(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
     params = generation.params
     assert (params.n, params.beam_width, params.stop, params.logit_bias, params.max_tokens) == (2, 2, ("x",), {5: 1}, 7)
-    assert (generation.namespace, generation.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
+    assert (generation.cache_key, generation.priority, params.logprobs, params.prompt_logprobs) == (
+        CacheKey(salt="s"),
+        3,
+        2,
+        4,
+    )
     assert (params.temperature, params.top_k) == (0.5, 9)
     assert read_generation_request({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
     assert read_generation_request({}, CHAT, {}, False).params.max_tokens is None

@@ -94,7 +94,7 @@ def test_a_closed_stream_frees_its_blocks_and_generates_no_more(runner, gateway,
         assert {report.stats["finished"]["abort"] for report in later} == {before + 1}
         assert {report.decode_tokens for report in later} == {1}, "its sibling runs on, and it alone"
         assert later[0].stats["num_running"] == 1
-        assert sum(len(c.token_ids) for delta in [d async for d in stream] for c in delta.choices) == held - 1
+        assert sum(len(c.token_ids) for delta in [d async for d in stream] for c in delta.output.outputs) == held - 1
         assert stream.output.outputs[0].finish_reason == "abort"
         same(await beside.result(), neighbour)
         assert gateway.report.stats["num_running"] == 0 and gateway.report.stats["kv_usage"] == 0.0

@@ -9,6 +9,7 @@ import pytest
 from headrace import LLM
 from headrace.instance.server import Instance
 from headrace.instance.wire import Delta, EventBatch, Resume
+from headrace.llm.records import ResumeRecord
 from headrace.serve.transcript import Transcript
 from serve.gateway_kit import OPTIONS, PROMPT, check_stream, kinds, start
 
@@ -67,7 +68,7 @@ def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, 
         await check_stream(held, expected["stopped"])
         assert held.explanation.resumes == 2
         async for delta in waits:
-            assert delta.prompt_logprobs and not delta.choices, "the prompt comes in chunks"
+            assert delta.output.prompt_logprobs and not delta.output.outputs, "the prompt comes in chunks"
             break
         watcher.kill_at = [0]
         watcher._count()
@@ -88,7 +89,7 @@ def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
     params = replace(params, seed=params.seed or 1)
     expected = llm.generate([ids], params)[0]
     batches: list[EventBatch] = []
-    transcript = Transcript("1", "name", PROMPT, ids, params, 0, ())
+    transcript = Transcript("1", ResumeRecord.begin("name", PROMPT, ids, params))
     for _ in range(2):
         instance = Instance(llm, batches.append)
         instance._execute(transcript.command(llm.fingerprint))

@@ -20,7 +20,6 @@ from headrace.instance.client import InstanceDiedError
 from headrace.instance.wire import (
     Accepted,
     Add,
-    ChoiceDelta,
     Delta,
     EventBatch,
     InstalledWeights,
@@ -30,6 +29,7 @@ from headrace.instance.wire import (
     UpdateWeights,
     WeightsUpdated,
 )
+from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.gateway import Gateway, UnavailableError
 from serve.gateway_kit import OPTIONS, PROMPT, begun, start
 
@@ -211,7 +211,13 @@ def fake(monkeypatch, clients):
     return gateway, left
 
 
-SOME = Delta("1", [ChoiceDelta(0, "a", [7])])
+def delta(name, text, token, finish_reason=None):
+    """One token of a request with one choice."""
+    choice = CompletionOutput(0, text, [token], finish_reason=finish_reason)
+    return Delta(RequestOutput(name, None, [], [choice], finished=finish_reason is not None))
+
+
+SOME = delta("1", "a", 7)
 
 
 def test_another_fingerprint_ends_what_runs(monkeypatch):
@@ -230,7 +236,7 @@ def test_another_fingerprint_ends_what_runs(monkeypatch):
 def test_a_request_that_kills_every_engine_is_dropped_and_the_next_one_served(monkeypatch):
     async def scenario():
         last = FakeClient(
-            says=[Accepted("2"), Delta("2", [ChoiceDelta(0, "a", [7], finish_reason="stop")], finished=True)],
+            says=[Accepted("2"), delta("2", "a", 7, "stop")],
             waits=True,
         )
         clients = [FakeClient(says=[Accepted("1")]) for _ in range(3)]
@@ -247,7 +253,7 @@ def test_a_request_that_kills_every_engine_is_dropped_and_the_next_one_served(mo
 
 
 def test_the_death_of_one_instance_leaves_the_requests_of_another_alone(monkeypatch):
-    end = Delta("2", [ChoiceDelta(0, "b", [8], finish_reason="stop")], finished=True)
+    end = delta("2", "b", 8, "stop")
 
     async def scenario():
         monkeypatch.setattr(module, "INSTANCES", ("0", "1"))

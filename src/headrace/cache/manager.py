@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.cache.blocks import BlockPool, OutOfBlocks
-from headrace.cache.radix import Namespace, RadixNode, RadixTree
+from headrace.cache.key import CacheKey
+from headrace.cache.radix import RadixNode, RadixTree
 
 __all__ = ["CacheManager", "CachedSequence", "Segment", "Traffic"]
 
@@ -35,10 +36,10 @@ class Segment:
 class CachedSequence:
     """One sequence's KV. The manager alone writes its fields; `blocks` is the live block table."""
 
-    __slots__ = ("blocks", "depth", "host", "host_tokens", "namespace", "node", "num_tokens", "segments")
+    __slots__ = ("blocks", "cache_key", "depth", "host", "host_tokens", "node", "num_tokens", "segments")
 
-    def __init__(self, namespace: Namespace) -> None:
-        self.namespace = namespace
+    def __init__(self, cache_key: CacheKey) -> None:
+        self.cache_key = cache_key
         self.blocks: list[int] = []
         self.segments = [Segment(0, 0, self.blocks)]
         self.num_tokens = 0
@@ -96,16 +97,16 @@ class CacheManager:
         """⌈num_tokens / block_size⌉."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, token_ids: Sequence[int], namespace: Namespace, limit: int) -> list[RadixNode]:
+    def match(self, token_ids: Sequence[int], cache_key: CacheKey, limit: int) -> list[RadixNode]:
         """The tree's nodes for the longest cached prefix of `token_ids[:limit]`; holds nothing."""
-        return self.tree.match(token_ids, namespace, limit) if self.prefix_caching else []
+        return self.tree.match(token_ids, cache_key, limit) if self.prefix_caching else []
 
     def adopt(self, seq: CachedSequence, path: Sequence[RadixNode]) -> None:
         """Give an empty sequence the matched blocks of `path`, locked: it starts at their end."""
         assert not seq.blocks and seq.node is None, "only an empty sequence adopts"
         if not self.prefix_caching:
             return
-        seq.node = path[-1] if path else self.tree.root(seq.namespace)
+        seq.node = path[-1] if path else self.tree.root(seq.cache_key)
         self.tree.lock(seq.node)
         for node in path:
             self.pool.incref(node.block)

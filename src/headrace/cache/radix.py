@@ -3,7 +3,7 @@
 
 Every edge is one whole block, so a node *is* a block and nothing is ever split:
 
-    root(namespace) ── tokens 0..15 ──> node ── tokens 16..31 ──> node ── …
+    root(cache_key) ── tokens 0..15 ──> node ── tokens 16..31 ──> node ── …
                                           └──── tokens 16..31' ─> node
 
 A running request locks the nodes of its path; what nobody locks stays until the pool needs room, and then
@@ -16,23 +16,23 @@ from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 
 from headrace.cache.blocks import BlockPool
+from headrace.cache.key import CacheKey
 
 __all__ = ["RadixNode", "RadixTree"]
 
-Namespace = tuple[object, ...]
 _SLACK = 256
 
 
 class RadixNode:
     """One block of tokens below `parent`; a root has block 0, no parent. `locks` counts paths through it."""
 
-    __slots__ = ("block", "children", "key", "last_used", "locks", "namespace", "parent")
+    __slots__ = ("block", "cache_key", "children", "key", "last_used", "locks", "parent")
 
-    def __init__(self, key: tuple[int, ...], block: int, parent: RadixNode | None, namespace: Namespace) -> None:
+    def __init__(self, key: tuple[int, ...], block: int, parent: RadixNode | None, cache_key: CacheKey) -> None:
         self.key = key
         self.block = block
         self.parent = parent
-        self.namespace = namespace
+        self.cache_key = cache_key
         self.children: dict[tuple[int, ...], RadixNode] = {}
         self.locks = 0
         self.last_used = 0
@@ -41,8 +41,8 @@ class RadixNode:
 class RadixTree:
     """A trie of whole blocks that shares one `BlockPool` with running requests; it owns one count per block.
 
-    A namespace is a tuple of whatever else the KV depends on: weights version, adapter, cache salt. Matching
-    reads each token once. Eviction pops a heap whose stale entries are skipped: O(log n) a block.
+    Each `CacheKey` has a root of its own. Matching reads each token once. Eviction pops a heap whose stale
+    entries are skipped: O(log n) a block.
     """
 
     __slots__ = ("_clock", "_heap", "_pushes", "_roots", "block_size", "num_evictable", "num_nodes", "pool")
@@ -53,21 +53,21 @@ class RadixTree:
         self.num_nodes = 0
         self.num_evictable = 0
         """Nodes that nobody locks: evicting all of them is possible, and frees a block each."""
-        self._roots: dict[Namespace, RadixNode] = {}
+        self._roots: dict[CacheKey, RadixNode] = {}
         self._heap: list[tuple[int, int, RadixNode]] = []
         self._clock = 0
         self._pushes = 0
 
-    def root(self, namespace: Namespace) -> RadixNode:
-        """The root of `namespace`, made when it is new. Lock it, or it may go with its last child."""
-        node = self._roots.get(namespace)
+    def root(self, cache_key: CacheKey) -> RadixNode:
+        """The root of `cache_key`, made when it is new. Lock it, or it may go with its last child."""
+        node = self._roots.get(cache_key)
         if node is None:
-            node = self._roots[namespace] = RadixNode((), 0, None, namespace)
+            node = self._roots[cache_key] = RadixNode((), 0, None, cache_key)
         return node
 
-    def match(self, token_ids: Sequence[int], namespace: Namespace, limit: int) -> list[RadixNode]:
+    def match(self, token_ids: Sequence[int], cache_key: CacheKey, limit: int) -> list[RadixNode]:
         """The nodes that hold the longest known prefix of `token_ids[:limit]`, in order. Locks nothing."""
-        node = self._roots.get(namespace)
+        node = self._roots.get(cache_key)
         path: list[RadixNode] = []
         if node is None:
             return path
@@ -84,7 +84,7 @@ class RadixTree:
         node = parent.children.get(key)
         if node is None:
             self.pool.incref(block)
-            node = parent.children[key] = RadixNode(key, block, parent, parent.namespace)
+            node = parent.children[key] = RadixNode(key, block, parent, parent.cache_key)
             self.num_nodes += 1
             self.num_evictable += 1
         self._lock(node)
@@ -153,7 +153,7 @@ class RadixTree:
         if node.locks or node.children:
             return
         if node.parent is None:
-            self._roots.pop(node.namespace, None)
+            self._roots.pop(node.cache_key, None)
             return
         self._pushes += 1
         heappush(self._heap, (node.last_used, self._pushes, node))

@@ -1,78 +1,43 @@
-"""From the groups that a step touched to deltas: what is new since the last one, without copying what is old.
+"""`SentOutput`: from the output of a request to deltas, the parts that are new since the last delta.
 
-What was sent is never taken back. `Choice.take` cuts at most tokens of the step it takes, so a token that stands in
-an output after its step stays; text may come in a later delta than its tokens, when it can no longer change.
+What was sent is never taken back. `Choice.take` cuts only tokens of its own step, so a token that is in an output after
+its step stays; text may come in a later delta than its tokens, when it can no longer change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from headrace.instance.wire import ChoiceDelta, Delta, TokenEntry
-from headrace.llm.outputs import CompletionOutput, Logprob
-from headrace.llm.processor import Group
+from headrace.instance.wire import Delta
+from headrace.llm.outputs import CompletionOutput, RequestOutput
 
-__all__ = ["Sent"]
+__all__ = ["SentOutput"]
 
 
-class Sent:
-    """How much of one request's output has been sent: three numbers a choice."""
+class SentOutput:
+    """How much of one request's output has been sent."""
 
-    def __init__(self, choices: list[tuple[int, int, bool]], prompt_logprobs: int = 0) -> None:
-        """`choices`: (tokens, characters, whether it is over), by index; `prompt_logprobs`: tables."""
-        self._choices = choices
-        self._prompt_logprobs = prompt_logprobs
+    def __init__(self, output: RequestOutput) -> None:
+        """`output` counts as sent: it is empty, or the gateway resumed the request with it."""
+        self._choices = [_extent(choice) for choice in output.outputs]
+        self._prompt_logprobs = len(output.prompt_logprobs or ())
 
-    @classmethod
-    def nothing(cls, n: int) -> Sent:
-        """Of a new request with n choices."""
-        return cls([(0, 0, False)] * n)
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Sent:
-        """Of a request that goes on from a `Frontend.resume_record`: what it holds, the client has."""
-        outputs = [choice["output"] for choice in record["choices"]]
-        return cls(
-            [(len(o["token_ids"]), len(o["text"]), o["finish_reason"] is not None) for o in outputs],
-            len(record["prompt_logprobs"] or ()),
-        )
-
-    def news(self, group: Group) -> Delta | None:
-        """What `group` has beyond what was sent, which counts as sent now; None if that is nothing."""
-        output, choices = group.output, []
+    def delta(self, output: RequestOutput) -> Delta | None:
+        """What `output` has beyond what was sent, which then counts as sent; None if there is nothing new."""
+        choices = []
         for i, (choice, sent) in enumerate(zip(output.outputs, self._choices)):
-            now = len(choice.token_ids), len(choice.text), choice.finish_reason is not None
-            if now != sent:
-                self._choices[i] = now
-                choices.append(_choice_delta(choice, *sent[:2]))
-        tables = None
-        if output.prompt_logprobs is not None and len(output.prompt_logprobs) > self._prompt_logprobs:
-            tables = [None if t is None else _entries(t) for t in output.prompt_logprobs[self._prompt_logprobs :]]
-            self._prompt_logprobs = len(output.prompt_logprobs)
-        if not choices and tables is None and not output.finished:
+            self._choices[i] = _extent(choice)
+            if self._choices[i] != sent:
+                tokens, characters, _ = sent
+                choices.append(choice.since(tokens, characters))
+        scores = (output.prompt_logprobs or [])[self._prompt_logprobs :]
+        self._prompt_logprobs += len(scores)
+        if not choices and not scores and not output.finished:
             return None
-        return Delta(
-            group.name,
-            choices,
-            tables,
-            output.num_cached_tokens,
-            output.finished,
-            weights_version=output.weights_version,
-        )
+        part = replace(output, prompt=None, prompt_token_ids=[], outputs=choices, prompt_logprobs=scores or None)
+        return Delta(part)
 
 
-def _choice_delta(choice: CompletionOutput, tokens: int, characters: int) -> ChoiceDelta:
-    return ChoiceDelta(
-        choice.index,
-        choice.text[characters:],
-        choice.token_ids[tokens:],
-        None if choice.logprobs is None else [_entries(table) for table in choice.logprobs[tokens:]],
-        choice.cumulative_logprob,
-        choice.finish_reason,
-        choice.stop_reason,
-    )
-
-
-def _entries(table: Mapping[int, Logprob]) -> list[TokenEntry]:
-    return [TokenEntry(token, entry.logprob, entry.rank, entry.decoded_token) for token, entry in table.items()]
+def _extent(choice: CompletionOutput) -> tuple[int, int, bool]:
+    """Tokens, characters, whether it is finished: a step that changes a choice changes one of these."""
+    return len(choice.token_ids), len(choice.text), choice.finish_reason is not None

@@ -82,7 +82,11 @@ def main() -> int:
 def _receive(commands: zmq.Socket[bytes], instance: Instance) -> None:
     command: Any = None
     while not isinstance(command, Stop):
-        command = decode_command(commands.recv())
+        try:
+            command = decode_command(commands.recv())
+        except ValueError as error:  # no answer would come for it: exit, and the gateway restarts the process
+            print(f"headrace: {error}", file=sys.stderr)
+            _exit(1)
         instance.post(command)
 
 

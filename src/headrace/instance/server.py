@@ -12,10 +12,10 @@ from dataclasses import fields
 
 import torch
 
-from headrace.engine.schedule.sampling import SamplingParams, named_parameter
+from headrace.engine.schedule.sampling import named_parameter
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import CheckpointError, RequestError
-from headrace.instance.deltas import Sent
+from headrace.instance.deltas import SentOutput
 from headrace.instance.explain import Explainer
 from headrace.instance.weights import install
 from headrace.instance.wire import (
@@ -62,7 +62,7 @@ class Instance:
         self._send = send
         self._loop = EngineLoop()
         self._explainer = Explainer(self._scheduler)
-        self._sent: dict[str, Sent] = {}
+        self._sent: dict[str, SentOutput] = {}
         self._embeds: dict[str, list[int]] = {}
         self._events: list[EngineEvent] = []
         self._changed = False
@@ -110,12 +110,12 @@ class Instance:
             plan = self._frontend.engine.last_plan
             prompts, others = (0, 0) if plan is None else self._explainer.observe(plan, began)
             for group in groups:
-                delta = self._sent[group.name].news(group)
+                delta = self._sent[group.name].delta(group.output)
                 if delta is None:
                     continue
-                if delta.finished:
+                if delta.output.finished:
                     del self._sent[group.name]
-                    delta.explanation = self._explainer.finish(group.name, delta.num_cached_tokens)
+                    delta.explanation = self._explainer.finish(group.name, delta.output.num_cached_tokens)
                 self._events.append(delta)
             report = self._report(prompts, others, time.monotonic() - began)
         elif self._changed:
@@ -153,20 +153,19 @@ class Instance:
             elif isinstance(command, UpdateWeights):
                 self._update(command)
         except RequestError as error:
-            name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
-            self._events.append(Refused(name, str(error), named_parameter(str(error))))
+            self._events.append(Refused(getattr(command, "name", ""), str(error), named_parameter(str(error))))
 
     def _add(self, add: Add) -> None:
-        params = SamplingParams(**add.params)
-        name = self._frontend.add(add.prompt_token_ids, params, add.name, add.priority, tuple(add.namespace))
-        self._enter(name, Sent.nothing(params.n))
+        self._enter(self._frontend.add(add.prompt_token_ids, add.params, add.name, add.priority, add.cache_key))
 
     def _resume(self, resume: Resume) -> None:
-        self._enter(self._frontend.resume(resume.record), Sent.of_record(resume.record))
+        self._enter(self._frontend.resume(resume.record))
 
-    def _enter(self, name: str, sent: Sent) -> None:
-        self._sent[name] = sent
-        self._explainer.arrived(name, self._frontend.group(name).choices)
+    def _enter(self, name: str) -> None:
+        """The gateway has what the output holds already: the output of a resumed request is not sent again."""
+        group = self._frontend.group(name)
+        self._sent[name] = SentOutput(group.output)
+        self._explainer.arrived(name, group.choices)
         self._events.append(Accepted(name))
 
     def _abort(self, name: str) -> None:

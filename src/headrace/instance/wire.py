@@ -9,13 +9,17 @@ from typing import Any
 
 import msgspec
 
+from headrace.cache.key import CacheKey
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.llm.outputs import RequestOutput
+from headrace.llm.records import ResumeRecord
+
 __all__ = [
     "COMMANDS",
     "EVENTS",
     "Abort",
     "Accepted",
     "Add",
-    "ChoiceDelta",
     "Command",
     "Delta",
     "Embed",
@@ -33,7 +37,6 @@ __all__ = [
     "Resume",
     "StepReport",
     "Stop",
-    "TokenEntry",
     "Tree",
     "UpdateWeights",
     "WeightsUpdated",
@@ -54,19 +57,24 @@ class _Message(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class Add(_Message):
-    """A new request. `params` are fields of `SamplingParams`, the seed always among them."""
+    """A new request; `params` has a seed."""
 
     name: str
     prompt_token_ids: list[int]
-    params: dict[str, Any]
+    params: SamplingParams
     priority: int = 0
-    namespace: list[str] = []
+    cache_key: CacheKey = CacheKey()
 
 
 class Resume(_Message):
-    """Continue a request from a record in the form of `Frontend.resume_record`."""
+    """Continue a request that another instance had begun."""
 
-    record: dict[str, Any]
+    record: ResumeRecord
+
+    @property
+    def name(self) -> str:
+        """The request's name."""
+        return self.record.output.request_id
 
 
 class Abort(_Message):
@@ -122,27 +130,6 @@ class Accepted(_Message):
     name: str
 
 
-class TokenEntry(msgspec.Struct, array_like=True, frozen=True):
-    """A token with its raw log-probability, its rank from 1 and its text."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-class ChoiceDelta(msgspec.Struct, array_like=True, frozen=True):
-    """What is new in one choice. `logprobs` has a table for every new token, its own entry first."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[list[TokenEntry]] | None = None
-    cumulative_logprob: float | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
 class Explanation(_Message):
     """Where a request's time went: seconds by a monotonic clock, tokens and counts.
 
@@ -163,17 +150,16 @@ class Explanation(_Message):
 
 
 class Delta(_Message):
-    """What is new in one request. `prompt_logprobs` are the new tables, None for the first token."""
+    """New output of one request, for `RequestOutput.extend`."""
 
-    name: str
-    choices: list[ChoiceDelta]
-    prompt_logprobs: list[list[TokenEntry] | None] | None = None
-    num_cached_tokens: int = 0
-    finished: bool = False
+    output: RequestOutput
     explanation: Explanation | None = None
     """With the last delta."""
-    weights_version: int = 0
-    """Of the weights that computed it."""
+
+    @property
+    def name(self) -> str:
+        """The request's name."""
+        return self.output.request_id
 
 
 class Refused(_Message):

@@ -1,1 +1,1 @@
-"""What users hold in a process: `LLM`, `AsyncLLM`, their options and outputs, and how an engine is assembled."""
+"""The in-process API: `LLM`, `AsyncLLM`, their options, outputs and records, and the assembly of an engine."""

@@ -1,4 +1,4 @@
-"""Putting an engine together: how much KV cache, how many tokens a step, and the pieces in order."""
+"""`assemble`: an engine around a model, with the size of its KV cache and its tokens a step."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from headrace.model.transformer import Transformer
 __all__ = ["assemble", "count_blocks", "fingerprint", "profile_budget"]
 
 MEMORY_SHARE = 0.4
-"""Of free memory, what the KV cache may take when the user does not say."""
+"""Of free memory, for the KV cache, where the user gives no size."""
 TILE = 16
 
 
 def fingerprint(ops: Ops, config: ModelConfig, cache: CacheConfig) -> str:
-    """Two engines of equal fingerprint and weights give equal tokens; the bits depend on nothing else."""
+    """Engines of equal fingerprint and weights give equal tokens, to the bit."""
     parts = (ops.fingerprint(), f"V={config.shards}", f"kv={cache.dtype}", f"layout={LAYOUT_VERSION}")
     return "hr_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
 def max_length(config: ModelConfig, options: EngineOptions) -> int:
-    """The longest sequence served: what was asked for, at most what the model knows positions for."""
+    """The longest sequence in tokens; `ConfigError` if the option exceeds the model's positions."""
     if options.max_model_len > config.max_position_embeddings:
         raise ConfigError(
             f"max_model_len={options.max_model_len} is more than the model's {config.max_position_embeddings} positions"
@@ -46,9 +46,9 @@ def max_length(config: ModelConfig, options: EngineOptions) -> int:
 
 
 def count_blocks(model: Transformer, cache: CacheConfig, max_len: int, max_seqs: int) -> int:
-    """Blocks of the pool, the null block included. Memory is that of all ranks together.
+    """Blocks of the pool, including the null block. Memory is counted over all ranks.
 
-    Raises `ConfigError` where it holds not even one.
+    Raises `ConfigError` if memory holds no block besides the null block.
     """
     if cache.num_blocks:
         return cache.num_blocks
@@ -81,7 +81,7 @@ def host_slots(cache: CacheConfig, options: EngineOptions, store: KVStore) -> in
 
 
 def assemble(model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None) -> Engine[Runner]:
-    """An engine around a loaded model; `ranks` are those that hold the rest of it."""
+    """An engine around a loaded model. `ranks` are the processes that hold its other shards."""
     ranks = Ranks() if ranks is None else ranks
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
@@ -108,7 +108,7 @@ def assemble(model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks 
 def profile_budget(runner: Runner, max_len: int, slo_ms: float, repeats: int = 3) -> int:
     """The most tokens a step may compute within `slo_ms` (Sarathi-Serve §4.3), a multiple of 16.
 
-    Measures a prompt chunk at the end of the longest context that the pool and the model allow, the worst case.
+    Measures the worst case: a prompt chunk at the end of the longest context that the pool and the model allow.
     """
     size = runner.store.block_size
     longest = min(max_len, (runner.store.num_blocks - 1) * size)

@@ -23,17 +23,17 @@ Deliver = Callable[[RequestOutput | BaseException], None]
 
 
 class AsyncLLM:
-    """The same engine as `LLM`; its thread alone touches the model, so kernels have one owner.
+    """The engine of `LLM` on one thread, the only one that runs kernels.
 
     >>> async with AsyncLLM("path") as llm:                                              # doctest: +SKIP
     ...     async for output in llm.stream("Once", SamplingParams(max_tokens=9)):
     ...         print(output.outputs[0].text)
 
-    A caller that leaves a stream aborts its request, and its blocks are free before the next step.
+    Leaving a stream early aborts its request: its blocks are free before the next step.
     """
 
     def __init__(self, model: str | Path | Callable[[], LLM], **options: Any) -> None:
-        """`model` is a folder or hub id, or a function that makes an `LLM` (called on the engine's thread)."""
+        """`model` is a folder, a hub id, or a function that returns an `LLM` (called on the engine's thread)."""
         self._loop = EngineLoop()
         self._receivers: dict[str, Deliver] = {}
         self._stopped: BaseException | None = None
@@ -79,11 +79,11 @@ class AsyncLLM:
         return last
 
     async def abort(self, request_id: str) -> None:
-        """End a request: its stream gets one last output with finish_reason "abort"."""
+        """Abort a request: its stream gets one last output with finish_reason "abort"."""
         self._loop.post(lambda: self._abort(request_id))
 
     async def update_weights(self, source: WeightSource, version: int | None = None) -> int:
-        """`LLM.update_weights`, between two steps: requests that run go on under the new weights."""
+        """`LLM.update_weights`, between two steps: running requests continue under the new weights."""
         done: Future[int] = Future()
         self._loop.post(lambda: self._update(done, source, version))
         return await asyncio.wrap_future(done)
@@ -100,17 +100,17 @@ class AsyncLLM:
         await asyncio.to_thread(self.shutdown)
 
     def _leave(self, name: str | Future[str]) -> None:
-        """The caller is gone. It may have left before its request had even been added."""
+        """Abort a request whose caller left, also one that is not added yet."""
         if isinstance(name, str):
             self._abort_later(name)
         else:
             name.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self._abort_later(f.result()))
 
     def _abort_later(self, name: str) -> None:
-        with contextlib.suppress(EngineStoppedError):  # a stopped engine holds nothing
+        with contextlib.suppress(EngineStoppedError):  # a stopped engine runs no request
             self._loop.post(lambda: self._abort(name))
 
-    # What follows runs on the engine's thread.
+    # The methods below run on the engine's thread.
 
     def _work(self, make: Callable[[], LLM], ready: Future[LLM]) -> None:
         try:
@@ -133,7 +133,7 @@ class AsyncLLM:
     def _step(self) -> None:
         for group in self._llm.frontend.step():
             if group.name in self._receivers:
-                self._receivers[group.name](group.snapshot())
+                self._receivers[group.name](group.output.snapshot())
                 if group.output.finished:
                     del self._receivers[group.name]
 

@@ -1,9 +1,8 @@
-"""`Frontend`: prompts in, outputs out. What `LLM` and `AsyncLLM` share; whoever steps it owns it."""
+"""`Frontend`: prompts in, outputs out, on one thread. `LLM`, `AsyncLLM` and an instance each hold one."""
 
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.cache.key import CacheKey
 from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import Runner
@@ -24,7 +24,7 @@ from headrace.llm.assemble import assemble, fingerprint
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.processor import Group
-from headrace.llm.records import plain_output, plain_prompt_logprobs, read_output, read_table
+from headrace.llm.records import ResumeRecord
 from headrace.model.huggingface import load_model, read_config, resolve
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
@@ -35,14 +35,13 @@ from headrace.text.tokenizer import Tokenizer
 __all__ = ["Frontend", "Prompt", "WeightSource"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
-Progress = Callable[[int, int, str], None]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 WeightSource = str | Path | Transformer | Mapping[str, Tensor]
 """A checkpoint folder or hub id, a model, or tensors by checkpoint name."""
 
 
 class Frontend:
-    """One engine with its tokenizer. Prompts are checked here; a request is a `Group` of one or more choices."""
+    """One engine with its tokenizer. It tokenizes and checks prompts; a request is a `Group` of n choices."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None
@@ -55,23 +54,26 @@ class Frontend:
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
         self._searches: dict[str, BeamSearch] = {}
-        self._origins: dict[str, dict[str, Any]] = {}
-        """What each beam search began from: it is resumed by beginning again."""
         self._by_id: dict[int, Group] = {}
         """Group by the group id of its requests."""
         self.weights_version = 0
-        """How often the weights have changed, or what `update_weights` was told."""
+        """Incremented or set by `update_weights`."""
         self._settled: dict[str, Group] = {}
-        """What steps brought that were waited for between two calls of `step`."""
+        """Groups with results of steps that finished between two calls of `step`."""
 
     @classmethod
-    def from_folder(cls, path_or_id: str | Path, options: EngineOptions, progress: Progress | None = None) -> Frontend:
-        """Load a checkpoint in Hugging Face layout, by folder or hub id."""
+    def from_folder(
+        cls, path_or_id: str | Path, options: EngineOptions, progress: Callable[[int, int, str], None] | None = None
+    ) -> Frontend:
+        """Load a checkpoint in Hugging Face layout, by folder or hub id.
+
+        `progress(done, total, kernel)` is called while kernels compile.
+        """
         folder = resolve(path_or_id)
         config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
         tokenizer.check_vocabulary(config.vocab_size)
-        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # refuses before anything starts
+        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # raises before a process starts
         each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
         ops = load_ops(options.kernel_set, **each[0])
         ranks = Ranks.start(
@@ -86,11 +88,11 @@ class Frontend:
             raise
 
     def update_weights(self, source: WeightSource, version: int | None = None) -> int:
-        """Put other weights of the same shape into the running model; returns their version (None: the next one).
+        """Load other weights of the same shape into the running model; returns their version (None: the next one).
 
-        `source` is a checkpoint folder or hub id, a model, or tensors by checkpoint name. Requests that run compute
-        what they know again under the new weights, and go on. Raises `CheckpointError` before anything has changed
-        where a tensor is missing, left over or misshapen.
+        `source` is a checkpoint folder or hub id, a model, or tensors by checkpoint name. Running requests compute
+        their known tokens again under the new weights, and continue. Raises `CheckpointError`, with nothing changed,
+        if a tensor is missing, unknown or of another shape.
         """
         folder = resolve(source) if isinstance(source, (str, Path)) else None
         try:
@@ -106,7 +108,7 @@ class Frontend:
         return self.weights_version
 
     def close(self) -> None:
-        """End the processes of other ranks. Nothing can be computed afterwards where there were any."""
+        """End the processes of the other ranks. With tensor parallelism, no step can run afterwards."""
         self.engine.runner.ranks.close()
 
     def add(
@@ -115,32 +117,44 @@ class Frontend:
         params: SamplingParams,
         name: str | None = None,
         priority: int = 0,
-        namespace: tuple[object, ...] = (),
+        cache_key: CacheKey = CacheKey(),
     ) -> str:
-        """Queue a prompt; returns its name. Raises `RequestError` where it can never be served."""
+        """Queue a prompt; returns its name. Raises `RequestError` if it can never be served."""
         text, ids = self._read(prompt)
         self._check(ids, params)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        first = Request(
-            next(self._ids), ids, params, seed=seed, priority=priority, namespace=(self.weights_version, *namespace)
-        )
-        numbers = [first.request_id, *(next(self._ids) for _ in range(1, params.n))]
-        requests = [first]
-        if not params.beam_width:
-            requests += [first.sibling(number, i) for i, number in enumerate(numbers) if i]
-        return self._enter(self._group(name, text, first, numbers), requests)
+        numbers = [next(self._ids) for _ in range(params.n)]
+        name = name or f"request-{numbers[0]}"
+        record = ResumeRecord.begin(name, text, ids, params, priority, cache_key, self.fingerprint)
+        first, *_ = record.requests(numbers, self.weights_version)
+        siblings = [] if params.beam_width else [first.sibling(number, i) for i, number in enumerate(numbers) if i]
+        return self._enter(Group(record, numbers, self.tokenizer), [first, *siblings])
 
-    def _group(self, name: str | None, text: str | None, first: Request, numbers: Sequence[int]) -> Group:
-        name = name or f"request-{first.request_id}"
-        if name in self._groups:
-            raise RequestError(f"there is a request called {name!r} already")
-        return Group(name, text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
+    def resume(self, record: ResumeRecord) -> str:
+        """Continue the request of a record; returns its name. A beam search, being deterministic, begins again."""
+        if record.fingerprint != self.fingerprint:
+            raise RequestError(
+                f"the record is of an engine {record.fingerprint}, and this one is "
+                f"{self.fingerprint}: its tokens could differ"
+            )
+        record = record.snapshot()
+        for ids in (record.output.prompt_token_ids, *(choice.token_ids for choice in record.output.outputs)):
+            self._check(ids, record.params)
+        numbers = [next(self._ids) for _ in record.output.outputs]
+        requests = record.requests(numbers, self.weights_version)
+        if not requests:
+            raise RequestError("the resume record is broken: all of its choices are finished")
+        return self._enter(Group(record, numbers, self.tokenizer), requests)
+
+    def resume_record(self, name: str) -> ResumeRecord:
+        """A running request, for `resume` here or on another engine of this fingerprint; KeyError if there is none."""
+        return self._groups[name].record.snapshot()
 
     def _enter(self, group: Group, requests: Sequence[Request]) -> str:
-        """Hand the requests to the scheduler: all of them, or none if one is refused."""
+        """Give the requests to the scheduler: all of them, or none if one is refused."""
+        if group.name in self._groups:
+            raise RequestError(f"there is a request called {group.name!r} already")
         scheduler = self.engine.scheduler
         if group.params.beam_width:
-            self._origins[group.name] = self._record(requests[0])
             self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
         else:
             for request in requests:
@@ -151,7 +165,7 @@ class Frontend:
         return group.name
 
     def step(self) -> list[Group]:
-        """One step of the engine; returns the groups that it brought something to."""
+        """One step of the engine; returns the groups that changed."""
         touched, self._settled = self._settled, {}
         return list((touched | self._take_all(self.engine.step())).values())
 
@@ -181,7 +195,7 @@ class Frontend:
             self._forget(group)
 
     def abort(self, name: str) -> RequestOutput | None:
-        """Stop a request and free its blocks; what it had so far comes back, or None if it is not running."""
+        """Stop a request and free its blocks; returns its output so far, or None if it is not running."""
         group = self._groups.get(name)
         if group is None:
             return None
@@ -197,68 +211,11 @@ class Frontend:
     def _forget(self, group: Group) -> None:
         del self._groups[group.name]
         self._searches.pop(group.name, None)
-        self._origins.pop(group.name, None)
         for request_id in group.choices:
             self._by_id.pop(request_id, None)
 
-    def resume_record(self, name: str) -> dict[str, Any]:
-        """Plain JSON-able data from which `resume`, here or on another engine of this fingerprint, goes on."""
-        group = self._groups[name]
-        live = {
-            number: self._record(r) for number, r in self.engine.scheduler.requests.items() if number in group.choices
-        }
-        if name in self._origins:
-            scored = max(0, len(group.output.prompt_logprobs or ()) - 1)
-            live = {number: {**self._origins[name], "num_scored": scored} for number in group.choices}
-        return {
-            "name": name,
-            "prompt": group.output.prompt,
-            "fingerprint": self.fingerprint,
-            "prompt_logprobs": plain_prompt_logprobs(group.output),
-            "num_cached_tokens": group.output.num_cached_tokens,
-            "choices": [
-                {"request": live.get(number), "output": plain_output(choice.output)}
-                for number, choice in group.choices.items()
-            ],
-        }
-
-    def _record(self, request: Request) -> dict[str, Any]:
-        """Its namespace is the caller's, without the weights' version, which is another engine's own matter."""
-        return {**request.resume_record(), "namespace": list(request.namespace[1:])}
-
-    def resume(self, record: Mapping[str, Any]) -> str:
-        """Queue what a `resume_record` describes. A beam search, being deterministic, begins again."""
-        if record.get("fingerprint") != self.fingerprint:
-            raise RequestError(
-                f"the record is of an engine {record.get('fingerprint')}, and this one is "
-                f"{self.fingerprint}: its tokens could differ"
-            )
-        try:
-            numbers = [next(self._ids) for _ in record["choices"]]
-            plain = {n: c["request"] for n, c in zip(numbers, record["choices"]) if c["request"]}
-            requests = {
-                n: Request.from_record(n, {**r, "namespace": [self.weights_version, *r["namespace"]]})
-                for n, r in plain.items()
-            }
-            outputs = [read_output(c["output"]) for c in record["choices"]]
-            first = next(iter(requests.values()))
-            text, scores = record["prompt"], record["prompt_logprobs"]
-            cached = int(record["num_cached_tokens"])
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise RequestError(f"the resume record is broken: {error!r}") from error
-        group = Group(str(record["name"]), text, first.prompt_token_ids, first.params, self.tokenizer, numbers)
-        if group.name in self._groups:
-            raise RequestError(f"there is a request called {group.name!r} already")
-        for choice, output in zip(group.choices.values(), outputs):
-            choice.restore(output)
-        group.output.num_cached_tokens = cached
-        if scores is not None:
-            group.output.prompt_logprobs = [t and read_table(t) for t in scores]
-        entering = list(requests.values())
-        return self._enter(group, entering[:1] if first.params.beam_width else entering)
-
     def group(self, name: str) -> Group:
-        """An unfinished request by name, for those who watch it; KeyError if there is none."""
+        """An unfinished request; KeyError if there is none of this name."""
         return self._groups[name]
 
     @property

@@ -14,6 +14,7 @@ from headrace.kernels.ops import Ops
 from headrace.llm.frontend import Frontend, Prompt, WeightSource
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
+from headrace.llm.records import ResumeRecord
 from headrace.model.huggingface import resolve
 from headrace.model.transformer import Transformer
 from headrace.text.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ __all__ = ["LLM"]
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty",)
-"""What we read of generation_config.json. Penalties change what is best, so they count without sampling too."""
+"""The fields that are read from generation_config.json. Penalties also apply to greedy decoding."""
 
 
 class LLM:
@@ -31,8 +32,8 @@ class LLM:
     >>> llm = LLM("path/or/hub-id", threads=2, kv_cache_memory="1GiB")   # doctest: +SKIP
     >>> llm.generate(["Once upon a time"], SamplingParams(max_tokens=50))[0].outputs[0].text   # doctest: +SKIP
 
-    `options` are the fields of `EngineOptions`. Raises a `HeadraceError` that says what to do when the checkpoint or
-    an option is at fault. One thread at a time may use it; `AsyncLLM` is for many callers.
+    `options` are the fields of `EngineOptions`. Raises a `HeadraceError` with the remedy if the checkpoint or an
+    option is wrong. One thread at a time may use it; `AsyncLLM` is for many callers.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class LLM:
     def from_model(
         cls, model: Transformer, tokenizer: Tokenizer, ops: Ops, ranks: Ranks | None = None, **options: Any
     ) -> LLM:
-        """Around a model that is in memory already; its weights are used as they are, not copied.
+        """An engine around a model in memory, whose weights are not copied.
 
-        `ranks` are those that hold the rest of it.
+        `ranks` are the processes that hold its other shards.
         """
         llm = cls.__new__(cls)
         llm._start(Frontend(model, tokenizer, ops, EngineOptions(**options), ranks), {})
@@ -56,23 +57,23 @@ class LLM:
 
     def _start(self, frontend: Frontend, defaults: dict[str, Any], folder: Path | None = None) -> None:
         self.folder = folder
-        """Where the checkpoint lies; None for a model that was in memory."""
+        """Of the checkpoint; None for a model from memory."""
         self.frontend = frontend
         self.tokenizer = frontend.tokenizer
         self.fingerprint = frontend.fingerprint
         self._defaults = defaults
 
     def update_weights(self, source: WeightSource, version: int | None = None) -> int:
-        """Put other weights of the same shape into the running model; returns their version (None: the next one).
+        """Load other weights of the same shape into the running model; returns their version (None: the next one).
 
-        `source` is a checkpoint folder or hub id, a model (a trainer's `model`), or tensors by checkpoint name. What
-        was cached is of the old weights and is never matched again; requests that run compute what they know anew,
-        and go on. Raises `CheckpointError` before anything has changed where a tensor does not fit.
+        `source` is a checkpoint folder or hub id, a model (a trainer's `model`), or tensors by checkpoint name. Cached
+        prefixes of the old weights are dropped; running requests compute their known tokens again, and continue.
+        Raises `CheckpointError`, with nothing changed, if a tensor does not fit.
         """
         return self.frontend.update_weights(source, version)
 
     def close(self) -> None:
-        """End the processes that tensor parallelism started. Afterwards the engine can do nothing."""
+        """End the processes that tensor parallelism started. No step can run afterwards."""
         self.frontend.close()
 
     def __enter__(self) -> LLM:
@@ -82,7 +83,7 @@ class LLM:
         self.close()
 
     def default_sampling_params(self) -> dict[str, Any]:
-        """What the model's own generation_config.json says of sampling."""
+        """The sampling parameters in the model's generation_config.json."""
         return dict(self._defaults)
 
     def generate(
@@ -91,10 +92,10 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         priority: Sequence[int] | int = 0,
     ) -> list[RequestOutput]:
-        """Continue one prompt or many, all at once; outputs stand in the order of the prompts.
+        """Continue one prompt or many in one batch; outputs are in the order of the prompts.
 
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. `params` is one for all, or one
-        each; None is the model's own defaults. If any prompt is refused, none runs.
+        for each; None means the model's defaults. Raises `RequestError` if a prompt is refused; then none runs.
         """
         many = _as_list(prompts)
         each = (
@@ -107,27 +108,27 @@ class LLM:
         return self._run(lambda i: self.frontend.add(many[i], each[i], priority=ranks[i]), len(many))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
-        """Continue one prompt, giving the output after every step that brought something to it."""
+        """Continue one prompt; yields the output after every step that changed it."""
         name = self.frontend.add(prompt, params or SamplingParams(**self._defaults))
         try:
             while self.frontend.has_work:
                 for group in self.frontend.step():
                     if group.name == name:
-                        yield group.snapshot()
+                        yield group.output.snapshot()
         finally:
             self.frontend.abort(name)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer one conversation through the model's chat template."""
+        """Answer one conversation, formatted by the model's chat template."""
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The prompt of a conversation; the template brings its own special tokens."""
+        """The prompt of a conversation. The template adds the special tokens."""
         text = self.tokenizer.apply_chat_template(messages)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
-    def resume(self, records: Sequence[Mapping[str, Any]]) -> list[RequestOutput]:
-        """Go on from `resume_record`s of this or another engine of the same fingerprint, with equal tokens."""
+    def resume(self, records: Sequence[ResumeRecord]) -> list[RequestOutput]:
+        """Continue from records of this or another engine of the same fingerprint and weights, with equal tokens."""
         return self._run(lambda i: self.frontend.resume(records[i]), len(records))
 
     def _run(self, add: Callable[[int], str], count: int) -> list[RequestOutput]:

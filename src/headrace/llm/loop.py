@@ -1,4 +1,4 @@
-"""`EngineLoop`: commands from any thread, obeyed between the steps of the one thread that owns the engine."""
+"""`EngineLoop`: runs commands from any thread between steps, on the thread that owns the engine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["EngineLoop", "EngineStoppedError"]
 
 
 class EngineStoppedError(RuntimeError):
-    """The engine was shut down, or its thread failed: this request will bring nothing more."""
+    """The engine was shut down or its thread failed: the request has no further output."""
 
 
 class EngineLoop:
-    """Obeys commands in their order, then steps while there is work; asleep while there is neither."""
+    """Runs commands in order, then steps while there is work; sleeps while there is neither."""
 
     def __init__(self) -> None:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -23,23 +23,23 @@ class EngineLoop:
         self._cause: BaseException | None = None
 
     def post(self, command: Callable[[], None]) -> None:
-        """Have the owner's thread call `command` before its next step; `EngineStoppedError` after `close`."""
+        """Queue `command`; the owner calls it before its next step. Raises `EngineStoppedError` after `close`."""
         with self._closing:
             if self._closed:
                 raise EngineStoppedError("the engine has been shut down") from self._cause
             self._commands.put(command)
 
     def stop(self) -> None:
-        """Let `run` return after the step that runs. May be called again, and at any time."""
+        """Let `run` return after its current step. May be called again, and before `run`."""
         self._commands.put(None)
 
     def run(self, busy: Callable[[], bool], step: Callable[[], None]) -> None:
-        """Until `stop`: the commands, then one `step`; waits for a command where `busy()` is false."""
-        while self._obey(wait=not busy()):
+        """Until `stop`: run the commands, then one `step`. Waits for a command while `busy()` is false."""
+        while self._run_commands(wait=not busy()):
             step()
 
     def close(self, cause: BaseException | None = None) -> None:
-        """Take no more commands, and obey the last ones: every command that `post` took is called once."""
+        """Accept no more commands and run the queued ones: every command that `post` accepted is called once."""
         with self._closing:
             self._closed, self._cause = True, cause
         while not self._commands.empty():
@@ -47,7 +47,7 @@ class EngineLoop:
             if command is not None:
                 command()
 
-    def _obey(self, wait: bool) -> bool:
+    def _run_commands(self, wait: bool) -> bool:
         while True:
             try:
                 command = self._commands.get(block=wait)

@@ -1,4 +1,4 @@
-"""`EngineOptions`: everything a user can set on an engine, flat. The command line's flags are made from it."""
+"""`EngineOptions`: every option of an engine, flat. The command line's flags are generated from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 
 
 def option(default: Any, text: str, why: str, choices: tuple[str, ...] = (), **extra: Any) -> Any:
-    """A dataclass field with what the command line says of it, and why its default is what it is."""
+    """A dataclass field with its help text for the command line and the reason for its default."""
     return field(default=default, metadata={"help": text, "why": why, "choices": choices, **extra})
 
 
@@ -49,12 +49,12 @@ class EngineOptions:
     )
     threads: int = option(0, "CPU threads, of all ranks together", "all of them")
     tensor_parallel_size: int = option(
-        1, "processes that hold the model together: 1, 2, 4, 8 or 16", "on one machine, threads do as well"
+        1, "processes that share the model: 1, 2, 4, 8 or 16", "on one machine, threads are as fast"
     )
     rank_timeout: float = option(
         RANK_TIMEOUT,
-        "seconds within which each of these processes must come, load its part and do its part of a step",
-        "they do as much as each other, so a later one hangs",
+        "seconds within which each of these processes must start, load its shard and compute its part of a step",
+        "their work is equal, so a late one hangs",
     )
     max_model_len: int = option(0, "longest sequence in tokens", "the model's own")
     block_size: int = option(16, "tokens in a KV cache block", "less waste than 32, and no slower")
@@ -72,23 +72,26 @@ class EngineOptions:
         "as much as the cache under --preemption swap",
         parse=parse_bytes,
     )
-    prefix_caching: bool = option(True, "share the KV cache of common prefixes", "it changes no bit")
-    scheduling_policy: str = option("fcfs", "who runs next", "nobody can starve", POLICIES)
-    batching: str = option("sarathi", "how a step is filled", "long prompts do not hold up the others", BATCHING)
+    prefix_caching: bool = option(True, "share the KV cache of common prefixes", "the results have the same bits")
+    scheduling_policy: str = option("fcfs", "which request runs next", "no request can starve", POLICIES)
+    batching: str = option("sarathi", "how a step is filled", "long prompts do not delay the others", BATCHING)
     reserve: str = option(
         "none", "KV reserved on admission, as earlier systems did", "blocks are taken as they fill", RESERVE
     )
     preemption: str = option(
-        "recompute", "what happens to a request that loses its blocks", "its prefix is mostly still cached", PREEMPTION
+        "recompute", "what happens to a request that loses its blocks", "most of its prefix is still cached", PREEMPTION
     )
     max_num_batched_tokens: int | str = option(
-        512, "tokens computed in a step, or auto with --slo-tbt", "products are near full speed from there", parse=str
+        512,
+        "tokens computed in a step, or auto with --slo-tbt",
+        "matrix products are near full speed from there",
+        parse=str,
     )
     slo_tbt: float = option(
         0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step", "no bound"
     )
-    max_num_seqs: int = option(64, "requests that run at once", "decoding gains little beyond on a CPU")
-    queue_depth: int = option(1, "steps planned ahead of results", "a CPU gains nothing by more")
+    max_num_seqs: int = option(64, "requests that run at once", "on a CPU, decoding gains little beyond")
+    queue_depth: int = option(1, "steps planned ahead of results", "on a CPU, more gains nothing")
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -119,7 +122,7 @@ class EngineOptions:
         self.scheduler_config()
 
     def _check_together(self) -> None:
-        """Refuse options that would leave another one without effect."""
+        """Refuse an option that would have no effect."""
         kernels = {"cpu": ("auto", "cpu", "reference"), "cuda": ("auto", "cuda", "reference")}[self.device]
         require(self.kernels in kernels, f"kernels={self.kernels} does not run on device={self.device}")
         auto = self.max_num_batched_tokens == "auto"
@@ -136,7 +139,7 @@ class EngineOptions:
         )
 
     def _check_field(self, name: str, default: Any, metadata: Mapping[str, Any]) -> None:
-        """Read an amount of memory, then check the value's kind and whether it is one of the allowed."""
+        """Parse an amount of memory, then check the type or the choice."""
         value = getattr(self, name)
         if metadata.get("parse") is parse_bytes:
             value = parse_bytes(value)
@@ -154,7 +157,7 @@ class EngineOptions:
             )
 
     def ops_options(self, rank: int) -> dict[str, Any]:
-        """What the ops of a rank are made with: its share of the threads, or its GPU."""
+        """Arguments of `load_ops` for a rank: its share of the threads, or its GPU."""
         size = self.tensor_parallel_size
         if self.kernel_set == "cpu":
             all_threads = self.threads or os.cpu_count() or 1
@@ -167,7 +170,7 @@ class EngineOptions:
         return self.kernels if self.kernels != "auto" else self.device
 
     def cache_config(self) -> CacheConfig:
-        """The paged cache's part."""
+        """The options of the paged cache."""
         dtype = "fp32" if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         return CacheConfig(
             self.block_size,
@@ -179,7 +182,7 @@ class EngineOptions:
         )
 
     def scheduler_config(self, budget: int = 512) -> SchedulerConfig:
-        """The scheduler's part; `budget` is what auto found."""
+        """The options of the scheduler. `budget` is the number of tokens under auto."""
         tokens = budget if self.max_num_batched_tokens == "auto" else int(self.max_num_batched_tokens)
         return SchedulerConfig(
             self.scheduling_policy,
@@ -193,7 +196,7 @@ class EngineOptions:
 
 
 def free_memory() -> int:
-    """Bytes that a new allocation may take without swapping: what the kernel and a control group allow."""
+    """Bytes that may be allocated without swapping, by /proc/meminfo and the control group."""
     free = 2**63
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):

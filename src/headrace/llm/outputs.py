@@ -1,14 +1,20 @@
-"""What a user gets back: the field's standard names, as in vLLM."""
+"""Outputs, by vLLM's names.
+
+The same types carry a request's output everywhere: engine → wire → gateway → HTTP. A *part* is an output that has only
+what is new: `since` cuts it, `extend` appends it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
 
 
-@dataclass(slots=True)
-class Logprob:
+class Logprob(NamedTuple):
     """A token's log-probability in the raw distribution (before penalties and temperature) and its rank from 1."""
 
     logprob: float
@@ -18,7 +24,7 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One choice. `logprobs[i]` maps token ids to `Logprob` for token i: the chosen one first, then the best."""
+    """One choice. `logprobs[i]` maps token ids to `Logprob` for token i: the sampled one first, then the best."""
 
     index: int
     text: str = ""
@@ -30,10 +36,25 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop token id or string that ended it; None for the model's own end-of-sequence token."""
 
+    def since(self, tokens: int, characters: int) -> CompletionOutput:
+        """The part after the first `tokens` of `token_ids` and `logprobs` and the first `characters` of `text`."""
+        logprobs = None if self.logprobs is None else self.logprobs[tokens:]
+        return replace(self, text=self.text[characters:], token_ids=self.token_ids[tokens:], logprobs=logprobs)
+
+    def extend(self, part: CompletionOutput) -> None:
+        """Append a part. Fields that do not grow are replaced by the part's."""
+        self.text += part.text
+        self.token_ids += part.token_ids
+        if part.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += part.logprobs
+        for name in _CHOICE_STATE:
+            setattr(self, name, getattr(part, name))
+
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's state. `prompt_logprobs[0]` is None: nothing stands before the first token."""
+    """One request. `prompt_logprobs[0]` is None: the first token is not predicted."""
 
     request_id: str
     prompt: str | None
@@ -42,6 +63,41 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens whose keys and values came from the cache."""
+    """Prompt tokens whose KV came from the cache."""
     weights_version: int = 0
-    """Of the weights that gave its last token."""
+    """Of the weights that computed the last token."""
+
+    @classmethod
+    def begin(
+        cls, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
+    ) -> RequestOutput:
+        """Of a new request: n empty choices, with lists for the log-probabilities that `params` asks for."""
+        choices = [CompletionOutput(i) for i in range(params.n)]
+        if params.logprobs is not None:
+            for choice in choices:
+                choice.logprobs, choice.cumulative_logprob = [], 0.0
+        scores: list[dict[int, Logprob] | None] | None = None if params.prompt_logprobs is None else [None]
+        return cls(request_id, prompt, prompt_token_ids, choices, prompt_logprobs=scores)
+
+    def snapshot(self) -> RequestOutput:
+        """A copy that does not grow."""
+        scores = None if self.prompt_logprobs is None else list(self.prompt_logprobs)
+        return replace(self, outputs=[choice.since(0, 0) for choice in self.outputs], prompt_logprobs=scores)
+
+    def extend(self, part: RequestOutput) -> None:
+        """Append a part. It has only the choices with something new, and no prompt."""
+        for choice in part.outputs:
+            self.outputs[choice.index].extend(choice)
+        if part.prompt_logprobs is not None:
+            self.prompt_logprobs = self.prompt_logprobs or []
+            self.prompt_logprobs += part.prompt_logprobs
+        for name in _REQUEST_STATE:
+            setattr(self, name, getattr(part, name))
+
+
+def _others(kind: type, *grows: str) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.name not in grows)
+
+
+_CHOICE_STATE = _others(CompletionOutput, "text", "token_ids", "logprobs")
+_REQUEST_STATE = _others(RequestOutput, "request_id", "prompt", "prompt_token_ids", "outputs", "prompt_logprobs")

@@ -1,15 +1,15 @@
-"""From tokens to what users read: text, stop strings, log-probabilities, one output a prompt."""
+"""`Group`: a prompt and its choices. Turns the scheduler's tokens into text, stop strings and log-probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 
 from headrace.engine.schedule.beam import Hypothesis
 from headrace.engine.schedule.plan import TokenLogprobs
 from headrace.engine.schedule.request import RequestUpdate
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
+from headrace.llm.records import ResumeRecord
 from headrace.text.detokenizer import TextStream
 from headrace.text.tokenizer import Tokenizer
 
@@ -17,10 +17,13 @@ __all__ = ["Choice", "Group"]
 
 
 class Choice:
-    """One of a prompt's choices: its tokens so far, as text."""
+    """One choice of a prompt: detokenizes its output."""
 
-    def __init__(self, index: int, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
-        self.output = CompletionOutput(index)
+    def __init__(
+        self, output: CompletionOutput, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        """`output` grows with each step; of a resumed request it already has tokens."""
+        self.output = output
         self._params = params
         self._tokenizer = tokenizer
         self._stream = TextStream(
@@ -29,11 +32,10 @@ class Choice:
             params.include_stop_str_in_output,
             params.min_tokens,
         )
-        if params.logprobs is not None:
-            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._stream.push(output.token_ids)
 
     def take(self, update: RequestUpdate) -> int | None:
-        """Add a step's tokens. Where a stop string ends the text, returns how many output tokens to keep."""
+        """Add a step's tokens. If a stop string ends the text, returns the number of output tokens to keep."""
         out, before = self.output, len(self.output.token_ids)
         out.token_ids += update.token_ids
         hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
@@ -52,14 +54,8 @@ class Choice:
         out.finish_reason, out.stop_reason = "stop", self._stream.stop
         return keep
 
-    def restore(self, output: CompletionOutput) -> None:
-        """Continue from what another engine had given out: its text follows from its tokens."""
-        self._stream.push(output.token_ids)
-        for field in fields(output):
-            setattr(self.output, field.name, getattr(output, field.name))
-
     def end(self, finish_reason: str) -> None:
-        """It is over for a reason that came from outside, such as an abort."""
+        """Finish a choice that still runs, for a reason such as an abort."""
         if self.output.finish_reason is None:
             self._stream.finish()
             self.output.text, self.output.finish_reason = self._stream.text, finish_reason
@@ -72,7 +68,7 @@ class Choice:
             out.cumulative_logprob = sum(table[token].logprob for table, token in zip(out.logprobs, out.token_ids))
 
     def table(self, record: TokenLogprobs, k: int | None) -> dict[int, Logprob]:
-        """The chosen or scored token first, then the k best."""
+        """The sampled or scored token first, then the k best. This is where log-probabilities get their text."""
         text = self._tokenizer.token_text
         entries = {record.token_id: Logprob(record.logprob, record.rank, text(record.token_id))}
         for rank, (token, logprob) in enumerate(zip(record.top_ids[:k], record.top_logprobs[:k]), 1):
@@ -81,30 +77,24 @@ class Choice:
 
 
 class Group:
-    """A prompt and its choices: what one call of a user comes down to.
+    """One request: a prompt and its choices.
 
-    Under beam search the choices stay empty until the search is over; then each takes one hypothesis.
+    Under beam search the choices stay empty until the search is over; then each gets one hypothesis.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prompt: str | None,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        tokenizer: Tokenizer,
-        request_ids: Sequence[int],
-    ) -> None:
-        self.name = name
-        self.params = params
-        self.output = RequestOutput(name, prompt, prompt_ids, [])
-        self.choices = {number: Choice(i, prompt_ids, params, tokenizer) for i, number in enumerate(request_ids)}
-        self.output.outputs = [choice.output for choice in self.choices.values()]
-        if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None]
+    def __init__(self, record: ResumeRecord, request_ids: Sequence[int], tokenizer: Tokenizer) -> None:
+        """`record` grows with it; `request_ids` has one id for each choice."""
+        self.record = record
+        self.output: RequestOutput = record.output
+        self.name = record.output.request_id
+        self.params = record.params
+        self.choices = {
+            number: Choice(choice, record.output.prompt_token_ids, record.params, tokenizer)
+            for number, choice in zip(request_ids, record.output.outputs)
+        }
 
     def take(self, update: RequestUpdate) -> int | None:
-        """Add one choice's step; see `Choice.take`."""
+        """Add a step's result of one choice; see `Choice.take`."""
         self.take_scores(update)
         keep = self.choices[update.request_id].take(update)
         self._note_end()
@@ -117,7 +107,7 @@ class Group:
             self.output.prompt_logprobs += [choice.table(r, self.params.prompt_logprobs) for r in update.scores]
 
     def take_hypotheses(self, hypotheses: Sequence[Hypothesis]) -> None:
-        """The beam search is over: the best hypotheses are the choices, best first."""
+        """Make the hypotheses of a finished search the choices, best first."""
         for (number, choice), found in zip(self.choices.items(), hypotheses):
             choice.take(
                 RequestUpdate(
@@ -133,18 +123,10 @@ class Group:
         self.end("length")
 
     def end(self, finish_reason: str) -> None:
-        """End every choice that still runs."""
+        """Finish every choice that still runs."""
         for choice in self.choices.values():
             choice.end(finish_reason)
         self._note_end()
 
     def _note_end(self) -> None:
         self.output.finished = all(c.output.finish_reason is not None for c in self.choices.values())
-
-    def snapshot(self) -> RequestOutput:
-        """The output as it is now, which later steps leave alone."""
-        outputs = [
-            replace(c, token_ids=list(c.token_ids), logprobs=None if c.logprobs is None else list(c.logprobs))
-            for c in self.output.outputs
-        ]
-        return replace(self.output, outputs=outputs)

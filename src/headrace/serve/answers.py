@@ -15,13 +15,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.instance.wire import ChoiceDelta, Delta, Explanation
-from headrace.llm.outputs import RequestOutput
+from headrace.instance.wire import Delta, Explanation
+from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.errors import RefusedError
 from headrace.serve.gateway import Stream
 from headrace.serve.http import JSON, EventStream, unless_gone
 from headrace.serve.models import ServedModel
-from headrace.serve.protocol.forms import ChoicePart, Form, prompt_part, prompt_tables, usage
+from headrace.serve.protocol.forms import Form, echo_part, own_entry, prompt_tables, usage
 from headrace.serve.protocol.requests import GenerationRequest
 from headrace.serve.text_service import TokenizedPrompt
 
@@ -115,7 +115,7 @@ class Answers:
                         prompt.token_ids,
                         generation.params,
                         priority=generation.priority,
-                        namespace=generation.namespace,
+                        cache_key=generation.cache_key,
                     )
                 )
         except BaseException:
@@ -147,9 +147,9 @@ class Answers:
         choices = []
         for i, output in enumerate(outputs):
             for choice in output.outputs:
-                part = ChoicePart(finish_reason="length") if job.generation.only_echo else ChoicePart.of_output(choice)
+                part = CompletionOutput(0, finish_reason="length") if job.generation.only_echo else choice
                 if job.echoes:
-                    part = self._prompt_part(job, i, output) + part
+                    part = _echoed(job, i, part)
                 shape = job.form.answer_choice(i * len(output.outputs) + choice.index, part, job.best)
                 if job.generation.token_ids:
                     shape |= {
@@ -166,16 +166,11 @@ class Answers:
             answer["explanation"] = _explanation(job.streams[0])
         return answer
 
-    def _prompt_part(self, job: _Job, i: int, output: RequestOutput) -> ChoicePart:
-        text, first = job.echoes[i]
-        part = prompt_part(text, output, first, job.generation.logprobs is not None and job.form.echoes_logprobs)
-        return ChoicePart(part.text, (), part.rows)
-
     # ---- a chunk at a time
 
     async def _chunks(self, job: _Job) -> AsyncIterator[list[Mapping[str, Any]]]:
         """Chunks; those of one delta are in one list."""
-        chunker = _Chunker(job, self._prompt_part)
+        chunker = _Chunker(job)
         opening = chunker.opening()
         if opening:
             yield opening
@@ -190,9 +185,8 @@ class Answers:
 class _Chunker:
     """Turns deltas into chunks; keeps the progress of each choice."""
 
-    def __init__(self, job: _Job, prompt_part: Any) -> None:
+    def __init__(self, job: _Job) -> None:
         self._job = job
-        self._prompt_part = prompt_part
         count = len(job.streams) * job.generation.params.n
         self._offsets = [0] * count
         """Characters of each choice's tokens so far: `text_offset` of the next."""
@@ -215,10 +209,10 @@ class _Chunker:
         held, self._held[i] = self._held[i], []
         chunks: list[Mapping[str, Any]] = []
         for each in held:
-            self._cached[i] = each.num_cached_tokens
-            shapes = [shape for new in each.choices if (shape := self._shape(i, new)) is not None]
-            chunks += [self._chunk(shape, each.weights_version) for shape in shapes]
-        if delta.finished and self._job.generation.explain and chunks:
+            self._cached[i] = each.output.num_cached_tokens
+            shapes = [shape for new in each.output.outputs if (shape := self._shape(i, new)) is not None]
+            chunks += [self._chunk(shape, each.output.weights_version) for shape in shapes]
+        if delta.output.finished and self._job.generation.explain and chunks:
             chunks[-1] = {**chunks[-1], "explanation": _explanation(self._job.streams[0])}
         return chunks
 
@@ -228,22 +222,21 @@ class _Chunker:
         known = output.prompt_logprobs
         return not self._job.echoes or known is None or output.finished or len(known) >= len(output.prompt_token_ids)
 
-    def _shape(self, i: int, new: ChoiceDelta) -> dict[str, Any] | None:
+    def _shape(self, i: int, part: CompletionOutput) -> dict[str, Any] | None:
         """The choice of a chunk; None where it would be empty."""
-        job, index = self._job, i * self._job.generation.params.n + new.index
-        part = ChoicePart.of_delta(new)
+        job, index = self._job, i * self._job.generation.params.n + part.index
         if job.generation.only_echo:
-            part = ChoicePart(finish_reason=part.finish_reason)
+            part = CompletionOutput(0, finish_reason=part.finish_reason)
         self._generated += len(part.token_ids)
         token_ids, first = part.token_ids, not self._begun[index]
         self._begun[index] = True
         if first and job.echoes:
-            part = self._prompt_part(job, i, job.streams[i].output) + part
-        if not (part.text or part.finish_reason or part.rows or (job.generation.token_ids and token_ids)):
+            part = _echoed(job, i, part)
+        if not (part.text or part.finish_reason or part.logprobs or (job.generation.token_ids and token_ids)):
             return None
         shape = job.form.chunk_choice(index, part, job.best, self._offsets[index])
-        if part.rows is not None:
-            self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
+        for table in part.logprobs or ():
+            self._offsets[index] += len(own_entry(table).decoded_token)
         if job.generation.token_ids:
             shape["token_ids"] = token_ids
             if first:
@@ -262,6 +255,15 @@ class _Chunker:
         elif generation.include_usage:
             chunk["usage"] = None
         return chunk
+
+
+def _echoed(job: _Job, i: int, part: CompletionOutput) -> CompletionOutput:
+    """The first part of a choice of prompt `i`, after the prompt."""
+    text, first = job.echoes[i]
+    shown = job.generation.logprobs is not None and job.form.echoes_logprobs
+    whole = echo_part(text, job.streams[i].output, first, shown)
+    whole.extend(part)
+    return whole
 
 
 def _prompt_tokens(job: _Job) -> int:

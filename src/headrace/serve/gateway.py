@@ -10,13 +10,12 @@ import asyncio
 import contextlib
 import itertools
 import math
-import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from headrace.cache.key import CacheKey
 from headrace.config import require
 from headrace.engine.schedule.sampling import MAX_LOGPROBS, SamplingParams
 from headrace.instance.supervisor import Death, InstanceSupervisor
@@ -37,6 +36,7 @@ from headrace.instance.wire import (
     WeightsUpdated,
 )
 from headrace.llm.options import EngineOptions
+from headrace.llm.records import ResumeRecord
 from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
 from headrace.serve.observer import GatewayObserver
 from headrace.serve.pending import PendingCommands
@@ -163,7 +163,7 @@ class Gateway:
         params: SamplingParams,
         *,
         priority: int = 0,
-        namespace: Sequence[str] = (),
+        cache_key: CacheKey = CacheKey(),
     ) -> Stream:
         """Queue a request; returns when an instance has accepted it. While the instance restarts, the request waits.
 
@@ -172,10 +172,8 @@ class Gateway:
         """
         self._check(params)
         self._make_room(max(params.n, params.beam_width))
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(63))
         instance, wire = self._pick(), str(next(self._names))
-        transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, namespace)
+        transcript = Transcript(wire, ResumeRecord.begin(name, prompt, prompt_token_ids, params, priority, cache_key))
         transcript.output.weights_version = instance.weights_version
         stream = Stream(transcript, instance.name, self._abort)
         self._streams[wire] = stream
@@ -340,13 +338,13 @@ class Gateway:
         if delta.explanation is not None:
             delta.explanation.resumes = stream.resumes
         stream.take(delta)
-        if any(choice.token_ids for choice in delta.choices):
+        if any(choice.token_ids for choice in delta.output.outputs):
             if self.observer is not None and stream.last_token is None:
                 self.observer.first_token(stream.instance, stream.name, now - stream.opened)
             elif self.observer is not None and stream.last_token is not None:
                 self.observer.token_gap(stream.instance, stream.name, now - stream.last_token)
             stream.last_token = now
-        if delta.finished:
+        if delta.output.finished:
             del self._streams[delta.name]
             self._note_end(stream, str(stream.output.outputs[0].finish_reason))
 

@@ -108,11 +108,11 @@ class Stream(AsyncIterator[Delta]):
     def take(self, delta: Delta) -> None:
         """Add a delta to the output."""
         self.transcript.take(delta)
-        if delta.finished:
+        if delta.output.finished:
             self.explanation = delta.explanation
         if not self._whole:
             self._pending.append(delta)
-        if not self._whole or delta.finished:
+        if not self._whole or delta.output.finished:
             self._wake.wake()
 
     def fail(self, error: Exception) -> None:

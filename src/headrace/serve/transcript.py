@@ -1,115 +1,57 @@
-"""`Transcript`: all that a request was and has brought, from which another instance goes on with the same tokens."""
+"""`Transcript`: a request and its output so far, from which another instance continues with the same tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import replace
 
-from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.instance.wire import Add, Delta, Resume, TokenEntry
-from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
-from headrace.llm.records import plain_output, plain_prompt_logprobs
+from headrace.instance.wire import Add, Delta, Resume
+from headrace.llm.outputs import RequestOutput
+from headrace.llm.records import ResumeRecord
 
 __all__ = ["Transcript"]
 
 
 class Transcript:
-    """One request by the name that the instance knows it by, and its output as it grows."""
+    """One request. Its record grows with its deltas."""
 
-    def __init__(
-        self,
-        wire_name: str,
-        name: str,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        priority: int,
-        namespace: Sequence[str],
-    ) -> None:
-        """`params` has a seed: without one, no other instance could draw the same tokens."""
-        assert params.seed is not None
+    def __init__(self, wire_name: str, record: ResumeRecord) -> None:
+        """`wire_name` is the request's name in messages: unlike the user's, it is unique."""
         self.wire_name = wire_name
-        self.params = params
-        self.seed = params.seed
-        self.priority = priority
-        self.namespace = tuple(namespace)
-        choices = [CompletionOutput(i) for i in range(params.n)]
-        if params.logprobs is not None:
-            for choice in choices:
-                choice.logprobs, choice.cumulative_logprob = [], 0.0
-        self.output = RequestOutput(name, prompt, prompt_token_ids, choices)
-        if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = []
+        self._record = record
         self._begun = False
 
     @property
+    def output(self) -> RequestOutput:
+        """The output so far: always the same object."""
+        return self._record.output
+
+    @property
+    def params(self) -> SamplingParams:
+        """The request's parameters, with a seed."""
+        return self._record.params
+
+    @property
     def seats(self) -> int:
-        """Sequences that run for it at once."""
+        """Sequences that the request runs at once."""
         return max(self.params.n, self.params.beam_width)
 
     def take(self, delta: Delta) -> None:
-        """Add what is new."""
+        """Append a delta."""
         self._begun = True
-        output = self.output
-        for new in delta.choices:
-            choice = output.outputs[new.index]
-            choice.text += new.text
-            choice.token_ids += new.token_ids
-            if new.logprobs is not None and choice.logprobs is not None:
-                choice.logprobs += [_table(entries) for entries in new.logprobs]
-            choice.cumulative_logprob = new.cumulative_logprob
-            choice.finish_reason, choice.stop_reason = new.finish_reason, new.stop_reason
-        if delta.prompt_logprobs is not None and output.prompt_logprobs is not None:
-            output.prompt_logprobs += [None if row is None else _table(row) for row in delta.prompt_logprobs]
-        output.num_cached_tokens = delta.num_cached_tokens
-        output.weights_version = delta.weights_version
-        output.finished = delta.finished
+        self.output.extend(delta.output)
 
     def end(self, finish_reason: str) -> None:
-        """It is over for a reason from outside."""
+        """Finish every choice that still runs."""
         for choice in self.output.outputs:
             choice.finish_reason = choice.finish_reason or finish_reason
         self.output.finished = True
 
     def command(self, fingerprint: str) -> Add | Resume:
-        """What has an instance of this fingerprint go on with it, or begin it where nothing came yet."""
-        if self._begun:
-            return Resume(self._record(fingerprint))
-        params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
-        return Add(self.wire_name, self.output.prompt_token_ids, params, self.priority, list(self.namespace))
-
-    def _record(self, fingerprint: str) -> dict[str, Any]:
-        """The form of `Frontend.resume_record`. A beam search, whose choices are empty, begins again."""
-        output = self.output
-        return {
-            "name": self.wire_name,
-            "prompt": None,
-            "fingerprint": fingerprint,
-            "prompt_logprobs": plain_prompt_logprobs(output),
-            "num_cached_tokens": output.num_cached_tokens,
-            "choices": [
-                {"request": None if c.finish_reason else self._request(c).resume_record(), "output": plain_output(c)}
-                for c in output.outputs
-            ],
-        }
-
-    def _request(self, choice: CompletionOutput) -> Request:
-        index = 0 if self.params.beam_width else choice.index
-        request = Request(
-            0,
-            self.output.prompt_token_ids,
-            self.params,
-            seed=self.seed,
-            choice=index,
-            priority=self.priority,
-            namespace=self.namespace,
-            output_token_ids=choice.token_ids,
-        )
-        request.num_scored = max(request.num_scored, len(self.output.prompt_logprobs or ()) - 1)
-        return request
-
-
-def _table(entries: Sequence[TokenEntry]) -> dict[int, Logprob]:
-    return {e.token_id: Logprob(e.logprob, e.rank, e.decoded_token) for e in entries}
+        """The message that starts the request on an instance, or continues it if there were deltas."""
+        record = self._record
+        if not self._begun:
+            ids = record.output.prompt_token_ids
+            return Add(self.wire_name, ids, record.params, record.priority, record.cache_key)
+        output = replace(record.output, request_id=self.wire_name, prompt=None)
+        return Resume(replace(record, output=output, fingerprint=fingerprint))

@@ -42,7 +42,7 @@ class Admission:
         if head is None or self._batching.joins_empty or head.reserve:
             return
         while pool.running and pool.running[-1].priority > head.priority:
-            path = cache.match(head.token_ids, head.namespace, self._limit(head))
+            path = cache.match(head.token_ids, head.cache_key, self._limit(head))
             need = cache.blocks_for(head.num_tokens) - sum(node.locks > 0 for node in path)
             if len(pool.running) < pool.seats and need + self._promised() <= cache.available:
                 return
@@ -59,7 +59,7 @@ class Admission:
         for request in pool.policy.order(pool.waiting, seats, self._cached_tokens):
             if not batching.admits(request.group_id, groups) or self._blocked(request):
                 continue
-            path = cache.match(request.token_ids, request.namespace, self._limit(request))
+            path = cache.match(request.token_ids, request.cache_key, self._limit(request))
             if not batching.joins_empty and self._prefix_is_coming(request, path):
                 pool.wait_for_prefix(request)
                 continue
@@ -104,7 +104,7 @@ class Admission:
         return request.num_scored if request.num_scored < last else request.num_tokens - 1
 
     def _cached_tokens(self, request: Request) -> int:
-        path = self._cache.match(request.token_ids, request.namespace, self._limit(request))
+        path = self._cache.match(request.token_ids, request.cache_key, self._limit(request))
         return len(path) * self._cache.block_size
 
     def _blocked(self, request: Request) -> bool:
@@ -128,7 +128,7 @@ class Admission:
         node = path[-1] if path else None
         for other in pool.running:
             kv = other.kv
-            same = kv.node is node if node is not None else (kv.depth == 0 and kv.namespace == request.namespace)
+            same = kv.node is node if node is not None else (kv.depth == 0 and kv.cache_key == request.cache_key)
             if same and kv.depth == len(path) and other.token_ids[start : start + size] == key:
                 return True
         return False

@@ -177,7 +177,7 @@ class BeamSearch:
             choice=parent.choice,
             priority=parent.priority,
             group_id=parent.group_id,
-            namespace=parent.namespace,
+            cache_key=parent.cache_key,
             output_token_ids=parent.output_token_ids,
         )
         self._scheduler.fork(parent.request_id, child)

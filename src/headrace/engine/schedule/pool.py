@@ -10,7 +10,7 @@ from bisect import insort
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from headrace.cache.manager import CacheManager
+from headrace.cache.manager import CachedSequence, CacheManager
 from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.limits import RequestLimits
 from headrace.engine.schedule.plan import Plan, SliceResult
@@ -174,7 +174,8 @@ class RequestPool:
             self.cache.release(request.kv)
             request.num_computed_tokens = 0
             request.spec_token_ids = []
-            request.kv.namespace = request.namespace = (version, *request.namespace[1:])
+            request.cache_key = request.cache_key._replace(weights_version=version)
+            request.kv = CachedSequence(request.cache_key)
         self.cache.reset()
 
     def _run(self, request: Request) -> None:

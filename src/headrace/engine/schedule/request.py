@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
+from headrace.cache.key import CacheKey
 from headrace.cache.manager import CachedSequence, Segment
 from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.plan import TokenLogprobs
@@ -48,13 +48,14 @@ class Request:
     """A prompt, what was generated so far, and how far both are computed.
 
     The n choices of one prompt are n requests with one `group_id`; `parent_id` names the one that computes
-    the prompt, from which the others fork. `namespace` is whatever else the KV depends on (adapter, cache
-    salt). Positions: `token_ids` are known; `num_computed_tokens` of them have KV; `num_scheduled` will have
-    it once the plans in flight are done; `num_pending` sampled tokens are in flight.
+    the prompt, from which the others fork. Positions: `token_ids` are known; `num_computed_tokens` of them
+    have KV; `num_scheduled` will have it once the plans in flight are done; `num_pending` sampled tokens are
+    in flight.
     """
 
     __slots__ = (
         "arrival",
+        "cache_key",
         "choice",
         "cumulative_logprob",
         "edits",
@@ -63,7 +64,6 @@ class Request:
         "group_id",
         "kv",
         "max_output",
-        "namespace",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending",
@@ -98,9 +98,11 @@ class Request:
         priority: int = 0,
         parent_id: int | None = None,
         group_id: int | None = None,
-        namespace: tuple[object, ...] = (),
+        cache_key: CacheKey = CacheKey(),
         output_token_ids: Sequence[int] = (),
+        num_scored: int = 0,
     ) -> None:
+        """`output_token_ids` and `num_scored` are what another engine had given."""
         if not prompt_token_ids:
             raise RequestError("the prompt has no tokens: there is nothing to continue")
         self.request_id = request_id
@@ -110,7 +112,7 @@ class Request:
         self.priority = priority
         self.parent_id = parent_id
         self.group_id = request_id if group_id is None else group_id
-        self.namespace = namespace
+        self.cache_key = cache_key
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         """Prompt, then output. Grows; never edited in place."""
         self.num_prompt_tokens = len(prompt_token_ids)
@@ -120,11 +122,11 @@ class Request:
         self.num_pending = 0
         self.num_cached_tokens = 0
         """Prompt tokens that the first admission found computed."""
-        self.num_scored = 0
+        self.num_scored = num_scored
         """Prompt positions whose next token has been scored, where `prompt_logprobs` asks for it."""
         if params.prompt_logprobs is None or choice or output_token_ids:
             self.num_scored = self.num_prompt_tokens - 1
-        self.kv = CachedSequence(namespace)
+        self.kv = CachedSequence(cache_key)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -206,54 +208,5 @@ class Request:
             priority=self.priority,
             parent_id=self.request_id,
             group_id=self.group_id,
-            namespace=self.namespace,
+            cache_key=self.cache_key,
         )
-
-    def resume_record(self) -> dict[str, Any]:
-        """Plain JSON-able data from which any instance of the same fingerprint continues with equal tokens.
-
-        A beam search is resumed from its first request: it is deterministic, so starting again gives the
-        same.
-        """
-        params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
-        params["logit_bias"] = [[token, bias] for token, bias in self.params.logit_bias.items()]
-        params = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
-        return {
-            "token_ids": list(self.token_ids),
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_scored": self.num_scored,
-            "num_cached_tokens": self.num_cached_tokens,
-            "seed": self.seed,
-            "choice": self.choice,
-            "priority": self.priority,
-            "cumulative_logprob": self.cumulative_logprob,
-            "namespace": list(self.namespace),
-            "params": params,
-        }
-
-    @classmethod
-    def from_record(cls, request_id: int, record: Mapping[str, Any]) -> Request:
-        """The request of a `resume_record`, to be added anywhere; `RequestError` if the record is broken."""
-        try:
-            given = dict(record["params"])
-            given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"]}
-            if given["allowed_token_ids"] is not None:
-                given["allowed_token_ids"] = tuple(given["allowed_token_ids"])
-            split = record["num_prompt_tokens"]
-            tokens = record["token_ids"]
-            request = cls(
-                request_id,
-                tokens[:split],
-                SamplingParams(**given),
-                seed=record["seed"],
-                choice=record["choice"],
-                priority=record["priority"],
-                namespace=tuple(record["namespace"]),
-                output_token_ids=tokens[split:],
-            )
-            request.num_scored = max(request.num_scored, record["num_scored"])
-            request.num_cached_tokens = record["num_cached_tokens"]
-            request.cumulative_logprob = record["cumulative_logprob"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"the resume record is broken: {error!r}") from error
-        return request

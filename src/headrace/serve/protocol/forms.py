@@ -1,63 +1,30 @@
-"""The shapes of completions and chats: one `ChoicePart` of a choice becomes a chunk's choice, or a whole answer's."""
+"""The shapes of completions and chats: a part of a choice becomes a chunk's choice, a whole one an answer's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from headrace.instance.wire import ChoiceDelta, TokenEntry
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 
-__all__ = ["CHAT_FORM", "COMPLETION_FORM", "ChoicePart", "Form", "prompt_part", "prompt_tables", "usage"]
-
-LogprobRow = Sequence[TokenEntry] | None
-"""A token's own entry, then the best ones; None for a prompt's first token."""
+__all__ = ["CHAT_FORM", "COMPLETION_FORM", "Form", "echo_part", "own_entry", "prompt_tables", "usage"]
 
 
-@dataclass(slots=True)
-class ChoicePart:
-    """Consecutive tokens of one choice, with their text. `rows` has one row a token, or is None."""
+def echo_part(text: str, output: RequestOutput, first_token: str, shown: bool) -> CompletionOutput:
+    """The prompt's text as the first part of a choice, with the prompt's log-probabilities if they are `shown`.
 
-    text: str = ""
-    token_ids: Sequence[int] = ()
-    rows: Sequence[LogprobRow] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-    @classmethod
-    def of_delta(cls, new: ChoiceDelta) -> ChoicePart:
-        """The new part of a choice."""
-        return cls(new.text, new.token_ids, new.logprobs, new.finish_reason, new.stop_reason)
-
-    @classmethod
-    def of_output(cls, whole: CompletionOutput) -> ChoicePart:
-        """A finished choice."""
-        rows = None if whole.logprobs is None else [entries(table) for table in whole.logprobs]
-        return cls(whole.text, whole.token_ids, rows, whole.finish_reason, whole.stop_reason)
-
-    def __add__(self, other: ChoicePart) -> ChoicePart:
-        """This part and the next one, joined."""
-        rows = None if self.rows is None and other.rows is None else [*(self.rows or ()), *(other.rows or ())]
-        return ChoicePart(
-            self.text + other.text, [*self.token_ids, *other.token_ids], rows, other.finish_reason, other.stop_reason
-        )
+    `first_token` is the first token's text.
+    """
+    part = CompletionOutput(0, text)
+    if shown and output.prompt_logprobs is not None:
+        first = {output.prompt_token_ids[0]: Logprob(0.0, 0, first_token)}  # rank 0: the first token is not predicted
+        part.logprobs = [first, *(table for table in output.prompt_logprobs if table is not None)]
+    return part
 
 
-def entries(table: Mapping[int, Logprob]) -> list[TokenEntry]:
-    """A table of log-probabilities as a row."""
-    return [TokenEntry(token, entry.logprob, entry.rank, entry.decoded_token) for token, entry in table.items()]
-
-
-def prompt_part(text: str, output: RequestOutput, first_token: str, shown: bool) -> ChoicePart:
-    """The prompt as a part of a choice, for an echo. `first_token` is the first token's text."""
-    ids = output.prompt_token_ids
-    if not shown or output.prompt_logprobs is None:
-        return ChoicePart(text, ids)
-    rows: list[LogprobRow] = [None if table is None else entries(table) for table in output.prompt_logprobs]
-    if rows:
-        rows[0] = [TokenEntry(ids[0], 0.0, 0, first_token)]  # rank 0: the first token is not predicted
-    return ChoicePart(text, ids, rows)
+def own_entry(table: Mapping[int, Logprob]) -> Logprob:
+    """Of the sampled or scored token, which comes first."""
+    return next(iter(table.values()))
 
 
 def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
@@ -65,12 +32,7 @@ def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
     if output.prompt_logprobs is None:
         return None
     return [
-        None
-        if table is None
-        else {
-            str(token): {"logprob": e.logprob, "rank": e.rank, "decoded_token": e.decoded_token}
-            for token, e in table.items()
-        }
+        None if table is None else {str(token): entry._asdict() for token, entry in table.items()}
         for table in output.prompt_logprobs
     ]
 
@@ -98,10 +60,10 @@ class Form(Protocol):
     def opening_choice(self, index: int) -> dict[str, Any] | None:
         """The choice of a stream's first chunk, if there is one before any token."""
 
-    def chunk_choice(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
+    def chunk_choice(self, index: int, part: CompletionOutput, best: int, offset: int) -> dict[str, Any]:
         """A chunk's choice. `best` alternatives are shown for each token; `offset` characters came before."""
 
-    def answer_choice(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
+    def answer_choice(self, index: int, part: CompletionOutput, best: int) -> dict[str, Any]:
         """An answer's choice."""
 
 
@@ -114,7 +76,7 @@ class CompletionForm:
     def opening_choice(self, index: int) -> None:
         """None."""
 
-    def chunk_choice(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
+    def chunk_choice(self, index: int, part: CompletionOutput, best: int, offset: int) -> dict[str, Any]:
         """The same shape in chunks and answers."""
         return {
             "index": index,
@@ -124,7 +86,7 @@ class CompletionForm:
             "stop_reason": part.stop_reason,
         }
 
-    def answer_choice(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
+    def answer_choice(self, index: int, part: CompletionOutput, best: int) -> dict[str, Any]:
         """A chunk's choice that holds the whole text."""
         return self.chunk_choice(index, part, best, 0)
 
@@ -139,7 +101,7 @@ class ChatForm:
         """The assistant's role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def chunk_choice(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
+    def chunk_choice(self, index: int, part: CompletionOutput, best: int, offset: int) -> dict[str, Any]:
         """The choice's `delta`."""
         return {
             "index": index,
@@ -149,7 +111,7 @@ class ChatForm:
             "stop_reason": part.stop_reason,
         }
 
-    def answer_choice(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
+    def answer_choice(self, index: int, part: CompletionOutput, best: int) -> dict[str, Any]:
         """The choice's `message`."""
         return {
             "index": index,
@@ -160,36 +122,34 @@ class ChatForm:
         }
 
 
-def _completion_logprobs(part: ChoicePart, offset: int) -> dict[str, Any] | None:
-    if part.rows is None:
+def _completion_logprobs(part: CompletionOutput, offset: int) -> dict[str, Any] | None:
+    if part.logprobs is None:
         return None
     logprobs: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-    for row in part.rows:
-        assert row is not None
-        own = row[0]
+    for table in part.logprobs:
+        own = own_entry(table)
         logprobs["tokens"].append(own.decoded_token)
         logprobs["text_offset"].append(offset)
         logprobs["token_logprobs"].append(own.logprob if own.rank else None)
         best: dict[str, float] = {}
-        for entry in row:  # two tokens may have the same text: keep the likelier
+        for entry in table.values():  # two tokens may have the same text: keep the likelier
             best[entry.decoded_token] = max(entry.logprob, best.get(entry.decoded_token, entry.logprob))
         logprobs["top_logprobs"].append(best if own.rank else None)
         offset += len(own.decoded_token)
     return logprobs
 
 
-def _chat_logprobs(part: ChoicePart, best: int) -> dict[str, Any] | None:
-    if part.rows is None:
+def _chat_logprobs(part: CompletionOutput, best: int) -> dict[str, Any] | None:
+    if part.logprobs is None:
         return None
     content = []
-    for row in part.rows:
-        assert row is not None
-        top = sorted((entry for entry in row if entry.rank <= best), key=lambda entry: entry.rank)
-        content.append({**_chat_entry(row[0]), "top_logprobs": [_chat_entry(entry) for entry in top]})
+    for table in part.logprobs:
+        top = sorted((entry for entry in table.values() if entry.rank <= best), key=lambda entry: entry.rank)
+        content.append({**_chat_entry(own_entry(table)), "top_logprobs": [_chat_entry(entry) for entry in top]})
     return {"content": content}
 
 
-def _chat_entry(entry: TokenEntry) -> dict[str, Any]:
+def _chat_entry(entry: Logprob) -> dict[str, Any]:
     # Part of a character shows as U+FFFD, whose bytes would be no token's.
     text = entry.decoded_token
     return {"token": text, "logprob": entry.logprob, "bytes": None if "\ufffd" in text else list(text.encode())}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.cache.key import CacheKey
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.serve.errors import RefusedError, named
 from headrace.serve.protocol.bodies import Body
@@ -38,7 +39,7 @@ class GenerationRequest:
     explain: bool = False
     request_id: str | None = None
     priority: int = 0
-    namespace: tuple[str, ...] = ()
+    cache_key: CacheKey
 
 
 def read_generation_request(
@@ -64,7 +65,7 @@ def read_generation_request(
         explain=body.get("explain", False),
         request_id=body.get("request_id"),
         priority=body.get("priority", 0),
-        namespace=(body["cache_salt"],) if "cache_salt" in body else (),
+        cache_key=CacheKey(salt=body.get("cache_salt")),
     )
 
 
