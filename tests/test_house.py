@@ -191,3 +191,26 @@ def test_versions_agree():
     headrace = importlib.import_module("headrace")
     assert headrace.__version__ == project["version"]
     assert re.search(rf"^## {re.escape(project['version'])}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Modules of headrace that a file imports, those under TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {full if (full := f"{node.module}.{a.name}") in known else node.module for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known - {module_name(path)}
+
+
+def test_no_modules_import_each_other():
+    """What remains when files that import nothing of the rest, or are not imported by it, go again and again."""
+    known = {module_name(path) for path in FILES}
+    left = {module_name(path): imported_modules(path, known) for path in FILES}
+    while free := [
+        n for n, imports in left.items() if not imports & left.keys() or not any(n in i for i in left.values())
+    ]:
+        for name in free:
+            del left[name]
+    assert sorted(left) == []

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from headrace import LLM, SamplingParams
 from headrace.attention.context import packed_meta
+from headrace.cache.manager import BlockMoves
 from headrace.engine.run.frames import frame, read_frame, read_step, step_frame
 from headrace.engine.run.ranks import RankDiedError, Ranks
-from headrace.engine.run.shard import Inputs, Moves
+from headrace.engine.run.shard import Inputs
 from headrace.errors import CheckpointError, ConfigError, HeadraceError
 from headrace.parallel.links import LinkError, SocketLink
 
@@ -34,7 +35,7 @@ def rank_processes():
 
 @given(PAIRS, PAIRS, PAIRS, st.lists(st.integers(1, 40), max_size=4), st.integers(0, 3))
 def test_a_step_comes_through_whole(out, back, copies, lengths, wanted):
-    moves = Moves(out, back, copies)
+    moves = BlockMoves(out, back, copies)
     total = sum(lengths)
     inputs = None
     if lengths:

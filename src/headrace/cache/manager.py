@@ -15,13 +15,13 @@ whose tokens are all known enters the tree in the very step that computes it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.cache.blocks import BlockPool, OutOfBlocks
 from headrace.cache.key import CacheKey
 from headrace.cache.radix import RadixNode, RadixTree
 
-__all__ = ["CacheManager", "CachedSequence", "Segment", "Traffic"]
+__all__ = ["BlockMoves", "CacheManager", "CachedSequence", "Segment"]
 
 
 @dataclass(slots=True)
@@ -54,12 +54,15 @@ class CachedSequence:
 
 
 @dataclass(slots=True)
-class Traffic:
+class BlockMoves:
     """Block moves of one step, in the order the runner does them: to the host, from it, then copies."""
 
-    swap_out: list[tuple[int, int]]
-    swap_in: list[tuple[int, int]]
-    copies: list[tuple[int, int]]
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    """(block, host slot)"""
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
+    """(host slot, block)"""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source block, target block)"""
 
 
 class CacheManager:
@@ -78,7 +81,7 @@ class CacheManager:
         """Σ len(blocks) over sequences: a shared block counts once for each."""
         self.filled_slots = 0
         """Σ num_tokens over sequences. held_blocks · block_size − filled_slots is reserved and unused."""
-        self._moves = Traffic([], [], [])
+        self._moves = BlockMoves()
         self._pins: list[tuple[int, RadixNode | None]] = []
         self._pinned: dict[int, int] = {}
         self._slots_leaving: list[int] = []
@@ -250,7 +253,7 @@ class CacheManager:
         seq.host = []
         seq.host_tokens = 0
 
-    def end_step(self) -> Traffic:
+    def end_step(self) -> BlockMoves:
         """This step's block moves; copy sources are unpinned and swapped-in slots freed."""
         moves = self._moves
         if self._pins or self._slots_leaving:
@@ -261,7 +264,7 @@ class CacheManager:
             for slot in self._slots_leaving:
                 self.host.decref(slot)
             self._pins, self._pinned, self._slots_leaving = [], {}, []
-        self._moves = Traffic([], [], [])
+        self._moves = BlockMoves()
         return moves
 
     def reset(self) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.kernels.head import head_chunks, log_probabilities
 from headrace.kernels.ops import AttentionMeta, Kernel, Ops
 from headrace.kernels.shards import OutputShards
-from headrace.kernels.vocab import VocabPart, head_chunks
+from headrace.kernels.vocab import VocabPart
 
 __all__ = ["BaseOps", "LinearKernel", "cache_of"]
 
@@ -64,7 +65,7 @@ class BaseOps:
         return self.merge_logsumexp(self.logsumexp_parts(logits_RV, bounds))
 
     def log_probability(self: Ops, logits_RV: Tensor, targets_R: Tensor, part: VocabPart) -> Tensor:
-        return part.log_probabilities(self, logits_RV, targets_R)[0]
+        return log_probabilities(self, logits_RV, targets_R, part)[0]
 
     def head_loss(
         self: Ops, x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, weight_R: Tensor, part: VocabPart

@@ -20,8 +20,8 @@ import torch
 
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
+from headrace.kernels.head import CHUNK
 from headrace.kernels.training import TrainingOps
-from headrace.kernels.vocab import CHUNK
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.train.config import RECOMPUTE, Recipe

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.run.shard import Inputs, Moves
+from headrace.cache.manager import BlockMoves
+from headrace.engine.run.shard import Inputs
 from headrace.kernels.ops import AttentionMeta
 
 __all__ = ["frame", "read_frame", "read_step", "step_frame"]
@@ -52,7 +53,7 @@ def read_frame(stream: IO[bytes]) -> tuple[str, dict[str, Any], dict[str, np.nda
     return message["kind"], message["values"], arrays
 
 
-def step_frame(moves: Moves, inputs: Inputs | None) -> bytes:
+def step_frame(moves: BlockMoves, inputs: Inputs | None) -> bytes:
     """A step: what moves, and what is computed, if anything."""
     values: dict[str, Any] = {"moves": [moves.swap_out, moves.swap_in, moves.copies]}
     if inputs is None:
@@ -70,9 +71,9 @@ def step_frame(moves: Moves, inputs: Inputs | None) -> bytes:
 
 def read_step(
     values: Mapping[str, Any], arrays: Mapping[str, np.ndarray], device: torch.device
-) -> tuple[Moves, Inputs | None]:
+) -> tuple[BlockMoves, Inputs | None]:
     """What `step_frame` said, with tensors on `device`."""
-    moves = Moves(*([(int(a), int(b)) for a, b in pairs] for pairs in values["moves"]))
+    moves = BlockMoves(*([(int(a), int(b)) for a, b in pairs] for pairs in values["moves"]))
     if not arrays:
         return moves, None
     tensors: dict[str, Tensor] = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

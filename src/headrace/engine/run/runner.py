@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from headrace.cache.manager import BlockMoves
 from headrace.engine.run.batch import Batch, BatchBuilder
 from headrace.engine.run.frames import frame, step_frame
 from headrace.engine.run.ranks import Ranks
-from headrace.engine.run.shard import ModelShard, Moves
+from headrace.engine.run.shard import ModelShard
 from headrace.engine.schedule.accept import draft_tokens
 from headrace.engine.schedule.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
 from headrace.errors import ConfigError, HeadraceError
@@ -62,7 +63,7 @@ class Runner:
         for s in plan.slices:
             if len(s.targets) > 1 and draft_tokens(s):
                 raise NotImplementedError(f"request {s.request_id} has drafts, which this runner does not verify")
-        moves = Moves(plan.swap_out, plan.swap_in, plan.copies)
+        moves = BlockMoves(plan.swap_out, plan.swap_in, plan.copies)
         batch = self._builder.build(plan) if plan.slices else None
         if batch is not None:
             self._resolve_previous(batch)

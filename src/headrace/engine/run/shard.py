@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,21 +12,11 @@ from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
 from headrace.attention.paged import PagedContext
 from headrace.attention.store import KVStore
+from headrace.cache.manager import BlockMoves
 from headrace.kernels.ops import AttentionMeta, Ops
 from headrace.model.transformer import Transformer
 
-__all__ = ["Inputs", "ModelShard", "Moves"]
-
-Pairs = Sequence[tuple[int, int]]
-
-
-@dataclass(slots=True)
-class Moves:
-    """Blocks that move before a step is computed: out to the host, in from it, then copy-on-write."""
-
-    swap_out: Pairs = field(default_factory=list)
-    swap_in: Pairs = field(default_factory=list)
-    copies: Pairs = field(default_factory=list)
+__all__ = ["Inputs", "ModelShard"]
 
 
 @dataclass(slots=True)
@@ -48,7 +38,7 @@ class ModelShard:
         self.store = store
         self._host = torch.empty((host_slots, *store.blocks.shape[1:]), dtype=store.blocks.dtype)
 
-    def move(self, moves: Moves) -> None:
+    def move(self, moves: BlockMoves) -> None:
         """Move blocks."""
         copy, blocks = self.ops.copy_blocks_, self.store.blocks
         if moves.swap_out:

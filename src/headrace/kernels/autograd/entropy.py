@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from headrace.kernels.head import head_chunks, log_probabilities
 from headrace.kernels.training import TrainingOps
-from headrace.kernels.vocab import VocabPart, head_chunks
+from headrace.kernels.vocab import VocabPart
 
 __all__ = ["HeadLoss", "LogProbability"]
 
@@ -21,7 +22,7 @@ class LogProbability(Function):
     @staticmethod
     def forward(ctx: Any, ops: TrainingOps, logits_RV: Tensor, targets_R: Tensor, part: VocabPart) -> Tensor:
         logits_RV = logits_RV.detach()
-        logprob_R, lse_R, local_R = part.log_probabilities(ops, logits_RV, targets_R)
+        logprob_R, lse_R, local_R = log_probabilities(ops, logits_RV, targets_R, part)
         ctx.save_for_backward(logits_RV, lse_R, local_R)
         ctx.ops = ops
         return logprob_R

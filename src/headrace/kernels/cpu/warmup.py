@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from headrace.kernels.ops import AttentionMeta, SampleParams
-
-if TYPE_CHECKING:
-    from headrace.kernels.cpu.ops import CpuOps
+from headrace.kernels.training import TrainingOps
 
 __all__ = ["warm_up"]
 
+Step = tuple[str, Callable[[], object]]
+"""A name, and the call that compiles."""
 WIDTH = 1024  # of a product large enough for the threads
 
 
 def warm_up(
-    ops: CpuOps,
+    ops: TrainingOps,
     weights: torch.dtype,
     cache: torch.dtype,
     progress: Callable[[int, int, str], None] | None,
@@ -39,7 +38,7 @@ def warm_up(
         progress(len(steps), len(steps), "")
 
 
-def _model_steps(ops: CpuOps, weights: torch.dtype, cache: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+def _model_steps(ops: TrainingOps, weights: torch.dtype, cache: torch.dtype) -> Iterator[Step]:
     x, weight, one = torch.zeros(1, WIDTH), torch.zeros(WIDTH, WIDTH, dtype=weights), torch.ones(WIDTH)
     heads, table, at = torch.zeros(1, 3, 8), torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
     blocks = torch.zeros(1, 1, 2, 1, 1, 8, dtype=cache)
@@ -57,7 +56,7 @@ def _model_steps(ops: CpuOps, weights: torch.dtype, cache: torch.dtype) -> Itera
     yield "store_kv", lambda: ops.store_kv_(heads[:, :1], heads[:, 1:2], blocks, 0, slots)
 
 
-def _logit_steps(ops: CpuOps) -> Iterator[tuple[str, Callable[[], object]]]:
+def _logit_steps(ops: TrainingOps) -> Iterator[Step]:
     logits, at = torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
     lse, mask = torch.zeros(1), torch.full((1, 2), -1, dtype=torch.int32)
     params = SampleParams(lse + 1, at, lse + 1, lse, at, at, at)
@@ -69,7 +68,7 @@ def _logit_steps(ops: CpuOps) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "sample", lambda: ops.sample(logits, params)
 
 
-def _training_steps(ops: CpuOps, weights: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+def _training_steps(ops: TrainingOps, weights: torch.dtype) -> Iterator[Step]:
     x, at, one = torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     master, first, second, grad = torch.zeros(16), torch.zeros(16), torch.zeros(16), torch.zeros(16, dtype=weights)
     stored = None if weights == torch.float32 else torch.zeros(16, dtype=weights)
