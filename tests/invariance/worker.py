@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from invariance.harness import Cell, resume_here
+from invariance.cells import Cell
+from invariance.harness import finish
 
 
 def main() -> None:
@@ -12,7 +13,8 @@ def main() -> None:
     sys.stdout = sys.stderr
     for line in sys.stdin:
         job = json.loads(line)
-        traces = resume_here(Cell(**job["cell"]), Path(job["folder"]), {int(n): r for n, r in job["records"].items()})
+        folders = {name: Path(folder) for name, folder in job["folders"].items()}
+        traces = finish(Cell(**job["cell"]), folders, {int(n): r for n, r in job["records"].items()})
         out.write(json.dumps({n: trace.to_json() for n, trace in traces.items()}) + "\n")
         out.flush()
 
