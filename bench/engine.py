@@ -3,7 +3,7 @@
     .venv/bin/python bench/engine.py [--pairs 5] [--only dec1,dec16,…] [--llama DIR --gguf FILE]
 
 Model "small": random Llama, 100M parameters, bf16 checkpoint. Prints medians, ratios with their range, and the
-machine's bandwidth and matrix rate before and after; writes docs/results/engine.json. Losses are printed like wins.
+machine's bandwidth and matrix rate before and after, losses too; writes docs/results/engine.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prompt(length: int) -> list[int]:
 
 
 class Bench:
-    """The sides that a run has started, and what it found."""
+    """The sides of a run, and its results."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.pairs = arguments.pairs
@@ -61,7 +61,7 @@ class Bench:
         return self._sides[kind]
 
     def fresh(self) -> int:
-        """A new shift of all token ids, so that no run repeats another's prompts."""
+        """A new shift of all token ids, so that runs have different prompts."""
         self._round += 1
         return self._round
 
@@ -70,7 +70,7 @@ class Bench:
         print(f"{name:28} {text}", flush=True)
 
     def compare(self, name: str, unit: str, ours: Callable[[], float], theirs: Callable[[], float], peer: str) -> Pairs:
-        """Interleave, print, keep. Figures are rates: more is better."""
+        """Measure pairs, print and store them. Figures are rates: more is better."""
         pairs = interleave(ours, theirs, self.pairs)
         self.record(
             name,
@@ -127,7 +127,7 @@ def dec1(b: Bench) -> None:
 
 
 def dec16(b: Bench) -> None:
-    """16 requests of 128 in, 128 out; prefill in the time."""
+    """16 requests of 128 in, 128 out; the time includes prefill."""
     jobs = [(prompt(128), 128) for _ in range(16)]
     b.compare(
         "16 at once, 128 in 128 out",
@@ -208,7 +208,7 @@ def prefill(b: Bench) -> None:
 
 
 def llama(b: Bench, name: str, flags: list[str], test: str, ours: Callable[[], float]) -> None:
-    """A line of llama-bench, where it is installed; its load is outside of its figures."""
+    """A figure of llama-bench, where it is installed; it does not count loading the model."""
     if not b.llama:
         return
 
@@ -225,7 +225,7 @@ def llama(b: Bench, name: str, flags: list[str], test: str, ours: Callable[[], f
 
 
 def shared(b: Bench) -> None:
-    """32 requests, 8773 tokens in and 2145 out, behind one prefix of 512 tokens: with the cache and without."""
+    """32 requests, 8773 tokens in and 2145 out, after one prefix of 512 tokens: with the cache and without."""
     draw = random.Random(0)
     prefix = prompt(512)
     jobs = [(prefix + prompt(draw.randrange(32, 513)), draw.randrange(16, 129)) for _ in range(32)]
@@ -242,7 +242,7 @@ def shared(b: Bench) -> None:
 
 
 def iteration(b: Bench) -> None:
-    """Iteration-level against request-level batching, conversation lengths scaled down."""
+    """Iteration-level compared with request-level batching, on scaled conversation lengths."""
     source, lengths = conversation_lengths(48, 0.125)
     jobs = [(prompt(min(p, 1000)), min(o, 200)) for p, o in lengths]
     ours, outputs = b.side("headrace"), sum(min(o, 200) for _, o in lengths)
@@ -277,7 +277,7 @@ def stall(b: Bench) -> None:
 
 
 def waste(b: Bench) -> None:
-    """KV slots that hold tokens, at one budget, by what admission reserves. Host logic, no model."""
+    """KV slots with tokens, at one budget, by reservation. Host logic, no model."""
     from headrace.reproduce.paged import useful
 
     source, lengths = conversation_lengths(300, 0.25)
@@ -286,7 +286,7 @@ def waste(b: Bench) -> None:
 
 
 def host(b: Bench) -> None:
-    """Steps a second of the loop alone: 64 running requests, a null runner."""
+    """Steps per second of the loop alone: 64 running requests, a null runner."""
     from headrace.bench.load import Job
     from headrace.engine.schedule.request import Request
     from headrace.engine.schedule.sampling import SamplingParams
@@ -315,7 +315,7 @@ def host(b: Bench) -> None:
 
 
 def bits(b: Bench) -> None:
-    """What the same bits cost: our kernels against torch's linear and SDPA in the same slots."""
+    """The cost of the same bits: our kernels compared with torch's linear and SDPA in the same slots."""
     ours, theirs = b.side("headrace"), b.side("torch-slots")
     one, many, long = [(prompt(128), 64)], [(prompt(128), 64) for _ in range(16)], [(prompt(1024), 1)]
     b.compare(
@@ -345,13 +345,13 @@ SECTIONS = {f.__name__: f for f in (host, waste, dec1, dec16, prefill, shared, i
 
 
 def main() -> None:
-    """Run the sections asked for."""
+    """Run the chosen sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default=",".join(SECTIONS), help=", ".join(SECTIONS))
     parser.add_argument("--llama", help="the folder of llama-bench and llama-batched-bench")
-    parser.add_argument("--name", default="engine", help="of the file in docs/results")
+    parser.add_argument("--name", default="engine", help="name of the file in docs/results")
     parser.add_argument("--gguf", help="the same model as a GGUF file")
     arguments = parser.parse_args()
     bench = Bench(arguments)

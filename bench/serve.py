@@ -4,7 +4,7 @@
                                     [--vllm "vllm serve … --port {port}"] [--trace FILE] [--quick]
 
 Model "small": random Llama, 100M parameters, bf16 checkpoint. Prints medians and ratios; writes
-docs/results/serve.json. Losses are printed like wins. --quick is for trying it: its figures mean nothing.
+docs/results/serve.json. It prints losses as it prints wins. --quick tries the script; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FIGURES = ("ttft_ms", "gap_ms", "tpot_ms", "latency_ms")
 
 
 class Bench:
-    """What was asked for, and what was found."""
+    """The arguments of a run, and its results."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -52,7 +52,7 @@ class Bench:
         self._round = 0
 
     def fresh(self) -> int:
-        """A seed that no run had before, so that no run finds another's prompts in a cache."""
+        """A new seed, so that no run finds another run's prompts in a cache."""
         self._round += 1
         return self._round
 
@@ -78,14 +78,14 @@ class Bench:
 def at_once(
     server: RunningServer, count: int, prompt: int, output: int, seed: int, rate: float = 1e6, limit: float = LIMIT
 ) -> list[RequestRow]:
-    """`count` requests, all at once where no rate is given."""
+    """`count` requests, all at once without a rate."""
     plan = [(i / rate, TraceRow(0.0, prompt, output)) for i in range(count)]
     calls = make_calls(plan, Prompts(VOCAB, seed), find_model(server.url))
     return asyncio.run(run_calls(server.url, calls, limit))
 
 
 def whole(rows: list[RequestRow]) -> list[RequestRow]:
-    """The rows, all of which must have come whole: a figure with failures in it is none."""
+    """The rows; ends the benchmark if one failed, as figures with failures are not comparable."""
     failed = [f"{row.failure}: {row.message}" for row in rows if row.failure]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(rows)} requests failed: {failed[0]}")
@@ -125,7 +125,7 @@ def overhead(b: Bench) -> None:
 
 
 def startup(b: Bench) -> None:
-    """Seconds from the start of the process until it says that requests can come."""
+    """Seconds from the start of the process until it is ready for requests."""
 
     def seconds(cache: Path | None) -> float:
         with b.serve(cache=cache) as server:
@@ -146,7 +146,7 @@ def startup(b: Bench) -> None:
 
 
 def answers(b: Bench) -> None:
-    """How long /health and /metrics take while many streams are open, and while none is."""
+    """Latencies of /health and /metrics with many open streams, and with none."""
     count, output = (16, 8) if b.quick else (OPEN_STREAMS, 64)
     with b.serve(seqs=count) as server, contextlib.ExitStack() as stack:
         prober = Worker("probe", server.url)
@@ -170,7 +170,7 @@ def answers(b: Bench) -> None:
 
 
 def trace(b: Bench) -> None:
-    """The same requests at the same times against each server, in turn, each started anew."""
+    """The same requests at the same times to each server, in turn, each started anew."""
     a = b.arguments
     rows = read_trace(Path(a.trace)) if a.trace else _made_up()
     duration = 4.0 if b.quick else a.duration
@@ -235,7 +235,7 @@ def _trace_line(runs: list[dict[str, Any]]) -> str:
 
 
 def _ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """One ratio a turn; less is better."""
+    """One ratio per turn; less is better."""
     parts = []
     for name in FIGURES:
         for k in ("p50", "p99"):
@@ -248,7 +248,7 @@ def _ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
 
 
 def _made_up() -> list[TraceRow]:
-    """Poisson arrivals with the lengths of conversations, where no trace is given."""
+    """Poisson arrivals with the lengths of conversations, for runs without a trace."""
     from headrace.bench.load import conversation_lengths
 
     draw, now, rows = random.Random(0), 0.0, []
@@ -259,7 +259,7 @@ def _made_up() -> list[TraceRow]:
 
 
 def memory(b: Bench) -> None:
-    """Resident memory of the gateway over overloads that its queue refuses."""
+    """Resident memory of the gateway under overload, when its queue refuses requests."""
     count, rate = (60, 200.0) if b.quick else (OVERLOAD, OVERLOAD_RATE)
     queue = 8 if b.quick else MAX_QUEUE
     with b.serve("--max-queue", str(queue), seqs=4 if b.quick else 16) as server:
@@ -305,8 +305,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--llama-server", help="path of llama.cpp's server")
     parser.add_argument("--gguf", help="the same model as a GGUF file")
     parser.add_argument("--vllm", metavar="CMD", help="a command that serves the same model on {port}")
-    parser.add_argument("--name", default="serve", help="of the file in docs/results")
-    parser.add_argument("--quick", action="store_true", help="tiny, to see that it works")
+    parser.add_argument("--name", default="serve", help="name of the file in docs/results")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
     arguments = parser.parse_args()
     if bool(arguments.llama_server) != bool(arguments.gguf):
         parser.error("--llama-server and --gguf go together")
@@ -316,7 +316,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the sections asked for."""
+    """Run the chosen sections."""
     arguments = options()
     assert SHAPES["small"].vocab_size >= VOCAB
     bench = Bench(arguments)

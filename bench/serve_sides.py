@@ -1,4 +1,4 @@
-"""What `bench/serve.py` puts beside each other, each in a process of its own: servers, LLM.generate, a prober.
+"""The sides of `bench/serve.py`, each in its own process: servers, LLM.generate, a prober.
 
     python bench/serve_sides.py llm CHECKPOINT OPTIONS | probe URL
 
@@ -31,7 +31,7 @@ PROBE_PAUSE = 0.01
 
 
 class Worker:
-    """A worker process, seen from the benchmark."""
+    """The benchmark's handle of a worker process."""
 
     def __init__(self, *arguments: str) -> None:
         self._process = subprocess.Popen(
@@ -47,7 +47,7 @@ class Worker:
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if not answer:
-            raise SystemExit("a worker died")
+            raise SystemExit("a worker ended: its standard error has the cause")
         return json.loads(answer)
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Worker:
 
 
 class RunningServer:
-    """A server that answers, how long that took, and its process."""
+    """A running server, the seconds until it was ready, and its process."""
 
     def __init__(self, url: str, pid: int, seconds: float) -> None:
         self.url = url
@@ -69,7 +69,7 @@ class RunningServer:
         self.seconds = seconds
 
     def resident_mib(self, peak: bool = False) -> float:
-        """Memory of the process itself, not of its children: of headrace, the gateway."""
+        """Memory of the process without its children; for headrace, the gateway."""
         name = "VmHWM" if peak else "VmRSS"
         found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
         assert found is not None
@@ -96,7 +96,7 @@ def headrace(checkpoint: Path, *flags: str, cache: Path | None = None) -> Iterat
 
 @contextlib.contextmanager
 def peer(command: str) -> Iterator[RunningServer]:
-    """Another server: a command with {port} in it. It is ready when /health says so."""
+    """Another server: a command with {port} in it. It is ready when /health answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +131,7 @@ def _end(process: subprocess.Popen[Any], group: bool = False) -> None:
     try:
         process.wait(30)
     except subprocess.TimeoutExpired:
-        if group:  # what it started ends with it
+        if group:  # its children too
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.wait()

@@ -1,8 +1,8 @@
-"""What the sides of the training comparisons share: their processes, the lines they speak, and our trainer as one.
+"""The sides of the training comparisons: their processes, the protocol between them, and our trainer as a side.
 
-A side is a script that is called with its own words and then RANK SIZE PORT. It reads a number of steps a line, does
-them, and answers with a JSON line: the seconds of each, the loss, the peak of memory. One that is not measured waits.
-Of headrace it needs nothing until `trainer` is called, so that a peer may run in an environment of its own.
+A side is a script that is called with its own arguments and then RANK SIZE PORT. It reads lines with a number of steps,
+does them, and answers with a JSON line: the seconds of each, the loss, the peak of memory. Between lines it waits.
+This module imports headrace only in `trainer`, so that a peer can run in an environment of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 __all__ = ["Side", "Step", "gloo", "laid_out", "peak_memory", "serve", "trainer"]
 
 Step = Callable[[], tuple[float, dict[str, Any]]]
-"""One step: its loss, and what else there is to say of it."""
+"""One step: returns its loss and other figures."""
 
 
 class Side:
-    """The processes of one side, seen from the benchmark."""
+    """The benchmark's handle of the processes of one side."""
 
     def __init__(self, script: Path, words: Sequence[object], ranks: int = 1, python: str = sys.executable) -> None:
         self._what = f"{script.name} {words[0]}"
@@ -40,7 +40,7 @@ class Side:
         ]
 
     def run(self, steps: int) -> dict[str, Any]:
-        """Do some steps; what rank 0 says, but all ranks' memory together and the mean of their losses."""
+        """Do some steps; returns rank 0's figures, with the memory of all ranks and the mean of their losses."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
@@ -50,7 +50,7 @@ class Side:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"the side {self._what} died: see what it said")
+                raise SystemExit(f"the side {self._what} ended: its standard error has the cause")
             answers.append(json.loads(line))
         return {
             **answers[0],
@@ -73,12 +73,12 @@ def serve(make: Callable[[], Step]) -> None:
     os.dup2(2, 1)
     step = make()
     for line in sys.stdin:
-        seconds, loss, told = [], 0.0, {}
+        seconds, loss, figures = [], 0.0, {}
         for _ in range(int(line)):
             began = time.perf_counter()
-            loss, told = step()
+            loss, figures = step()
             seconds.append(time.perf_counter() - began)
-        out.write(json.dumps({"seconds": seconds, "loss": loss, "memory": peak_memory(), **told}) + "\n")
+        out.write(json.dumps({"seconds": seconds, "loss": loss, "memory": peak_memory(), **figures}) + "\n")
         out.flush()
 
 
@@ -116,7 +116,7 @@ def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, ran
 
 
 def laid_out(batch: Any, rows: int, tokens: int) -> tuple[Any, Any, int]:
-    """(ids, targets [rows, tokens], how many targets) of a batch of ours: its rows, −100 where there is nothing."""
+    """(ids, targets [rows, tokens], number of targets) of our batch, by rows; −100 where there is no target."""
     import torch
 
     targets_T = torch.full((batch.num_tokens,), -100)
@@ -144,7 +144,7 @@ def gloo(rank: int, size: int, port: int) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this process held at most."""
+    """Peak bytes of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

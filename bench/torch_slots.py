@@ -1,7 +1,7 @@
-"""torch's own linear and scaled-dot-product attention in our kernel slots: what the same bits cost, measured.
+"""torch's own linear and scaled-dot-product attention in our kernel slots, to measure the cost of the same bits.
 
-Everything else of the engine stays. Linears run MKL's fp32 product; attention gathers each sequence's keys and values
-through its block table and calls SDPA. Bits then depend on the batch, which is the point of the comparison.
+The rest of the engine stays. Linears run MKL's fp32 product; attention gathers each sequence's keys and values
+through its block table and calls SDPA. Then the bits depend on the batch.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
     1 process × 2 threads   ours / transformers' model with fused AdamW / the same under torch.compile
     2 processes × 1 thread  ours with parallel.tensor=2 / torch.distributed.tensor's tensor parallelism on gloo
-    what the fixed sums cost: ours with 4 virtual shards / with one
+    the cost of fixed sums: ours with 4 virtual shards / with one
 
-Prints tokens per second, ratios of pairs that stood beside each other, peak memory and the share of communication, and
+Prints tokens per second, ratios of neighbouring runs, peak memory and the share of communication, and
 writes docs/results/train.json.
 """
 
@@ -48,9 +48,9 @@ steps = 100000
 
 
 def main() -> None:
-    """All comparisons, or those asked for."""
+    """Run all comparisons, or the chosen ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a step a round: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="one step per round, to try the script")
     parser.add_argument("--only", choices=sorted(SIZES), action="append")
     arguments = parser.parse_args()
     steps, pairs = (1, 1) if arguments.quick else (3, 5)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def compare(work: Path, name: str, steps: int, pairs: int) -> dict[str, Any]:
-    """Every comparison of one size of model."""
+    """Run every comparison of one model size."""
     config, rows, tokens = SIZES[name]
     data = corpus(work, config.vocab_size)
     folder = checkpoint(work / name, data, config)
@@ -84,7 +84,7 @@ def compare(work: Path, name: str, steps: int, pairs: int) -> dict[str, Any]:
 
 
 def beside(ours: tuple[Any, ...], theirs: tuple[Any, ...], tokens: int, steps: int, pairs: int) -> dict[str, Any]:
-    """Two sides in turn: tokens per second of each round, and what each said last."""
+    """Two sides in turn: tokens per second of each round, and each side's last figures."""
     sides = [Side(SCRIPT, words, ranks) for *words, ranks in (ours, theirs)]
     last: list[dict[str, Any]] = [{}, {}]
 
@@ -97,13 +97,13 @@ def beside(ours: tuple[Any, ...], theirs: tuple[Any, ...], tokens: int, steps: i
     finally:
         for side in sides:
             side.close()
-    said = last[0]
-    share = said.get("communication", 0.0) / said["seconds"][-1]
+    figures = last[0]
+    share = figures.get("communication", 0.0) / figures["seconds"][-1]
     return {
         "tokens_per_second": found,
         "memory": [one["memory"] for one in last],
         "communication_share": share,
-        "bytes_sent": said.get("bytes", 0),
+        "bytes_sent": figures.get("bytes", 0),
         "loss": [one["loss"] for one in last],
     }
 
@@ -120,7 +120,7 @@ def report(label: str, found: dict[str, Any]) -> None:
 
 
 def corpus(work: Path, vocab_size: int) -> Path:
-    """Real text where there is some, or tinyworld's, built with a vocabulary of this size."""
+    """A folder of real text where HEADRACE_DATA has it, else of tinyworld, with a vocabulary of this size."""
     out = work / f"data-{vocab_size}"
     if not out.exists():
         text = Path(os.environ.get("HEADRACE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -131,7 +131,7 @@ def corpus(work: Path, vocab_size: int) -> Path:
 
 
 def checkpoint(folder: Path, data: Path, config: ModelConfig) -> Path:
-    """A folder that both sides begin from: random weights, the data's tokenizer, our recipe."""
+    """The folder from which both sides start: random weights, the data's tokenizer, our recipe."""
     model = Transformer(config, load_ops("reference"))
     model.init_weights(0)
     save_model(model, folder)

@@ -1,4 +1,4 @@
-"""The sides of the training comparison, each rank in a process of its own.
+"""The sides of the training comparison, each rank in its own process.
 
     python bench/train_sides.py KIND FOLDER DATA ROWS TOKENS THREADS RANK SIZE PORT
 
@@ -66,7 +66,7 @@ def torch_side(
 
 
 def _clip(parameters: list[Any]) -> None:
-    """`clip_grad_norm_` where some gradients are split tensors and some are not, which it does not take."""
+    """`clip_grad_norm_` for a mix of DTensor and plain gradients, which torch's does not take."""
     norms = [parameter.grad.norm() for parameter in parameters]
     whole = torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]).norm()
     for parameter in parameters:

@@ -1,8 +1,8 @@
-"""The sides of a comparison, each in a process of its own, so that no thread pool disturbs another's.
+"""The sides of a comparison, each in its own process, so that thread pools do not disturb each other.
 
     python bench/workers.py headrace|torch-slots|transformers CHECKPOINT THREADS
 
-Reads a JSON job list a line, runs it, and answers with a JSON line of what it took. A worker that is not being
+Reads a JSON job list a line, runs it, and answers with a JSON line of the times. A worker that is not being
 measured waits on its standard input and computes nothing.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class Side:
-    """A worker process, seen from the benchmark."""
+    """The benchmark's handle of a worker process."""
 
     def __init__(self, kind: str, checkpoint: Path, threads: int, python: str = sys.executable) -> None:
         self.kind = kind
@@ -37,7 +37,7 @@ class Side:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise SystemExit(f"the {self.kind} worker died")
+            raise SystemExit(f"the {self.kind} worker ended: its standard error has the cause")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class Side:
 
 
 def headrace(checkpoint: str, threads: int, torch_slots: bool = False) -> Any:
-    """Our engine; a fresh one (empty cache) for every run, around one loaded model."""
+    """Our engine: a new one with an empty cache for every run, on one loaded model."""
     from headrace.bench.load import Job, run_jobs
     from headrace.kernels.ops import load_ops
     from headrace.llm.assemble import assemble

@@ -1,18 +1,18 @@
-"""ZeRO's stages beside each other, beside PyTorch's DDP and FSDP2, and beside DeepSpeed.
+"""ZeRO's stages compared with each other, with PyTorch's DDP and FSDP2, and with DeepSpeed.
 
     python bench/zero.py [--quick] [--only WORDS] [--deepspeed PYTHON]
 
 The 12m model of bench/train.py, on processes of one thread each: 2 of them, and 4, which on two cores share them. All
-sides start from the same weights and read the same rows in the same order, in turn; their last losses say so.
+sides start from the same weights and read the same rows in the same order, in turn; their last losses show it.
 
     plain      our stages 0, 1 and 2 and DDP          deepspeed   our stages 0, 1 and 2 and DeepSpeed's
     divided    our stage 3, FSDP2, DeepSpeed's 3      overlap     our stages with and without it
-    snapshots  what one a minute would cost, and the way back
+    snapshots  the cost of one per minute, and the time to resume
 
-Prints tokens per second, ratios of what stood beside each other in a round with the bar each is held to, the peak of
-memory of all ranks together, bytes sent and the share of a step for which a rank waited for others. PYTHON is that of
-an environment with torch, transformers and deepspeed, else of HEADRACE_DEEPSPEED_PYTHON; without one DeepSpeed is not
-measured. `--only` runs the cases in whose names all WORDS are; docs/results/zero.json keeps the others as they were.
+Prints tokens per second, ratios of neighbouring runs with their bars, the peak memory of all ranks together, bytes sent
+and the share of a step for which a rank waited for others. PYTHON is the interpreter of an environment with torch,
+transformers and deepspeed (default: HEADRACE_DEEPSPEED_PYTHON); without one, DeepSpeed is not measured. `--only` runs
+the cases whose names have all WORDS; docs/results/zero.json keeps the results of the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from train import SIZES, checkpoint, corpus
 
 MODEL, ROWS, TOKENS = SIZES["12m"]
 BATCHES = 48
-"""More steps than any side does."""
+"""More than the steps of any side."""
 SCRIPT = Path(__file__).with_name("zero_sides.py")
 PLAIN = ["headrace:0", "headrace:1", "headrace:2"]
 ALL = [*PLAIN, "headrace:3"]
@@ -46,7 +46,7 @@ ALL = [*PLAIN, "headrace:3"]
 
 @dataclass(frozen=True)
 class Test:
-    """Sides that are measured in turn, and who of them is held to which ratio of whom."""
+    """Sides that are measured in turn, and (ours, theirs, least ratio) of each comparison."""
 
     sides: Sequence[str]
     bars: Sequence[tuple[str, str, float | None]]
@@ -76,14 +76,14 @@ TESTS = {
 CASES = [(ranks, "float32", name) for ranks in (2, 4) for name in ("plain", "deepspeed", "divided")]
 CASES += [(2, "bfloat16", name) for name in ("deepspeed", "divided")]
 CASES += [(2, "float32", name) for name in ("overlap", "snapshots")]
-"""Products in bfloat16 are slow in torch on a CPU: there the peers' memory is what there is to see."""
+"""Products in bfloat16 are slow in torch on a CPU: only the peers' memory is comparable."""
 
 
 def main() -> None:
-    """All cases, or those asked for."""
+    """Run all cases, or the chosen ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a step a round: whether it runs, not how fast")
-    parser.add_argument("--only", help="words that a case's name must have, as in '2 float32 divided'")
+    parser.add_argument("--quick", action="store_true", help="one step per round, to try the script")
+    parser.add_argument("--only", help="words in a case's name, as in '2 float32 divided'")
     parser.add_argument("--deepspeed", default=os.environ.get("HEADRACE_DEEPSPEED_PYTHON", ""), metavar="PYTHON")
     arguments = parser.parse_args()
     path = Path("docs/results/zero.json")
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def measured(test: Test, folder: Path, ranks: int, dtype: str, quick: bool, deepspeed: str) -> dict[str, Any]:
-    """One case: figures of every side, and the ratios."""
+    """Run one case: figures of every side, and the ratios."""
     left_out = [] if deepspeed else [kind for kind in test.sides if kind.startswith("deepspeed")]
     for kind in left_out:
         print(f"  {kind:16s} not measured: name its python with --deepspeed")
@@ -138,26 +138,26 @@ def measured(test: Test, folder: Path, ranks: int, dtype: str, quick: bool, deep
     }
 
 
-def report(kind: str, speed: Sequence[float], told: dict[str, Any]) -> None:
-    """A side's line."""
-    if "resume" in told:
+def report(kind: str, speed: Sequence[float], last: dict[str, Any]) -> None:
+    """Print a side's figures."""
+    if "resume" in last:
         print(
-            f"  {kind:16s} a snapshot costs {told['snapshot']:.2f} s, one a minute {told['snapshot'] / 60:.1%} (bar "
-            f"5%); a run begins in {told['begin']:.2f} s, resumes in {told['resume']:.2f} s; "
-            f"a step {told['step']:.2f} s, loss {told['loss']:.5f}"
+            f"  {kind:16s} a snapshot costs {last['snapshot']:.2f} s, one a minute {last['snapshot'] / 60:.1%} (bar "
+            f"5%); a run begins in {last['begin']:.2f} s, resumes in {last['resume']:.2f} s; "
+            f"a step {last['step']:.2f} s, loss {last['loss']:.5f}"
         )
         return
     ours = (
         (
-            f"  sent {told['bytes'] / 2**20:5.1f} MiB, in messages {told['communication'] / told['seconds'][-1]:4.0%}, "
-            f"waiting {told['waited'] / told['seconds'][-1]:4.0%} of a step"
+            f"  sent {last['bytes'] / 2**20:5.1f} MiB, in messages {last['communication'] / last['seconds'][-1]:4.0%}, "
+            f"waiting {last['waited'] / last['seconds'][-1]:4.0%} of a step"
         )
-        if "bytes" in told
+        if "bytes" in last
         else ""
     )
     print(
-        f"  {kind:16s} {statistics.median(speed):6.0f} tokens/s  memory {told['memory'] / 2**20:5.0f} MiB  "
-        f"loss {told['loss']:.5f}{ours}",
+        f"  {kind:16s} {statistics.median(speed):6.0f} tokens/s  memory {last['memory'] / 2**20:5.0f} MiB  "
+        f"loss {last['loss']:.5f}{ours}",
         flush=True,
     )
 
@@ -165,7 +165,7 @@ def report(kind: str, speed: Sequence[float], told: dict[str, Any]) -> None:
 def held(
     ours: str, theirs: str, bar: float | None, found: dict[str, list[float]], last: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """A ratio, printed beside its bar."""
+    """Print a ratio beside its bar, and return its record."""
     speed = pairs(found[ours], found[theirs])
     memory = last[ours]["memory"] / last[theirs]["memory"]
     verdict = "" if bar is None else f"bar {bar:.2f}: {'holds' if speed.ratio >= bar else 'FALLS SHORT'}"
@@ -183,7 +183,7 @@ def held(
 
 
 def prepared(work: Path) -> Path:
-    """What all sides begin from, see zero_sides.py."""
+    """The folder from which all sides start, see zero_sides.py."""
     data = corpus(work, MODEL.vocab_size)
     folder = checkpoint(work / "12m", data, MODEL)
     recipe = folder / "recipe.toml"
@@ -193,7 +193,7 @@ def prepared(work: Path) -> Path:
     stream = open_source(DataConfig(str(data), 0, shuffle="pieces").resolved()).stream(ROWS, TOKENS)
     torch.save([laid_out(stream.next(), ROWS, TOKENS) for _ in range(BATCHES)], folder / "batches.pt")
     kernels = Side(SCRIPT, ("headrace:0", folder, "float32"))
-    kernels.run(1)  # compiled once, which takes memory that no step does
+    kernels.run(1)  # compile once, which takes more memory than a step
     kernels.close()
     return folder
 

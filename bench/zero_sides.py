@@ -1,11 +1,11 @@
-"""The sides of the ZeRO comparison, each rank in a process of its own, with one thread.
+"""The sides of the ZeRO comparison, each rank in its own process, with one thread.
 
     python bench/zero_sides.py KIND FOLDER DTYPE RANK SIZE PORT
 
 KIND is headrace:STAGE, headrace:STAGE:still (without overlap), snapshots:STAGE, ddp, fsdp (FSDP2, a group for every
 layer and one for the rest) or deepspeed:STAGE. FOLDER holds the first weights, our recipe, and for the peers
 batches.pt: the rows that our trainer reads, in its order, with the number of targets. On all sides the loss is the sum
-over a batch's targets divided by their number, and AdamW is what our recipe says.
+over a batch's targets divided by their number, and AdamW has our recipe's settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sides import Step, gloo, serve, trainer
 
 RATE, DECAY, CLIP = 1e-4, 0.1, 1.0
 STEPS, EVERY = 30, 6
-"""Of the run with snapshots: a snapshot after every sixth."""
+"""Steps of the run with snapshots, which writes one after every sixth."""
 
 
 def headrace(stage: str, folder: Path, dtype: str, rank: int, size: int, port: int, still: bool = False) -> Step:
@@ -46,7 +46,7 @@ def headrace(stage: str, folder: Path, dtype: str, rank: int, size: int, port: i
 
 
 def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: int) -> Step:
-    """Whole runs: what a snapshot costs those that go on, and how long the way back from one takes."""
+    """Whole runs: the cost of a snapshot to a run, and the time to resume from one."""
     from headrace.kernels.ops import load_ops
     from headrace.parallel.mesh import launched
     from headrace.train.config import load_recipe
@@ -60,7 +60,7 @@ def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
     runs = 0
 
     def run(steps: int, resume: bool) -> tuple[list[float], float]:
-        """(when it began and every step was done, the last loss)."""
+        """(times of the beginning and of every step's end, the last loss)."""
         times = [time.perf_counter()]
 
         def note(line: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
 
     def step() -> tuple[float, dict[str, Any]]:
         nonlocal runs
-        run(1, False)  # so that kernels are loaded when the next begins
+        run(1, False)  # load the kernels before the measured runs
         runs += 1
         times, _ = run(STEPS, False)
         again, loss = run(STEPS + 1, True)
@@ -102,7 +102,7 @@ def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
 
 
 def ddp(folder: Path, dtype: str, rank: int, size: int, port: int) -> Step:
-    """torch's data parallelism, gradients in its buckets' memory."""
+    """torch's data parallelism, with gradients in the buckets' memory."""
     gloo(rank, size, port)
     model = _model(folder, dtype)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -183,7 +183,7 @@ def _adamw(model: Any) -> torch.optim.AdamW:
 
 
 def _losses(folder: Path, rank: int, size: int) -> Callable[[Any], torch.Tensor]:
-    """The next batch's loss on this rank, of whose mean over the ranks the gradients are taken."""
+    """The next batch's loss on this rank; gradients are those of the mean over the ranks."""
     batches = iter(torch.load(folder / "batches.pt"))
 
     def loss_of(model: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Reinforcement learning needs the log-probabilities of what was sampled, and the trainer's are the server's.
+"""Reinforcement learning: the trainer's log-probabilities of sampled tokens equal the server's, bit for bit.
 
-A small model is trained for a moment and served; completions are sampled over HTTP; the trainer computes them again,
-packed in one batch. Then the policy takes a step, the live engine gets its weights, and once more both agree.
+It trains a small model briefly and serves it, samples completions over HTTP, and recomputes their log-probabilities in
+the trainer, packed in one batch. Then the policy takes a step, a live engine gets its weights, and both agree again.
 
     python examples/rl_logprobs.py          # prints max |Δ| = 0, twice
 """
@@ -21,7 +21,7 @@ import torch
 from headrace import LLM, SamplingParams
 from headrace.kernels.ops import load_ops
 from headrace.train.config import load_recipe
-from headrace.train.data import Batch, batch_of
+from headrace.train.data import TrainingBatch, batch_of
 from headrace.train.run import train
 from headrace.train.trainer import Trainer
 
@@ -31,7 +31,7 @@ RATE = 1e-3
 
 
 def main() -> None:
-    """Sample, recompute, compare; update, and again."""
+    """Sample, recompute and compare; update the policy, and repeat."""
     with tempfile.TemporaryDirectory() as folder:
         ops = load_ops("cpu")
         checkpoint = train(
@@ -56,14 +56,14 @@ def difference(ours: torch.Tensor, theirs: list[float]) -> float:
 
 
 def policy_gradient_step(trainer: Trainer, logprobs: torch.Tensor) -> None:
-    """REINFORCE with a made-up reward: make what was sampled a little more likely."""
+    """A step of REINFORCE with a reward of 1: make the sampled tokens a little more likely."""
     grads = torch.autograd.grad(-logprobs.mean(), trainer.parameters)
     with torch.no_grad():
         for parameter, grad in zip(trainer.parameters, grads):
             parameter -= RATE * grad
 
 
-def sample_over_http(checkpoint: Path) -> tuple[Batch, list[float]]:
+def sample_over_http(checkpoint: Path) -> tuple[TrainingBatch, list[float]]:
     """Completions from `headrace serve`, as a batch, and the log-probabilities that it reported."""
     server = subprocess.Popen(
         [sys.executable, "-m", "headrace", "serve", str(checkpoint), "--port", "0"], stdout=subprocess.PIPE, text=True
@@ -95,15 +95,15 @@ def sample_over_http(checkpoint: Path) -> tuple[Batch, list[float]]:
         server.wait()
 
 
-def sample(llm: LLM) -> tuple[Batch, list[float]]:
-    """The same from an engine in this process."""
+def sample(llm: LLM) -> tuple[TrainingBatch, list[float]]:
+    """The same, from an engine in this process."""
     outputs = llm.generate(PROMPTS, [SamplingParams(max_tokens=24, seed=i, logprobs=1) for i in range(len(PROMPTS))])
     choices = [output.outputs[0] for output in outputs]
     scores = [table[token].logprob for c in choices for token, table in zip(c.token_ids, c.logprobs or [])]
     return as_batch([(o.prompt_token_ids, c.token_ids) for o, c in zip(outputs, choices)]), scores
 
 
-def as_batch(rows: list[tuple[list[int], list[int]]]) -> Batch:
+def as_batch(rows: list[tuple[list[int], list[int]]]) -> TrainingBatch:
     """Prompts and completions, packed; the completions' tokens count."""
     return batch_of([([*prompt, *out], [False] * len(prompt) + [True] * len(out)) for prompt, out in rows])
 

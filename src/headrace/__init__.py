@@ -1,6 +1,6 @@
-"""headrace trains, shrinks, serves and routes language models with one model definition.
+"""headrace trains and serves language models with one model definition.
 
-`from headrace import LLM, AsyncLLM, SamplingParams` is the in-process engine; `headrace --help` the commands.
+`from headrace import LLM, AsyncLLM, SamplingParams` gives the in-process engine; `headrace --help` lists the commands.
 """
 
 import os
@@ -31,7 +31,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # torch's OpenMP threads spin for milliseconds when they wait, which on a busy machine makes a training step take
-# seconds. libgomp reads this when it loads, so it is said before torch is imported.
+# seconds. libgomp reads this variable when it loads, so set it before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -46,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `headrace --help` and a bad flag should not wait for torch."""
+    """Import on first use, so that `headrace --help` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'headrace' has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""Flat, frozen, self-validating configuration. A value that cannot work is refused here, by name."""
+"""Flat, frozen configuration dataclasses. Each checks its values and names the field at fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RopeScaling:
     """Rotary position scaling with tables that depend on the position alone.
 
     `kind` is "linear", "llama3" or "yarn". Kinds whose tables change with the sequence length (dynamic NTK,
-    longrope) break the first law, a token being a function of its prefix, and are refused at load.
+    longrope) would make a token depend on more than its prefix, and are refused at load.
     """
 
     kind: str
@@ -56,10 +56,10 @@ class RopeScaling:
 class ModelConfig:
     """Shape and family flags of one dense decoder (Llama, Mistral, Qwen2, Qwen3 and their likes).
 
-    `virtual_shards` is V of the first law: row-parallel products and the vocabulary are summed in V parts and a
-    balanced tree at every tensor-parallel degree, so V belongs to the fingerprint. `sliding_layers[i]` says
-    whether layer i sees only the last `sliding_window` positions; empty means every layer, if a window is set.
-    `dropout` is the share of what joins the residual stream that a trainer drops; nobody else does.
+    `virtual_shards` is V: row-parallel products and the vocabulary are summed in V parts and a balanced tree at
+    every tensor-parallel degree, so V belongs to the fingerprint. Where `sliding_layers[i]` is true, layer i sees
+    only the last `sliding_window` positions; empty means every layer, if a window is set. `dropout` is the
+    probability with which training drops an element of what is added to the residual stream; inference ignores it.
     """
 
     architecture: str
@@ -126,11 +126,11 @@ class ModelConfig:
 
     @property
     def shards(self) -> int:
-        """V: the virtual shards really used, the greatest that divides the head count."""
+        """V as used: the greatest common divisor of `virtual_shards` and the head count."""
         return math.gcd(self.virtual_shards, self.num_heads)
 
     def window(self, layer: int) -> int:
-        """Positions that `layer` may look back on, itself included; 0 for all of them."""
+        """Positions that `layer` attends to, the current one included; 0 for all of them."""
         if self.sliding_layers and not self.sliding_layers[layer]:
             return 0
         return self.sliding_window
@@ -159,12 +159,12 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Who runs next (`policy`), how a step is filled (`batching`), what admission reserves (`reserve`).
+    """Which request runs next (`policy`), how a step is filled (`batching`), what admission reserves (`reserve`).
 
     `reserve` other than "none" imitates the contiguous allocators that the PagedAttention paper compares with.
-    `queue_depth` is how many plans may be in flight; `lpm_patience` how many steps a waiting request may be
-    overtaken before longest-prefix-match must take it; `prefix_patience` how many steps a request waits for a
-    prefix that another is computing.
+    `queue_depth`: plans that may be in flight. `lpm_patience`: steps for which longest-prefix-match may let others
+    overtake a waiting request. `prefix_patience`: steps for which a request waits for a prefix that another request
+    is computing.
     """
 
     policy: str = "fcfs"

@@ -1,10 +1,10 @@
-"""What headrace raises when a user's input is at fault: each message says what to do."""
+"""Errors that a user's input causes. Each message states what to do."""
 
 __all__ = ["CheckpointError", "ConfigError", "HeadraceError", "RequestError"]
 
 
 class HeadraceError(ValueError):
-    """The input is at fault. The command line prints it as one line and exits with code 2."""
+    """Wrong input. The command line prints the message as one line and exits with code 2."""
 
 
 class CheckpointError(HeadraceError):

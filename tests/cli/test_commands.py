@@ -224,7 +224,7 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     (tmp_path / "runs/demo/summary.json").unlink()
     monkeypatch.setattr(demo, "_serve", lambda *_: None)
     code, out, _ = run(capsys, "demo")
-    assert code == 0 and "--once trains anew" in out and "Training" not in out
+    assert code == 0 and "--once trains again" in out and "Training" not in out
 
 
 def files(folder):
@@ -271,7 +271,7 @@ def test_demo_goes_on_after_a_death_and_a_broken_summary(capsys, tmp_path, monke
     monkeypatch.setattr(demo, "_serve", lambda *_: None)
     code, out, _ = run(capsys, "demo")
     assert code == 0 and "using the model in runs/demo/hf" in out
-    assert "runs/demo/summary.json cannot be read: going on without" in out
+    assert "runs/demo/summary.json cannot be read: the figures" in out
     written = json.loads((tmp_path / "runs/demo/summary.json").read_text())
     assert written["accuracy"] == 1.0 and not (tmp_path / "runs/demo.old").exists()
 

@@ -84,7 +84,7 @@ def test_end_tokens_inside_a_text_are_told(capsys, tmp_path):
     code, said, _ = run(
         capsys, "data", "build", tmp_path / "a.txt", "--out", tmp_path / "a", "--vocab-size", 270, "--split-on", ""
     )
-    assert code == 0 and "1 documents have the end token inside them" in said and "--split-on" in said
+    assert code == 0 and "1 documents have an end token before their end" in said and "--split-on" in said
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_a_built_folder_trains_and_generates(capsys, texts, tmp_path, monkeypatc
 
 def test_a_source_that_is_not_there_is_named(capsys, tmp_path):
     code, _, error = run(capsys, "train", RECIPE, "--out", tmp_path / "run", "--set", "data.source=nowhere")
-    assert code == 2 and "data.source='nowhere' is not one of tinyworld and the folders" in error
+    assert code == 2 and "data.source='nowhere' is neither tinyworld nor a folder" in error

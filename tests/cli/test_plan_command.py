@@ -61,7 +61,7 @@ def test_what_a_run_has_held_stands_beside_the_plan(capsys, tinyworld_checkpoint
         (["--devices", "4"], "--devices 4 are fewer than parallel.tensor=8"),
         (["--memory", "much"], "amount of memory"),
         (["--devices", "24"], "3 copies of the model are not a power of two"),
-        (["--memory", "0"], "more than nothing"),
+        (["--memory", "0"], "more than 0"),
         (["--set", "model.hiden_size=3"], "did you mean model.hidden_size"),
     ],
 )

@@ -20,9 +20,9 @@ EOS = 3
 VOCAB = 97
 
 
-def make(num_blocks=64, block_size=4, host_slots=0, context=256, caching=True, eos=(EOS,), **options):
+def make(num_blocks=64, block_size=4, host_slots=0, context=256, caching=True, eos=(EOS,), batcher=None, **options):
     cache = CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=caching)
-    scheduler = Scheduler(SchedulerConfig(**options), cache, context, eos, host_slots)
+    scheduler = Scheduler(SchedulerConfig(**options), cache, context, eos, host_slots, batching=batcher)
     runner = NullRunner(num_blocks, block_size, host_slots, VOCAB, check=True)
     return Engine(scheduler, runner, options.get("queue_depth", 1))
 
@@ -335,8 +335,7 @@ class ShortChunks(Sarathi):
 
 @pytest.mark.parametrize("patience", [256, 2, 0])
 def test_prefixes_being_computed_are_shared_not_recomputed(patience):
-    engine = make(300, 4, context=200, prefix_patience=patience)
-    engine.scheduler.batching = ShortChunks(64, 64)
+    engine = make(300, 4, context=200, prefix_patience=patience, batcher=ShortChunks(64, 64))
     prompt = list(range(40))
     requests = [Case(i, [*prompt, 50 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(6)]
     check(engine, requests)
@@ -440,11 +439,11 @@ def test_drafts_are_kept_as_far_as_they_are_accepted():
         if got and request.status.value == "running":
             right = rng.randrange(4)
             drafts = [*expected[len(got) : len(got) + right], 96, 95][: max(0, 29 - len(got))]
-            request.spec_token_ids = drafts
+            engine.scheduler.draft(request.request_id, drafts)
         for update in engine.step():
             got += update.token_ids
         engine.scheduler.check_integrity()
-    assert got == expected and engine.scheduler.counters.steps < 25
+    assert got == expected and engine.scheduler.stats.steps < 25
     no_leak(engine.scheduler)
 
 

@@ -1,4 +1,4 @@
-"""`Instance`: an engine that obeys messages, without a process around it."""
+"""`Instance`: an engine that executes commands, without its process."""
 
 import pytest
 
@@ -22,19 +22,19 @@ class Driver:
         self.instance = Instance(llm, self.batches.append)
 
     def run(self, *commands, steps=10_000):
-        """News of the commands and at most `steps` steps, flat."""
+        """Events of the commands and at most `steps` steps, flat."""
         self.batches.clear()
         for command in commands:
-            self.instance._obey(command)
+            self.instance._execute(command)
         self.instance._step()
         while self.instance._busy() and (steps := steps - 1):
             self.instance._step()
-        return [news for batch in self.batches for news in batch.news]
+        return [news for batch in self.batches for news in batch.events]
 
     def check_empty(self):
         held = vars(self.instance)
-        assert not held["_sent"] and not held["_embeds"] and not held["_news"]
-        assert not held["_explainer"]._stories and not held["_explainer"]._names
+        assert not held["_sent"] and not held["_embeds"] and not held["_events"]
+        assert not held["_explainer"]._timelines and not held["_explainer"]._names
 
 
 @pytest.fixture
@@ -49,15 +49,15 @@ def kinds(news):
     return [type(item) for item in news]
 
 
-def test_one_message_a_step_carries_all_its_news(driver):
+def test_one_message_a_step_carries_all_its_events(driver):
     adds = [Add(str(i), [5 + i, 6], {**PARAMS, "seed": i}) for i in range(5)]
     driver.run(*adds)
-    first = driver.batches[0].news
+    first = driver.batches[0].events
     assert kinds(first) == [Accepted] * 5 + [Delta] * 5 + [StepReport]
-    assert all(kinds(batch.news)[-1] is StepReport for batch in driver.batches)
+    assert all(kinds(batch.events)[-1] is StepReport for batch in driver.batches)
     assert len(driver.batches) == 12
     assert first[-1].prefill_tokens == 10 and first[-1].decode_tokens == 0
-    assert driver.batches[1].news[-1].decode_tokens == 5
+    assert driver.batches[1].events[-1].decode_tokens == 5
 
 
 def test_text_that_may_become_a_stop_string_comes_later_than_its_tokens(driver, llm):
@@ -102,10 +102,10 @@ def test_a_refusal_names_the_parameter(driver, command, message, param):
 def test_embeddings_come_one_a_step_in_their_order_and_may_be_withdrawn(driver):
     news = driver.run(*(Embed(name, [5, 6, 7]) for name in "abc"), Abort("b"), Add("x", [5, 6], PARAMS))
     assert [n.name for n in news if isinstance(n, Embedding)] == ["a", "c"]
-    assert sum(isinstance(n, Embedding) for n in driver.batches[0].news) == 1
+    assert sum(isinstance(n, Embedding) for n in driver.batches[0].events) == 1
 
 
-def test_a_preempted_request_says_so(driver, llm):
+def test_preemptions_are_in_the_explanation(driver, llm):
     """Ten that grow past what 39 blocks hold."""
     adds = [Add(str(i), [3 + i] * 40, {**PARAMS, "max_tokens": 60}) for i in range(10)]
     told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.finished}
@@ -127,7 +127,7 @@ def test_an_aborted_search_takes_no_neighbour_with_it(driver, llm):
     expected = llm.generate([[9, 8]], SamplingParams(**PARAMS))[0]
     search = {"beam_width": 2, "n": 2, "max_tokens": 9, "seed": 0}
     driver.run(Add("search", [5, 6], search), Add("beside", [9, 8], PARAMS), steps=1)
-    first = [c for b in driver.batches for n in b.news if isinstance(n, Delta) for c in n.choices]
+    first = [c for b in driver.batches for n in b.events if isinstance(n, Delta) for c in n.choices]
     news = driver.run(Abort("search"))
     rest = [c for n in news if isinstance(n, Delta) and n.name == "beside" for c in n.choices]
     assert [t for c in first + rest for t in c.token_ids] == expected.outputs[0].token_ids
@@ -135,11 +135,11 @@ def test_an_aborted_search_takes_no_neighbour_with_it(driver, llm):
 
 def test_nothing_is_kept_of_many_requests(driver):
     for i in range(200):
-        driver.run(Add(f"{i}", [5, 6], {**PARAMS, "max_tokens": 2}), Inspect(0), Abort(f"{i - 1}"))
+        driver.run(Add(f"{i}", [5, 6], {**PARAMS, "max_tokens": 2}), Inspect("i", 0), Abort(f"{i - 1}"))
         driver.check_empty()
 
 
-def test_ready_says_what_the_engine_holds(driver, llm):
+def test_ready_describes_the_engine(driver, llm):
     ready = driver.instance.ready(1.5)
     assert ready.kv_blocks == 39 and ready.block_size == 16 and ready.kv_tokens == 39 * 16
     assert ready.fingerprint == llm.fingerprint and ready.startup_seconds == 1.5

@@ -1,4 +1,4 @@
-"""The messages: what goes in comes out, floats to the bit."""
+"""Messages keep their values through encoding, floats to the bit."""
 
 import math
 
@@ -8,9 +8,9 @@ import pytest
 from headrace.instance.wire import (
     Accepted,
     Add,
-    Batch,
     ChoiceDelta,
     Delta,
+    EventBatch,
     Explanation,
     StepReport,
     TokenEntry,
@@ -28,10 +28,10 @@ def test_events_come_through_with_their_bits():
     news = [
         Accepted("1"),
         Delta("1", [choice], [None, TABLE], 5, True, Explanation(0.1, batch_sizes=[1, 2])),
-        Tree([(1, -1, 16, 2, "a")], complete=False),
-        StepReport({"steps": 1, "finished": {"stop": 2}}),
+        Tree("2", [(1, -1, 16, 2, "a")], complete=False),
+        StepReport("0", {"steps": 1, "finished": {"stop": 2}}),
     ]
-    assert decode_event(encode(Batch(news))) == Batch(news)
+    assert decode_event(encode(EventBatch(news))) == EventBatch(news)
 
 
 def test_commands_come_through():

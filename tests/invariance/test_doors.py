@@ -14,10 +14,10 @@ import pytest
 from headrace import LLM, SamplingParams
 from headrace.serve import http
 from headrace.serve.app import create_app
-from headrace.serve.metrics import Metrics
-from headrace.serve.parts import Parts
+from headrace.serve.metrics import ServerMetrics
+from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.settings import ServeSettings
-from headrace.serve.texts import Texts
+from headrace.serve.text_service import TextService
 from headrace.text.tokenizer import Tokenizer
 from invariance.harness import prompts
 from serve.gateway_kit import start
@@ -111,9 +111,9 @@ def test_a_door_that_rounds_is_noticed(folders, monkeypatch):
 
     async def ask():
         gateway, _ = await start(folders["tinyworld"])
-        texts = Texts(Tokenizer.from_folder(folders["tinyworld"]))
-        parts = Parts(gateway, texts, Metrics("door"), ["door"], defaults={}, priorities=False)
-        transport = httpx.ASGITransport(create_app(parts, ServeSettings()))
+        texts = TextService(Tokenizer.from_folder(folders["tinyworld"]))
+        models = ModelDirectory(ServedModel(gateway, texts, ["door"], defaults={}, priorities=False))
+        transport = httpx.ASGITransport(create_app(models, ServerMetrics("door"), ServeSettings()))
         async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
             fields = {**SAMPLING["greedy"], **ASKED, "prompt": ids, "return_token_ids": True}
             right = (await client.post("/v1/completions", json=fields)).json()["choices"]

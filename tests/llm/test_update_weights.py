@@ -84,7 +84,7 @@ def test_what_does_not_fit_changes_nothing(tinyworld_checkpoint, other, tmp_path
     name = "model.norm.weight"
     for wrong, said in (
         ({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
-        ({**tensors, "extra": tensors[name]}, "extra is none of it"),
+        ({**tensors, "extra": tensors[name]}, "extra is not in the model"),
         ({**tensors, name: torch.ones(3)}, f"{name} has shape"),
     ):
         with pytest.raises(CheckpointError, match=said):

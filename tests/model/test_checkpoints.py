@@ -288,7 +288,7 @@ def test_resolve(tmp_path, monkeypatch):
     for wrong in ("./absent", "/absent/model", "~absent/x/y", "absent", "a/b/c", "org/"):
         with pytest.raises(CheckpointError, match="is neither a folder nor a Hugging Face id"):
             resolve(wrong)
-    with pytest.raises(CheckpointError, match=r"hub did not give it \(ConnectionError\): give the path"):
+    with pytest.raises(CheckpointError, match=r"Hugging Face hub failed \(ConnectionError\): give the path"):
         resolve("org/absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file: give the folder"):

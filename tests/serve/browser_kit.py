@@ -1,4 +1,4 @@
-"""A visit to the playground by a browser, and what can be asked of its page."""
+"""A browser on the playground's page, and helpers to read and drive the page."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 PATIENCE = 30_000
-"""Milliseconds that a condition may take."""
+"""Timeout of a condition, in milliseconds."""
 QUESTION = "Where does Mia live?"
 
 # Every text on the page whose colour has less contrast with what is behind it than 4.5, as "text: contrast".
@@ -61,7 +61,7 @@ WATCH = """() => {
 
 
 class Visit:
-    """A page of the playground, what it asked for, and what went wrong in it."""
+    """A page of the playground, its requests and its errors."""
 
     def __init__(self, context, url):
         from playwright.sync_api import expect
@@ -85,20 +85,20 @@ class Visit:
             self.bodies.append(request.post_data_json)
 
     def _failed(self, request):
-        if request.failure != "net::ERR_ABORTED":  # which is what the page itself does, to stop
+        if request.failure != "net::ERR_ABORTED":  # the page itself aborts a request to stop a reply
             self.problems.append(f"failed: {request.url} {request.failure}")
 
     def at(self, selector):
         return self.page.locator(selector)
 
     def ready(self):
-        """Wait until the page knows its server."""
+        """Wait until the page has loaded the server's models."""
         self.expect(self.at("#state")).to_have_attribute("data-state", "ready")
         self.at("#starters button").first.wait_for()
         return self
 
     def ask_for(self, **fields):
-        """Put fields into requests that the page has no control for."""
+        """Add request fields for which the page has no control."""
         self.page.unroute_all()
         self.page.route(
             "**/v1/chat/completions",
@@ -106,7 +106,7 @@ class Visit:
         )
 
     def set(self, **values):
-        """Sampling controls, by what the API calls them."""
+        """Sampling controls, by their API names."""
         if not self.at("#settings").is_visible():
             self.at("#tune").click()
         for name, value in values.items():
@@ -118,7 +118,7 @@ class Visit:
         self.at("#prompt").press("Enter")
 
     def reply(self, text=QUESTION):
-        """The text of a reply, once it is over, without the names of silent tokens."""
+        """The text of a reply, after its end, without the names of silent tokens."""
         count = self.at(".reply").count()
         self.say(text)
         self.expect(self.at(".reply:not(.pending)")).to_have_count(count + 1)
@@ -134,7 +134,7 @@ class Visit:
 
 @contextlib.contextmanager
 def visiting(browser, url, allowed=None, **context):
-    """A visit in which nothing goes wrong but what matches `allowed`, and nobody else is asked anything."""
+    """A visit without errors except those that match `allowed`, and without requests to other hosts."""
     with browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **context}) as opened:
         opened.set_default_timeout(PATIENCE)
         visit = Visit(opened, url)

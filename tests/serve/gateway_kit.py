@@ -1,4 +1,4 @@
-"""What tests of the gateway share: requests of every kind, what an engine gives for them, an observer."""
+"""Helpers for tests of the gateway: requests of every kind, comparisons with an engine's output, an observer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPT = "Once upon a time, there was a child called Mia, who lived in a small h
 
 
 def kinds(llm: LLM) -> dict[str, SamplingParams]:
-    """`KINDS`, and stop strings of several tokens that this model does write."""
+    """`KINDS`, and stop strings of several tokens that this model does generate."""
     plain = replace(KINDS["seeded"], max_tokens=60, ignore_eos=True)
     text = llm.generate(PROMPT, plain)[0].outputs[0].text
     stop = text[len(text) // 2 : len(text) // 2 + 7]
@@ -40,20 +40,20 @@ def kinds(llm: LLM) -> dict[str, SamplingParams]:
 
 
 def same(output: RequestOutput, expected: RequestOutput) -> None:
-    """All that the client is told of its tokens, by ==."""
+    """Everything a client gets of its tokens, by ==."""
     assert output.outputs == expected.outputs
     assert output.prompt_logprobs == expected.prompt_logprobs
     assert output.finished and expected.finished
 
 
 async def check_stream(stream: Stream, expected: RequestOutput) -> None:
-    """Read a stream to its end: its deltas add up to the expected output, and nothing is ever taken back."""
+    """Read a stream to its end: its deltas add up to the expected output."""
     texts = [""] * len(expected.outputs)
     tokens: list[list[int]] = [[] for _ in expected.outputs]
     over = [False] * len(expected.outputs)
     async for delta in stream:
         for new in delta.choices:
-            assert not over[new.index], "news of a choice that is over"
+            assert not over[new.index], "an event of a finished choice"
             over[new.index] = new.finish_reason is not None
             texts[new.index] += new.text
             tokens[new.index] += new.token_ids
@@ -64,7 +64,7 @@ async def check_stream(stream: Stream, expected: RequestOutput) -> None:
 
 
 class Watcher:
-    """An observer that keeps what it is told, and kills the instance at the tokens it is given."""
+    """An observer that records its calls, and kills the instance at given tokens."""
 
     def __init__(self) -> None:
         self.gateway: Gateway | None = None
@@ -74,23 +74,26 @@ class Watcher:
         self.told: list[tuple[Any, ...]] = []
         self.steps = 0
 
-    def arrived(self, name: str, prompt_tokens: int) -> None:
+    def ready(self, info: Any) -> None:
+        pass
+
+    def arrived(self, instance: str, name: str, prompt_tokens: int) -> None:
         self.told.append(("arrived", name, prompt_tokens))
 
-    def first_token(self, name: str, seconds: float) -> None:
+    def first_token(self, instance: str, name: str, seconds: float) -> None:
         self.told.append(("first_token", name))
         self._count()
 
-    def token_gap(self, name: str, seconds: float) -> None:
+    def token_gap(self, instance: str, name: str, seconds: float) -> None:
         self._count()
 
-    def finished(self, name: str, reason: str, output: Any, explanation: Any, seconds: float) -> None:
+    def finished(self, instance: str, name: str, reason: str, output: Any, explanation: Any, seconds: float) -> None:
         self.told.append(("finished", name, reason))
 
     def stepped(self, report: Any) -> None:
         self.steps += 1
 
-    def restarted(self) -> None:
+    def restarted(self, instance: str) -> None:
         self.told.append(("restarted",))
 
     def _count(self) -> None:
@@ -102,7 +105,7 @@ class Watcher:
 
 
 async def begun(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """Its task, which has run until it first waits: a loop calls back in the order in which it was asked to."""
+    """The coroutine's task, after it has run to its first await: a loop runs callbacks in the order of scheduling."""
     task, turn = asyncio.create_task(coroutine), asyncio.Event()
     asyncio.get_running_loop().call_soon(turn.set)
     await turn.wait()

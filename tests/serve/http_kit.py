@@ -16,14 +16,14 @@ FLAGS = ("--threads", "1", "--num-kv-blocks", "400", "--max-num-batched-tokens",
 
 ORDINARY = {"prompt": "Once upon a time, Mia", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
 PATIENCE = 120.0
-"""Seconds after which what never comes fails a test."""
+"""Timeout of `until`, in seconds."""
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Ask until it is so."""
+    """Poll until the condition holds."""
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "timed out"
 
 
 class Served:
@@ -42,7 +42,7 @@ class Served:
         return self.client.post(path, json=fields)
 
     def ordinary_tokens(self) -> list[int]:
-        """What one ordinary request gives: the same after whatever was done to the server."""
+        """The tokens of one ordinary request: they must not depend on earlier requests."""
         answer = self.post("/v1/completions", **ORDINARY)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["token_ids"]
@@ -71,7 +71,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(folder: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Served]:
-    """`headrace serve FOLDER`, until the end of the block; it must end well."""
+    """`headrace serve FOLDER`, until the end of the block; it must exit with status 0."""
     command = [sys.executable, "-m", "headrace", "serve", str(folder), "--port", "0", *FLAGS, *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None

@@ -1,10 +1,9 @@
-"""Every field that clients send is honoured or refused by name; a real server is asked about each."""
+"""Every field that clients send is honoured or refused by name, checked on a real server."""
 
 from pathlib import Path
 
 import pytest
 
-from headrace.serve.protocol.asks import read_ask
 from headrace.serve.protocol.fields import (
     CHAT,
     COMPLETIONS,
@@ -16,6 +15,7 @@ from headrace.serve.protocol.fields import (
     fields_of,
     markdown,
 )
+from headrace.serve.protocol.requests import read_generation_request
 
 # What OpenAI's, vLLM's and SGLang's clients send, by the names that they use.
 OPENAI_CHAT = """messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n
@@ -36,7 +36,7 @@ BASE = {
     DETOKENIZE: {"tokens": [5, 6]},
 }
 TEMPLATE = "{{ messages[0].content }}{{ reasoning_effort }}{{ mood }}"
-# A value that a server honours, with what it must come with.
+# A value that a server honours, with the fields that it needs.
 VALUES = {
     "model": "tiny",
     "prompt": [5, 6, 7],
@@ -113,8 +113,10 @@ SHOWN_ELSEWHERE = {f.name for f in TABLE if f.sampling} - {"prompt_logprobs"} | 
 WRONG = {"not": ["what", {"is": "expected"}]}
 
 
-def rows(fate):
-    return [pytest.param(f, on, id=f"{on}:{f.name}") for f in TABLE for on in f.on if f.fate == fate and on in BASE]
+def rows(handling):
+    return [
+        pytest.param(f, on, id=f"{on}:{f.name}") for f in TABLE for on in f.on if f.handling == handling and on in BASE
+    ]
 
 
 def test_every_known_field_has_a_row():
@@ -156,8 +158,8 @@ def test_an_honoured_field_changes_the_answer_or_is_refused_where_it_cannot(serv
 def test_a_sampling_field_reaches_the_engine(field):
     value = VALUES[field.name]
     value, others = value if isinstance(value, tuple) else (value, {})
-    ask = read_ask({**others, field.name: value}, COMPLETIONS, {}, False)
-    assert getattr(ask.params, field.sampling) == (tuple(value) if isinstance(value, list) else value)
+    generation = read_generation_request({**others, field.name: value}, COMPLETIONS, {}, False)
+    assert getattr(generation.params, field.sampling) == (tuple(value) if isinstance(value, list) else value)
 
 
 def test_fields_that_are_read_together_reach_the_engine():
@@ -173,14 +175,14 @@ def test_fields_that_are_read_together_reach_the_engine():
         "echo": True,
         "prompt_logprobs": 4,
     }
-    ask = read_ask(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
-    params = ask.params
+    generation = read_generation_request(body, COMPLETIONS, {"temperature": 0.5, "top_k": 9}, True)
+    params = generation.params
     assert (params.n, params.beam_width, params.stop, params.logit_bias, params.max_tokens) == (2, 2, ("x",), {5: 1}, 7)
-    assert (ask.namespace, ask.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
+    assert (generation.namespace, generation.priority, params.logprobs, params.prompt_logprobs) == (("s",), 3, 2, 4)
     assert (params.temperature, params.top_k) == (0.5, 9)
-    assert read_ask({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
-    assert read_ask({}, CHAT, {}, False).params.max_tokens is None
-    assert read_ask({}, COMPLETIONS, {}, False).params.max_tokens == 16
+    assert read_generation_request({"temperature": 0.1}, CHAT, {"temperature": 0.5}, False).params.temperature == 0.1
+    assert read_generation_request({}, CHAT, {}, False).params.max_tokens is None
+    assert read_generation_request({}, COMPLETIONS, {}, False).params.max_tokens == 16
 
 
 def told(answer):
@@ -202,9 +204,9 @@ def test_a_refused_field_is_named_and_asking_for_nothing_is_not_refused(server, 
     refused = server.client.post(endpoint, json={**BASE[endpoint], field.name: WRONG})
     error = refused.json()["error"]
     assert refused.status_code == 400 and error["param"] == field.name and field.name in error["message"]
-    assert error["type"] == "invalid_request_error" and field.says in error["message"]
-    for nothing in (None, *field.nothing):
-        assert server.client.post(endpoint, json={**BASE[endpoint], field.name: nothing}).status_code == 200
+    assert error["type"] == "invalid_request_error" and field.description in error["message"]
+    for neutral in (None, *field.neutral):
+        assert server.client.post(endpoint, json={**BASE[endpoint], field.name: neutral}).status_code == 200
 
 
 @pytest.mark.parametrize(("field", "endpoint"), rows("ignored"))

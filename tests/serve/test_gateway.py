@@ -1,4 +1,4 @@
-"""`Gateway` over a real instance: what it gives is what an engine in this process gives, to the bit."""
+"""`Gateway` over a real instance: its outputs are those of an engine in this process, to the bit."""
 
 import asyncio
 from dataclasses import replace
@@ -139,7 +139,7 @@ def test_what_can_never_be_served_is_refused(runner, gateway, monkeypatch, promp
     assert caught.value.param == param
 
 
-def test_a_full_queue_says_when_to_come_back(runner, gateway, monkeypatch, ids):
+def test_a_full_queue_gives_a_retry_after(runner, gateway, monkeypatch, ids):
     monkeypatch.setattr(gateway, "max_queue", 2)
     monkeypatch.setattr(gateway, "max_num_seqs", 2)
 
@@ -205,7 +205,7 @@ def test_the_radix_tree_shows_prefixes_and_who_holds_them(runner, gateway, llm, 
     assert any(row[4] == first and row[1] == -1 and row[3] >= 1 for row in tree.nodes)
 
 
-def test_an_explanation_says_where_the_time_went(runner, gateway, llm):
+def test_an_explanation_accounts_for_the_time(runner, gateway, llm):
     prompt = llm.tokenizer.encode("3+4=7 " * 40)
 
     async def scenario():
@@ -223,7 +223,7 @@ def test_an_explanation_says_where_the_time_went(runner, gateway, llm):
     assert cold.preemptions == warm.preemptions == cold.resumes == 0
 
 
-def test_the_observer_is_told_in_order_and_reports_lose_the_oldest(runner, served, ids):
+def test_the_observer_is_called_in_order_and_reports_lose_the_oldest(runner, served, ids):
     gateway, watcher = served
 
     async def scenario():

@@ -8,7 +8,7 @@ import pytest
 
 from headrace import LLM
 from headrace.instance.server import Instance
-from headrace.instance.wire import Batch, Delta, Resume
+from headrace.instance.wire import Delta, EventBatch, Resume
 from headrace.serve.transcript import Transcript
 from serve.gateway_kit import OPTIONS, PROMPT, check_stream, kinds, start
 
@@ -83,21 +83,21 @@ def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, 
 @pytest.mark.parametrize("kind", ["greedy", "choices", "scored", "beam", "stopped", "stop shown", "penalised"])
 @pytest.mark.parametrize("steps", [1, 3, 5, 9, 17, 28])
 def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
-    """Without a process: what is sent after some steps, and an engine that goes on from it."""
+    """Without a process: an engine resumes from the transcript after some steps."""
     ids, params = llm.tokenizer.encode(PROMPT), kinds(llm)[kind]
     params = replace(params, seed=params.seed or 1)
     expected = llm.generate([ids], params)[0]
-    batches: list[Batch] = []
+    batches: list[EventBatch] = []
     transcript = Transcript("1", "name", PROMPT, ids, params, 0, ())
     for _ in range(2):
         instance = Instance(llm, batches.append)
-        instance._obey(transcript.command(llm.fingerprint))
+        instance._execute(transcript.command(llm.fingerprint))
         count = steps
         while instance._busy() and count:
             instance._step()
             count -= 1
         for batch in batches:
-            for news in batch.news:
+            for news in batch.events:
                 if isinstance(news, Delta):
                     transcript.take(news)
         batches.clear()

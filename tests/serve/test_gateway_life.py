@@ -1,4 +1,4 @@
-"""A gateway's life: it starts or says why not, drains, stops, and gives up where going on makes no sense."""
+"""Start, drain, stop, restart and failure of a gateway and its instances."""
 
 import asyncio
 import contextlib
@@ -15,18 +15,20 @@ import pytest
 
 import headrace.serve.gateway as module
 from headrace import LLM, HeadraceError, SamplingParams
+from headrace.instance import supervisor
 from headrace.instance.client import InstanceDiedError
 from headrace.instance.wire import (
     Accepted,
-    Batch,
+    Add,
     ChoiceDelta,
     Delta,
+    EventBatch,
+    InstalledWeights,
     Ready,
     Refused,
     Resume,
-    Update,
-    Updated,
-    Weights,
+    UpdateWeights,
+    WeightsUpdated,
 )
 from headrace.serve.gateway import Gateway, UnavailableError
 from serve.gateway_kit import OPTIONS, PROMPT, begun, start
@@ -37,7 +39,7 @@ IDS = [5, 6, 7, 8, 9]
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """An empty directory for what instances leave behind."""
+    """The empty directory in which instances make their temporary folders."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -65,7 +67,7 @@ def test_a_drain_lets_what_runs_finish_and_takes_nothing_new(tinyworld_checkpoin
     async def scenario():
         gateway, _ = await start(tinyworld_checkpoint, progress=lambda *at: seen.append(at))
         process = psutil.Process(gateway.info.pid)
-        for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group, they are the gateway's to obey
+        for number in (signal.SIGINT, signal.SIGTERM):  # the instance ignores them: only the gateway handles signals
             process.send_signal(number)
         stream = await gateway.open("last", None, IDS, LONG)
         draining = await begun(gateway.drain(60.0))
@@ -125,7 +127,7 @@ def test_requests_that_come_while_an_instance_starts_wait_for_it(tinyworld_check
         gateway, _ = await start(tinyworld_checkpoint)
         first = gateway.info.pid
         os.kill(first, signal.SIGKILL)
-        with pytest.raises(UnavailableError):  # nobody answers; told so when the death is seen
+        with pytest.raises(UnavailableError):  # raised when the gateway detects the death
             await gateway.inspect()
         assert gateway.state == "restarting"
         leaves = await begun(gateway.open("leaves", None, IDS, LONG))
@@ -167,10 +169,10 @@ def test_an_instance_goes_when_its_gateway_is_killed(tinyworld_checkpoint, tmp_p
 
 
 class FakeClient:
-    """An instance that dies after it said what it is told to say."""
+    """An instance that dies after it has sent the given events."""
 
     def __init__(self, fingerprint="hr_1", says=(), waits=False):
-        self.ready = Ready(1, fingerprint, 100, 100, 100, 10, 16, {}, 0.0)
+        self.ready = Ready("0", 1, fingerprint, 100, 100, 100, 10, 16, {}, 0.0)
         self.sent = []
         self._asked = asyncio.Event()
         self._says, self._waits = says, waits
@@ -182,7 +184,7 @@ class FakeClient:
     async def batches(self):
         await self._asked.wait()
         for news in self._says:
-            yield Batch([news])
+            yield EventBatch([news])
         if self._waits:
             await asyncio.Event().wait()
 
@@ -194,7 +196,7 @@ class FakeClient:
 
 
 def fake(monkeypatch, clients):
-    """A gateway whose instances are these; an exception in the list is one that does not start."""
+    """A gateway whose processes are these clients; an exception in the list is a failed start."""
     left = list(clients)
 
     async def make():
@@ -203,9 +205,9 @@ def fake(monkeypatch, clients):
             raise client
         return client
 
-    monkeypatch.setattr(module, "BACKOFF", 0.0)
+    monkeypatch.setattr(supervisor, "BACKOFF", 0.0)
     gateway = Gateway("nowhere", OPTIONS, max_queue=9)
-    monkeypatch.setattr(gateway, "_start", make)
+    monkeypatch.setattr(gateway._instances["0"], "_spawn", make)
     return gateway, left
 
 
@@ -244,6 +246,35 @@ def test_a_request_that_kills_every_engine_is_dropped_and_the_next_one_served(mo
     asyncio.run(scenario())
 
 
+def test_the_death_of_one_instance_leaves_the_requests_of_another_alone(monkeypatch):
+    end = Delta("2", [ChoiceDelta(0, "b", [8], finish_reason="stop")], finished=True)
+
+    async def scenario():
+        monkeypatch.setattr(module, "INSTANCES", ("0", "1"))
+        dies, lives = FakeClient(says=[Accepted("1"), SOME]), FakeClient(says=[Accepted("2")], waits=True)
+        gateway, left = fake(monkeypatch, [dies, HeadraceError("no config.json")])
+        second = gateway._instances["1"]
+
+        async def make():
+            return lives
+
+        monkeypatch.setattr(second, "_spawn", make)
+        await gateway.start()
+        first_stream = await gateway.open("a", None, IDS, LONG)
+        monkeypatch.setattr(gateway, "_pick", lambda: second)
+        stream = await gateway.open("b", None, IDS, LONG)
+        with pytest.raises(UnavailableError, match="cannot start again"):
+            await first_stream.result()
+        assert left == [] and gateway._instances["0"].state == "failed"
+        assert gateway.state == "ready" and gateway.unfinished == 1
+        gateway.on_events("1", EventBatch([end]))
+        assert (await stream.result()).outputs[0].text == "b"
+        assert [type(command) for command in lives.sent] == [Add]
+        await gateway.stop()
+
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_cannot_start_again_is_given_up(monkeypatch, capfd):
     async def scenario(failures, match):
         gateway, left = fake(monkeypatch, [FakeClient(says=[Accepted("1"), SOME]), *failures])
@@ -251,7 +282,7 @@ def test_an_engine_that_cannot_start_again_is_given_up(monkeypatch, capfd):
         stream = await gateway.open("a", None, IDS, LONG)
         with pytest.raises(UnavailableError, match=match):
             await stream.result()
-        await gateway._supervisor
+        await gateway._instances["0"]._task
         assert gateway.state == "failed" and left == []
         await gateway.stop()
 
@@ -281,20 +312,20 @@ def test_an_engine_that_dies_while_its_weights_change_has_changed_nothing(monkey
         await gateway.start()
         with pytest.raises(UnavailableError, match="died, and its weights are those of before"):
             await gateway.update_weights("somewhere")
-        assert first.sent == [Update("1", "somewhere")] and gateway.weights_version == 0
+        assert first.sent == [UpdateWeights("1", "somewhere")] and gateway.weights_version == 0
         with pytest.raises(HeadraceError, match="no such folder"):
             await gateway.update_weights("somewhere", 7)
-        assert left == [] and second.sent == [Update("2", "somewhere", 7)] and gateway.weights_version == 0
+        assert left == [] and second.sent == [UpdateWeights("2", "somewhere", 7)] and gateway.weights_version == 0
         await gateway.stop()
 
     asyncio.run(scenario())
 
 
-def test_what_was_put_in_is_known_though_nobody_waited(monkeypatch):
-    weights = Weights("somewhere", 3, [("a", 1, 2)])
+def test_updated_weights_count_without_a_waiting_caller(monkeypatch):
+    weights = InstalledWeights("somewhere", 3, [("a", 1, 2)])
 
     async def scenario():
-        gateway, _ = fake(monkeypatch, [FakeClient(says=[Updated("9", weights), Accepted("1")], waits=True)])
+        gateway, _ = fake(monkeypatch, [FakeClient(says=[WeightsUpdated("9", weights), Accepted("1")], waits=True)])
         await gateway.start()
         stream = await gateway.open("a", None, IDS, LONG)
         assert gateway.weights_version == 3

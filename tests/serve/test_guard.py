@@ -1,4 +1,4 @@
-"""Keys, sizes and paces of bodies, before anything reads them."""
+"""`Guard`: keys, and limits on the size and duration of bodies."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ async def echo(scope, receive, send):
 
 
 class Call:
-    """One request by hand: the parts of a body as they come, and what was answered."""
+    """One ASGI request: the parts of a body as they come, and the answer's messages."""
 
     def __init__(self, app, parts, headers=(), path="/v1/completions"):
         self.taken = 0

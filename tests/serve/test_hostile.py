@@ -1,4 +1,4 @@
-"""Attacks on a real server. After each, one ordinary request still gives exactly its tokens, by the same engine."""
+"""Attacks on a real server. After each, one ordinary request must give the same tokens from the same process."""
 
 import contextlib
 import http.client
@@ -29,7 +29,7 @@ def expected(attacked):
 
 @pytest.fixture(autouse=True)
 def unharmed(request):
-    """Whatever was done to the server."""
+    """The server that the tests attack."""
     if "attacked" not in request.fixturenames:
         yield
         return
@@ -40,7 +40,7 @@ def unharmed(request):
 
 
 def refused(answer, status=400):
-    """It is refused in OpenAI's shape; returns the field at fault."""
+    """Check an error in OpenAI's shape; returns the field at fault."""
     assert answer.status_code == status, answer.text[:300]
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["code"] == status
@@ -373,7 +373,7 @@ def generated(server):
 
 
 def at_rest(server):
-    """Nothing runs, nothing is held, and no token more is made."""
+    """Nothing runs, no block is held, and no further token is generated."""
     until(lambda: kv_usage(server) == 0 and server.metric("vllm:num_requests_running") == 0)
     assert server.metric("vllm:num_requests_waiting") == 0
     before = generated(server)
@@ -382,8 +382,8 @@ def at_rest(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_client_that_leaves_frees_its_blocks_and_disturbs_nobody(attacked, stream, half):
-    """By closing, or by closing its half: a client that says no more is taken to have left."""
+def test_a_client_that_leaves_frees_its_blocks_and_disturbs_no_other(attacked, stream, half):
+    """By closing, or by closing its half: a half-closed connection counts as a disconnect."""
     sibling = {**ORDINARY, "n": 2, "seed": 3, "temperature": 1, "max_tokens": 200, "ignore_eos": True}
     alone = [c["token_ids"] for c in attacked.post(COMPLETIONS, **sibling).json()["choices"]]
     at_rest(attacked)
@@ -425,7 +425,7 @@ def test_clients_that_leave_before_anything_is_done_for_them(attacked):
     at_rest(attacked)
 
 
-def test_a_client_that_never_reads_holds_up_nobody(attacked, expected):
+def test_a_client_that_never_reads_delays_no_other(attacked, expected):
     with contextlib.ExitStack() as stack:
         for _ in range(2):
             connection = stack.enter_context(connect(attacked))

@@ -1,4 +1,4 @@
-"""The live picture and the page's files, over a gateway that really runs."""
+"""The live data and the page's files, over a real gateway."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def test_the_picture_moves_and_ends_with_the_gateway(tinyworld_checkpoint):
         await stream.result()
         seen = await until(frames, lambda f: f["count"] >= LONG.max_tokens and f["stats"]["num_running"] == 0)
         steps = [step for frame in seen for step in frame["steps"]]
-        assert seen[-1]["count"] == len(steps), "every step is told once"
+        assert seen[-1]["count"] == len(steps), "every step is in one frame"
         assert sum(prefill for prefill, *_ in steps) == len(IDS)
         assert sum(decode for _, decode, *_ in steps) == LONG.max_tokens - 1
         grown = await until(frames, lambda f: "tree" in f and f["tree"]["nodes"])
@@ -91,7 +91,7 @@ def site(tinyworld_checkpoint):
     return run
 
 
-def test_the_page_is_whole_and_asks_nobody_else(site):
+def test_the_page_is_complete_and_uses_no_other_host(site):
     async def scenario(client, gateway):
         for path in PUBLIC_PATHS:
             answer = await client.get(path)

@@ -1,4 +1,4 @@
-"""What /metrics says: names, buckets, and counters that survive a restart of the instance."""
+"""/metrics: names, buckets, and counters that survive a restart of the instance."""
 
 import json
 import re
@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.llm.outputs import CompletionOutput, RequestOutput
-from headrace.serve.metrics import Metrics
+from headrace.serve.metrics import ServerMetrics
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 GAUGES = (
@@ -46,6 +47,7 @@ HISTOGRAMS = (
     "iteration_tokens_total",
 )
 INFO = Ready(
+    instance="0",
     pid=1,
     fingerprint="f",
     max_model_len=300,
@@ -77,12 +79,12 @@ def value(metrics, sample, **labels):
 
 def report(prefill=0, decode=0, abort=0, **stats):
     ended = {"stop": 0, "length": 0, "abort": abort}
-    return StepReport(asdict(SchedulerStats(**stats)) | {"finished": ended}, prefill, decode, 0.002)
+    return StepReport("0", asdict(SchedulerStats(**stats)) | {"finished": ended}, prefill, decode, 0.002)
 
 
 @pytest.fixture
 def metrics():
-    made = Metrics("m")
+    made = ServerMetrics("m")
     made.ready(INFO)
     return made
 
@@ -155,7 +157,7 @@ def test_buckets_are_vllms(metrics):
 def test_counters_go_on_where_a_new_instance_begins_anew(metrics):
     metrics.stepped(report(prefill=8, decode=1, generated_tokens=5, prefix_queries=10, preemptions=2, abort=1))
     metrics.stepped(report(decode=2, generated_tokens=7, prefix_queries=10, preemptions=2, abort=1))
-    metrics.restarted()
+    metrics.restarted("0")
     metrics.stepped(report(decode=8, generated_tokens=8, prefix_queries=3, abort=1))
     assert value(metrics, "vllm:generation_tokens_total") == 15
     assert value(metrics, "vllm:prefix_cache_queries_total") == 13
@@ -186,7 +188,7 @@ def test_gauges_are_of_the_last_step_and_fall_when_the_instance_dies(metrics):
     assert value(metrics, "headrace:kv_waste_ratio") == 0.25
     blocks = {state: value(metrics, "headrace:kv_blocks", state=state) for state in ("held", "cached", "free")}
     assert blocks == {"held": 10, "cached": 5, "free": 25}
-    metrics.restarted()
+    metrics.restarted("0")
     assert value(metrics, "vllm:num_requests_running") == 0
     assert value(metrics, "headrace:kv_blocks", state="free") == 40
 
@@ -198,11 +200,11 @@ def test_a_report_without_tokens_is_no_step(metrics):
 
 
 def test_a_request_is_measured_part_by_part(metrics):
-    metrics.first_token("a", 0.003)
-    metrics.token_gap("a", 0.02)
+    metrics.first_token("0", "a", 0.003)
+    metrics.token_gap("0", "a", 0.02)
     output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6])])
     metrics.finished(
-        "a", "length", output, Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0
+        "0", "a", "length", output, Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0
     )
     assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.003
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 1
@@ -216,8 +218,8 @@ def test_a_request_is_measured_part_by_part(metrics):
 
 
 def test_a_refused_request_is_no_success_and_has_no_latency(metrics):
-    metrics.arrived("a", 4)
-    metrics.finished("a", "refused", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
+    metrics.arrived("0", "a", 4)
+    metrics.finished("0", "a", "refused", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
     assert value(metrics, "headrace:requests_total") == 1
     assert value(metrics, "headrace:refused_requests_total") == 1
     assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 0
@@ -225,14 +227,30 @@ def test_a_refused_request_is_no_success_and_has_no_latency(metrics):
 
 
 def test_a_request_that_was_aborted_has_a_latency_and_no_parts(metrics):
-    metrics.finished("a", "abort", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
+    metrics.finished("0", "a", "abort", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 0.5
     assert value(metrics, "vllm:request_queue_time_seconds_count") == 0
 
 
+def test_each_instance_has_samples_of_its_own(metrics):
+    metrics.ready(replace(INFO, instance="1", kv_blocks=8))
+    metrics.stepped(report(decode=1, generated_tokens=1))
+    metrics.first_token("1", "a", 0.5)
+    metrics.restarted("1")
+    for sample, values in {
+        "vllm:generation_tokens_total": (1, 0),
+        "vllm:time_to_first_token_seconds_count": (0, 1),
+        "headrace:restarts_total": (0, 1),
+    }.items():
+        assert tuple(value(metrics, sample, engine=engine) for engine in "01") == values
+    assert value(metrics, "vllm:cache_config_info", engine="0", num_gpu_blocks="40") == 1
+    assert value(metrics, "headrace:kv_blocks", engine="1", state="free") == 8
+
+
 def test_two_servers_in_one_process_share_nothing(metrics):
-    other = Metrics("other")
+    other = ServerMetrics("other")
+    other.ready(INFO)
     metrics.stepped(report(decode=1, generated_tokens=1))
     assert value(other, "vllm:generation_tokens_total") == 0
 

@@ -33,7 +33,7 @@ def test_models(client, server):
         client.models.retrieve("another")
 
 
-def test_a_completion_is_what_the_engine_says(client, llm):
+def test_a_completion_is_the_engine_s_output(client, llm):
     expected = llm.generate(PROMPT, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24))[0]
     answer = client.completions.create(model="tiny", prompt=PROMPT, **GREEDY)
     assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.model == "tiny"

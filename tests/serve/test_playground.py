@@ -73,7 +73,7 @@ def asked_of_the_api(server, **fields):
     return answer.json()["choices"][0]
 
 
-def test_a_chat_streams_and_says_what_the_api_says(browser, server):
+def test_a_chat_streams_the_answer_of_the_api(browser, server):
     with visiting(browser, server.url) as visit:
         visit.ready().ask_for(**LONG)
         visit.expect(visit.at("#model")).to_have_text(server.model)
@@ -183,7 +183,7 @@ def test_escape_and_the_button_stop_a_reply(browser, server):
                 assert server.process.poll() is None
 
 
-def test_a_new_chat_knows_nothing_of_a_reply_that_it_cut_off(browser, server):
+def test_a_new_chat_does_not_contain_the_reply_that_it_cut_off(browser, server):
     with visiting(browser, server.url) as visit, crowd(server):
         visit.ready().ask_for(**LONG)
         begun(visit)
@@ -337,7 +337,7 @@ def test_a_key_is_asked_for_and_used(browser, tinyworld_checkpoint):
         assert all("secret" not in asked.geturl() for asked in visit.asked)
 
 
-def test_a_reply_outlives_its_engine_and_a_lost_server_is_told(browser, tinyworld_checkpoint):
+def test_a_reply_survives_an_engine_restart_and_a_lost_server_is_shown(browser, tinyworld_checkpoint):
     with (
         served(tinyworld_checkpoint) as server,
         visiting(browser, server.url, allowed="ERR_CONNECTION|ERR_INCOMPLETE|ERR_NETWORK") as visit,

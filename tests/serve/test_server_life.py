@@ -1,4 +1,4 @@
-"""`headrace serve` from its first line to its last: start, drain, stop, and an engine that dies under it."""
+"""`headrace serve` from start to exit: drain, stop, and engines that die."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def _kill_rounds(folder, llm, rounds):
         assert server.metric("headrace:restarts_total") == rounds
 
 
-def test_without_restart_death_is_told(tinyworld_checkpoint):
+def test_without_restart_a_death_is_an_error(tinyworld_checkpoint):
     with served(tinyworld_checkpoint, "--no-restart") as server, stream(server, max_tokens=250) as answer:
         events = lines(answer)
         next(events)
@@ -174,7 +174,7 @@ def test_bad_flags_are_one_line_and_code_2(flags, says, tinyworld_checkpoint):
     assert ended.returncode == 2 and says in ended.stderr and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_loads(tinyworld_checkpoint):
+def test_a_port_in_use_is_an_error_before_the_model_loads(tinyworld_checkpoint):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""Clients that are slow to speak, or never read: they end in time, or are waited for, and nobody else notices."""
+"""Clients that send slowly or never read: they are disconnected in time or waited for, and delay no other client."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone"
 
 
 class Slow:
-    """An application that answers when it is let, and says when it was called."""
+    """An application that answers on demand, and records its calls."""
 
     def __init__(self):
         self.called = asyncio.Event()
@@ -79,7 +79,7 @@ def against(scenario):
 
 
 async def the_time_is_over(connect):
-    """A head's time from now: another connection, that says nothing, is ended."""
+    """A head's time from now: an idle connection is closed."""
     reader, _ = await connect()
     assert await reader.read() == b""
 
@@ -254,14 +254,14 @@ def test_a_client_that_goes_without_having_read_ends_its_request(busy):
 
 
 def unread(server, stack, streams, length):
-    """So many streams that nobody reads; returns when all their tokens were made."""
+    """Open unread streams; returns when all their tokens are generated."""
     made = generated(server)
     opened = [stack.enter_context(never_read(server, max_tokens=length)) for _ in range(streams)]
     until(lambda: generated(server) - made >= streams * CHOICES * length and at_rest(server))
     return opened
 
 
-def test_streams_that_nobody_reads_leave_no_memory_behind(busy):
+def test_unread_streams_leak_no_memory(busy):
     expected, process, sizes = busy.ordinary_tokens(), psutil.Process(busy.process.pid), []
     for _ in range(3):
         with contextlib.ExitStack() as stack:
@@ -290,7 +290,7 @@ def test_what_no_socket_holds_waits_for_its_reader_and_is_all_there(busy):
 
 
 @pytest.mark.parametrize("sent", [b"", GET[:20]])
-def test_a_thousand_idle_connections_stop_nobody(busy, sent):
+def test_a_thousand_idle_connections_block_no_request(busy, sent):
     expected = busy.ordinary_tokens()
     with contextlib.ExitStack() as stack:
         for _ in range(1000):

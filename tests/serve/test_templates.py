@@ -1,4 +1,4 @@
-"""Chat templates of strangers, in a process that can be killed."""
+"""Untrusted chat templates, in a process that can be killed."""
 
 import asyncio
 import os

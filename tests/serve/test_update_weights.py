@@ -1,4 +1,4 @@
-"""/update_weights: other weights in a running server, in streams that go on, and in the engine that comes after."""
+"""/update_weights: new weights in a running server, in running streams, and in a restarted engine."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ def tokens(llms, name, prompt=PROMPT, count=40):
 
 @pytest.fixture(scope="module")
 def server(tinyworld_checkpoint):
-    """It wants a key, and lets its weights be changed."""
+    """A server with a key that allows updates."""
     with served(
         tinyworld_checkpoint, "--allow-weight-updates", "--api-key", "secret", "--served-model-name", "tiny"
     ) as running:
@@ -68,7 +68,7 @@ def events(server, **fields):
                 yield event
 
 
-def test_every_answer_is_of_the_new_weights_and_says_so(server, fresh, folders, llms):
+def test_every_answer_uses_the_new_weights_and_has_their_version(server, fresh, folders, llms):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
 
         def told():
@@ -130,7 +130,7 @@ def test_an_engine_that_dies_comes_back_with_the_last_weights(server, fresh, fol
 
 
 def broken(kind, good, folder):
-    """A folder, or its name, that cannot be put in, and what is said of it."""
+    """(A folder that cannot be loaded, part of the error message)."""
     if kind == "nowhere":
         return folder / "nowhere", "is no folder on this machine"
     if kind == "hub":

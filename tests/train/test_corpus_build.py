@@ -208,9 +208,9 @@ def test_bytes_that_changed_are_found_by_checking(tmp_path, texts):
     raw = bytearray(shard.read_bytes())
     raw[0:2] = np.array([0xFFFF], dtype="<u2").tobytes()
     shard.write_bytes(raw)
-    with pytest.raises(ConfigError, match=r"shard-00000\.bin is damaged: its bytes are not those that were built"):
+    with pytest.raises(ConfigError, match=r"shard-00000\.bin is damaged: its hash is not that of the build"):
         check_folder(tmp_path / "data")
-    with pytest.raises(ConfigError, match=r"document 0 has tokens that the vocabulary lacks"):
+    with pytest.raises(ConfigError, match=r"document 0 has ids outside of the vocabulary"):
         Corpus(tmp_path / "data").piece(0, 0, 8)
 
 

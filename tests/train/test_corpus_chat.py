@@ -145,7 +145,7 @@ def test_tokens_are_those_that_the_server_is_asked_with(tokenizers, contents, na
 
 def test_templates_that_rewrite_the_past_are_refused(tokenizers):
     assert said(tokenizers["forgetful"], chat("hi", "yes"))[1] == ["yes<|end|>"]
-    with pytest.raises(ConfigError, match=r"x:1: message 1: the chat template writes the conversation up"):
+    with pytest.raises(ConfigError, match=r"x:1: message 1: the chat template renders the conversation up"):
         said(tokenizers["forgetful"], chat("hi", "yes", "and", "no"))
 
 

@@ -298,10 +298,10 @@ def test_the_configuration_agrees_with_the_folder(folder):
     size = open_source(DataConfig(str(folder), 0)).tokenizer.vocab_size
     assert DataConfig(str(folder), 0).resolved().vocab_size == size
     assert DataConfig(str(folder), size + 20).resolved().vocab_size == size + 20
-    with pytest.raises(ConfigError, match=rf"data\.vocab_size={size - 1} differs from the {size} tokens .* or 0"):
+    with pytest.raises(ConfigError, match=rf"data\.vocab_size={size - 1} is less than the {size} tokens .* or 0"):
         DataConfig(str(folder), size - 1)
     for bad, message in (
-        ({"source": "nowhere"}, r"data\.source='nowhere' is not one of tinyworld"),
+        ({"source": "nowhere"}, r"data\.source='nowhere' is neither tinyworld nor a folder"),
         ({"source": ""}, r"data\.source"),
         ({"source": str(folder.parent)}, r"data\.source: .*index"),
         ({"vocab_size": 0}, r"data\.vocab_size=0.*tinyworld"),

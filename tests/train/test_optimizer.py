@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headrace.train.config import OptimizerConfig
-from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
+from headrace.train.optimizer import AdamW, PairwiseSum, ParameterGroup, global_norm
 from headrace.zero.layout import CHUNK
 
 
@@ -19,7 +19,7 @@ SHAPES = ((5, 7), (7,), (3 * CHUNK + 5,), (1, 1))
 
 
 def updated(parameters):
-    return [Updated(parameter.view(-1), parameter.ndim == 2) for parameter in parameters]
+    return [ParameterGroup(parameter.view(-1), parameter.ndim == 2) for parameter in parameters]
 
 
 def flat(grads):

@@ -32,7 +32,7 @@ LAYOUTS = {  # processes, tensor, changes
 }
 
 
-BUFFERS = ("gathered weights", "gradients on their way")
+BUFFERS = ("gathered weights", "gradient buckets")
 """Made in the first step, and there for good."""
 
 

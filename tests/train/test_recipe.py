@@ -67,7 +67,7 @@ def test_overrides(recipe_file):
         ("parallel.tensor=3", "parallel.tensor=3 must be a power of two"),
         ("model.init=7", "model.init=7 must be a folder"),
         ("train.seq_length=129", "max_position_embeddings=128"),
-        ("data.source=books", "data.source='books' is not one of tinyworld"),
+        ("data.source=books", "data.source='books' is neither tinyworld nor a folder"),
         ("train.kv_cache_dtype=int8", "kv_cache"),
         ("model.num_heads=3", "num_heads=3"),
         ("model.num_heads=two", "num_heads='two'"),

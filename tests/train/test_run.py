@@ -16,7 +16,7 @@ from headrace.model.huggingface import load_model
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.config import load_recipe
-from headrace.train.metrics import Metrics, draw
+from headrace.train.metrics import MetricsFile, draw
 from headrace.train.run import train
 from train.run_kit import TIMES, lines_of
 
@@ -93,7 +93,7 @@ def test_the_loss_is_drawn(tmp_path):
 def test_a_folder_that_holds_a_run_is_left_alone(recipe, tmp_path, cpu_ops):
     train(recipe, tmp_path / "run", ops=cpu_ops)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
-    with pytest.raises(ConfigError, match="run holds a run: go on with it by --resume, or give another --out"):
+    with pytest.raises(ConfigError, match="run holds a run: continue it with --resume, or give another --out"):
         train(recipe, tmp_path / "run", ops=cpu_ops)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
     (tmp_path / "file").write_text("x")
@@ -207,6 +207,6 @@ def test_metrics_that_the_disk_does_not_take_are_a_clear_error(recipe, tmp_path,
     def full(self, line):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "metrics.jsonl"))
 
-    monkeypatch.setattr(Metrics, "write", full)
+    monkeypatch.setattr(MetricsFile, "write", full)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written: No space left.*--resume"):
         train(recipe, tmp_path / "run", ops=cpu_ops)

@@ -104,5 +104,5 @@ def test_what_does_not_fit_into_one_rank_fits_into_four(tmp_path, stage):
         assert len(lines_of(tmp_path / "run")) == 1
     else:
         assert done.returncode != 0
-        assert "there is no memory for this: the model's states alone take 580 MiB" in done.stderr, done.stderr
+        assert "out of memory: the model's states alone take 580 MiB" in done.stderr, done.stderr
         assert "parallel.zero=3 makes that 145 MiB" in done.stderr

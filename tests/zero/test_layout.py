@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 from headrace.parallel.group import RankGroup
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.layout import divide, lay_out
 from headrace.zero.memory import Arena, Host
-from headrace.zero.messages import Messages
 from headrace.zero.sharded import Sharded
 
 
@@ -146,14 +146,14 @@ def test_an_arena_makes_a_buffer_only_when_none_is_free():
     assert second.dtype == torch.bfloat16
 
 
-def test_messages_go_in_order_and_what_fails_is_told_where_it_is_waited_for():
+def test_collectives_run_in_order_and_errors_reach_the_one_who_waits():
     said = []
-    messages = Messages(overlap=True)
+    queue = CollectiveQueue(overlap=True)
     for i in range(5):
-        messages.ask(lambda i=i: said.append(i))
-    messages.leave(1)
+        queue.ask(lambda i=i: said.append(i))
+    queue.leave(1)
     assert said[:4] == [0, 1, 2, 3]
-    messages.ask(lambda: SimpleNamespace().missing)
+    queue.ask(lambda: SimpleNamespace().missing)
     with pytest.raises(AttributeError):
-        messages.all()
-    messages.close()
+        queue.all()
+    queue.close()

@@ -164,7 +164,7 @@ def test_states_take_the_paper_s_bytes_inside_a_step(wide, size, stage, dtype):
             states = sum(sample.get(name, 0) for name in STATES)
             assert 0.97 * expected <= states <= 1.03 * expected + vectors + ends.get(place, 0)
             # C_B: what is on its way is a handful of buckets, however large the model.
-            assert sample.get("gradients on their way", 0) <= 6 * BUCKET * told["width"]
+            assert sample.get("gradient buckets", 0) <= 6 * BUCKET * told["width"]
         assert {name: told["idle"].get(name, 0) for name in told["said"] if told["said"][name]} == {
             name: size for name, size in told["said"].items() if size
         }
@@ -222,7 +222,7 @@ def test_keys_that_cannot_be_together_are_refused(recipe):
                 "parallel.partition_activations=true",
                 "train.recompute=full",
             ],
-            "do the same",
+            "divide the same tensors",
         ),
         (["parallel.reduction=best"], "parallel.reduction"),
     ):

@@ -22,7 +22,7 @@ def live(trainer):
         "gathered weights": list(sharded.weights._open.values())
         + [free for arena in sharded.weights._arenas.values() for free in arena._free],
         "gradients": sharded.gradients.tensors(),
-        "gradients on their way": [b.buffer for b in sharded.gradients._buckets if b.buffer is not None]
+        "gradient buckets": [b.buffer for b in sharded.gradients._buckets if b.buffer is not None]
         + [free for arena in sharded.gradients._arenas.values() for free in arena._free],
         "fp32 masters": [m.master for m in optimizer.state if m.stored is not None],
         "optimizer moments": [t for m in optimizer.state for t in (m.first, m.second)],

@@ -1,4 +1,4 @@
-"""What the model knows of attention, one method, and where the rows of packed sequences are."""
+"""`AttentionContext`, the interface between model and attention, and the layout of packed sequences."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ __all__ = ["DenseContext"]
 class DenseContext:
     """Sequences of `lengths` tokens, packed, each from position 0. An `AttentionContext`, differentiable.
 
-    It attends through a paged cache that lives for one call, so k and v are rounded to `cache_dtype` and the
-    sums are serving's: the trainer's logits are the engine's, bit for bit, whatever `block_size` either uses.
+    It attends through a paged cache that exists for one call, so k and v are rounded to `cache_dtype` and sums have
+    the shape that serving uses: the trainer's logits equal the engine's bit for bit, at any `block_size`.
     """
 
     __slots__ = ("block_size", "cache_dtype", "meta", "ops", "scale", "windows")

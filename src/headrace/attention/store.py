@@ -10,11 +10,11 @@ from headrace.errors import ConfigError
 __all__ = ["LAYOUT_VERSION", "KVStore"]
 
 LAYOUT_VERSION = 1
-"""The version of the layout that `KVStore` documents. Whoever moves raw blocks must agree on it."""
+"""The version of the layout that `KVStore` documents. Two processes that exchange raw blocks must agree on it."""
 
 
 class KVStore:
-    """The tensors of the paged KV cache (PagedAttention, section 4.2). Whose a block is, `BlockPool` says.
+    """The tensors of the paged KV cache (PagedAttention, section 4.2). `BlockPool` keeps the owners of blocks.
 
     Layout, version 1: `blocks` is one contiguous tensor
 
@@ -25,7 +25,7 @@ class KVStore:
     over all layers is thus one contiguous range of `block_bytes`, so copy-on-write, swap and transfer are one
     copy each, and a head's tokens lie side by side: attention reads runs of block_size · head_dim elements.
 
-    Block 0 is the *null block*: all zeros, owned by nobody, what unused block-table entries point to. The
+    Block 0 is the *null block*: all zeros, never owned; unused block-table entries point to it. The
     others start uninitialised: a row is always written before it is read.
     """
 

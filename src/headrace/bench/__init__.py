@@ -1,1 +1,1 @@
-"""Measuring: machine rates, interleaved pairs, random checkpoints, workloads."""
+"""Benchmarks: the load generator, workloads, interleaved pairs, random checkpoints, machine rates."""

@@ -1,4 +1,4 @@
-"""Workloads and the driver that puts one through an engine, token by token on the clock."""
+"""Workloads, and a driver that runs one through an engine and times every token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from headrace.engine.engine import Engine
 from headrace.engine.schedule.request import Request
@@ -25,7 +26,7 @@ Z99 = 2.3263
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A prompt, how many tokens to generate, and after how many steps of the engine it arrives."""
+    """A prompt, the number of tokens to generate, and the engine's step at which it arrives."""
 
     prompt: Sequence[int]
     output: int
@@ -34,7 +35,7 @@ class Job:
 
 @dataclass(slots=True)
 class Outcome:
-    """When each job's tokens came, in seconds from the start, and the tokens themselves."""
+    """Each job's tokens and their times, in seconds from the start."""
 
     seconds: float = 0.0
     steps: int = 0
@@ -43,7 +44,7 @@ class Outcome:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between successive tokens of one job, of all jobs."""
+        """Seconds between successive tokens of a job, for all jobs."""
         return [b - a for times in self.times.values() for a, b in zip(times, times[1:])]
 
     @property
@@ -53,9 +54,9 @@ class Outcome:
 
 
 def conversation_lengths(count: int, scale: float, seed: int = 0) -> tuple[str, list[tuple[int, int]]]:
-    """(where from, (prompt, output) lengths · `scale`): Azure conversations of 2023 where HEADRACE_DATA has them.
+    """(source, (prompt, output) lengths × `scale`) of Azure conversations of 2023, if HEADRACE_DATA has them.
 
-    Elsewhere they are drawn from lognormals with that trace's medians and 99th percentiles.
+    Otherwise they are drawn from lognormals with that trace's medians and 99th percentiles.
     """
     draw = random.Random(seed)
     folder = Path(os.environ.get("HEADRACE_DATA", "")) / TRACE
@@ -77,14 +78,14 @@ def _lognormal(draw: random.Random, p50: float, p99: float) -> int:
 
 
 def random_jobs(lengths: Iterable[tuple[int, int]], vocab_size: int, seed: int = 0, prefix: int = 0) -> list[Job]:
-    """Jobs of random tokens, all behind the same `prefix` tokens."""
+    """Jobs of random tokens after the same `prefix` tokens."""
     draw = random.Random(seed)
     shared = [draw.randrange(2, vocab_size) for _ in range(prefix)]
     return [Job(shared + [draw.randrange(2, vocab_size) for _ in range(p)], o) for p, o in lengths]
 
 
-def run_jobs(engine: Engine, jobs: Sequence[Job], params: SamplingParams | None = None) -> Outcome:
-    """Run every job to its end, greedily by default, end tokens ignored."""
+def run_jobs(engine: Engine[Any], jobs: Sequence[Job], params: SamplingParams | None = None) -> Outcome:
+    """Run every job to its end; greedy and without end tokens by default."""
     outcome = Outcome()
     waiting = sorted(enumerate(jobs, 1), key=lambda item: item[1].arrival)
     start = time.perf_counter()

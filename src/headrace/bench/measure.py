@@ -1,7 +1,7 @@
-"""Interleaved pairs, and what the machine itself could do before and after them.
+"""Interleaved pairs, and the machine's own rates.
 
-A machine's own speed drifts by tens of percents within the hour, so a ratio is only taken between runs that stood
-beside each other: A B B A A B …, one ratio a pair, the median with its range. A range that holds 1 is a tie.
+A machine's speed drifts by tens of percents within an hour, so a ratio is taken only between neighbouring runs:
+A B B A A B …, one ratio per pair, reported as the median with its range. A range that contains 1 is a tie.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Pairs", "in_turn", "interleave", "machine", "pairs", "rates", "secon
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Figures of two sides measured in turn, and the ratio ours / theirs of each pair."""
+    """Figures of two sides measured in turn, and the median, least and greatest ratio ours / theirs."""
 
     ours: list[float]
     theirs: list[float]
@@ -33,7 +33,7 @@ class Pairs:
 
     @property
     def verdict(self) -> str:
-        """ "1.42× (1.38–1.47)", with "tie" where the range holds 1."""
+        """ "1.42× (1.38–1.47)", with "tie" where the range contains 1."""
         tie = ", tie" if self.low <= 1.0 <= self.high else ""
         return f"{self.ratio:.2f}× ({self.low:.2f}–{self.high:.2f}{tie})"
 
@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def in_turn(sides: Sequence[Callable[[], float]], rounds: int = 5, warm: int = 1) -> list[list[float]]:
-    """Each side's figures, one a round; every other round goes backwards. Each call returns its side's figure."""
+    """Each side's figures, one per round; every other round runs in reverse order. A side returns its figure."""
     for _ in range(warm):
         for side in sides:
             side()
@@ -59,18 +59,18 @@ def in_turn(sides: Sequence[Callable[[], float]], rounds: int = 5, warm: int = 1
 
 
 def pairs(ours: Sequence[float], theirs: Sequence[float]) -> Pairs:
-    """Figures of the same rounds, beside each other."""
+    """`Pairs` from the figures of the same rounds."""
     ratios = [x / y for x, y in zip(ours, theirs, strict=True)]
     return Pairs(list(ours), list(theirs), statistics.median(ratios), min(ratios), max(ratios))
 
 
 def interleave(ours: Callable[[], float], theirs: Callable[[], float], rounds: int = 5, warm: int = 1) -> Pairs:
-    """Measure two sides in turn, `rounds` times each, swapping who goes first."""
+    """Measure two sides in turn, `rounds` times each, in alternating order."""
     return pairs(*in_turn((ours, theirs), rounds, warm))
 
 
 def rates(threads: int, megabytes: int = 768, size: int = 2048, repeats: int = 5) -> dict[str, float]:
-    """What this machine reads (GB/s, a streaming sum of `megabytes`) and multiplies (GFLOP/s, torch fp32)."""
+    """This machine's read bandwidth (GB/s, a sum over `megabytes`) and matrix rate (GFLOP/s, torch fp32)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: speed and memory do not depend on what weights say."""
+"""Checkpoints of random weights: speed and memory do not depend on their values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES = {
         tie_word_embeddings=True,
     ),
 }
-"""tiny: for trying things. small: 100M parameters. mid: the shape of Qwen3-0.6B."""
+"""tiny: 0.1M parameters. small: 100M parameters. mid: the shape of Qwen3-0.6B."""
 
 
 def random_model(config: ModelConfig, ops: Ops, seed: int = 0) -> Transformer:
@@ -48,7 +48,7 @@ def random_model(config: ModelConfig, ops: Ops, seed: int = 0) -> Transformer:
 
 
 def random_checkpoint(shape: str | ModelConfig, folder: Path, seed: int = 0, dtype: str | None = None) -> Path:
-    """Write a Hugging Face folder of `shape` (a name in `SHAPES` or a configuration), unless it is there already."""
+    """Write a Hugging Face folder of `shape` (a name in `SHAPES` or a configuration), unless it exists."""
     config = SHAPES[shape] if isinstance(shape, str) else shape
     config = replace(config, dtype=dtype or config.dtype, bos_token_id=0, eos_token_ids=(1,))
     if (folder / "complete").exists():

@@ -1,4 +1,4 @@
-"""Pictures of a run: how latencies are distributed, and how many requests were under way. Needs matplotlib."""
+"""Plots of a run: distributions of latencies, and the number of requests in flight."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_plots(rows: Sequence[RequestRow], folder: Path) -> list[Path]:
 
 
 def in_flight(rows: Sequence[RequestRow]) -> tuple[list[float], list[int]]:
-    """(times, how many are open from then on), failures too."""
+    """(times, number of open requests from each time on), failed ones included."""
     changes = [(row.sent, 1) for row in rows if row.sent is not None]
     changes += [(row.end, -1) for row in rows if row.sent is not None and row.end is not None]
     times, counts, open_now = [0.0], [0], 0

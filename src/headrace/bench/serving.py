@@ -1,6 +1,6 @@
-"""The open-loop load generator: requests leave when the trace says, whatever has become of those before.
+"""The open-loop load generator: it sends requests at the trace's times, without waiting for answers.
 
-A generator that waits for answers slows down with its server, and so hides the very queue that it is to show.
+A closed-loop generator slows down with its server, and so hides the queue that it should measure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MESSAGE_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that is ready to be sent."""
+    """A request ready to be sent."""
 
     at: float
     """Seconds from the start."""
@@ -42,18 +42,18 @@ class Call:
 
 @dataclass(slots=True)
 class RequestRow:
-    """What became of one request. Times are seconds from the start of the run."""
+    """The record of one request. Times are seconds from the start of the run."""
 
     scheduled: float
     prompt_tokens: int
     max_tokens: int
     sent: float | None = None
     tokens_at: list[float] = field(default_factory=list)
-    """When events with a token came: one event may carry several, where the server sends them so."""
+    """Times of the events with tokens; one event may have several tokens, depending on the server."""
     end: float | None = None
     output_tokens: int = 0
     failure: str | None = None
-    """"HTTP 429", "connection", "broken stream", "timeout", "not sent"; None for an answer that came whole."""
+    """"HTTP 429", "connection", "broken stream", "timeout", "not sent"; None for a complete answer."""
     message: str = ""
 
     @property
@@ -68,7 +68,7 @@ class RequestRow:
 
     @property
     def tpot(self) -> float | None:
-        """Mean seconds a token after the first; None for an answer of one token."""
+        """Mean seconds per token after the first; None for an answer of one token."""
         return (self.tokens_at[-1] - self.tokens_at[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
@@ -77,14 +77,14 @@ class RequestRow:
         return self.end - self.sent if self.end is not None and self.sent is not None else None
 
 
-class _Choice(msgspec.Struct):
+class _ChunkChoice(msgspec.Struct):
     text: str | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
 
     @property
     def holds_token(self) -> bool:
-        """An empty text without an end is a token too: one whose text is not whole yet."""
+        """An empty text without a finish reason is a token too, whose character is incomplete."""
         return bool(self.text or self.token_ids or self.finish_reason is None)
 
 
@@ -92,22 +92,22 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
-class _Event(msgspec.Struct):
-    choices: list[_Choice] = []
+class _Chunk(msgspec.Struct):
+    choices: list[_ChunkChoice] = []
     usage: _Usage | None = None
     error: Any = None
 
 
-_decode = msgspec.json.Decoder(_Event).decode
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 def find_model(url: str, key: str | None = None, model: str | None = None) -> str:
-    """`model`, or the first that the server lists. Raises `RequestError` where it is not there or refuses the key."""
+    """`model`, or the first that the server lists. Raises `RequestError` if it is unreachable or refuses the key."""
     base = url.rstrip("/").removesuffix("/v1")
     Endpoint.of(base, PATH, key)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        # No proxy: what is measured is the server.
+        # No proxy: the server is measured.
         with httpx.Client(timeout=PROBE_SECONDS, trust_env=False, headers=headers) as client:
             answer = client.get(f"{base}/v1/models")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -125,9 +125,9 @@ def find_model(url: str, key: str | None = None, model: str | None = None) -> st
 def make_calls(
     plan: Sequence[tuple[float, TraceRow]], prompts: Prompts, model: str, token_events: bool = False
 ) -> list[Call]:
-    """The requests of a schedule, as bytes already: nothing is computed for them while the clock runs.
+    """The requests of a schedule, encoded before the run, so that the generator spends no time on it.
 
-    `token_events` asks for an event a token, by a field that headrace and vLLM know and others may refuse.
+    `token_events` asks for an event per token, by a field that headrace and vLLM know and others may refuse.
     """
     calls = []
     for number, (at, row) in enumerate(plan):
@@ -148,14 +148,14 @@ def make_calls(
 
 
 async def run_calls(url: str, calls: Sequence[Call], limit: float, key: str | None = None) -> list[RequestRow]:
-    """Send them all on time; what has not ended `limit` seconds after the start has failed."""
+    """Send all calls on time; those unfinished `limit` seconds after the start have failed."""
     require(limit > 0, f"the limit of {limit:g} s must be above 0")
     with _many_files(len(calls)):
-        return await _Run(Endpoint.of(url, PATH, key), calls).run(limit)
+        return await _LoadRun(Endpoint.of(url, PATH, key), calls).run(limit)
 
 
-class _Run:
-    """One run: its clock and its rows."""
+class _LoadRun:
+    """The clock and the rows of one run."""
 
     def __init__(self, endpoint: Endpoint, calls: Sequence[Call]) -> None:
         self._endpoint = endpoint
@@ -193,7 +193,7 @@ class _Run:
         return self._rows
 
     async def _send(self, call: Call, row: RequestRow) -> None:
-        """One request, from its sending to its end; it fails in its row only."""
+        """Send one request and read its answer; a failure is recorded in its row."""
         row.sent = self._now()
         kind = "connection"
         try:
@@ -213,9 +213,9 @@ class _Run:
         row.end = self._now()
 
     async def _read(self, pieces: AsyncIterator[bytes], row: RequestRow) -> str:
-        """The events of an answer; returns what is wrong with it. Only one that ends with [DONE] came whole."""
+        """Read an answer's events; returns what is wrong with it, or "". A complete answer ends with [DONE]."""
         rest = b""
-        told, last = None, 0.0
+        reported, last = None, 0.0
         async for piece in pieces:
             now = self._now()
             *lines, rest = (rest + piece).split(b"\n")
@@ -224,10 +224,10 @@ class _Run:
                     continue
                 data = line[5:].strip()
                 if data == b"[DONE]":
-                    if told and not row.tokens_at:
+                    if reported and not row.tokens_at:
                         row.tokens_at.append(last)  # tokens without text: the client saw them at the end
-                    row.output_tokens = len(row.tokens_at) if told is None else told
-                    return "" if row.tokens_at else "the answer held no token"
+                    row.output_tokens = len(row.tokens_at) if reported is None else reported
+                    return "" if row.tokens_at else "the answer had no token"
                 try:
                     event = _decode(data)
                 except msgspec.DecodeError as error:
@@ -235,7 +235,7 @@ class _Run:
                 if event.error is not None:
                     return str(event.error)[:MESSAGE_CHARS]
                 if event.usage is not None:
-                    told = event.usage.completion_tokens
+                    reported = event.usage.completion_tokens
                 if event.choices:
                     last = now
                     if any(choice.holds_token for choice in event.choices):
@@ -244,7 +244,7 @@ class _Run:
 
 
 async def _message(pieces: AsyncIterator[bytes]) -> str:
-    """What a refusal says, as far as it fits; never nothing."""
+    """The beginning of an error message; never empty."""
     body = b""
     async for piece in pieces:
         body += piece
@@ -258,7 +258,7 @@ async def _message(pieces: AsyncIterator[bytes]) -> str:
 
 @contextlib.contextmanager
 def _many_files(count: int) -> Iterator[None]:
-    """As many open connections as this process may have: too few would look like the server's failures."""
+    """Raise the limit on open files: too few connections would look like the server's failures."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""What a run of the load generator comes to: percentiles, throughput, goodput, failures. Failures are in no latency."""
+"""The summary of a run of the load generator. Latencies exclude failed requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATENCIES = {"ttft_ms": "first token", "gap_ms": "between tokens", "tpot_ms": "a
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean, p50, p90, p99 and max of those that are there, interpolated linearly; None where there are none."""
+    """Mean, p50, p90, p99 (interpolated linearly) and max of the values that are not None; None without any."""
     known = [v for v in values if v is not None]
     if not known:
         return None
@@ -28,7 +28,7 @@ def spread(values: Iterable[float | None]) -> dict[str, float] | None:
 def goodput(
     rows: Sequence[RequestRow], seconds: float, slo_ttft: float | None, slo_tpot: float | None
 ) -> dict[str, float] | None:
-    """Answers within both limits (ms): a second, and as a share of all that was to be sent. None without a limit."""
+    """Answers within both limits (ms): their number, rate and share of all requests. None without a limit."""
     if slo_ttft is None and slo_tpot is None:
         return None
     good = sum(
@@ -47,7 +47,7 @@ def goodput(
 def summarise(
     rows: Sequence[RequestRow], slo_ttft: float | None = None, slo_tpot: float | None = None
 ) -> dict[str, Any]:
-    """Figures of a run. Its length is from its start to the last end, of failures too."""
+    """Figures of a run. It lasts from its start to the last end, failures included."""
     whole = [row for row in rows if row.failure is None]
     seconds = max((row.end for row in rows if row.end is not None), default=0.0)
     late = [row.sent - row.scheduled for row in rows if row.sent is not None]
@@ -80,7 +80,7 @@ def summarise(
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """For a terminal."""
+    """The summary as text for a terminal."""
     lines = [
         f"{summary['completed']} of {summary['requests']} requests answered in {summary['seconds']:.1f} s",
         f"{'ms':16}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}{'max':>10}",

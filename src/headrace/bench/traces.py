@@ -1,6 +1,6 @@
-"""Traces of real traffic: when requests came, how long they were, and which of them began alike.
+"""Traces of real traffic: arrival times, lengths, and shared prefixes of requests.
 
-Two formats, told apart by their content: Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) and Mooncake's JSONL
+Two formats, recognised by their content: Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) and Mooncake's JSONL
 (timestamp in ms, input_length, output_length, and hash_ids: one for each block of 512 tokens).
 """
 
@@ -22,9 +22,9 @@ from headrace.errors import ConfigError
 __all__ = ["BLOCK_TOKENS", "Prompts", "TraceRow", "read_trace", "schedule"]
 
 BLOCK_TOKENS = 512
-"""What one hash id of a Mooncake trace stands for."""
+"""Tokens that one hash id of a Mooncake trace stands for."""
 FIRST_ID = 3
-"""Smaller token ids are special in most vocabularies."""
+"""Smaller token ids are special tokens in most vocabularies."""
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
 SHARED, OWN = 0, 1
@@ -35,15 +35,15 @@ class TraceRow:
     """One request of a trace."""
 
     time: float
-    """Seconds, from any start."""
+    """Seconds, from an arbitrary start."""
     input_tokens: int
     output_tokens: int
     hash_ids: tuple[int, ...] = ()
-    """Requests that share the first k of these share their first k blocks."""
+    """Requests with the same first k of these share their first k blocks."""
 
 
 def read_trace(path: Path) -> list[TraceRow]:
-    """The rows by time. Raises `ConfigError` for a file that is not there or not a trace."""
+    """The rows, sorted by time. Raises `ConfigError` for a missing file, or one that is not a trace."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -99,8 +99,8 @@ def schedule(
 ) -> list[tuple[float, TraceRow]]:
     """(seconds from the start, row) of the requests to send: a mean of `rate` a second for `duration` seconds.
 
-    They are the trace's first rate·duration requests, at the trace's own distances, all stretched by one factor: bursts
-    stay bursts. A trace that is shorter than that is sent once, and ends earlier.
+    They are the trace's first rate · duration requests, with the trace's distances scaled by one factor, so bursts stay
+    bursts. A shorter trace is sent once, and ends earlier.
     """
     require(0 < rate < math.inf, f"rate={rate:g} must be a number of requests a second above 0")
     require(0 < duration < math.inf, f"duration={duration:g} must be a time in seconds above 0")
@@ -109,16 +109,19 @@ def schedule(
     if count == 1:
         return [(0.0, rows[0])]
     start = rows[0].time
-    # The window ends where the next request begins; behind the last one stands a mean distance.
+    # The window ends at the next request; after the last one, a mean distance is added.
     window = rows[count].time - start if count < len(rows) else (rows[-1].time - start) * count / (count - 1)
-    require(window > 0, f"the first {count} requests of the trace come all at once: there is no pace to stretch")
+    require(
+        window > 0,
+        f"the first {count} requests of the trace have the same time, so they cannot be spread: use another trace",
+    )
     return [((row.time - start) / window * (count / rate), row) for row in rows[:count]]
 
 
 class Prompts:
-    """Random token ids of the lengths that a trace tells, where rows that share leading hash ids share leading blocks.
+    """Random token ids of a trace's lengths. Rows with the same leading hash ids have the same leading blocks.
 
-    With a `scale`, lengths and blocks shrink together, so what is shared stays the same share.
+    `scale` applies to lengths and blocks alike, so the shared fraction stays the same.
     """
 
     def __init__(self, vocab_size: int = 1000, seed: int = 0, scale: float = 1.0) -> None:
@@ -135,13 +138,13 @@ class Prompts:
         return max(1, round(row.input_tokens * self._scale)), max(1, round(row.output_tokens * self._scale))
 
     def make(self, number: int, row: TraceRow) -> list[int]:
-        """The prompt of the row with this number; what no hash id covers is the row's own."""
+        """The prompt of row `number`; tokens beyond its hash ids are the row's own."""
         length, _ = self.lengths(row)
         ids: list[int] = []
         for i, block in enumerate(row.hash_ids):
             if len(ids) >= length:
                 break
-            # Blocks of a scaled length end where the whole blocks' ends fall, rounded.
+            # A scaled block ends at its whole block's end times the scale, rounded.
             ids += self._draw(SHARED, block, round((i + 1) * BLOCK_TOKENS * self._scale) - len(ids))
         return ids[:length] + self._draw(OWN, number, length - len(ids))
 

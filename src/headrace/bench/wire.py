@@ -1,7 +1,7 @@
-"""Just enough HTTP/1.1 to post a request and read what streams back, in microseconds a chunk.
+"""A minimal HTTP/1.1 client that posts a request and reads the streamed answer, in microseconds per chunk.
 
-A load generator shares its machine with the server: a full client would take its processor from what it measures. Each
-request has a connection of its own, as those of many users have.
+The load generator may share its machine with the server, and a full client would take processor time from it. Each
+request has its own connection, as those of many users do.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HEAD_BYTES = 1 << 16
 
 
 class WireError(Exception):
-    """What came is not HTTP, or ended early."""
+    """The answer is not HTTP, or ended early."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where requests go."""
+    """The address of requests."""
 
     host: str
     port: int
@@ -45,7 +45,7 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise wrong
         if key is not None and (not key.isascii() or not key.isprintable()):
-            raise RequestError("the API key must be printable ASCII: headers carry nothing else")
+            raise RequestError("the API key must be printable ASCII: other characters are not allowed in a header")
         secure = parts.scheme == "https"
         tls = ssl.create_default_context() if secure else None
         return cls(parts.hostname, port or (443 if secure else 80), parts.path + path, tls, key)
@@ -61,7 +61,7 @@ class Endpoint:
 
 
 class Reply:
-    """A status, and the body as it comes."""
+    """A status, and the body as a stream."""
 
     def __init__(self, reader: asyncio.StreamReader, status: int, headers: dict[str, str]) -> None:
         self.status = status

@@ -1,4 +1,4 @@
-"""The commands: `headrace --help`. Each is a module with `add(commands)` and a function that runs it."""
+"""The commands: `headrace --help`. Each is a module with `add(commands)`, which registers it, and `run`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """One clear line for a bad flag, instead of a page of usage."""
+    """Prints one line for a bad flag, without the usage."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
-    parser = _Parser(prog="headrace", description="Trains, shrinks, serves and routes language models.")
+    parser = _Parser(prog="headrace", description="Trains and serves language models, with the same bits everywhere.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     for module in (demo, serve, generate, chat, data, train, export, plan, bench, reproduce):
         module.add(commands)

@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
     serve = kinds.add_parser(
         "serve",
         help="send a trace's requests to an OpenAI-compatible server",
-        description="Send a trace's requests to an OpenAI-compatible server when the trace says, whether or not those "
-        "before are answered; print latencies, throughput, goodput and failures.",
+        description="Send a trace's requests to an OpenAI-compatible server at the trace's times, without waiting for "
+        "answers (open loop); print latencies, throughput, goodput and failures.",
     )
     _add_load(serve.add_argument_group("load"))
     _add_server(serve.add_argument_group("server"))
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 def _add_load(group: Any) -> None:
     group.add_argument(
-        "--trace", required=True, metavar="FILE", help="Azure's CSV or Mooncake's JSON lines, told apart by content"
+        "--trace", required=True, metavar="FILE", help="Azure's CSV or Mooncake's JSON lines, recognised by content"
     )
     group.add_argument("--rate", type=float, required=True, metavar="R", help="mean requests a second")
     group.add_argument("--duration", type=float, required=True, metavar="S", help="seconds in which requests are sent")
@@ -45,23 +45,25 @@ def _add_load(group: Any) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="all lengths times this, for small machines (default: 1, as the trace has them)",
+        help="factor on all lengths, for small machines (default: 1)",
     )
-    group.add_argument("--max-requests", type=int, metavar="N", help="at most so many (default: as many as fit)")
+    group.add_argument(
+        "--max-requests", type=int, metavar="N", help="most requests to send (default: all that the duration allows)"
+    )
     group.add_argument(
         "--vocab-size",
         type=int,
         default=1000,
         metavar="N",
-        help="prompts are random token ids from 3 to N-1 (default: 1000, which every vocabulary holds)",
+        help="prompts are random token ids from 3 to N-1 (default: 1000, which every vocabulary has)",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts' tokens (default: 0)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts' tokens (default: 0)")
     group.add_argument(
         "--grace",
         type=float,
         default=60.0,
         metavar="S",
-        help="seconds after --duration until what still runs has failed (default: 60)",
+        help="seconds after --duration, until unfinished requests count as failed (default: 60)",
     )
 
 
@@ -76,19 +78,21 @@ def _add_server(group: Any) -> None:
     group.add_argument(
         "--token-events",
         action="store_true",
-        help="ask for an event a token by return_token_ids, which headrace and vLLM know (default: no, "
-        "as clients get them: several tokens may come in one event)",
+        help="send return_token_ids, for which headrace and vLLM send an event per token (default: no: one event may "
+        "have several tokens, as clients see it)",
     )
 
 
 def _add_report(group: Any) -> None:
-    group.add_argument("--slo-ttft", type=float, metavar="MS", help="goodput counts first tokens within this")
-    group.add_argument("--slo-tpot", type=float, metavar="MS", help="goodput counts means a token within this")
+    group.add_argument("--slo-ttft", type=float, metavar="MS", help="goodput: the limit on the time to the first token")
+    group.add_argument(
+        "--slo-tpot", type=float, metavar="MS", help="goodput: the limit on the mean time per output token"
+    )
     group.add_argument("--out", metavar="DIR", help="write serve.json, with every request, and plots here")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plan, probe, send, report."""
+    """Read the trace, send its requests, print the summary."""
     from headrace.bench.serving import find_model, make_calls, run_calls
     from headrace.bench.summary import summarise, summary_text
     from headrace.bench.traces import Prompts, read_trace, schedule
@@ -119,7 +123,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _folder(name: str | None) -> Path | None:
-    """Made before the run, so that no run is lost for want of it."""
+    """Make the folder before the run, so that an error does not lose the results."""
     if name is None:
         return None
     try:

@@ -19,9 +19,9 @@ __all__ = ["add"]
 
 KEY_VARIABLES = ("HEADRACE_API_KEY", "OPENAI_API_KEY")
 NOT_REMOTE = ("n", "beam_width")
-"""Sampling flags that a conversation with a server has no use for."""
+"""Sampling flags that do not apply to a conversation with a server."""
 Answer = Callable[[list[dict[str, str]]], Iterator[str]]
-"""Messages to the pieces of a reply. Raises `RequestError` where it cannot be had."""
+"""From messages to the pieces of a reply. Raises `RequestError`."""
 
 
 def add(commands: Any) -> None:
@@ -47,9 +47,9 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read a line, answer, and keep the conversation: what was said before comes from the prefix cache."""
+    """Read a line, answer, repeat. Earlier turns come from the prefix cache."""
     if arguments.url is None and arguments.model is None:
-        raise ConfigError("there is nobody to talk to: name a checkpoint, or a server with --url")
+        raise ConfigError("no model: name a checkpoint, or a server with --url")
     answer = _local(arguments) if arguments.url is None else _remote(arguments)
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(opening)
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
             messages.append({"role": "assistant", "content": _say(answer(messages))})
         except RequestError as error:
             messages.pop()
-            print(f"headrace: {error}. Say /new to begin again.", file=sys.stderr)
+            print(f"headrace: {error}. Enter /new to begin again.", file=sys.stderr)
 
 
 def _local(arguments: argparse.Namespace) -> Answer:
@@ -89,11 +89,11 @@ def _remote(arguments: argparse.Namespace) -> Answer:
     for item in fields(EngineOptions):
         if getattr(arguments, item.name) != item.default:
             flag = "--" + item.name.replace("_", "-")
-            raise ConfigError(f"{flag} is set where the server starts, not with --url")
+            raise ConfigError(f"{flag} does not apply with --url: set it at headrace serve")
     sampling = given_sampling(arguments)
     for name in NOT_REMOTE:
         if name in sampling:
-            raise ConfigError(f"--{name.replace('_', '-')} does not go with --url")
+            raise ConfigError(f"--{name.replace('_', '-')} does not apply with --url: leave it out")
     key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
     remote = Remote(arguments.url, key)
     model = arguments.model or remote.first_model()

@@ -1,4 +1,4 @@
-"""`headrace data`: files in, a folder to train on out."""
+"""`headrace data`: build a folder of training data from files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         help="*.txt, *.jsonl (both also .gz or .zst), *.parquet, hub:owner/name[@split], or tinyworld",
     )
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    build.add_argument("--force", action="store_true", help="replace an earlier build once the new one is whole")
+    build.add_argument("--force", action="store_true", help="replace an earlier build when the new one is complete")
     _add_tokenizer(build.add_argument_group("tokenizer"))
     _add_reading(build.add_argument_group("reading"))
     build.set_defaults(run=run_build)
@@ -53,37 +53,37 @@ def _add_tokenizer(group: Any) -> None:
         help="tokens of the byte-level BPE tokenizer that is learnt from the inputs (default: 8192)",
     )
     group.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer of this model or data folder instead"
+        "--tokenizer", type=Path, metavar="FOLDER", help="use the tokenizer of this model or data folder instead"
     )
 
 
 def _add_reading(group: Any) -> None:
     group.add_argument(
-        "--text-field", default="text", metavar="NAME", help="where a record has its text (default: text)"
+        "--text-field", default="text", metavar="NAME", help="the field of a record with its text (default: text)"
     )
     group.add_argument(
-        "--chat", action="store_true", help="records are conversations: only what the assistant says counts in the loss"
+        "--chat", action="store_true", help="records are conversations: only the assistant's tokens count in the loss"
     )
     group.add_argument(
         "--messages-field",
         default="messages",
         metavar="NAME",
-        help="with --chat, where a record has its messages (default: messages)",
+        help="with --chat, the field of a record with its messages (default: messages)",
     )
     group.add_argument(
         "--split-on",
         default=END,
         metavar="TEXT",
-        help=f"what stands between the documents of a text file; '' for none (default: {END})",
+        help=f"the separator of documents in a text file; '' for none (default: {END})",
     )
     group.add_argument(
         "--validation",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of the documents to hold out, one at least; 0 for none (default: 0.01)",
+        help="share of the documents to hold out, at least one; 0 for none (default: 0.01)",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="which are held out (default: 0)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="selects the held-out documents (default: 0)")
     group.add_argument(
         "--documents",
         type=int,
@@ -94,7 +94,7 @@ def _add_reading(group: Any) -> None:
 
 
 def run_build(arguments: argparse.Namespace) -> None:
-    """Build, and say what was built."""
+    """Build the folder and print its description."""
     from headrace.train.corpus.build import BuildConfig, build
 
     config = BuildConfig(
@@ -117,8 +117,8 @@ def run_build(arguments: argparse.Namespace) -> None:
         print(f"skipped {built.skipped} without {'a turn of the assistant' if config.chat else 'text'}")
     if built.ended_within:
         print(
-            f"{built.ended_within} documents have the end token inside them, and attention crosses it: is --split-on "
-            "what stands between them?"
+            f"{built.ended_within} documents have an end token before their end, which attention crosses: "
+            "check that --split-on is their separator"
         )
     _describe(config.out, built.index)
     print(
@@ -127,7 +127,7 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    """Read every byte."""
+    """Check every file's hash and print the folder's description."""
     from headrace.train.corpus.folder import check_folder
 
     with status("reading …"):
@@ -144,7 +144,7 @@ def _describe(folder: Path, index: Any) -> None:
 
 
 def _shown(line: Any) -> Any:
-    """A `progress` that shows on a status line how far it is, now and then."""
+    """A `progress` callback that updates a status line at most every `SHOW_SECONDS`."""
     shown = 0.0
 
     def progress(what: str, documents: int, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""`headrace demo`: train a small model on tinyworld, then show what the engine does with it."""
+"""`headrace demo`: train a small model on tinyworld, test it, and serve it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["add"]
 
 OUT = Path("runs/demo")
 NEW = Path("runs/demo.new")
-"""Where training writes, until it is done."""
+"""The folder of a run in progress."""
 OLD = Path("runs/demo.old")
-"""What stood in `OUT`, while `NEW` takes its place."""
+"""The former `OUT`, while `NEW` is renamed to `OUT`."""
 SAMPLE_SECONDS = 15.0
 EXAM_QUESTIONS = 200
 NAME = "demo"
-"""Of the served model."""
+"""The served model's name."""
 REPLY_TOKENS = 48
 LONGEST_PROMPT = 96
 
@@ -35,15 +35,17 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="train a small model here and serve it, in a few minutes",
-        description="Train a 1M-parameter model on a made-up small world and serve it.",
+        description="Train a 1M-parameter model on generated texts and serve it.",
     )
-    parser.add_argument("--once", action="store_true", help="ask nothing, train anew, and replace runs/demo")
+    parser.add_argument(
+        "--once", action="store_true", help="train again without asking, replace runs/demo, and end after one request"
+    )
     add_overrides(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The whole demonstration; `runs/demo/summary.json` has its figures."""
+    """Train, test and serve; the figures are in `runs/demo/summary.json`."""
     _recover()
     trained = {} if _keep(arguments) else _train(arguments.overrides)
     from headrace.llm.llm import LLM
@@ -65,13 +67,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _recover() -> None:
-    """Put back what a run that died between the two halves of `_swap` had moved away."""
+    """Rename `OLD` back to `OUT` if an earlier run ended within `_swap`."""
     if OLD.is_dir() and not OUT.exists():
         OLD.rename(OUT)
 
 
 def _swap() -> None:
-    """Give `NEW` the place of `OUT`. Killed anywhere, it leaves a whole model in `OUT`, or in `OLD`."""
+    """Replace `OUT` by `NEW`. Killed at any point, it leaves a complete model in `OUT` or `OLD`."""
     shutil.rmtree(OLD, ignore_errors=True)
     if OUT.exists():
         OUT.rename(OLD)
@@ -80,11 +82,11 @@ def _swap() -> None:
 
 
 def _keep(arguments: argparse.Namespace) -> bool:
-    """Whether to use what an earlier run has left."""
+    """Whether to use the model of an earlier run."""
     if arguments.once or not (OUT / "hf" / "config.json").is_file():
         return False
     if not sys.stdin.isatty():
-        print(f"using the model in {OUT}/hf; --once trains anew")
+        print(f"using the model in {OUT}/hf; --once trains again")
         return True
     return input(f"There is a trained model in {OUT}/hf. Use it? [Y/n] ").strip().lower() not in ("n", "no")
 
@@ -98,7 +100,7 @@ def _earlier() -> dict[str, Any]:
     except (OSError, ValueError):
         summary = None
     if not isinstance(summary, dict):
-        print(f"{file} cannot be read: going on without the figures of the training")
+        print(f"{file} cannot be read: the figures of the training will be missing")
         return {}
     return summary
 
@@ -112,7 +114,7 @@ def _recipe() -> Path:
 
 
 def _train(overrides: list[str]) -> dict[str, Any]:
-    """Train aside, then replace `OUT`: a run that fails or is stopped leaves what was there."""
+    """Train into `NEW`, then replace `OUT`; a run that fails or is stopped leaves `OUT` unchanged."""
     from headrace.train.config import load_recipe
 
     recipe = load_recipe(_recipe(), ["train.sample_every=5", *overrides])
@@ -162,7 +164,7 @@ def _exam(llm: Any) -> float:
 
 
 def _same_bits(checkpoint: Path) -> dict[str, Any]:
-    """32 prompts alone, then together under preemption in 7-token chunks: everything must be equal."""
+    """32 prompts alone, then together with preemption in 7-token chunks: the results must be equal."""
     from headrace.engine.schedule.sampling import SamplingParams
     from headrace.llm.llm import LLM
     from headrace.train import tinyworld
@@ -193,7 +195,7 @@ def _same_bits(checkpoint: Path) -> dict[str, Any]:
 
 
 def _cache(checkpoint: Path) -> dict[str, Any]:
-    """The same prompt twice: the second time its keys and values are in the cache."""
+    """Time the first token of a prompt twice: the second time its keys and values are in the cache."""
     from headrace.engine.schedule.sampling import SamplingParams
     from headrace.llm.llm import LLM
     from headrace.train import tinyworld
@@ -231,7 +233,7 @@ def _reply(llm: Any) -> dict[str, str]:
 
 
 def _serve(checkpoint: Path, summary: dict[str, Any], once: bool) -> None:
-    """Serve the model until Ctrl-C; `once`, until one request is answered, with the same bits as in this process."""
+    """Serve the model until Ctrl-C; with `once`, until one request is answered with the reply of this process."""
     from headrace.cli.remote import Remote
 
     server = _server(checkpoint)
@@ -255,13 +257,13 @@ def _serve(checkpoint: Path, summary: dict[str, Any], once: bool) -> None:
             text = answer.result()["choices"][0]["text"]
             print(f"  ↳ {text.strip()}")
             if text != summary["reply"]:
-                raise RuntimeError(f"the server said {text!r}, not {summary['reply']!r}: a bug in headrace")
+                raise RuntimeError(f"the server answered {text!r}, not {summary['reply']!r}: a bug in headrace")
 
     asyncio.run(main())
 
 
 def _server(checkpoint: Path) -> Any:
-    """At the usual port, or at a free one."""
+    """The server at the default port, or at a free one."""
     from headrace.serve.server import Server
     from headrace.serve.settings import ServeSettings
 

@@ -15,16 +15,18 @@ def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "export",
-        help="make a Hugging Face folder of a training snapshot",
-        description="Write a snapshot's model as a Hugging Face folder, and prove that it computes the same logits.",
+        help="write a training snapshot as a Hugging Face folder",
+        description="Write a snapshot's model as a Hugging Face folder, and check that it computes the same logits.",
     )
-    parser.add_argument("snapshot", type=Path, help="a step-… folder; or a run's --out, for its newest whole snapshot")
+    parser.add_argument(
+        "snapshot", type=Path, help="a step-… folder; or a run's --out, for its newest readable snapshot"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export, and say what may be done with it."""
+    """Export, and print a command that uses the folder."""
     from headrace.train.export import export_snapshot
 
     snapshot = export_snapshot(arguments.snapshot, arguments.out, kernels("cpu"), warn)

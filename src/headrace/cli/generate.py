@@ -1,4 +1,4 @@
-"""`headrace generate`: continue prompts, from the command line."""
+"""`headrace generate`: continue prompts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
             raise RequestError(f"--prompts {arguments.prompts}: there is no such file")
         prompts += [line for line in arguments.prompts.read_text().splitlines() if line]
     if not prompts:
-        raise RequestError("there is nothing to continue: give --prompt TEXT or --prompts FILE")
+        raise RequestError("no prompt: give --prompt TEXT or --prompts FILE")
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""Flags made from `EngineOptions`, so that a keyword and its flag cannot drift apart."""
+"""Flags generated from `EngineOptions`, so that flags and keywords stay the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """One flag a field: block_size becomes --block-size, a true boolean also --no-…"""
+    """A flag for every field: block_size becomes --block-size; booleans also get --no-…"""
     group = parser.add_argument_group("engine")
     for item in fields(EngineOptions):
         flag = "--" + item.name.replace("_", "-")

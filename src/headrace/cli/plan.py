@@ -1,4 +1,4 @@
-"""`headrace plan`: what a recipe needs of each device, and which layouts fit."""
+"""`headrace plan`: the memory that a recipe needs on each device, and the layouts that fit."""
 
 from __future__ import annotations
 
@@ -23,26 +23,30 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="bytes per device that a recipe needs, and what would fit",
-        description="Account for every byte that training by a recipe needs of each device, without allocating any.",
+        description="Compute the memory that a recipe needs on each device, without allocating it.",
     )
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/7b.toml")
     add_overrides(parser)
-    parser.add_argument("--devices", type=int, metavar="N", help="how many there are (default: one copy of the model)")
     parser.add_argument(
-        "--memory", metavar="BYTES", help="of one device, as 80GiB (default: of this machine, shared by its devices)"
+        "--devices", type=int, metavar="N", help="number of devices (default: those of one copy of the model)"
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="BYTES",
+        help="memory of one device, as 80GiB (default: this machine's, shared by its devices)",
     )
     parser.add_argument(
         "--measured",
         type=Path,
         metavar="RUN",
         help="a run of this model (its --out, or a snapshot): "
-        "what its first rank held, beside what is planned for its layout",
+        "prints what its first rank held beside the plan of its layout",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Plan and print."""
+    """Plan, and print the tables."""
     from headrace.config import require
     from headrace.llm.options import parse_bytes
     from headrace.train.config import load_recipe
@@ -57,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     memory = _machine(recipe.train.kernels)
     if arguments.memory is not None:
         size = parse_bytes(arguments.memory)
-        require(size > 0, f"--memory {arguments.memory} must be more than nothing")
+        require(size > 0, f"--memory {arguments.memory} must be more than 0")
         memory = _Memory(size, "--memory")
     planner = Planner(recipe)
     plan = planner.over(tensor, devices or tensor)[recipe.train.recompute]
@@ -80,7 +84,7 @@ class _Memory:
     size: int
     whose: str
     shared: bool = False
-    """Whether all devices have it together."""
+    """Whether all devices share it."""
 
     def each(self, devices: int) -> int:
         return self.size // devices if self.shared else self.size
@@ -141,12 +145,12 @@ def _verdict(plan: Any, memory: _Memory) -> Iterator[str]:
 
 
 def _stages(planner: Any, plan: Any) -> Iterator[str]:
-    """The paper's table for this model (ZeRO, figure 1), where there are copies to share states."""
+    """The paper's table for this model (ZeRO, figure 1), where there is more than one copy."""
     from headrace.train.plan import STATES
 
     if plan.copies == 1:
         return
-    yield f"states a device that {plan.copies} copies share at each of ZeRO's stages (parallel.zero)"
+    yield f"states per device, with {plan.copies} copies, at each of ZeRO's stages (parallel.zero)"
     yield f"{'':{WHAT}}" + "".join(f"{f'{stage}' + (' ◄' if stage == plan.zero else ''):>{CELL}}" for stage in range(4))
     parts = planner.ranks(plan.tensor)
     states = [
@@ -160,7 +164,7 @@ def _stages(planner: Any, plan: Any) -> Iterator[str]:
 
 
 def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
-    """What a run has held where it ran, beside this plan's account of the run's own layout."""
+    """The memory that a run held, beside the plan of that run's layout."""
     from dataclasses import asdict, replace
 
     from headrace.errors import ConfigError
@@ -171,11 +175,13 @@ def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
         return
     snapshot = find_snapshot(run, warn)
     model = asdict(recipe.model)
-    del model["eos_token_ids"]  # which come with the data's tokenizer
+    del model["eos_token_ids"]  # they come from the data's tokenizer
     snapshot.require_same({"model": model}, "model", "of another model")
     layout, held = dict(snapshot.record["layout"]), snapshot.record.get("memory")
     if held is None:
-        raise ConfigError(f"--measured {run} does not say what it held: an older version wrote it; train a step more")
+        raise ConfigError(
+            f"--measured {run} has no record of its memory, as an older version wrote it: train a step more"
+        )
     copies = layout.pop("copies")
     tensor, zero = layout["tensor"], layout["zero"]
     own = Planner(replace(recipe, parallel=replace(recipe.parallel, **layout))).ranks(tensor)[0].state(copies, zero)
@@ -194,7 +200,7 @@ def _measured(recipe: Any, run: Path | None) -> Iterator[str]:
 
 
 def _layouts(planner: Any, devices: int | None, memory: _Memory) -> Iterator[str]:
-    """Every degree with every recomputation; `devices` None is one copy of the model whatever the degree."""
+    """Every degree with every recomputation; `devices` None means one copy of the model at every degree."""
     from headrace.errors import ConfigError
     from headrace.train.config import RECOMPUTE
     from headrace.train.plan import DEGREES

@@ -1,4 +1,4 @@
-"""Loading with a line that says what takes time."""
+"""Load models and kernels under a status line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["compiling", "kernels", "load", "status", "warn"]
 
 
 def status(text: str) -> Any:
-    """A line on standard error while something takes time; `stop` takes it away."""
+    """A status line on standard error; `stop` removes it."""
     from rich.console import Console
 
     return Console(stderr=True).status(text)
 
 
 def compiling(status: Any) -> Any:
-    """A `progress` that says on a status line which kernel is compiled."""
+    """A `progress` callback that shows on a status line which kernel is being compiled."""
 
     def progress(done: int, total: int, name: str) -> None:
         status.update(f"compiling kernels for this machine, once: {done}/{total} {name}")
@@ -26,7 +26,7 @@ def compiling(status: Any) -> Any:
 
 
 def load(model: str, options: dict[str, Any]) -> Any:
-    """An `LLM`; kernels that must be compiled first show a progress line on standard error."""
+    """An `LLM`; a status line on standard error shows the compilation of kernels."""
     from headrace.llm.options import EngineOptions
 
     EngineOptions(**options)
@@ -37,7 +37,7 @@ def load(model: str, options: dict[str, Any]) -> Any:
 
 
 def kernels(name: str, ranks: int = 1, device: Any = None) -> Any:
-    """The op set called `name`, compiled, on `device`; its threads are a share where `ranks` share the machine."""
+    """The op set `name`, compiled, on `device`, with this rank's share of the threads of a machine with `ranks`."""
     with status("loading kernels …") as line:
         from headrace.kernels.ops import load_ops
 
@@ -48,5 +48,5 @@ def kernels(name: str, ranks: int = 1, device: Any = None) -> Any:
 
 
 def warn(message: str) -> None:
-    """Say what should be known but stops nothing."""
+    """Print a warning on standard error."""
     print(f"headrace: warning: {message}", file=sys.stderr)

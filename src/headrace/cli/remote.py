@@ -1,4 +1,4 @@
-"""`Remote`: an OpenAI-compatible server, for commands that talk to one."""
+"""`Remote`: a client of an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONNECT_SECONDS = 5.0
 
 
 class Remote:
-    """One server. Every method raises `RequestError` where it cannot be reached or refuses."""
+    """One server. Every method raises `RequestError` where the server cannot be reached or answers an error."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """`url` may end with /v1 or not."""
@@ -32,7 +32,7 @@ class Remote:
         )
 
     def first_model(self) -> str:
-        """The name of the first model that is served."""
+        """The name of the server's first model."""
         with self._ask("GET", "/v1/models") as response:
             models = json.loads(response.read()).get("data") or []
         if not models:
@@ -40,13 +40,13 @@ class Remote:
         return str(models[0]["id"])
 
     def complete(self, model: str, prompt: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """One completion, whole."""
+        """One completion, without streaming."""
         with self._ask("POST", "/v1/completions", {"model": model, "prompt": prompt, **fields}) as response:
             answer: dict[str, Any] = json.loads(response.read())
         return answer
 
     def chat(self, model: str, messages: list[dict[str, str]], fields: Mapping[str, Any]) -> Iterator[str]:
-        """The pieces of a reply, as they come."""
+        """The pieces of a streamed reply."""
         body = {"model": model, "messages": messages, "stream": True, **fields}
         with self._ask("POST", "/v1/chat/completions", body) as response:
             for event in self._events(response):
@@ -72,7 +72,7 @@ class Remote:
 
     @contextlib.contextmanager
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx.Response]:
-        """A response, open for as long as it is read."""
+        """An open response, to be read within the context."""
         try:
             response = self._client.send(self._client.build_request(method, path, json=body), stream=True)
         except httpx.HTTPError as error:

@@ -1,4 +1,4 @@
-"""`headrace reproduce`: a paper's table beside ours."""
+"""`headrace reproduce`: a paper's results beside headrace's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "reproduce",
-        help="a paper's results beside ours, measured now",
-        description="Print a paper's table beside ours. Every figure of ours is measured now.",
+        help="measure a paper's results here, and print both",
+        description="Print a paper's results beside headrace's, which are measured now, on this machine.",
     )
     parser.add_argument("paper", choices=PAPERS)
-    parser.add_argument("--quick", action="store_true", help="smaller inputs, for trying it")
+    parser.add_argument("--quick", action="store_true", help="smaller inputs, to try it")
     parser.set_defaults(run=run)
 
 

@@ -27,7 +27,7 @@ FLAGS: dict[str, tuple[type, str]] = {
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """One flag a parameter; what is not given comes from the model's generation_config.json."""
+    """A flag for every parameter; defaults come from the model's generation_config.json."""
     group = parser.add_argument_group("sampling")
     for name, (kind, text) in FLAGS.items():
         group.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, default=None, help=text, metavar="N")

@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", help="a checkpoint folder in Hugging Face layout, or a hub id")
     _add_server(parser.add_argument_group("server"))
+    _add_access(parser.add_argument_group("access"))
     _add_limits(parser.add_argument_group("limits"))
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -37,54 +38,35 @@ def _add_server(group: Any) -> None:
         "--host",
         default="127.0.0.1",
         metavar="NAME",
-        help="address to listen on (default: 127.0.0.1, which only this machine reaches)",
+        help="address to listen on (default: 127.0.0.1, which only this machine can reach)",
     )
     group.add_argument(
         "--port",
         type=int,
         default=8000,
         metavar="N",
-        help="port; 0 takes a free one (default: 8000, where clients of such servers look)",
+        help="port; 0 takes a free one (default: 8000, as clients of such servers expect)",
     )
     group.add_argument(
         "--served-model-name",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="names that requests may use; answers carry the first (default: MODEL as it is given)",
-    )
-    group.add_argument(
-        "--api-key",
-        nargs="+",
-        default=(),
-        metavar="KEY",
-        help=f"keys, of which requests must carry one; better set {KEY_VARIABLE}, which process lists "
-        "do not show (default: none, as only this machine reaches it)",
-    )
-    group.add_argument(
-        "--allow-remote",
-        action="store_true",
-        help="listen beyond this machine without a key (default: refused, as anybody could use it)",
-    )
-    group.add_argument(
-        "--allow-weight-updates",
-        action="store_true",
-        help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
-        "as whoever may ask could change the model)",
+        help="names that requests may use; answers carry the first (default: MODEL as given)",
     )
     group.add_argument(
         "--restart",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="start another engine when one dies, and go on with the requests (default: yes, as their "
-        "tokens stay the same)",
+        help="start another engine when one dies, and continue the requests (default: yes, as their tokens "
+        "stay the same)",
     )
     group.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
-        help="take sampling defaults from the model's generation_config.json, or not (default: auto, "
-        "as its makers chose them; /v1/models shows them)",
+        help="auto: take sampling defaults from the model's generation_config.json; none: do not (default: auto, "
+        "as its authors chose them; /v1/models shows them)",
     )
     group.add_argument(
         "--drain-timeout",
@@ -92,6 +74,28 @@ def _add_server(group: Any) -> None:
         default=10.0,
         metavar="S",
         help="seconds that running requests have after SIGTERM (default: 10, a third of what Kubernetes allows)",
+    )
+
+
+def _add_access(group: Any) -> None:
+    group.add_argument(
+        "--api-key",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help=f"keys; requests must carry one of them; better set {KEY_VARIABLE}, which process lists do not show "
+        "(default: none, as only this machine can reach the server)",
+    )
+    group.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="listen beyond this machine without a key (default: refused, as every machine could use it)",
+    )
+    group.add_argument(
+        "--allow-weight-updates",
+        action="store_true",
+        help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
+        "as every client could change the model)",
     )
 
 
@@ -115,12 +119,12 @@ def _add_limits(group: Any) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="sequences that may wait beyond --max-num-seqs; then 429 (default: 1024, minutes of work)",
+        help="sequences that may wait beyond --max-num-seqs; further ones get 429 (default: 1024, minutes of work)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serve until it is told to end."""
+    """Serve until a signal ends the server."""
     options = engine_options(arguments)
     EngineOptions(**options)
     from headrace.serve.server import Server

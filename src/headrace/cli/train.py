@@ -1,4 +1,4 @@
-"""`headrace train`: a recipe in, metrics and a Hugging Face folder out."""
+"""`headrace train`: train by a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.errors import HeadraceError
 __all__ = ["TrainingView", "add", "add_overrides"]
 
 BAR = 10
-"""Its width: all of the line together fits into 80 columns."""
+"""Width of the bar, so that the line fits into 80 columns."""
 
 
 def add(commands: Any) -> None:
@@ -27,17 +27,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/demo.toml")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where to write; it must not hold a run already"
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to write; it must not hold a run"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in DIR, from its newest whole snapshot"
+        "--resume", action="store_true", help="continue the run in DIR from its newest readable snapshot"
     )
     add_overrides(parser)
     parser.set_defaults(run=run)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """--set, which changes fields of the recipe."""
+    """Add --set, which changes fields of the recipe."""
     parser.add_argument(
         "--set",
         action="append",
@@ -49,7 +49,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, with a progress bar and a sample now and then; under torchrun, rank 0 alone shows them."""
+    """Train with a progress bar and samples; under torchrun, rank 0 alone shows them."""
     from headrace.train.config import load_recipe
     from headrace.train.run import own_device, train
 
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class TrainingView:
-    """A progress bar with the loss and the speed, and samples from the model as it learns."""
+    """A progress bar with the loss and the speed, and samples from the model in training."""
 
     def __init__(self, recipe: Any, ops: Any, every_seconds: float = 0.0, shown: bool = True) -> None:
         from rich.console import Console
@@ -116,9 +116,9 @@ class TrainingView:
         self._console.print(f"warning: {message}", markup=False, soft_wrap=True)
 
     def sample(self, trainer: Any) -> None:
-        """Generate from the model as it is, through the engine; at most every so many seconds.
+        """Generate from the current weights, through the engine, at most every `every_seconds`.
 
-        Ranks that hold the model together do it together; of its copies, the first.
+        A collective over the tensor-parallel ranks of the model's first copy; other copies do nothing.
         """
         mesh = trainer.mesh
         if mesh.data.rank or mesh.tensor.share(b"1" if self._is_time(trainer) else b"0") == b"0":

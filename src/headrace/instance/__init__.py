@@ -1,1 +1,1 @@
-"""One engine in a process of its own: the messages, the process, and its client."""
+"""One engine in a process of its own: the messages, the process, its client and its supervisor."""

@@ -1,4 +1,4 @@
-"""`InstanceClient`: starts an instance's process, sends it commands, gives its events, and notices its end."""
+"""`InstanceClient`: starts an instance's process, sends it commands, yields its events, and detects its exit."""
 
 from __future__ import annotations
 
@@ -21,63 +21,64 @@ from headrace.errors import HeadraceError
 from headrace.instance.wire import (
     COMMANDS,
     EVENTS,
-    Batch,
     Command,
     Event,
+    EventBatch,
     Failed,
-    Progress,
+    InstalledWeights,
+    KernelProgress,
     Ready,
     Stop,
-    Weights,
     decode_event,
     encode,
 )
 
 __all__ = ["InstanceClient", "InstanceDiedError"]
 
-_END = b""
-"""What the client tells itself when the process is over."""
+_EXITED = b""
+"""Sent to the client's own socket when the process has exited."""
 
 
 class InstanceDiedError(RuntimeError):
-    """The process ended, or failed, for a reason that is not the user's input."""
+    """The process exited or failed, and the user's input is not the cause."""
 
 
 class InstanceClient:
-    """One instance process, from `start` to its end; a new one takes a new client.
+    """One instance process, from `start` to its exit; a restart makes a new client.
 
-    It belongs to one event loop. Its standard error is this process's.
+    It belongs to one event loop. The process writes to this process's standard error.
     """
 
     ready: Ready
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        """For `start`."""
+        """Called by `start`."""
         self._process = process
         self._folder = Path(tempfile.mkdtemp(prefix="headrace-"))
         self._context = zmq.Context()
         self._events = zmq.asyncio.Socket(self._context, zmq.PULL)
         self._events.bind(f"ipc://{self._folder / EVENTS}")
-        self._events.bind("inproc://end")
+        self._events.bind("inproc://exit")
         self._commands = self._context.socket(zmq.PUSH)
         self._commands.setsockopt(zmq.SNDHWM, 0)
         self._commands.setsockopt(zmq.LINGER, 0)
         self._watch = asyncio.create_task(self._wait())
-        self._ending: asyncio.Task[None] | None = None
+        self._killing: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
         cls,
+        name: str,
         model: str,
         options: dict[str, Any],
         progress: Callable[[int, int, str], None] | None = None,
-        weights: Weights | None = None,
+        weights: InstalledWeights | None = None,
     ) -> InstanceClient:
-        """Spawn a process and wait until its model is loaded and its kernels are warm.
+        """Spawn a process; return when its model is loaded and its kernels are compiled.
 
-        `options` are fields of `EngineOptions`, as JSON has them; `weights` are put in over the model's own. Raises
-        `HeadraceError` where they or the model are at fault, and `InstanceDiedError` if the process ends for another
-        reason.
+        `name` is the instance's; `options` are fields of `EngineOptions`, JSON values; `weights` replace the model's
+        own. Raises `HeadraceError` for bad input (the model, the options, the weights) and `InstanceDiedError` if the
+        process exits for another reason.
         """
         began = time.monotonic()
         process = await asyncio.create_subprocess_exec(
@@ -85,7 +86,8 @@ class InstanceClient:
         )
         client = cls(process)
         try:
-            said = {
+            start = {
+                "name": name,
                 "model": model,
                 "options": options,
                 "folder": str(client._folder),
@@ -93,7 +95,7 @@ class InstanceClient:
                 "weights": None if weights is None else msgspec.to_builtins(weights),
             }
             assert process.stdin is not None
-            process.stdin.write(json.dumps(said).encode() + b"\n")
+            process.stdin.write(json.dumps(start).encode() + b"\n")
             await client._until_ready(progress)
         except BaseException:
             await client.kill()
@@ -108,7 +110,7 @@ class InstanceClient:
                 return
             if isinstance(event, Failed):
                 raise HeadraceError(event.message) if event.bad_input else InstanceDiedError(event.message)
-            if isinstance(event, Progress) and progress is not None:
+            if isinstance(event, KernelProgress) and progress is not None:
                 progress(event.done, event.total, event.what)
         raise InstanceDiedError(f"the engine's process ended with status {self._process.returncode} while it started")
 
@@ -118,33 +120,36 @@ class InstanceClient:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        """Queue a command; it never blocks. A dead process reads nothing. UnicodeError, OverflowError: unsendable."""
+        """Queue a command without blocking; dropped if the process has exited.
+
+        Raises UnicodeError or OverflowError where the command cannot be encoded.
+        """
         data = encode(command)
-        if self._ending is None:
+        if self._killing is None:
             self._commands.send(data, zmq.NOBLOCK)
 
-    async def batches(self) -> AsyncIterator[Batch]:
-        """News as they come, until the process is over; InstanceDiedError where it says why."""
+    async def batches(self) -> AsyncIterator[EventBatch]:
+        """Events as they come, until the process exits; raises InstanceDiedError if it sent a reason."""
         async for event in self._receive():
-            if isinstance(event, Batch):
+            if isinstance(event, EventBatch):
                 yield event
             elif isinstance(event, Failed):
                 raise InstanceDiedError(event.message)
 
     async def stop(self, timeout: float = 5.0) -> None:
-        """End the process after its step, by force if that takes longer than `timeout` seconds."""
+        """Stop the process after its current step; kill it after `timeout` seconds."""
         self.send(Stop())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._watch), timeout)
         await self.kill()
 
     async def kill(self) -> None:
-        """End the process at once and give back what it held. May be called again."""
-        if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
-        await asyncio.shield(self._ending)
+        """Kill the process and free its sockets and folder. May be called again."""
+        if self._killing is None:
+            self._killing = asyncio.create_task(self._kill())
+        await asyncio.shield(self._killing)
 
-    async def _end(self) -> None:
+    async def _kill(self) -> None:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -152,7 +157,7 @@ class InstanceClient:
             self._process.stdin.close()
         try:
             await self._watch
-        finally:  # a loop that is closing cancels us here
+        finally:  # this task is cancelled here when the event loop closes
             self._commands.close()
             self._events.close(linger=0)
             self._context.term()
@@ -161,12 +166,12 @@ class InstanceClient:
     async def _wait(self) -> None:
         await self._process.wait()
         with self._context.socket(zmq.PUSH) as bell:
-            bell.connect("inproc://end")
-            bell.send(_END)
+            bell.connect("inproc://exit")
+            bell.send(_EXITED)
 
     async def _receive(self) -> AsyncIterator[Event]:
         while True:
             data = await self._events.recv()
-            if data == _END:
+            if data == _EXITED:
                 return
             yield decode_event(data)

@@ -1,7 +1,7 @@
-"""The instance's process: sockets, signals and its end, around an `Instance`.
+"""The instance's process: sockets, signals and exit, around an `Instance`.
 
-It reads one line of JSON on its standard input, which stays open as long as the gateway lives: at its end the
-process goes, whatever it is doing. Commands come in on a thread of their own; news leave on the engine's.
+It reads one line of JSON on its standard input, which stays open while the gateway runs: at end of file the process
+exits, whatever it is doing. A thread receives commands; the engine's thread sends events.
 """
 
 from __future__ import annotations
@@ -22,20 +22,33 @@ import zmq
 
 from headrace.errors import HeadraceError
 from headrace.instance.server import Instance
-from headrace.instance.weights import put_back
-from headrace.instance.wire import COMMANDS, EVENTS, Event, Failed, Progress, Stop, Weights, decode_command, encode
+from headrace.instance.weights import reinstall
+from headrace.instance.wire import (
+    COMMANDS,
+    EVENTS,
+    Event,
+    Failed,
+    InstalledWeights,
+    KernelProgress,
+    Stop,
+    decode_command,
+    encode,
+)
 from headrace.llm.llm import LLM
 
 __all__ = ["main"]
 
 
 def main() -> int:
-    """Serve until a `Stop` or the gateway's end; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the gateway says when to stop
+    """Serve until a `Stop` or the gateway's exit; returns the exit status."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # Ctrl-C reaches the whole process group; only the gateway's `Stop` counts
         signal.signal(number, signal.SIG_IGN)
     start: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     folder = Path(start["folder"])
-    parent = threading.Thread(target=_outlive_nobody, args=(sys.stdin.buffer, folder), name="parent", daemon=True)
+    parent = threading.Thread(target=_exit_with_gateway, args=(sys.stdin.buffer, folder), name="parent", daemon=True)
     parent.start()
     context = zmq.Context()
     commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
@@ -46,11 +59,11 @@ def main() -> int:
         events.send(encode(event))
 
     try:
-        llm = LLM(start["model"], progress=lambda *at: send(Progress(*at)), **start["options"])
-        llm.frontend.engine.runner.ranks.watch(_die_too)
+        llm = LLM(start["model"], progress=lambda *at: send(KernelProgress(*at)), **start["options"])
+        llm.frontend.engine.runner.ranks.watch(_exit_with_rank)
         if start["weights"] is not None:
-            put_back(llm, msgspec.convert(start["weights"], Weights))
-        instance = Instance(llm, send)
+            reinstall(llm, msgspec.convert(start["weights"], InstalledWeights))
+        instance = Instance(llm, send, start["name"])
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()
         send(instance.ready(time.monotonic() - start["began"]))
@@ -61,8 +74,8 @@ def main() -> int:
         traceback.print_exc()
         send(Failed(f"{type(error).__name__}: {error}"))
     else:
-        return _leave(0)
-    parent.join()  # the gateway reads why, and closes our input
+        return _exit(0)
+    parent.join()  # the gateway reads the reason, then closes our input
     return 1
 
 
@@ -73,19 +86,19 @@ def _receive(commands: zmq.Socket[bytes], instance: Instance) -> None:
         instance.post(command)
 
 
-def _die_too(obituary: str) -> None:
-    """A rank has ended: so has the model. The gateway sees this process end, and starts another."""
-    print(f"headrace: {obituary}", file=sys.stderr)
-    _leave(1)
+def _exit_with_rank(reason: str) -> None:
+    """Without one of its ranks the model cannot run. The gateway detects the exit and starts another process."""
+    print(f"headrace: {reason}", file=sys.stderr)
+    _exit(1)
 
 
-def _outlive_nobody(stdin: IO[bytes], folder: Path) -> None:
+def _exit_with_gateway(stdin: IO[bytes], folder: Path) -> None:
     stdin.read()
     shutil.rmtree(folder, ignore_errors=True)
-    _leave(1)
+    _exit(1)
 
 
-def _leave(status: int) -> int:
-    """End at once: threads that block in zmq have nothing to say any more."""
+def _exit(status: int) -> int:
+    """Exit at once: a normal exit would wait for threads that block in zmq."""
     sys.stderr.flush()
     os._exit(status)

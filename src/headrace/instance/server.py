@@ -1,6 +1,6 @@
-"""`Instance`: one engine that obeys a gateway's messages. No sockets here: see `process.py`.
+"""`Instance`: one engine that executes a gateway's commands. Sockets are in `process.py`.
 
-commands ──> EngineLoop ──> obey, between steps ──> Frontend.step ──> one Batch of news a step
+commands ──> EngineLoop ──> executed between steps ──> Frontend.step ──> one EventBatch a step
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import CheckpointError, RequestError
 from headrace.instance.deltas import Sent
 from headrace.instance.explain import Explainer
-from headrace.instance.weights import put_in
+from headrace.instance.weights import install
 from headrace.instance.wire import (
     Abort,
     Accepted,
     Add,
-    Batch,
     Command,
     Embed,
     Embedding,
+    EngineEvent,
+    EventBatch,
     Inspect,
-    News,
     Ready,
     Refused,
     Resume,
     StepReport,
     Stop,
     Tree,
-    Update,
-    Updated,
+    UpdateWeights,
+    WeightsUpdated,
 )
 from headrace.llm.llm import LLM
 from headrace.llm.loop import EngineLoop
@@ -48,10 +48,14 @@ _STATS = [f.name for f in fields(SchedulerStats) if f.name != "finished"]
 
 
 class Instance:
-    """Everything but the transport. The thread that calls `run` owns the engine; `post` is for any thread."""
+    """Everything but the transport. The thread that calls `run` owns the engine; any thread may call `post`."""
 
-    def __init__(self, llm: LLM, send: Callable[[Batch], None]) -> None:
-        """`send` takes the news of a step; it is called on the engine's thread and may block."""
+    def __init__(self, llm: LLM, send: Callable[[EventBatch], None], name: str = "0") -> None:
+        """`send` takes the events of a step; it is called on the engine's thread and may block.
+
+        `name` tells this instance from others behind the same gateway.
+        """
+        self._name = name
         self._llm = llm
         self._frontend = llm.frontend
         self._scheduler = llm.frontend.engine.scheduler
@@ -60,19 +64,20 @@ class Instance:
         self._explainer = Explainer(self._scheduler)
         self._sent: dict[str, Sent] = {}
         self._embeds: dict[str, list[int]] = {}
-        self._news: list[News] = []
+        self._events: list[EngineEvent] = []
         self._changed = False
-        """Whether something ended, or the cache was emptied, since the last report."""
+        """Whether a request ended or the cache was emptied outside a step since the last report."""
 
     def ready(self, startup_seconds: float) -> Ready:
-        """What a gateway wants to know of this engine."""
+        """This engine's description for the gateway. `startup_seconds` from the process's start to now."""
         scheduler = self._scheduler
         return Ready(
+            instance=self._name,
             pid=os.getpid(),
             fingerprint=self._frontend.fingerprint,
             max_model_len=scheduler.max_model_len,
             vocab_size=self._frontend.model_config.vocab_size,
-            kv_tokens=scheduler.capacity,
+            kv_tokens=scheduler.limits.capacity,
             kv_blocks=scheduler.cache.pool.num_usable,
             block_size=scheduler.cache.block_size,
             default_sampling_params=self._llm.default_sampling_params(),
@@ -83,21 +88,21 @@ class Instance:
         )
 
     def post(self, command: Command) -> None:
-        """Have a command obeyed before the next step, in the order of the calls."""
+        """Queue a command, to be executed before the next step. Order is kept."""
         if isinstance(command, Stop):
             self._loop.stop()
         else:
-            self._loop.post(lambda: self._obey(command))
+            self._loop.post(lambda: self._execute(command))
 
     def run(self) -> None:
-        """Until a `Stop`; raises what a step raises."""
+        """Run steps until a `Stop`. Raises what a step raises."""
         self._loop.run(self._busy, self._step)
 
     def _busy(self) -> bool:
         return bool(self._embeds) or self._frontend.has_work
 
     def _step(self) -> None:
-        """One step of the engine, one embedding, and the news of both as one message."""
+        """Run one step of the engine and one embedding; send the events of both as one message."""
         report: StepReport | None = None
         if self._frontend.has_work:
             began = time.monotonic()
@@ -111,7 +116,7 @@ class Instance:
                 if delta.finished:
                     del self._sent[group.name]
                     delta.explanation = self._explainer.finish(group.name, delta.num_cached_tokens)
-                self._news.append(delta)
+                self._events.append(delta)
             report = self._report(prompts, others, time.monotonic() - began)
         elif self._changed:
             report = self._report()
@@ -120,19 +125,19 @@ class Instance:
             name = next(iter(self._embeds))
             self._embed(name, self._embeds.pop(name))
         if report is not None:
-            self._news.append(report)
-        if self._news:
-            news, self._news = self._news, []
-            self._send(Batch(news))
+            self._events.append(report)
+        if self._events:
+            events, self._events = self._events, []
+            self._send(EventBatch(events))
 
     def _report(self, prefill_tokens: int = 0, decode_tokens: int = 0, seconds: float = 0.0) -> StepReport:
         stats = self._scheduler.stats
         values = {name: getattr(stats, name) for name in _STATS} | {"finished": stats.finished}
-        return StepReport(values, prefill_tokens, decode_tokens, seconds)
+        return StepReport(self._name, values, prefill_tokens, decode_tokens, seconds)
 
     # ---- commands
 
-    def _obey(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         try:
             if isinstance(command, Add):
                 self._add(command)
@@ -144,12 +149,12 @@ class Instance:
                 self._check_embed(command)
                 self._embeds[command.name] = command.prompt_token_ids
             elif isinstance(command, Inspect):
-                self._news.append(self._tree(command.max_nodes))
-            elif isinstance(command, Update):
+                self._events.append(self._tree(command))
+            elif isinstance(command, UpdateWeights):
                 self._update(command)
         except RequestError as error:
             name = command.record["name"] if isinstance(command, Resume) else getattr(command, "name", "")
-            self._news.append(Refused(name, str(error), named_parameter(str(error))))
+            self._events.append(Refused(name, str(error), named_parameter(str(error))))
 
     def _add(self, add: Add) -> None:
         params = SamplingParams(**add.params)
@@ -162,7 +167,7 @@ class Instance:
     def _enter(self, name: str, sent: Sent) -> None:
         self._sent[name] = sent
         self._explainer.arrived(name, self._frontend.group(name).choices)
-        self._news.append(Accepted(name))
+        self._events.append(Accepted(name))
 
     def _abort(self, name: str) -> None:
         self._embeds.pop(name, None)
@@ -172,13 +177,13 @@ class Instance:
             self._explainer.finish(name, output.num_cached_tokens)
             self._changed = True
 
-    def _update(self, update: Update) -> None:
+    def _update(self, update: UpdateWeights) -> None:
         try:
-            weights = put_in(self._llm, update.folder, update.version)
+            weights = install(self._llm, update.folder, update.version)
         except CheckpointError as error:
-            self._news.append(Refused(update.name, str(error), "path"))
+            self._events.append(Refused(update.name, str(error), "path"))
         else:
-            self._news.append(Updated(update.name, weights))
+            self._events.append(WeightsUpdated(update.name, weights))
             self._changed = True
 
     def _check_embed(self, embed: Embed) -> None:
@@ -206,16 +211,16 @@ class Instance:
         for hidden_D in hidden_TD.cpu().double():
             total_D += hidden_D
         vector = (total_D / len(ids)).float().tolist()
-        self._news.append(Embedding(name, vector, self._frontend.weights_version))
+        self._events.append(Embedding(name, vector, self._frontend.weights_version))
 
-    def _tree(self, max_nodes: int) -> Tree:
+    def _tree(self, inspect: Inspect) -> Tree:
         """A block's number serves as its node's id. Parents stand before their children."""
         cache, tokenizer = self._scheduler.cache, self._llm.tokenizer
         rows: list[tuple[int, int, int, int, str]] = []
         for node in cache.tree.nodes():
-            if len(rows) == max_nodes:
-                return Tree(rows, complete=False)
+            if len(rows) == inspect.max_nodes:
+                return Tree(inspect.name, rows, complete=False)
             parent = -1 if node.parent is None or node.parent.parent is None else node.parent.block
             text = tokenizer.decode(node.key[:EDGE_TOKENS], skip_special_tokens=False)
             rows.append((node.block, parent, len(node.key), node.locks, text))
-        return Tree(rows)
+        return Tree(inspect.name, rows)

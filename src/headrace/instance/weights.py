@@ -1,4 +1,4 @@
-"""Weights from a folder into a running engine, and into the engine that comes after it."""
+"""Install weights from a folder into a running engine, and again into a restarted one."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import os
 from pathlib import Path
 
 from headrace.errors import CheckpointError
-from headrace.instance.wire import Weights
+from headrace.instance.wire import InstalledWeights
 from headrace.llm.llm import LLM
 
-__all__ = ["put_back", "put_in"]
+__all__ = ["install", "reinstall"]
 
 
-def put_in(llm: LLM, folder: str, version: int | None) -> Weights:
+def install(llm: LLM, folder: str, version: int | None) -> InstalledWeights:
     """`LLM.update_weights` from a folder on this machine, never from a hub.
 
-    Raises `CheckpointError` where nothing has changed; anything else leaves an engine that can do no other step.
+    After a `CheckpointError` nothing has changed; after any other error the engine cannot run another step.
     """
-    folder, before = _look(folder)
-    weights = Weights(folder, llm.update_weights(folder, version), before)
-    if _look(folder)[1] != before:
+    folder, before = _resolve(folder)
+    weights = InstalledWeights(folder, llm.update_weights(folder, version), before)
+    if _resolve(folder)[1] != before:
         raise RuntimeError(_changed(weights, "were read"))
     return weights
 
 
-def put_back(llm: LLM, weights: Weights) -> None:
-    """Put weights in again. `CheckpointError` where the files are not what they were: tokens could differ."""
-    if _look(weights.folder)[1] != weights.files:
+def reinstall(llm: LLM, weights: InstalledWeights) -> None:
+    """Install weights in a restarted engine. `CheckpointError` if the files have changed: tokens could differ."""
+    if _resolve(weights.folder)[1] != weights.files:
         raise CheckpointError(_changed(weights, "were put in"))
-    put_in(llm, weights.folder, weights.version)
+    install(llm, weights.folder, weights.version)
 
 
-def _changed(weights: Weights, when: str) -> str:
+def _changed(weights: InstalledWeights, when: str) -> str:
     return (
         f"the weights of version {weights.version} in {weights.folder} have changed since they {when}: give every "
         "version a folder of its own, and keep it until the next one is in"
     )
 
 
-def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
-    """Where it is, though links on the way may lead elsewhere later, and `Weights.files`."""
+def _resolve(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
+    """The folder with symbolic links resolved, since they may change later, and `InstalledWeights.files`."""
     try:
         place = Path(os.path.realpath(folder))
         if not place.is_dir():
@@ -48,6 +48,6 @@ def _look(folder: str) -> tuple[str, list[tuple[str, int, int]]]:
         stats = [(path.name, path.stat()) for path in found]
     except CheckpointError:
         raise
-    except (OSError, ValueError) as error:  # no path at all, or none that may be read
+    except (OSError, ValueError) as error:  # not a valid path, or no permission
         raise CheckpointError(f"{folder[:200]!r} cannot be read: {error}") from error
     return str(place), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

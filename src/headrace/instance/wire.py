@@ -1,6 +1,6 @@
-"""The messages between a gateway and an instance: msgpack, one struct a message, nothing that runs code.
+"""The messages between a gateway and an instance: msgpack, one struct a message, no pickle.
 
-Floats travel as 64-bit floats, so a log-probability arrives with the bits it left with.
+Floats travel as 64-bit floats, so log-probabilities keep their bits.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ __all__ = [
     "Abort",
     "Accepted",
     "Add",
-    "Batch",
     "ChoiceDelta",
     "Command",
     "Delta",
     "Embed",
     "Embedding",
+    "EngineEvent",
     "Event",
+    "EventBatch",
     "Explanation",
     "Failed",
     "Inspect",
-    "News",
-    "Progress",
+    "InstalledWeights",
+    "KernelProgress",
     "Ready",
     "Refused",
     "Resume",
@@ -34,16 +35,15 @@ __all__ = [
     "Stop",
     "TokenEntry",
     "Tree",
-    "Update",
-    "Updated",
-    "Weights",
+    "UpdateWeights",
+    "WeightsUpdated",
     "decode_command",
     "decode_event",
     "encode",
 ]
 
 COMMANDS, EVENTS = "commands", "events"
-"""File names of the two sockets, in a directory that is the gateway's own."""
+"""File names of the two sockets, in a temporary directory that the gateway makes."""
 
 
 class _Message(msgspec.Struct, tag=True, omit_defaults=True):
@@ -64,13 +64,13 @@ class Add(_Message):
 
 
 class Resume(_Message):
-    """A request that another instance had begun: a record in the form of `Frontend.resume_record`."""
+    """Continue a request from a record in the form of `Frontend.resume_record`."""
 
     record: dict[str, Any]
 
 
 class Abort(_Message):
-    """The client has left: free the blocks before the next step."""
+    """End a request or an embedding: its blocks are freed before the next step."""
 
     name: str
 
@@ -83,13 +83,14 @@ class Embed(_Message):
 
 
 class Inspect(_Message):
-    """Ask for one `Tree`."""
+    """Ask for a `Tree`."""
 
+    name: str
     max_nodes: int = 500
 
 
-class Update(_Message):
-    """Put a folder's weights into the running model, as `version` (None: the next one)."""
+class UpdateWeights(_Message):
+    """Load a folder's weights into the running model, as `version` (None: the next one)."""
 
     name: str
     folder: str
@@ -97,22 +98,22 @@ class Update(_Message):
 
 
 class Stop(_Message):
-    """End the process after the step that runs."""
+    """End the process after the current step."""
 
 
-Command = Add | Resume | Abort | Embed | Inspect | Update | Stop
+Command = Add | Resume | Abort | Embed | Inspect | UpdateWeights | Stop
 
 
 # ---- instance → gateway ----------------------------------------------------------------------------------------
 
 
-class Weights(_Message):
-    """Weights that were put in: what another instance must have, to go on with the same tokens."""
+class InstalledWeights(_Message):
+    """Weights that were loaded into a running model. A restarted process needs them to give the same tokens."""
 
     folder: str
     version: int
     files: list[tuple[str, int, int]]
-    """Name, bytes and time of change of every file that holds them, by which it is seen that they are the same."""
+    """Name, bytes and modification time (ns) of every weight file, to detect that one has changed."""
 
 
 class Accepted(_Message):
@@ -131,7 +132,7 @@ class TokenEntry(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ChoiceDelta(msgspec.Struct, array_like=True, frozen=True):
-    """What a step brought to one choice. `logprobs` has a table for every new token, its own entry first."""
+    """What is new in one choice. `logprobs` has a table for every new token, its own entry first."""
 
     index: int
     text: str
@@ -143,9 +144,9 @@ class ChoiceDelta(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Explanation(_Message):
-    """Why a request took the time it took: seconds by a monotonic clock, tokens and counts.
+    """Where a request's time went: seconds by a monotonic clock, tokens and counts.
 
-    Of a request that went on in another instance, all but `resumes` is of the last one.
+    For a resumed request, all but `resumes` is of the last process.
     """
 
     queue_time: float = 0.0
@@ -156,13 +157,13 @@ class Explanation(_Message):
     """Steps that computed prompt tokens."""
     preemptions: int = 0
     batch_sizes: list[int] = []
-    """Requests in the batch, for each step this one was in (of long requests, the last 256)."""
+    """Requests in the batch, for each step of this request (the last 256)."""
     resumes: int = 0
-    """Times it went on in another instance process; the gateway counts."""
+    """Times the request was resumed in another process; set by the gateway."""
 
 
 class Delta(_Message):
-    """News of one request. `prompt_logprobs` are the tables that are new, None for the first token."""
+    """What is new in one request. `prompt_logprobs` are the new tables, None for the first token."""
 
     name: str
     choices: list[ChoiceDelta]
@@ -172,11 +173,11 @@ class Delta(_Message):
     explanation: Explanation | None = None
     """With the last delta."""
     weights_version: int = 0
-    """Of the weights that gave it."""
+    """Of the weights that computed it."""
 
 
 class Refused(_Message):
-    """A request that this instance can never serve, with the numbers."""
+    """A command that this instance can never execute; the message gives the reason and the numbers."""
 
     name: str
     message: str
@@ -191,20 +192,21 @@ class Embedding(_Message):
     weights_version: int = 0
 
 
-class Updated(_Message):
-    """The answer to `Update`: every later step is of these weights. A `Refused` says that nothing has changed."""
+class WeightsUpdated(_Message):
+    """The answer to `UpdateWeights`: every later step uses these weights. After a `Refused`, nothing has changed."""
 
     name: str
-    weights: Weights
+    weights: InstalledWeights
 
 
 class StepReport(_Message):
-    """After every step, and after an abort: `SchedulerStats` as a dict, and the batch that ran.
+    """After every step of `instance`, and after an abort: `SchedulerStats` as a dict, and the batch that ran.
 
-    Counters begin at 0 in every new instance. `decode_tokens` are all that are no prompt's, so those that are
-    computed again after a preemption too. Seconds.
+    Counters start at 0 in every process. `decode_tokens` are all tokens outside prompts, including those computed again
+    after a preemption. Seconds.
     """
 
+    instance: str
     stats: dict[str, Any]
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -212,14 +214,18 @@ class StepReport(_Message):
 
 
 class Tree(_Message):
-    """The radix tree: rows of (id, parent id or −1, tokens of the edge, requests that hold it, text's beginning)."""
+    """The answer to `Inspect`, the radix tree.
 
+    Rows of (id, parent id or −1, tokens of the edge, requests that hold it, beginning of the edge's text).
+    """
+
+    name: str
     nodes: list[tuple[int, int, int, int, str]]
     complete: bool = True
 
 
-class Progress(_Message):
-    """Kernels are being compiled, or loaded from disk: `done` of `total`, and the one it is at."""
+class KernelProgress(_Message):
+    """`done` of `total` kernels are compiled or loaded from disk; `what` is the current one."""
 
     done: int
     total: int
@@ -227,8 +233,10 @@ class Progress(_Message):
 
 
 class Ready(_Message):
-    """The model is loaded and kernels are warm."""
+    """The model is loaded and its kernels are compiled."""
 
+    instance: str
+    """Its name."""
     pid: int
     fingerprint: str
     max_model_len: int
@@ -240,28 +248,28 @@ class Ready(_Message):
     startup_seconds: float
     hidden_size: int = 0
     folder: str = ""
-    """Where the checkpoint lies."""
+    """Of the checkpoint."""
     weights_version: int = 0
 
 
 class Failed(_Message):
-    """The instance cannot start or go on; `bad_input` if the user can mend it."""
+    """The instance cannot start or continue; `bad_input` if the user's input is the cause."""
 
     message: str
     bad_input: bool = False
 
 
-News = Accepted | Delta | Refused | Embedding | StepReport | Tree | Updated
-"""What a step, or the commands before it, can bring."""
+EngineEvent = Accepted | Delta | Refused | Embedding | StepReport | Tree | WeightsUpdated
+"""An event of a step, or of the commands before it."""
 
 
-class Batch(_Message):
-    """All news of one step in one message, so that 32 streams cost what one does. Never empty; the report is last."""
+class EventBatch(_Message):
+    """All events of one step in one message: the cost is that of one stream. Never empty; the report is last."""
 
-    news: list[News]
+    events: list[EngineEvent]
 
 
-Event = Batch | Progress | Ready | Failed
+Event = EventBatch | KernelProgress | Ready | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(Command)
@@ -274,10 +282,12 @@ def encode(message: Command | Event) -> bytes:
 
 
 def decode_command(data: bytes) -> Command:
-    """A gateway's message; `msgspec.DecodeError` (a ValueError) if it is none."""
-    return _commands.decode(data)
+    """A gateway's message; raises `msgspec.DecodeError` (a ValueError) if `data` is not one."""
+    command: Command = _commands.decode(data)
+    return command
 
 
 def decode_event(data: bytes) -> Event:
-    """An instance's message; `msgspec.DecodeError` (a ValueError) if it is none."""
-    return _events.decode(data)
+    """An instance's message; raises `msgspec.DecodeError` (a ValueError) if `data` is not one."""
+    event: Event = _events.decode(data)
+    return event

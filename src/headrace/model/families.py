@@ -1,7 +1,7 @@
-"""The families of checkpoints: how each one's `config.json` becomes a `ModelConfig`, and back.
+"""Model families: conversion of each family's `config.json` to a `ModelConfig` and back.
 
-Read in the forms of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
-`dtype`); written in the first, which both read. An absent field has the value that transformers gives it.
+The forms of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are read;
+the first is written, as both versions read it. An absent field gets transformers' default.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a family fixes, where the others have a field in config.json or nothing.
+    """The properties of a family that its config.json does not state.
 
     `attention_bias` "config" follows config.json for q, k, v and o; "qkv" is a bias on q, k and v, always.
-    `window` says which layers slide: "never", "all" (if `sliding_window` is set) or "listed" (`layer_types`,
+    `window`: which layers use a sliding window: "never", "all" (if `sliding_window` is set) or "listed" (`layer_types`,
     or from `max_window_layers` up, if `use_sliding_window`). `defaults` are for fields that are absent.
     """
 
@@ -52,7 +52,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope", "su", "ntk")
 
 
 def config_from_json(json: Json, generation: Json) -> ModelConfig:
-    """The model that a config.json describes, with the stop ids of generation_config.json where it names any.
+    """The model that a config.json describes, with the stop ids of generation_config.json where it has them.
 
     Raises `CheckpointError` naming the field that is missing, malformed or not supported.
     """

@@ -1,4 +1,4 @@
-"""Checkpoint folders in Hugging Face layout: found, read into a `Transformer`, and written back."""
+"""Checkpoint folders in Hugging Face layout: find one, read it into a `Transformer`, write one."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WANTED = ["*.json", "*.safetensors", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
 FREE = ("architecture", "max_position_embeddings", "bos_token_id", "eos_token_ids", "dtype", "dropout")
-"""What config.json may say otherwise of weights that are put into a running model: no product depends on it."""
+"""Fields in which the config.json of new weights may differ from the running model's: no product depends on them."""
 
 
 def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     """A local checkpoint folder as it is, a hub id ("org/name") as the folder it is downloaded to.
 
-    Raises `CheckpointError` where there is no such folder and the hub does not give it.
+    Raises `CheckpointError` where there is no such folder and the download fails.
     """
     path = Path(os.path.expanduser(path_or_id))
     if path.is_dir():
@@ -51,7 +51,7 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except Exception as error:  # the hub raises its own errors and those of its transport
         raise CheckpointError(
-            f"{name} is no local folder, and the Hugging Face hub did not give it "
+            f"{name} is no local folder, and the download from the Hugging Face hub failed "
             f"({type(error).__name__}): give the path of a checkpoint folder"
         ) from error
 
@@ -73,7 +73,7 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
 def load_model(
     folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto", group: RankGroup | None = None
 ) -> Transformer:
-    """The model in a folder, on the ops' device, without gradients; of a group's model, this rank's part.
+    """The model in a folder, on the ops' device, without gradients; with a `group`, this rank's part of it.
 
     Matrices keep the dtype they are stored in ("auto"; float32 where they differ) or take `dtype`; norms and
     biases are fp32. Files are mapped and each tensor is copied once, to its place. Raises `CheckpointError`
@@ -94,9 +94,9 @@ def load_model(
 
 
 def check_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
-    """Raise `CheckpointError` unless the folder holds just the tensors that `model` has, in their shapes.
+    """Raise `CheckpointError` unless the folder holds exactly the tensors of `model`, in their shapes.
 
-    Where it has a config.json, that must describe the same products.
+    A config.json in it must agree with the model's, except in the fields `FREE`.
     """
     if (Path(folder) / CONFIG).exists():
         _check_same(model.config, read_config(folder))
@@ -104,14 +104,17 @@ def check_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
 
 
 def load_weights(model: Transformer, folder: str | os.PathLike[str]) -> None:
-    """Fill `model` with the weights in a folder, in the dtypes that it has."""
+    """Fill `model` with the weights in a folder, converted to the model's dtypes."""
     _fill(model, TensorFiles(Path(folder)))
 
 
 def fill_weights(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `model` from tensors by checkpoint name. Raises `CheckpointError`, with nothing changed, if any misfits."""
+    """Fill `model` from tensors by checkpoint name. Raises `CheckpointError` before any change if one misfits."""
     places = dict(model.tensors())
-    for wrong, names in (("is missing", places.keys() - tensors.keys()), ("is none of it", tensors.keys() - places)):
+    for wrong, names in (
+        ("is missing", places.keys() - tensors.keys()),
+        ("is not in the model", tensors.keys() - places),
+    ):
         if names:
             raise CheckpointError(f"{min(names)} {wrong}: give every tensor of the model by its checkpoint name")
     for name, place in places.items():
@@ -130,12 +133,11 @@ def _fill(model: Transformer, files: TensorFiles) -> None:
 
 
 def _pieces(model: Transformer) -> Iterator[tuple[str, Piece]]:
-    """As `Transformer.tensors` gives them, without opening a part: of what ranks divide only the shapes are there."""
+    """`Transformer.tensors` without opening a part: of divided tensors (ZeRO stage 3) only the shape is valid."""
     return ((name, piece) for prefix, part in model.parts() for name, piece in part.tensors(prefix))
 
 
 def _shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Of the checkpoint's tensors."""
     return {name: piece.shape for name, piece in _pieces(model)}
 
 
@@ -148,12 +150,11 @@ def save_model(
     """Write config.json, generation_config.json and model.safetensors, for `transformers` and `load_model`.
 
     Every rank of the model's group calls it; rank 0 gathers the tensors, one at a time, and writes. Where the model's
-    copies share its weights, each of them calls it, and one `writes`. Tensors are stored in the model's dtype, except
-    norms and biases that it could not hold exactly.
-    `extra_config` is added to config.json.
+    copies divide its weights (ZeRO), every copy calls it and one `writes`. Tensors are stored in the model's dtype,
+    except norms and biases that it cannot hold exactly. `extra_config` is added to config.json.
     """
     folder = Path(folder)
-    # Norms and biases first: they are few, and what they can be stored in depends on what they are.
+    # Norms and biases first: they are few, and their values decide the dtype that they are stored in.
     dtype, pieces = getattr(torch, model.config.dtype), dict(_pieces(model))
     vectors = {name: gathered(piece, model.group) for name, piece in pieces.items() if len(piece.shape) == 1}
     if not writes or model.group.rank:
@@ -188,7 +189,7 @@ def _stored_dtype(files: TensorFiles) -> str:
 
 
 def _match(shapes: Mapping[str, tuple[int, ...]], files: TensorFiles, tied: bool) -> dict[str, str]:
-    """Checkpoint tensor to read for every tensor of the model, after every check that needs no data."""
+    """{model tensor: checkpoint tensor to read}, after every check that needs no data."""
     found = files.names()
     sources = {name: name for name in shapes}
     if tied and HEAD in found:
@@ -216,8 +217,7 @@ def _check_same(running: ModelConfig, other: ModelConfig) -> None:
         ours, theirs = getattr(running, name), getattr(other, name)
         if ours != theirs:
             raise CheckpointError(
-                f"{CONFIG} makes {name} {theirs}, and the running model's is {ours}: only weights of "
-                "the same model can be put in"
+                f"{CONFIG} makes {name} {theirs}, and the running model's is {ours}: give weights of the same model"
             )
 
 

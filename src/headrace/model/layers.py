@@ -23,7 +23,7 @@ __all__ = ["Attention", "GatedMLP", "RMSNorm", "weight_dtype"]
 
 
 def weight_dtype(config: ModelConfig) -> torch.dtype:
-    """What the matrices are stored in; norms and biases are fp32 whatever it is."""
+    """The dtype of matrices; norms and biases are always fp32."""
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype
 
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width, device=ops.device))
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual), where no residual (None) starts the stream with x."""
+        """(norm(x + residual), x + residual); `residual` None starts the stream with x."""
         weight_D = shared(self.weight, self.group, self.group.sequence, "norm")
         if residual_TD is None:
             return self.ops.rms_norm(x_TD, weight_D, self.eps), x_TD
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         return self.out(ctx.attend(self.layer, q_THd, k_TGd, v_TGd).flatten(1))
 
     def _of_heads(self, weight_d: Tensor | None) -> Tensor | None:
-        """A weight that every head uses, of which this rank has some."""
+        """A weight that all heads share, of which this rank holds some, so its gradient is summed over ranks."""
         return None if weight_d is None else shared(weight_d, self.group, True, "qk_norm")
 
     def init_(self, streams: Streams, std: float, out_std: float) -> None:

@@ -1,7 +1,7 @@
 """The rotary table: cos and sin of every position, computed once, on the host.
 
-Frequencies and angles are fp32, step by step as where checkpoints were trained: exact ones would be another
-model, off by 3e-5 in the logits after 500 tokens. Their cos and sin are taken in float64 and rounded.
+Frequencies and angles are fp32, computed in the steps of the code that trained the checkpoints: exact ones would move
+the logits by 3e-5 after 500 tokens. Their cos and sin are computed in float64 and rounded.
 
     P positions   d head_dim
 """
@@ -18,7 +18,7 @@ from headrace.config import ModelConfig, RopeScaling
 __all__ = ["rotary_table"]
 
 CHUNK = 4096
-"""Positions computed at once, so that the float64 part of a long table stays small."""
+"""Positions computed at once, which bounds the float64 memory of a long table."""
 
 
 def rotary_table(config: ModelConfig, device: torch.device) -> Tensor:

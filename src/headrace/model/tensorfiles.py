@@ -22,7 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Tables that old checkpoints carry and every reader computes for itself.
+# Tables in old checkpoints that every reader computes itself.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.self_attn\.masked_bias$")
 
 
@@ -81,7 +81,7 @@ class TensorFiles:
         return self._files[path]
 
     def names(self) -> set[str]:
-        """Every tensor's name, without those that no model reads."""
+        """The names of all tensors but those in `IGNORED`."""
         return {name for name in self._where if not IGNORED.search(name)}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class TensorFiles:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, from the header. Raises `CheckpointError` where weights may not have it."""
+        """The dtype of a tensor, from the header. Raises `CheckpointError` for one outside `DTYPES`."""
         code = self._slice(name).get_dtype()
         if code not in DTYPES:
             raise CheckpointError(f"{name} in {self._where[name]} is {code}, not one of {', '.join(DTYPES)}")
@@ -105,7 +105,7 @@ class TensorFiles:
 
 
 def file_header(places: Mapping[str, tuple[torch.dtype, Sequence[int], int]]) -> bytes:
-    """The beginning of a safetensors file of tensors with (dtype, shape, where its bytes begin after the header)."""
+    """The header of a safetensors file: by name, (dtype, shape, offset of its bytes after the header)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, (dtype, shape, at) in places.items():
         header[name] = {
@@ -121,13 +121,15 @@ def file_header(places: Mapping[str, tuple[torch.dtype, Sequence[int], int]]) ->
 def write_tensors(
     path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write one safetensors file, whole or not at all: it takes its name when it is complete.
+    """Write one safetensors file; it gets its name only when it is complete.
 
-    `layout` says what each of `tensors` is; they are taken one after another, in any order, so all of them need never
-    be there at once, as the format's own writer wants them. Raises `OSError`.
+    `layout`: (dtype, shape) of each of `tensors`, which are written one after another in any order, so they need not
+    be in memory together, as safetensors' own writer requires. Raises `OSError`.
     """
     places, at = {}, 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda one: -one[1][0].itemsize):  # each at its width
+    for name, (dtype, shape) in sorted(
+        layout.items(), key=lambda one: -one[1][0].itemsize
+    ):  # aligned to its element size
         places[name] = dtype, shape, at
         at += math.prod(shape) * dtype.itemsize
     partial = path.with_name(path.name + ".partial")

@@ -1,8 +1,8 @@
 """The model: one decoder-only transformer, which trains and serves.
 
-It is `embed`, `blocks[i:j]` and `head`, so a pipeline stage is a slice. It knows attention as `ctx.attend`
-only, and nothing of caches, batches, ranks or quantization. Between blocks the residual stream travels as
-(x, residual), the last output and the sum before it, so that the addition is fused into the next norm.
+It is `embed`, `blocks[i:j]` and `head`, so a pipeline stage is a slice. Attention is `ctx.attend`; caches, batches,
+sharding and quantization are elsewhere. Between blocks the residual stream is passed as (x, residual), the last
+output and the sum before it, so that the addition is fused into the next norm.
 
     T tokens, those of all sequences in a row   R rows with logits   D hidden   V vocabulary
 """
@@ -31,7 +31,7 @@ MLPFactory = Callable[[ModelConfig, Ops, int, RankGroup], GatedMLP]
 
 
 class Part(Protocol):
-    """What has weights: the embedding, a block, the last norm, the head."""
+    """A module with weights of its own: the embedding, a block, the last norm, the head."""
 
     def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights; `out_std` is that of projections back into the residual stream."""
@@ -41,9 +41,7 @@ class Part(Protocol):
         """(checkpoint name, piece) of every tensor, to be read or filled."""
         ...
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """As of any module."""
-        ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Block(nn.Module):
@@ -81,7 +79,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A dense decoder of the shape and family that `config` says, computed by `ops`.
+    """A dense decoder of the shape and family in `config`, computed by `ops`.
 
     Matrices are stored in `config.dtype`, norms and biases in fp32, on the ops' device. They start
     uninitialised: `init_weights` or `headrace.model.huggingface.load_model` fills them.
@@ -90,13 +88,13 @@ class Transformer(nn.Module):
     def __init__(
         self, config: ModelConfig, ops: Ops, mlp: MLPFactory = GatedMLP, group: RankGroup | None = None
     ) -> None:
-        """`group`: the ranks that hold the model together; None for this one alone."""
+        """`group`: the ranks that hold the model together; None means this rank alone."""
         super().__init__()
         self.config = config
         self.ops = ops
         self._mlp = mlp
         self.opening: Callable[[Part], AbstractContextManager[None]] = lambda part: nullcontext()
-        """Within it a part's weights are whole. Whoever divides them among ranks (ZeRO) says how."""
+        """A context within which a part's weights are whole. `zero.Sharded` replaces it where it divides them."""
         self.group = group = RankGroup() if group is None else group
         self.rope_Pd = rotary_table(config, ops.device)
         dtype = weight_dtype(config)
@@ -117,7 +115,7 @@ class Transformer(nn.Module):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of this rank's keys and values."""
+        """KV heads of this rank."""
         return self.blocks[0].attention.qkv.split[1]
 
     @property
@@ -128,14 +126,14 @@ class Transformer(nn.Module):
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext, rows_R: Tensor | None = None
     ) -> Tensor:
-        """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; none at all is allowed).
+        """Logits [R, V] fp32 of the rows `rows_R` (None: of all T; may be empty).
 
-        V is this rank's part of the vocabulary: `lm_head.gather` puts the parts together.
+        V is this rank's part of the vocabulary; `lm_head.gather` concatenates the parts.
         """
         return self.head(*self._trunk(ids_T, positions_T, ctx), rows_R)
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
-        """What the head multiplies: the last norm's output [T, D] fp32 of every row."""
+        """The input of the LM head: the last norm's output [T, D] fp32 of every row."""
         return self.lm_head.enter(self.norm(*self._trunk(ids_T, positions_T, ctx))[0])
 
     def _trunk(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +150,8 @@ class Transformer(nn.Module):
             x_TD = self.ops.embedding(rows_R, x_TD)
             residual_TD = None if residual_TD is None else self.ops.embedding(rows_R, residual_TD)
         x_RD, _ = self.norm(x_TD, residual_TD)
-        return self.lm_head(self.lm_head.enter(x_RD))
+        logits_RV: Tensor = self.lm_head(self.lm_head.enter(x_RD))
+        return logits_RV
 
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Normal random weights; projections into the residual stream are scaled by 1/√(2·layers)."""
@@ -173,8 +172,7 @@ class Transformer(nn.Module):
     def tensors(self) -> Iterator[tuple[str, Piece]]:
         """(Hugging Face checkpoint name, this rank's piece) of every tensor, to be read or filled.
 
-        A part is open while its tensors are given, so where its weights are only brought together for that time, use
-        each before you ask for the next.
+        A part's weights are whole only while its tensors are yielded (ZeRO stage 3): use each before the next.
         """
         for prefix, part in self.parts():
             with self.opening(part):
@@ -183,7 +181,7 @@ class Transformer(nn.Module):
     def with_ops(self, ops: Ops) -> Transformer:
         """The same weights, in the same memory, computed by other ops on the same device, without gradients.
 
-        So an engine may sample from a model while it trains.
+        An engine can so sample from a model that is being trained.
         """
         twin = Transformer(self.config, ops, self._mlp, self.group)
         for theirs, ours in zip(twin.parameters(), self.parameters(), strict=True):

@@ -1,1 +1,1 @@
-"""One file a paper: its published results beside ours, each row with what kind of evidence it is."""
+"""A file per paper: its published results beside headrace's, each row with its kind of evidence."""

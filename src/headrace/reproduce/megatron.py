@@ -1,4 +1,4 @@
-"""Megatron-LM (Shoeybi et al., 2019): collectives a layer, the same bits at every degree, and scaling by a model."""
+"""Megatron-LM (Shoeybi et al., 2019): collectives per layer, the same bits at every degree, modelled scaling."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ PUBLISHED = ((1536, 40, 1), (1920, 54, 2), (2304, 64, 4), (3072, 72, 8))
 """(hidden, layers, tensor-parallel degree) of the paper's scaling study, as recalled."""
 WEAK, WITH_COPIES = (0.95, 0.82, 0.77), (0.96, 0.83, 0.79, 0.74)
 V100 = 39e12
-"""Operations per second that the paper reaches on one."""
+"""Operations per second of one V100, as the paper reports."""
 BATCH, LENGTH, VOCABULARY, COPIES = 8, 1024, 51200, 64
 ALL_REDUCES = 6
-"""A layer: 2 forward, 2 backward, 2 when activations are recomputed."""
+"""All-reduces per layer: 2 forward, 2 backward, 2 in recomputation."""
 
-Answers = dict[tuple[int, int], list[dict[str, Any]]]
+ResultsByLayout = dict[tuple[int, int], list[dict[str, Any]]]
 
 
 def table(quick: bool = False) -> Table:
-    """Every row, measured."""
+    """The paper's rows, measured now."""
     setting = SETTINGS[quick]
     model = recipe(setting).model
     out = Table(
         "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
         f"a Llama of {model.num_layers} layers of {model.hidden_size}, {model.shards} virtual shards, CPU "
-        "kernels, really run in 1, 2 and 4 processes of one thread",
+        "kernels, run in 1, 2 and 4 processes of one thread",
     )
-    answers: Answers = {layout: run_ranks(*layout, setting) for layout in LAYOUTS}
-    counts(out, answers, setting)
-    bits(out, answers, model.num_layers)
-    scaling(out, answers)
+    results: ResultsByLayout = {layout: run_ranks(*layout, setting) for layout in LAYOUTS}
+    counts(out, results, setting)
+    bits(out, results, model.num_layers)
+    scaling(out, results)
     out.add("A single GPU's share of its peak", "G", "39 TFLOP/s, 30%", "no GPU in this run")
     out.add("512 V100: 15.1 PFLOP/s sustained", "X", "15.1 PFLOP/s, 76%", "not claimed: another machine")
     out.add(
@@ -64,7 +64,7 @@ def table(quick: bool = False) -> Table:
 def run_ranks(
     processes: int, tensor: int, setting: dict[str, int], module: str = "headrace.reproduce.megatron_rank"
 ) -> list[dict[str, Any]]:
-    """What each rank saw, in rank order. Raises `RuntimeError` where one fails; it says why on standard error."""
+    """Each rank's report, in rank order. Raises `RuntimeError` where one fails; its standard error has the cause."""
     store = keep_store(processes, TIMEOUT) if processes > 1 else None
     job = {"size": processes, "tensor": tensor, "port": store.port if store else 0, "setting": setting}
     ranks = [
@@ -73,26 +73,26 @@ def run_ranks(
         )
         for rank in range(processes)
     ]
-    told = [rank.communicate()[0] for rank in ranks]
+    outputs = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"a rank of {processes} failed: see what it said")
-    return [json.loads(text) for text in told]
+        raise RuntimeError(f"a rank of {processes} failed: its standard error has the cause")
+    return [json.loads(text) for text in outputs]
 
 
-def tensor_parallel(answers: Answers) -> list[list[dict[str, Any]]]:
-    """The ranks of every layout that is one copy of the model, shared by several."""
-    return [ranks for (processes, tensor), ranks in answers.items() if processes == tensor > 1]
+def tensor_parallel(results: ResultsByLayout) -> list[list[dict[str, Any]]]:
+    """The ranks of every layout with one copy of the model on several ranks."""
+    return [ranks for (processes, tensor), ranks in results.items() if processes == tensor > 1]
 
 
-def counts(out: Table, answers: Answers, setting: dict[str, int]) -> None:
-    """Collectives, their messages and volume, as counted by the ranks' own group."""
+def counts(out: Table, results: ResultsByLayout, setting: dict[str, int]) -> None:
+    """Collectives, their messages and volume, as counted by the ranks' group."""
     layers, width = setting["layers"], setting["width"]
 
     def each(way: str, column: int) -> str:
-        """All-reduces a layer that every rank counted at every degree."""
+        """All-reduces per layer, counted by every rank at every degree."""
         found = {
             sum(rank["counted"][way][purpose][column] for purpose in ("attention", "mlp")) / layers
-            for ranks in tensor_parallel(answers)
+            for ranks in tensor_parallel(results)
             for rank in ranks
         }
         return " or ".join(f"{n:g}" for n in sorted(found))
@@ -102,11 +102,11 @@ def counts(out: Table, answers: Answers, setting: dict[str, int]) -> None:
         "… with full recomputation, backward",
         "CE",
         "2 + 2",
-        f"{each('full', 1)}: it stops once backward has what it needs, and nothing needs the block's last sum; "
-        f"{each('full, to the end', 1)} where it repeats all of the block",
+        f"{each('full', 1)}: it stops when backward has what it needs, which the block's last sum is not; "
+        f"{each('full, to the end', 1)} where it repeats the whole block",
     )
     messages, volumes, sends = set(), set(), {}
-    for ranks in tensor_parallel(answers):
+    for ranks in tensor_parallel(results):
         for rank in ranks:
             for forward, backward, elements, volume in rank["counted"]["none"].values():
                 messages.add(elements / (forward + backward) / rank["tokens"] / width)
@@ -120,32 +120,32 @@ def counts(out: Table, answers: Answers, setting: dict[str, int]) -> None:
         "1",
         ", ".join(f"{share:.3f} at p = {p}" for p, share in sends.items()),
     )
-    entropy(out, answers)
+    entropy(out, results)
 
 
 def ring(rank: dict[str, Any], p: int) -> float:
-    """Sent bytes over those of a ring: 2(p−1)/p of what is summed, (p−1)/p of what is gathered."""
+    """Sent bytes over those of a ring: 2(p−1)/p of an all-reduce's message, (p−1)/p of an all-gather's."""
     expected = sum(n * (2 if key.startswith("all_reduce") else 1) * (p - 1) / p for key, n in rank["elements"].items())
     return float(rank["sent"] / (4 * expected))
 
 
-def entropy(out: Table, answers: Answers) -> None:
-    """What the vocabulary-parallel cross-entropy says to other ranks."""
+def entropy(out: Table, results: ResultsByLayout) -> None:
+    """The messages of the vocabulary-parallel cross-entropy."""
     found = set()
-    for ranks in tensor_parallel(answers):
+    for ranks in tensor_parallel(results):
         for rank in ranks:
             if any("logits" in key for key in rank["elements"]):
                 found.add("logits gathered")
             scalars = sum(n for key, n in rank["elements"].items() if key.endswith(" cross_entropy"))
-            found.add(f"{scalars / rank['targets']:g} scalars a target; logits stay where they are")
+            found.add(f"{scalars / rank['targets']:g} scalars a target; logits are not moved")
     out.add("Vocabulary-parallel cross-entropy", "CE", "O(b·s) scalars, logits never gathered", " or ".join(found))
 
 
-def bits(out: Table, answers: Answers, layers: int) -> None:
-    """Loss, gradients, weights and random streams of every layout against one process, by ==."""
-    alone, equal = answers[1, 1][0], "mathematically equal"
-    tensor = tensor_parallel(answers)
-    copied = [ranks for (processes, degree), ranks in answers.items() if processes > degree]
+def bits(out: Table, results: ResultsByLayout, layers: int) -> None:
+    """Loss, gradients, weights and random streams of every layout compared with one process, by ==."""
+    alone, equal = results[1, 1][0], "mathematically equal"
+    tensor = tensor_parallel(results)
+    copied = [ranks for (processes, degree), ranks in results.items() if processes > degree]
     degrees = "degree " + ", ".join(str(len(ranks)) for ranks in ([alone], *tensor))
 
     def same(part: str) -> str:
@@ -180,16 +180,16 @@ def bits(out: Table, answers: Answers, layers: int) -> None:
         f"1/√(2N) = {(2 * layers) ** -0.5:.3f}",
         f"{alone['spread']:.3f} (of one sample)",
     )
-    told = alone["dropout"]
-    masks = all(rank["dropout"]["masks"] == told["masks"] for ranks in tensor for rank in ranks)
+    report = alone["dropout"]
+    masks = all(rank["dropout"]["masks"] == report["masks"] for ranks in tensor for rank in ranks)
     out.add(
         f"Dropout under the two RNG streams, {degrees} and of copies",
         "CE",
         "same outside, different inside",
-        f"outside (embedding, attention's and the MLP's output, rate {RATE}): {len(told['masks'])} masks with "
-        f"{told['share']:.4f} of their elements are {_verdict(masks)} on every rank of a model, and so losses and "
-        f"weights, copies' too, are {_verdict(_same_curves([*tensor, *copied], alone, 'dropout'))}; inside nothing "
-        "is dropped, as the kernels keep no probabilities of attention",
+        f"outside (embedding, attention's and the MLP's output, rate {RATE}): {len(report['masks'])} masks with "
+        f"{report['share']:.4f} of their elements are {_verdict(masks)} on every rank of a model, and so losses and "
+        f"weights, copies' too, are {_verdict(_same_curves([*tensor, *copied], alone, 'dropout'))}; inside, there "
+        "is no dropout, as the kernels do not keep attention's probabilities",
     )
 
 
@@ -198,7 +198,7 @@ def _verdict(ok: bool) -> str:
 
 
 def _same_curves(layouts: list[list[dict[str, Any]]], alone: dict[str, Any], part: str) -> bool:
-    """Whether every rank saw one process's steps, and all ranks of a layout ended with its weights."""
+    """Whether every rank had the steps of one process, and the ranks of a layout together its final weights."""
     curves = [[rank[part] for rank in ranks] for ranks in layouts]
     return all(curve["steps"] == alone[part]["steps"] for ranks in curves for curve in ranks) and all(
         _covers(ranks, alone[part], "weights") for ranks in curves
@@ -206,7 +206,7 @@ def _same_curves(layouts: list[list[dict[str, Any]]], alone: dict[str, Any], par
 
 
 def _covers(ranks: list[dict[str, Any]], alone: dict[str, Any], part: str) -> bool:
-    """Whether every rank's bits are those of one process, and together they are all of it."""
+    """Whether every rank's digests equal those of one process, and all ranks together have all of them."""
     expected = alone[part]
     return all(rank[part].items() <= expected.items() for rank in ranks) and set().union(
         *(rank[part] for rank in ranks)
@@ -215,7 +215,7 @@ def _covers(ranks: list[dict[str, Any]], alone: dict[str, Any], part: str) -> bo
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """time = operations / (degree · rate) + exchanges · latency + bytes / bandwidth, nothing overlapped."""
+    """A cost model: time = operations / (degree · rate) + exchanges · latency + bytes / bandwidth, not overlapped."""
 
     rate: float
     """Operations per second of one process."""
@@ -228,7 +228,7 @@ class Machine:
 
     @classmethod
     def fitted(cls, flops: float, seconds: float, link: list[list[float]]) -> Machine:
-        """To one process's pass, and to [bytes, seconds] of exchanges: the line with the least relative errors."""
+        """Fit the model to one process's pass and to [bytes, seconds] of exchanges, by least relative squares."""
         p, q = [1 / y for _, y in link], [x / y for x, y in link]
         pp, pq, qq = sum(u * u for u in p), sum(u * v for u, v in zip(p, q)), sum(v * v for v in q)
         determinant = pp * qq - pq * pq
@@ -237,14 +237,14 @@ class Machine:
         return cls(flops / seconds, max(latency, 0.0), 1 / slope)
 
     def sum_seconds(self, size: float, ranks: int) -> float:
-        """Of an all-reduce of `size` bytes by halving and doubling."""
+        """Seconds of an all-reduce of `size` bytes by halving and doubling."""
         if ranks == 1:
             return 0.0
         exchanges = 2 * math.log2(ranks) if ranks > 2 else 1
         return exchanges * self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
 
     def efficiency(self, hidden: int, layers: int, degree: int, copies: int = 1) -> float:
-        """Share of the time that is compute, for the paper's batch of 8 × 1024 tokens a copy."""
+        """Compute's share of the time, for the paper's batch of 8 × 1024 tokens per copy."""
         tokens = BATCH * LENGTH
         more = LENGTH / (6 * hidden) + VOCABULARY / (16 * layers * hidden)
         operations = 96 * tokens * layers * hidden**2 * (1 + more)
@@ -256,7 +256,7 @@ class Machine:
 
 
 def like_the_paper_s() -> Machine:
-    """V100s with fp16 messages, and the bandwidth at which the model comes nearest to the paper's three figures."""
+    """V100s with fp16 messages, at the bandwidth for which the model is nearest to the paper's three figures."""
 
     def error(machine: Machine) -> float:
         return sum((machine.efficiency(*size) - paper) ** 2 for size, paper in zip(PUBLISHED[1:], WEAK))
@@ -264,9 +264,9 @@ def like_the_paper_s() -> Machine:
     return min((Machine(V100, 0.0, 10 ** (9 + step / 100), 2) for step in range(400)), key=error)
 
 
-def scaling(out: Table, answers: Answers) -> None:
-    """The paper's sizes on a machine with this one's compute and links, and the model held against a real run."""
-    alone, two = answers[1, 1][0], answers[2, 2]
+def scaling(out: Table, results: ResultsByLayout) -> None:
+    """The cost model of this machine, compared with a real run and applied to the paper's sizes."""
+    alone, two = results[1, 1][0], results[2, 2]
     machine, theirs = Machine.fitted(alone["flops"], alone["seconds"], two[0]["link"]), like_the_paper_s()
     measured = max(rank["seconds"] for rank in two)
     predicted = (
@@ -281,10 +281,10 @@ def scaling(out: Table, answers: Answers) -> None:
         f"{machine.latency * 1e6:.0f} µs and {machine.bandwidth / 1e9:.2f} GB/s a link",
     )
     out.add(
-        "The model held against a real pass of 2 processes",
+        "The model compared with a real pass of 2 processes",
         "S",
         "–",
-        f"says {predicted * 1e3:.0f} ms, measured {measured * 1e3:.0f} ms on {_cores()} cores (one process: "
+        f"predicted {predicted * 1e3:.0f} ms, measured {measured * 1e3:.0f} ms on {_cores()} cores (one process: "
         f"{alone['seconds'] * 1e3:.0f} ms)",
     )
     for what, paper, sizes, copies in (
@@ -297,7 +297,7 @@ def scaling(out: Table, answers: Answers) -> None:
             "S",
             f"{_percent(paper)} on V100s",
             f"a model, not a measurement: {ours} with this machine's {machine.rate / machine.bandwidth:.0f} "
-            f"operations per byte of link; {fitted} with {theirs.rate / theirs.bandwidth:.0f}, chosen to suit 95 / "
+            f"operations per byte of link; {fitted} with {theirs.rate / theirs.bandwidth:.0f}, fitted to 95 / "
             "82 / 77",
         )
 

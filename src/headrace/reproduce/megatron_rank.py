@@ -1,4 +1,4 @@
-"""One rank of `headrace reproduce megatron`: it meets the others, trains a small model, and says what it saw.
+"""One rank of `headrace reproduce megatron`: it joins the others, trains a small model, and prints its report.
 
 python -m headrace.reproduce.megatron_rank '{"rank": 0, "size": 2, "tensor": 2, "port": …, "setting": {…}}'
 """
@@ -30,7 +30,7 @@ from headrace.parallel.mesh import Mesh
 from headrace.parallel.pieces import in_place_of
 from headrace.parallel.rendezvous import join
 from headrace.train.config import DataConfig, OptimizerConfig, Recipe, TrainConfig
-from headrace.train.data import Batch, open_source
+from headrace.train.data import TrainingBatch, open_source
 from headrace.train.flops import model_flops
 from headrace.train.recompute import recompute_
 from headrace.train.trainer import Trainer
@@ -39,9 +39,9 @@ __all__ = ["RATE", "TIMEOUT", "main", "recipe"]
 
 TIMEOUT = 300.0
 RATE = 0.1
-"""Of dropout, where there is any: the paper's."""
+"""The paper's dropout rate."""
 WAYS = {"none": ("none", True), "full": ("full", True), "full, to the end": ("full", False)}
-"""Recomputation, and whether it stops as soon as backward has what it needs."""
+"""By name: (train.recompute, whether recomputation stops when backward has what it needs)."""
 LINK_SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)
 REPEATS = 7
 
@@ -78,7 +78,7 @@ def main(text: str) -> None:
 
 
 class _Watched(DelegatingOps):
-    """Remembers which elements dropout kept, call by call, those of backward too."""
+    """Records the mask of every dropout call, recomputed ones included."""
 
     def __init__(self, base: Ops) -> None:
         super().__init__(base)
@@ -93,7 +93,7 @@ class _Watched(DelegatingOps):
 
 
 def _dropout(plan: Recipe, mesh: Mesh, ops: Ops) -> dict[str, Any]:
-    """`_curve` with dropout, and what it dropped."""
+    """`_curve` with dropout, and the masks."""
     watched: Any = _Watched(ops)
     curve = _curve(replace(plan, model=replace(plan.model, dropout=RATE)), mesh, watched)
     return curve | {"masks": watched.masks, "share": watched.dropped / watched.elements}
@@ -136,8 +136,8 @@ def _passes(plan: Recipe, group: RankGroup) -> dict[str, Any]:
             for purpose in ("attention", "mlp")
         }
         if name == "none":
-            told = {" ".join(key): n for key, n in group.traffic.elements.items()}
-            seen |= {"loss": loss.item(), "gradients": _digests(model, grads), "elements": told}
+            report = {" ".join(key): n for key, n in group.traffic.elements.items()}
+            seen |= {"loss": loss.item(), "gradients": _digests(model, grads), "elements": report}
     return seen | _timed(_build(plan, group, "none"), batch, group)
 
 
@@ -150,14 +150,14 @@ def _build(plan: Recipe, group: RankGroup, recompute: str) -> Transformer:
     return model
 
 
-def _loss(model: Transformer, batch: Batch) -> Tensor:
+def _loss(model: Transformer, batch: TrainingBatch) -> Tensor:
     hidden = model.hidden(batch.ids_T, batch.positions_T, DenseContext(model.ops, model.config, batch.lengths))
     weight_R = torch.full((len(batch.rows_R),), 1 / len(batch.rows_R))
     return model.lm_head.loss(model.ops.embedding(batch.rows_R, hidden), batch.targets_R, weight_R)[0]
 
 
-def _timed(model: Transformer, batch: Batch, group: RankGroup) -> dict[str, Any]:
-    """Seconds of forward and backward, and what was computed and sent in them."""
+def _timed(model: Transformer, batch: TrainingBatch, group: RankGroup) -> dict[str, Any]:
+    """Seconds, operations, messages and bytes sent of forward and backward."""
     seconds = []
     for _ in range(REPEATS):
         group.barrier()
@@ -190,7 +190,7 @@ def _link(group: RankGroup) -> list[list[float]]:
 
 
 def _digests(model: Transformer, tensors: Sequence[Tensor]) -> dict[str, str]:
-    """The bits of every checkpoint tensor's virtual shards, of `tensors` in the parameters' places."""
+    """{checkpoint name and virtual shard: digest} of `tensors`, which are in the order of the parameters."""
     pieces = in_place_of(model.tensors(), list(model.parameters()), [x.detach() for x in tensors])
     return {
         f"{name} {shard}": _digest(view)

@@ -14,7 +14,7 @@ __all__ = ["table"]
 
 
 def table(quick: bool = False) -> Table:
-    """Every row, measured."""
+    """The paper's rows, measured now."""
     out = Table("Orca: A Distributed Serving System for Transformer-Based Generative Models", ON)
     bench = Bench()
     source, lengths = conversation_lengths(24 if quick else 96, 0.125, seed=2)
@@ -57,7 +57,7 @@ def median_latency(outcome: Outcome) -> float:
 
 
 def deadlocks(count: int) -> str:
-    """Random loads in pools that hold little more than one request, under every reservation: all must end."""
+    """Run random loads in pools little larger than one request, under every reservation: all must end."""
     draw = random.Random(0)
     for _ in range(count):
         reserve = draw.choice(("none", "max", "pow2", "oracle"))

@@ -13,17 +13,17 @@ from headrace.bench.load import Job, conversation_lengths, random_jobs, run_jobs
 from headrace.engine.schedule.beam import BeamSearch
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.reproduce.setup import ON, Bench, host_engine, listen
+from headrace.reproduce.setup import ON, Bench, host_engine, observe
 from headrace.reproduce.table import Table
 
 __all__ = ["table"]
 
 BUDGET_TOKENS = 16384
-"""KV slots that every allocator gets."""
+"""KV slots of every allocator."""
 
 
 def table(quick: bool = False) -> Table:
-    """Every row, measured."""
+    """The paper's rows, measured now."""
     out = Table("PagedAttention: Efficient Memory Management for Large Language Model Serving", ON)
     bench = Bench()
     out.add("Output equals that of contiguous KV", "CE", "equal", contiguous(bench))
@@ -63,16 +63,16 @@ def table(quick: bool = False) -> Table:
         "Tensor parallelism under one block manager",
         "later",
         "one manager, a block table for all",
-        "not in headrace yet",
+        "in headrace (--tensor-parallel-size), not measured by this table",
     )
     return out
 
 
 def contiguous(bench: Bench) -> str:
-    """Logits of a paged engine against one call over the whole sequence, by ==."""
+    """Logits of a paged engine compared with one call over the whole sequence, by ==."""
     engine = bench.engine(max_num_batched_tokens=7, block_size=8, num_kv_blocks=64)
     kept: list[torch.Tensor] = []
-    listen(engine.runner, "logits", lambda _, logits: kept.append(logits))
+    observe(engine.runner, "logits", lambda _, logits: kept.append(logits))
     prompt = [random.Random(3).randrange(2, bench.vocab_size) for _ in range(150)]
     tokens = run_jobs(engine, [Job(prompt, 40)]).tokens[1]
     ids = torch.tensor(prompt + tokens[:-1])
@@ -84,7 +84,7 @@ def contiguous(bench: Bench) -> str:
 
 
 def waste(quick: bool) -> str:
-    """Held minus filled slots of single sequences, against the formula, at every step."""
+    """Held minus filled slots of single sequences, compared with the formula at every step."""
     worst = 0
     for length in random.Random(0).sample(range(1, 2000), 20 if quick else 100):
         engine = host_engine(256, prefix_caching=False)
@@ -97,11 +97,11 @@ def waste(quick: bool) -> str:
                 if wasted != -stats.used_slots % 16:
                     return f"NOT the formula: {wasted} of {stats.used_slots}"
                 worst = max(worst, wasted)
-    return f"as the formula says at every step; at most {worst} slots"
+    return f"equal to the formula at every step; at most {worst} slots"
 
 
 def useful(reserve: str, lengths: list[tuple[int, int]]) -> str:
-    """Filled over held slots, over a whole run at one budget. Prefixes are not shared in these workloads."""
+    """Filled over held slots, summed over a whole run at one budget, without shared prefixes."""
     engine = host_engine(1 + BUDGET_TOKENS // 16, max_len=2048, prefix_caching=False, reserve=reserve, max_num_seqs=256)
     run_jobs(engine, random_jobs(fit(lengths, 2048), 90))
     stats = engine.scheduler.stats
@@ -114,7 +114,7 @@ def fit(lengths: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
 
 
 def capacity(out: Table, bench: Bench, quick: bool) -> None:
-    """Requests per second at one KV budget, paged against each reservation."""
+    """Requests per second at one KV budget, compared with each reservation."""
     source, lengths = conversation_lengths(24 if quick else 96, 0.125, seed=1)
     jobs = random_jobs(fit(lengths, 1024), bench.vocab_size)
 
@@ -165,7 +165,7 @@ def shared(params: SamplingParams) -> float:
 
 
 def shared_prefix(bench: Bench, prefix: int, quick: bool) -> str:
-    """Time without the prefix cache over time with it, for short questions behind one prefix."""
+    """Time without the prefix cache over time with it, for short prompts after one prefix."""
     jobs = random_jobs([(24, 16)] * (16 if quick else 48), bench.vocab_size, prefix=prefix)
     cold = run_jobs(bench.engine(prefix_caching=False, num_kv_blocks=4096), jobs).seconds
     warm = run_jobs(bench.engine(num_kv_blocks=4096), jobs).seconds

@@ -13,14 +13,14 @@ from headrace.engine.schedule.plan import Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import ConfigError
 from headrace.llm.assemble import profile_budget
-from headrace.reproduce.setup import ON, Bench, host_engine, listen
+from headrace.reproduce.setup import ON, Bench, host_engine, observe
 from headrace.reproduce.table import Table
 
 __all__ = ["table"]
 
 
 def table(quick: bool = False) -> Table:
-    """Every row, measured."""
+    """The papers' rows, measured now."""
     out = Table("SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills; Sarathi-Serve", ON)
     bench = Bench()
     out.add("Logits of chunked against whole prefill", "CE", "mathematically equal", chunked(bench))
@@ -49,17 +49,17 @@ def chunked(bench: Bench) -> str:
     for chunk in (1024, 256, 64, 7):
         engine = bench.engine(max_num_batched_tokens=chunk, num_kv_blocks=64)
         kept.clear()
-        listen(engine.runner, "logits", lambda _, logits: kept.append(logits))
+        observe(engine.runner, "logits", lambda _, logits: kept.append(logits))
         run_jobs(engine, [Job(prompt, 1)])
         rows.append(kept[-1])
     return "equal by == for chunks of 256, 64, 7" if all(torch.equal(rows[0], r) for r in rows) else "NOT equal"
 
 
 def rereads() -> str:
-    """How often each chunk's blocks stand in the block table of a later chunk."""
+    """For each chunk, the number of chunks that read its KV."""
     engine = host_engine(256, max_num_batched_tokens=64)
     plans: list[Plan] = []
-    listen(engine.runner, "submit", lambda plan, _: plans.append(plan))
+    observe(engine.runner, "submit", lambda plan, _: plans.append(plan))
     run_jobs(engine, [Job(list(range(512)), 1)])
     chunks = [s for plan in plans for s in plan.slices if len(s.token_ids) > 1]
     counts = [sum(later.start >= s.start + len(s.token_ids) for later in chunks) for s in chunks]
@@ -68,7 +68,7 @@ def rereads() -> str:
 
 
 def best_ratio(quick: bool) -> str:
-    """Steps of prefill alone and decode alone, over steps of both mixed, as the P:D ratio varies."""
+    """Steps of prefill and decode apart, over steps of both mixed, by P:D ratio."""
     chunk, batch, output = 64, 9, 32
     best = chunk // (batch - 1)
     count = 60 if quick else 200
@@ -110,11 +110,11 @@ def tile(bench: Bench, quick: bool) -> str:
 
     step(257)
     ratios = [step(257) / step(256) for _ in range(5 if quick else 15)]
-    return f"{statistics.median(ratios) - 1:+.1%} (our tiles are 4 rows)"
+    return f"{statistics.median(ratios) - 1:+.1%} (a tile here is a few rows)"
 
 
 def budget(bench: Bench) -> str:
-    """Budgets that `--max-num-batched-tokens auto` finds on this machine for this small model."""
+    """The budgets of `--max-num-batched-tokens auto` on this machine for this small model."""
     runner = bench.engine(num_kv_blocks=256).runner
     found = []
     for slo in (5.0, 20.0):

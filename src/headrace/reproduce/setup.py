@@ -1,4 +1,4 @@
-"""What the papers' files share: engines with and without a model, on one small random model."""
+"""Engines for the papers' files: around one small random model, or without a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.kernels.ops import load_ops
 from headrace.llm.assemble import assemble
 from headrace.llm.options import EngineOptions
 
-__all__ = ["ON", "Bench", "host_engine", "listen"]
+__all__ = ["ON", "Bench", "host_engine", "observe"]
 
 ON = 'a random 0.1M-parameter Llama, CPU kernels; host logic alone (no model) where a row says "host"'
 
@@ -36,19 +36,19 @@ class Bench:
 def host_engine(
     num_blocks: int, max_len: int = 4096, block_size: int = 16, prefix_caching: bool = True, **scheduler: Any
 ) -> Engine[NullRunner]:
-    """The real scheduler, with a null runner where the model was."""
+    """The real scheduler with a null runner in place of the model."""
     cache = CacheConfig(block_size=block_size, num_blocks=num_blocks, prefix_caching=prefix_caching)
     config = SchedulerConfig(**scheduler)
     return Engine(Scheduler(config, cache, max_len, ()), NullRunner(num_blocks, block_size), config.queue_depth)
 
 
-def listen(target: Any, method: str, heard: Callable[[Any, Any], object]) -> None:
-    """Call `heard(argument, result)` after every call of one object's one-argument method."""
+def observe(target: Any, method: str, callback: Callable[[Any, Any], object]) -> None:
+    """Call `callback(argument, result)` after every call of one object's one-argument method."""
     plain = getattr(target, method)
 
-    def listening(argument: Any) -> Any:
+    def observed(argument: Any) -> Any:
         result = plain(argument)
-        heard(argument, result)
+        callback(argument, result)
         return result
 
-    setattr(target, method, listening)
+    setattr(target, method, observed)

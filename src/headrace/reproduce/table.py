@@ -1,4 +1,4 @@
-"""`Row` and `Table`: a paper's claims beside ours."""
+"""`Row` and `Table`: a paper's results beside headrace's."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ CLASSES = {
     "CR": "a ratio or trend on a CPU",
     "G": "needs a GPU",
     "S": "by simulation",
-    "X": "not honest to claim",
+    "X": "not claimed",
 }
 WIDTH = 34
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One result. `ours` is measured in this run, or says why there is nothing."""
+    """One result. `ours` is measured in this run, or is the reason why it is not."""
 
     what: str
     kind: str
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(slots=True)
 class Table:
-    """A paper's rows, and what they were measured on."""
+    """A paper's rows, and what they are measured `on`."""
 
     title: str
     on: str
@@ -41,7 +41,7 @@ class Table:
 
 
 def show(table: Table) -> None:
-    """Print it, columns wrapped."""
+    """Print the table in wrapped columns."""
     print(f"{table.title}\nours: {table.on}\n")
     rows = [Row("", "", "paper", "ours, measured now"), *table.rows]
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""ZeRO (Rajbhandari et al., 2020): its memory table, what is held and moved at every stage, the same bits at each."""
+"""ZeRO (Rajbhandari et al., 2020): its memory table, bytes held and moved at every stage, the same bits at each."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ PUBLISHED = {
 """GB a device of 7.5 billion parameters at P_os, P_os+g, P_os+g+p, by the number of copies (figure 1, table 1)."""
 MODULE = "headrace.reproduce.zero_rank"
 
-Answers = dict[int, list[dict[str, Any]]]
-"""What each rank saw, by the number of copies."""
+ResultsByCopies = dict[int, list[dict[str, Any]]]
+"""The ranks' reports, by the number of copies."""
 
 
 def table(quick: bool = False) -> Table:
-    """Every row, measured."""
+    """The paper's rows, measured now."""
     setting = SETTINGS[quick]
     out = Table(
         "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
-        f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, really run as "
+        f"a Llama of {setting['layers']} layers of {setting['width']} in bfloat16, CPU kernels, run as "
         "2 and 4 copies, processes of one thread; the 7.5 billion by formula",
     )
-    answers: Answers = {copies: run_ranks(copies, 1, setting, MODULE) for copies in COPIES}
+    results: ResultsByCopies = {copies: run_ranks(copies, 1, setting, MODULE) for copies in COPIES}
     by_formula(out)
-    held(out, answers)
-    moved(out, answers)
-    bits(out, answers)
+    held(out, results)
+    moved(out, results)
+    bits(out, results)
     activations(out, run_ranks(2, 2, setting, MODULE))
     largest(out)
     out.add("400 V100: 15 PFLOP/s, superlinear speed-up", "X", "38 TFLOP/s a GPU [m]", "not claimed: another machine")
@@ -51,7 +51,7 @@ def table(quick: bool = False) -> Table:
 
 
 def formula(stage: int, copies: int, width: int = 2, master: int = 12) -> float:
-    """Bytes of a parameter's states on each of `copies` (§5): 16-bit weights and gradients, 12 of optimizer state."""
+    """Bytes per parameter on each of `copies` (§5): `width` for weights and gradients, `master` for the optimizer."""
     weights, gradients = (width / (copies if stage >= since else 1) for since in (3, 2))
     return weights + gradients + master / (copies if stage >= 1 else 1)
 
@@ -68,31 +68,31 @@ def by_formula(out: Table) -> None:
         )
 
 
-def held(out: Table, answers: Answers) -> None:
-    """States that the ranks' tensors take, over the formula's."""
+def held(out: Table, results: ResultsByCopies) -> None:
+    """Bytes of the ranks' states, beside the formula's."""
     for stage, name in enumerate(STAGES):
         shares = []
-        for copies, ranks in answers.items():
+        for copies, ranks in results.items():
             most = max(sum(rank["stages"][stage]["states"].values()) for rank in ranks)
             shares.append(f"{most / ranks[0]['parameters']:.2f}Ψ of {formula(stage, copies):g}Ψ at N = {copies}")
         out.add(
             f"Bytes of states, {name}",
             "CE",
             ("16Ψ", "4Ψ + 12Ψ/N", "2Ψ + 14Ψ/N", "16Ψ/N")[stage],
-            ", ".join(shares) + ("" if stage else "; cuts between ranks lie between chunks of 4096 elements"),
+            ", ".join(shares) + ("" if stage else "; ranks' slots end at chunks of 4096 elements"),
         )
 
 
-def moved(out: Table, answers: Answers) -> None:
-    """Volume of a step with one micro-step, in Ψ, as the group counted it."""
+def moved(out: Table, results: ResultsByCopies) -> None:
+    """Volume of a step with one micro-step, in Ψ, as counted by the group."""
     for stage, name in enumerate(STAGES):
         found, sent = set(), []
-        for copies, ranks in answers.items():
+        for copies, ranks in results.items():
             for rank in ranks:
-                told, psi = rank["stages"][stage], rank["parameters"]
-                found.add(f"{(told['gradients'] + told['weights_moved']) / psi:.2f}Ψ")
-                sent.append(told["sent"] / 2 / psi / (1 - 1 / copies))
-        why = ": the embedding and the head need no weights on the way back" if stage == 3 else ""
+                report, psi = rank["stages"][stage], rank["parameters"]
+                found.add(f"{(report['gradients'] + report['weights_moved']) / psi:.2f}Ψ")
+                sent.append(report["sent"] / 2 / psi / (1 - 1 / copies))
+        why = ": backward needs no weights of the embedding and the head" if stage == 3 else ""
         out.add(
             f"Volume of a micro-step, {name}",
             "CE",
@@ -101,11 +101,11 @@ def moved(out: Table, answers: Answers) -> None:
         )
 
 
-def bits(out: Table, answers: Answers) -> None:
-    """Whether every stage is the same run."""
+def bits(out: Table, results: ResultsByCopies) -> None:
+    """Whether every stage has the same losses, norms and weights."""
     same = all(
         rank["stages"][stage][what] == ranks[0]["stages"][0][what]
-        for ranks in answers.values()
+        for ranks in results.values()
         for rank in ranks
         for stage in range(4)
         for what in ("curve", "weights")
@@ -119,7 +119,7 @@ def bits(out: Table, answers: Answers) -> None:
 
 
 def activations(out: Table, ranks: list[dict[str, Any]]) -> None:
-    """What P_a adds to tensor parallelism's volume."""
+    """The volume that P_a adds to tensor parallelism's."""
     plain, divided = (max(rank[way]["tensor"] for rank in ranks) for way in ("plain", "divided"))
     kept = max(rank["divided"]["kept"] for rank in ranks) / max(rank["plain"]["kept"] for rank in ranks)
     same = all(rank["plain"]["curve"] == rank["divided"]["curve"] for rank in ranks)

@@ -1,4 +1,4 @@
-"""One rank of `headrace reproduce zero`: it trains a small model at every stage, and says what it held and moved.
+"""One rank of `headrace reproduce zero`: it trains a small model at every stage and prints bytes held and moved.
 
 python -m headrace.reproduce.zero_rank '{"rank": 0, "size": 2, "tensor": 1, "port": …, "setting": {…}}'
 """
@@ -59,7 +59,7 @@ def main(text: str) -> None:
 
 
 def _stage(plan: Recipe, mesh: Mesh) -> dict[str, Any]:
-    """A run by `plan`; traffic is that of its last step."""
+    """The report of a run by `plan`, with the traffic of its last step."""
     trainer = Trainer(plan, load_ops("cpu", threads=1), mesh)
     records = []
     for _ in range(plan.train.steps):
@@ -67,7 +67,7 @@ def _stage(plan: Recipe, mesh: Mesh) -> dict[str, Any]:
         mesh.tensor.traffic.clear()
         records.append(trainer.step())
     traffic, memory = mesh.data.traffic, trainer.memory()
-    told = {
+    report = {
         "curve": [[record.loss, record.grad_norm] for record in records],
         "gradients": traffic.volume("gradients"),
         "weights_moved": traffic.volume("weights"),
@@ -80,8 +80,8 @@ def _stage(plan: Recipe, mesh: Mesh) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name, piece in trainer.model.tensors():
         digest.update(name.encode() + piece.tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    told["weights"] = digest.hexdigest()
-    return told
+    report["weights"] = digest.hexdigest()
+    return report
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The HTTP server: an OpenAI-compatible application in front of a gateway, which keeps an instance alive."""
+"""The HTTP server: an OpenAI-compatible application in front of a gateway and its instances."""

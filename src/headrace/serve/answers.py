@@ -1,4 +1,4 @@
-"""`Answers`: prompts and an `Ask` to an answer, streamed or whole, for completions and chats alike.
+"""`Answers`: answers generation requests, streamed or whole, for completions and chats alike.
 
 open one stream a prompt ──> deltas ──> parts ──> a form's choices ──> chunks, or one answer at the end
 """
@@ -18,39 +18,40 @@ from starlette.responses import Response
 from headrace.instance.wire import ChoiceDelta, Delta, Explanation
 from headrace.llm.outputs import RequestOutput
 from headrace.serve.errors import RefusedError
-from headrace.serve.gateway import Gateway, Stream
+from headrace.serve.gateway import Stream
 from headrace.serve.http import JSON, EventStream, unless_gone
-from headrace.serve.protocol.asks import Ask
-from headrace.serve.protocol.forms import Form, Part, prompt_part, prompt_tables, usage
-from headrace.serve.texts import Prompt, Texts
+from headrace.serve.models import ServedModel
+from headrace.serve.protocol.forms import ChoicePart, Form, prompt_part, prompt_tables, usage
+from headrace.serve.protocol.requests import GenerationRequest
+from headrace.serve.text_service import TokenizedPrompt
 
 __all__ = ["Answers"]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One HTTP request as it is answered."""
+    """One HTTP request while it is answered."""
 
-    ask: Ask
+    generation: GenerationRequest
     form: Form
     streams: Sequence[Stream]
     echoes: Sequence[tuple[str, str]]
     """For each prompt, its text and its first token's; empty where nothing is echoed."""
     head: Mapping[str, Any] = field(default_factory=dict)
-    """What every chunk and answer begins with."""
+    """The first fields of every chunk and answer."""
 
     @property
     def best(self) -> int:
-        """Tokens to show beside each."""
-        return self.ask.logprobs or 0
+        """Alternatives to show for each token."""
+        return self.generation.logprobs or 0
 
     @property
     def weights_version(self) -> int:
-        """Of the weights that gave the latest token of all."""
+        """Of the weights that computed the latest token of all streams."""
         return max(self.streams, key=lambda stream: stream.last_token or 0.0).output.weights_version
 
     def abandon(self) -> None:
-        """End what still runs."""
+        """Abort the streams that still run."""
         for stream in self.streams:
             stream.abandon()
 
@@ -58,20 +59,25 @@ class _Job:
 class Answers:
     """Answers of one served model."""
 
-    def __init__(self, gateway: Gateway, texts: Texts, model_name: str) -> None:
-        self._gateway = gateway
-        self._texts = texts
-        self._model_name = model_name
+    def __init__(self, model: ServedModel) -> None:
+        self._gateway = model.gateway
+        self._text = model.text
+        self._model_name = model.name
 
     async def answer(
-        self, request: Request, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None = None
+        self,
+        request: Request,
+        generation: GenerationRequest,
+        form: Form,
+        prompts: Sequence[TokenizedPrompt],
+        echo: str | None = None,
     ) -> Response:
         """The response. Raises what `Gateway.open` raises, and `ClientGoneError`, before anything is sent.
 
         `echo` is the text to begin with, where it is not the prompt's own.
         """
-        job = await unless_gone(request, self._open(ask, form, prompts, echo))
-        if ask.stream:
+        job = await unless_gone(request, self._open(generation, form, prompts, echo))
+        if generation.stream:
             return EventStream(self._chunks(job), job.abandon)
         try:
             outputs = await unless_gone(request, self._results(job))
@@ -79,24 +85,26 @@ class Answers:
             job.abandon()
         return JSON(self._whole(job, outputs))
 
-    def check(self, ask: Ask, count: int) -> None:
-        """Refuse `count` prompts that cannot be served together, before anything is done for them."""
-        if ask.explain and count > 1:
+    def check(self, generation: GenerationRequest, count: int) -> None:
+        """Refuse `count` prompts that cannot be served together, before any work is done for them."""
+        if generation.explain and count > 1:
             raise RefusedError(f"explain is for one prompt, not {count}", "explain")
-        seats = count * max(ask.params.n, ask.params.beam_width)
+        seats = count * max(generation.params.n, generation.params.beam_width)
         if count > 1 and seats > self._gateway.seats:
             raise RefusedError(
-                f"{count} prompts with n={ask.params.n} are {seats} sequences, and this server "
+                f"{count} prompts with n={generation.params.n} are {seats} sequences, and this server "
                 f"holds {self._gateway.seats}: send fewer at a time",
                 "prompt",
             )
 
     # ---- opening
 
-    async def _open(self, ask: Ask, form: Form, prompts: Sequence[Prompt], echo: str | None) -> _Job:
-        """All of them, or none. Cancelled, it leaves nothing behind."""
-        identity = form.prefix + (ask.request_id or secrets.token_hex(12))
-        echoes = [await self._echo(ask, prompt, echo) for prompt in prompts] if ask.echo else []
+    async def _open(
+        self, generation: GenerationRequest, form: Form, prompts: Sequence[TokenizedPrompt], echo: str | None
+    ) -> _Job:
+        """Open a stream for every prompt, or for none if one fails or this is cancelled."""
+        identity = form.prefix + (generation.request_id or secrets.token_hex(12))
+        echoes = [await self._echo(generation, prompt, echo) for prompt in prompts] if generation.echo else []
         streams: list[Stream] = []
         try:
             for prompt in prompts:
@@ -105,9 +113,9 @@ class Answers:
                         identity,
                         prompt.text,
                         prompt.token_ids,
-                        ask.params,
-                        priority=ask.priority,
-                        namespace=ask.namespace,
+                        generation.params,
+                        priority=generation.priority,
+                        namespace=generation.namespace,
                     )
                 )
         except BaseException:
@@ -116,19 +124,19 @@ class Answers:
             raise
         head = {
             "id": identity,
-            "object": form.chunk_object if ask.stream else form.object,
+            "object": form.chunk_object if generation.stream else form.object,
             "created": int(time.time()),
             "model": self._model_name,
             "system_fingerprint": self._gateway.info.fingerprint,
         }
-        return _Job(ask, form, streams, echoes, head)
+        return _Job(generation, form, streams, echoes, head)
 
-    async def _echo(self, ask: Ask, prompt: Prompt, echo: str | None) -> tuple[str, str]:
+    async def _echo(self, generation: GenerationRequest, prompt: TokenizedPrompt, echo: str | None) -> tuple[str, str]:
         text = echo if echo is not None else prompt.text
         if text is None:
-            text = await self._texts.decode(prompt.token_ids)
-        first = prompt.token_ids[:1] if ask.logprobs is not None else []
-        return text, "".join(await self._texts.token_texts(first))
+            text = await self._text.decode(prompt.token_ids)
+        first = prompt.token_ids[:1] if generation.logprobs is not None else []
+        return text, "".join(await self._text.token_texts(first))
 
     # ---- one answer at the end
 
@@ -139,34 +147,34 @@ class Answers:
         choices = []
         for i, output in enumerate(outputs):
             for choice in output.outputs:
-                part = Part(finish_reason="length") if job.ask.only_echo else Part.of_output(choice)
+                part = ChoicePart(finish_reason="length") if job.generation.only_echo else ChoicePart.of_output(choice)
                 if job.echoes:
                     part = self._prompt_part(job, i, output) + part
-                shape = job.form.whole(i * len(output.outputs) + choice.index, part, job.best)
-                if job.ask.token_ids:
+                shape = job.form.answer_choice(i * len(output.outputs) + choice.index, part, job.best)
+                if job.generation.token_ids:
                     shape |= {
-                        "token_ids": [] if job.ask.only_echo else choice.token_ids,
+                        "token_ids": [] if job.generation.only_echo else choice.token_ids,
                         "prompt_token_ids": output.prompt_token_ids,
                     }
-                if job.ask.prompt_tables:
+                if job.generation.prompt_tables:
                     shape["prompt_logprobs"] = prompt_tables(output)
                 choices.append(shape)
-        generated = 0 if job.ask.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
-        told = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
-        answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": told}
-        if job.ask.explain:
+        generated = 0 if job.generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
+        spent = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
+        answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": spent}
+        if job.generation.explain:
             answer["explanation"] = _explanation(job.streams[0])
         return answer
 
-    def _prompt_part(self, job: _Job, i: int, output: RequestOutput) -> Part:
+    def _prompt_part(self, job: _Job, i: int, output: RequestOutput) -> ChoicePart:
         text, first = job.echoes[i]
-        part = prompt_part(text, output, first, job.ask.logprobs is not None and job.form.echoes_logprobs)
-        return Part(part.text, (), part.rows)
+        part = prompt_part(text, output, first, job.generation.logprobs is not None and job.form.echoes_logprobs)
+        return ChoicePart(part.text, (), part.rows)
 
     # ---- a chunk at a time
 
     async def _chunks(self, job: _Job) -> AsyncIterator[list[Mapping[str, Any]]]:
-        """Chunks, in lists of those that came at once."""
+        """Chunks; those of one delta are in one list."""
         chunker = _Chunker(job, self._prompt_part)
         opening = chunker.opening()
         if opening:
@@ -175,32 +183,32 @@ class Answers:
             chunks = chunker.chunks(i, delta)
             if chunks:
                 yield chunks
-        if job.ask.include_usage:
+        if job.generation.include_usage:
             yield [{**job.head, "weights_version": job.weights_version, "choices": [], "usage": chunker.usage()}]
 
 
 class _Chunker:
-    """Turns deltas into chunks; it keeps how far each choice has come."""
+    """Turns deltas into chunks; keeps the progress of each choice."""
 
     def __init__(self, job: _Job, prompt_part: Any) -> None:
         self._job = job
         self._prompt_part = prompt_part
-        count = len(job.streams) * job.ask.params.n
+        count = len(job.streams) * job.generation.params.n
         self._offsets = [0] * count
-        """Characters of each choice's tokens so far."""
+        """Characters of each choice's tokens so far: `text_offset` of the next."""
         self._begun = [False] * count
         self._generated = 0
         self._cached = [0] * len(job.streams)
         self._held: list[list[Delta]] = [[] for _ in job.streams]
 
     def opening(self) -> list[Mapping[str, Any]]:
-        """The chunks that need no token: who speaks."""
-        shapes = [self._job.form.opening(i) for i in range(len(self._offsets))]
+        """The chunks before any token: a chat's role."""
+        shapes = [self._job.form.opening_choice(i) for i in range(len(self._offsets))]
         version = self._job.weights_version
         return [self._chunk(shape, version) for shape in shapes if shape is not None]
 
     def chunks(self, i: int, delta: Delta) -> list[Mapping[str, Any]]:
-        """What a delta of prompt `i` brings. It waits for the log-probabilities of an echo, which come before it."""
+        """Chunks of a delta of prompt `i`. An echo's log-probabilities come first: deltas wait for them."""
         self._held[i].append(delta)
         if not self._can_echo(i):
             return []
@@ -210,48 +218,48 @@ class _Chunker:
             self._cached[i] = each.num_cached_tokens
             shapes = [shape for new in each.choices if (shape := self._shape(i, new)) is not None]
             chunks += [self._chunk(shape, each.weights_version) for shape in shapes]
-        if delta.finished and self._job.ask.explain and chunks:
+        if delta.finished and self._job.generation.explain and chunks:
             chunks[-1] = {**chunks[-1], "explanation": _explanation(self._job.streams[0])}
         return chunks
 
     def _can_echo(self, i: int) -> bool:
-        """A choice whose prefix was cached may be ahead of the one that computes the prompt again."""
+        """Whether the prompt's log-probabilities are complete: a choice with a cached prefix may be ahead of them."""
         output = self._job.streams[i].output
         known = output.prompt_logprobs
         return not self._job.echoes or known is None or output.finished or len(known) >= len(output.prompt_token_ids)
 
     def _shape(self, i: int, new: ChoiceDelta) -> dict[str, Any] | None:
-        """The choice of a chunk; None where it would say nothing."""
-        job, index = self._job, i * self._job.ask.params.n + new.index
-        part = Part.of_delta(new)
-        if job.ask.only_echo:
-            part = Part(finish_reason=part.finish_reason)
+        """The choice of a chunk; None where it would be empty."""
+        job, index = self._job, i * self._job.generation.params.n + new.index
+        part = ChoicePart.of_delta(new)
+        if job.generation.only_echo:
+            part = ChoicePart(finish_reason=part.finish_reason)
         self._generated += len(part.token_ids)
         token_ids, first = part.token_ids, not self._begun[index]
         self._begun[index] = True
         if first and job.echoes:
             part = self._prompt_part(job, i, job.streams[i].output) + part
-        if not (part.text or part.finish_reason or part.rows or (job.ask.token_ids and token_ids)):
+        if not (part.text or part.finish_reason or part.rows or (job.generation.token_ids and token_ids)):
             return None
-        shape = job.form.piece(index, part, job.best, self._offsets[index])
+        shape = job.form.chunk_choice(index, part, job.best, self._offsets[index])
         if part.rows is not None:
             self._offsets[index] += sum(len(row[0].decoded_token) for row in part.rows if row)
-        if job.ask.token_ids:
+        if job.generation.token_ids:
             shape["token_ids"] = token_ids
             if first:
                 shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
         return shape
 
     def usage(self) -> dict[str, Any]:
-        """So far."""
+        """Tokens so far."""
         return usage(_prompt_tokens(self._job), self._generated, sum(self._cached))
 
     def _chunk(self, shape: Mapping[str, Any], version: int) -> dict[str, Any]:
-        ask = self._job.ask
+        generation = self._job.generation
         chunk: dict[str, Any] = {**self._job.head, "weights_version": version, "choices": [shape]}
-        if ask.continuous_usage:
+        if generation.continuous_usage:
             chunk["usage"] = self.usage()
-        elif ask.include_usage:
+        elif generation.include_usage:
             chunk["usage"] = None
         return chunk
 
@@ -261,12 +269,12 @@ def _prompt_tokens(job: _Job) -> int:
 
 
 def _explanation(stream: Stream) -> dict[str, Any]:
-    """Every field, those at their defaults too."""
+    """Every field, also those with default values."""
     return {name: getattr(stream.explanation, name) for name in Explanation.__struct_fields__}
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
-    """Deltas of all, as they come, with the number of their stream. Raises what the first to fail raises."""
+    """(Index of the stream, delta) of all streams, as they come. Raises the first error of any."""
     if len(streams) == 1:
         async for delta in streams[0]:
             yield 0, delta

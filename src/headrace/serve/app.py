@@ -1,6 +1,6 @@
-"""`create_app`: the endpoints over a server's parts, as one ASGI application.
+"""`create_app`: the endpoints over the served models, as one ASGI application.
 
-Guard (key, body) ──> routes/ ──> protocol/ (fields, asks, forms) ──> Answers ──> Gateway
+Guard (key, body) ──> routes/ ──> protocol/ (fields, requests, forms) ──> Answers ──> Gateway
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from headrace.errors import HeadraceError
 from headrace.serve.errors import QueueFullError, UnavailableError
 from headrace.serve.guard import MIB, Guard
 from headrace.serve.http import JSON, ClientGoneError, error_body, error_response
-from headrace.serve.parts import Parts
+from headrace.serve.metrics import ServerMetrics
+from headrace.serve.models import ModelDirectory
 from headrace.serve.playground import PUBLIC_PATHS as PAGE
 from headrace.serve.playground import playground_router
 from headrace.serve.routes.generation import generation_router
@@ -27,11 +28,11 @@ from headrace.serve.settings import ServeSettings
 __all__ = ["create_app"]
 
 CLIENT_CLOSED = 499
-"""Nobody reads it; logs and tests do."""
+"""Status for logs and tests: the client has disconnected."""
 
 
-def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
-    """The application. It neither starts nor ends its parts."""
+def create_app(models: ModelDirectory, metrics: ServerMetrics, settings: ServeSettings) -> ASGIApp:
+    """The application. It neither starts nor stops the models."""
     app = FastAPI(
         title="headrace",
         version=__version__,
@@ -41,11 +42,11 @@ def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
         description="An OpenAI-compatible server with the same bits whatever the load.",
     )
     for router in (
-        generation_router(parts),
-        texts_router(parts),
-        weights_router(parts, settings.allow_weight_updates),
-        status_router(parts),
-        playground_router(parts.gateway, parts.model_name),
+        generation_router(models),
+        texts_router(models),
+        weights_router(models, settings.allow_weight_updates),
+        status_router(models, metrics),
+        playground_router(models.default.gateway, models.default.name),
     ):
         app.include_router(router)
 
@@ -54,8 +55,8 @@ def create_app(parts: Parts, settings: ServeSettings) -> ASGIApp:
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = f"{request.method} {request.scope['path'][:100]} is not served here"  # `url` reads the Host header
-        message = said if error.status_code in (404, 405) else str(error.detail)
+        not_served = f"{request.method} {request.scope['path'][:100]} is not served here"  # `url` reads the Host header
+        message = not_served if error.status_code in (404, 405) else str(error.detail)
         return JSON(error_body(error.status_code, message), error.status_code, dict(error.headers or {}))
 
     async def gone(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""What the gateway raises: the request is at fault, too many are there, or no engine is."""
+"""Errors of requests: refused, not found, not allowed, queue full, or no engine available."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["NotAllowedError", "NotFoundError", "QueueFullError", "RefusedError",
 
 
 class QueueFullError(RuntimeError):
-    """Too many requests wait already. `retry_after` is when a seat may be free: whole seconds, from 1."""
+    """The queue is full. `retry_after` estimates when a place will be free: whole seconds, from 1."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting} sequences wait already, which is all the queue holds: try again later")
@@ -17,7 +17,7 @@ class QueueFullError(RuntimeError):
 
 
 class RefusedError(RequestError):
-    """The request can never be served; `param` is the field that the message names first, if it names one."""
+    """The request can never be served; `param` is the first field that the message names, if any."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -33,9 +33,9 @@ class NotAllowedError(RefusedError):
 
 
 class UnavailableError(RuntimeError):
-    """No engine will serve this: it failed, or the server stops."""
+    """No engine can serve this: it failed, or the server is stopping."""
 
 
 def named(error: Exception) -> RefusedError:
-    """A refusal from below, with the field that its message names."""
+    """A lower room's error as a `RefusedError`, with the field that its message names."""
     return error if isinstance(error, RefusedError) else RefusedError(str(error), named_parameter(str(error)))

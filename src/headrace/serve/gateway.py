@@ -1,9 +1,7 @@
-"""`Gateway`: requests in, deltas out, over an instance process that may die and come back.
+"""`Gateway`: requests in, deltas out, over instance processes that may die and be restarted.
 
-It keeps every unfinished request's transcript, so that a new instance can go on. It knows nothing of HTTP.
-
-    start ──> ready ──(the instance dies)──> restarting ──> ready, each transcript sent again
-                └──> draining ──> stopped          └──> failed: every stream gets an error
+It keeps every unfinished request's transcript, so that a restarted instance can continue it with the same tokens.
+Transport (HTTP) is not its concern, nor is the life of a process: see `InstanceSupervisor`.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import contextlib
 import itertools
 import math
 import secrets
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,46 +19,40 @@ from typing import Any
 
 from headrace.config import require
 from headrace.engine.schedule.sampling import MAX_LOGPROBS, SamplingParams
-from headrace.errors import HeadraceError
-from headrace.instance.client import InstanceClient, InstanceDiedError
+from headrace.instance.supervisor import Death, InstanceSupervisor
 from headrace.instance.wire import (
     Abort,
     Accepted,
-    Batch,
     Command,
     Delta,
     Embed,
     Embedding,
+    EventBatch,
     Inspect,
     Ready,
     Refused,
     StepReport,
     Tree,
-    Update,
-    Updated,
-    Weights,
-    encode,
+    UpdateWeights,
+    WeightsUpdated,
 )
 from headrace.llm.options import EngineOptions
 from headrace.serve.errors import QueueFullError, RefusedError, UnavailableError
 from headrace.serve.observer import GatewayObserver
-from headrace.serve.questions import Questions
+from headrace.serve.pending import PendingCommands
 from headrace.serve.stream import ReportFeed, Stream
 from headrace.serve.transcript import Transcript
 
 __all__ = ["Gateway", "GatewayObserver", "QueueFullError", "RefusedError", "Stream", "UnavailableError"]
 
-BARREN_DROP, BARREN_GIVE_UP = 3, 6
-"""Lives in a row in which nothing was served: one request may be the killer, so drop them; then give up."""
-BACKOFF, LONG_LIFE = 0.2, 60.0
-"""Seconds: before a new start; after which a life that served nothing was merely idle."""
+INSTANCES = ("0",)
+"""Names, as the label `engine` of metrics has them."""
+DROP_AFTER = 3
+"""Deaths of an instance in a row without progress after which its requests are dropped: one may be the cause."""
 
 
 class Gateway:
-    """One model, one instance, many requests."""
-
-    info: Ready
-    """Of the newest instance."""
+    """One model's requests, over its instances. Its `on_…` methods are callbacks of their supervisors."""
 
     def __init__(
         self,
@@ -74,57 +65,58 @@ class Gateway:
         observer: GatewayObserver | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        """`options` are fields of `EngineOptions`, as JSON has them; `ConfigError` if they cannot work.
+        """`options` are fields of `EngineOptions`, JSON values; `ConfigError` if they cannot work.
 
         `max_queue` counts sequences beyond the engine's `max_num_seqs`. `progress(done, total, kernel)` is called
-        while kernels are made ready.
+        while kernels compile.
         """
         require(0 <= max_logprobs <= MAX_LOGPROBS, f"max_logprobs={max_logprobs} must be from 0 to {MAX_LOGPROBS}")
         require(max_queue >= 0, f"max_queue={max_queue} must not be negative")
-        self.max_num_seqs = EngineOptions(**options).max_num_seqs
+        self.max_num_seqs = EngineOptions(**options).max_num_seqs * len(INSTANCES)
+        """Of all instances."""
         self.max_queue = max_queue
         self.observer = observer
-        self.report: StepReport | None = None
-        """The latest step's."""
-        self.restarts = 0
-        self._weights: Weights | None = None
-        """What was put in last, over the model's own."""
-        self._start = lambda: InstanceClient.start(model, options, progress, self._weights)
-        self._restart = restart
+        self._instances = {
+            name: InstanceSupervisor(name, model, options, self, restart=restart, progress=progress)
+            for name in INSTANCES
+        }
         self._max_logprobs = max_logprobs
-        self._state = "starting"
-        self._draining = False
-        self._client: InstanceClient | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._draining = self._stopped = False
         self._names = itertools.count(1)
         self._streams: dict[str, Stream] = {}
-        self._embeds: Questions[Embed, Embedding] = Questions()
-        self._trees: Questions[Inspect, Tree] = Questions()
-        self._updates: Questions[Update, int] = Questions()
+        self._embeds: PendingCommands[Embed, Embedding] = PendingCommands()
+        self._trees: PendingCommands[Inspect, Tree] = PendingCommands()
+        self._updates: PendingCommands[UpdateWeights, int] = PendingCommands()
         self._feeds: set[ReportFeed] = set()
         self._idle: asyncio.Event = asyncio.Event()
         self._ends: deque[float] = deque([time.monotonic()], maxlen=33)
         """When the latest requests ended."""
-        self._barren = 0
 
-    # ---- its own life
+    # ---- start and stop
 
     @property
     def state(self) -> str:
-        """ "starting", "ready", "restarting", "draining", "failed" or "stopped"."""
-        return "draining" if self._draining and self._state in ("ready", "restarting") else self._state
+        """ "starting", "ready", "restarting", "draining", "failed" or "stopped": of the instance that is best off."""
+        if self._stopped:
+            return "stopped"
+        states = {instance.state for instance in self._instances.values()}
+        best = next(state for state in ("ready", "restarting", "starting", "failed", "stopped") if state in states)
+        return "draining" if self._draining and best in ("ready", "restarting") else best
+
+    @property
+    def restarts(self) -> int:
+        """Processes that died and were replaced."""
+        return sum(instance.restarts for instance in self._instances.values())
 
     async def start(self) -> None:
-        """Until the model is loaded. `HeadraceError` where the user is at fault, `InstanceDiedError` where not."""
-        try:
-            self._take_over(await self._start())
-        except BaseException:
-            self._state = "failed"
-            raise
-        self._supervisor = asyncio.create_task(self._supervise())
+        """Return when models are loaded. `HeadraceError`: the user's mistake; `InstanceDiedError`: anything else."""
+        for instance in self._instances.values():
+            await instance.start()
+            if self.observer is not None:
+                self.observer.ready(instance.ready)
 
     async def drain(self, timeout: float) -> None:
-        """Take no new requests, give the running ones `timeout` seconds, then stop."""
+        """Refuse new requests, give the running ones `timeout` seconds, then stop."""
         self._draining = True
         self._note_idle()
         with contextlib.suppress(TimeoutError):
@@ -132,20 +124,36 @@ class Gateway:
         await self.stop()
 
     async def stop(self) -> None:
-        """End the instance; requests that still run get an `UnavailableError`. May be called again."""
-        self._state = "stopped"
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is not None:
-            supervisor.cancel()
-            await asyncio.gather(supervisor, return_exceptions=True)
-        self._fail_all("the server is stopping")
-        client, self._client = self._client, None
-        if client is not None:
-            await client.stop()
+        """End the instances; requests that still run get an `UnavailableError`. May be called again."""
+        self._stopped = True
+        for name in self._instances:
+            self._fail_requests(name, "the server is stopping")
+        await asyncio.gather(*(instance.stop() for instance in self._instances.values()))
         for feed in self._feeds:
             feed.close()
 
-    # ---- what callers ask for
+    # ---- the instances
+
+    def _pick(self) -> InstanceSupervisor:
+        """The instance for a new request. There is one: balancing starts here."""
+        return next(iter(self._instances.values()))
+
+    @property
+    def info(self) -> Ready:
+        """Of the instance that a new request would go to."""
+        return self._pick().ready
+
+    @property
+    def report(self) -> StepReport | None:
+        """The latest step's, of the instance that a new request would go to."""
+        return self._pick().report
+
+    @property
+    def weights_version(self) -> int:
+        """Of the weights of the instance that a new request would go to."""
+        return self._pick().weights_version
+
+    # ---- requests
 
     async def open(
         self,
@@ -157,22 +165,22 @@ class Gateway:
         priority: int = 0,
         namespace: Sequence[str] = (),
     ) -> Stream:
-        """Queue a request; returns when the instance has taken it. While an instance restarts, it waits for it.
+        """Queue a request; returns when an instance has accepted it. While the instance restarts, the request waits.
 
-        Every request without a seed is given one. Raises `RefusedError` where it can never be served,
-        `QueueFullError` where too many wait, `UnavailableError` where no instance is, or will be.
+        A request without a seed gets a random one. Raises `RefusedError` if it can never be served, `QueueFullError`
+        if the queue is full, `UnavailableError` if no instance is ready or restarting.
         """
         self._check(params)
         self._make_room(max(params.n, params.beam_width))
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
-        wire = str(next(self._names))
+        instance, wire = self._pick(), str(next(self._names))
         transcript = Transcript(wire, name, prompt, prompt_token_ids, params, priority, namespace)
-        transcript.output.weights_version = self.weights_version
-        stream = Stream(transcript, self._leave)
+        transcript.output.weights_version = instance.weights_version
+        stream = Stream(transcript, instance.name, self._abort)
         self._streams[wire] = stream
         if self.observer is not None:
-            self.observer.arrived(name, len(prompt_token_ids))
+            self.observer.arrived(instance.name, name, len(prompt_token_ids))
         try:
             self._submit(stream)
             await stream.until_accepted()
@@ -184,42 +192,46 @@ class Gateway:
     async def embed(self, name: str, prompt_token_ids: list[int]) -> Embedding:
         """The mean over a prompt's positions of the model's last hidden states. Raises what `open` raises."""
         self._make_room(1)
-        wire = str(next(self._names))
+        instance, wire = self._pick().name, str(next(self._names))
         embed = Embed(wire, prompt_token_ids)
-        answer = self._embeds.ask(wire, embed)
+        answer = self._embeds.add(wire, instance, embed)
         if self.observer is not None:
-            self.observer.arrived(name, len(prompt_token_ids))
+            self.observer.arrived(instance, name, len(prompt_token_ids))
         try:
-            self._send(embed)
+            self._send(instance, embed)
             return await answer
         finally:
-            if self._embeds.withdraw(wire):
-                self._send(Abort(wire))
+            if self._embeds.discard(wire):
+                self._send(instance, Abort(wire))
             self._note_idle()
 
     async def update_weights(self, folder: str, version: int | None = None) -> int:
-        """Put a folder's weights into the engine, between two steps; returns their version (None: the next one).
+        """Load a folder's weights into every engine, between two steps; returns their version (None: the next one).
 
-        Requests that run go on under them, and so does an engine that comes after this one. Raises `RefusedError`
-        where they do not fit, `UnavailableError` where no engine is ready or it dies: then nothing has changed.
+        Running requests continue under them, and a restarted engine gets them too. Raises `RefusedError` where they do
+        not fit, `UnavailableError` where an engine is not ready or dies: then its weights have not changed.
         """
-        if self.state != "ready":
-            raise UnavailableError(f"the engine is {self.state}")
-        wire = str(next(self._names))
-        update = Update(wire, folder, version)
-        self._send(update)
-        return await self._updates.ask(wire, update)
+        not_ready = [s for s in (self.state, *(i.state for i in self._instances.values())) if s != "ready"]
+        if not_ready:
+            raise UnavailableError(f"the engine is {not_ready[0]}")
+        answers = []
+        for instance in self._instances:
+            update = UpdateWeights(str(next(self._names)), folder, version)
+            self._send(instance, update)
+            answers.append(self._updates.add(update.name, instance, update))
+        return (await asyncio.gather(*answers))[0]
 
     async def inspect(self, max_nodes: int = 500) -> Tree:
-        """The radix tree of the prefix cache. `UnavailableError` where no instance is ready."""
-        if self._state != "ready":
+        """The radix tree of the prefix cache that a new request would meet. `UnavailableError` if none is ready."""
+        instance = self._pick()
+        if self._stopped or instance.state != "ready":
             raise UnavailableError(f"the engine is {self.state}")
-        inspect = Inspect(max_nodes)
-        self._send(inspect)
-        return await self._trees.ask(str(next(self._names)), inspect)
+        inspect = Inspect(str(next(self._names)), max_nodes)
+        self._send(instance.name, inspect)
+        return await self._trees.add(inspect.name, instance.name, inspect)
 
     async def reports(self) -> AsyncIterator[StepReport]:
-        """Step reports from now on, until the gateway stops; a slow reader misses some, and delays nobody."""
+        """Step reports from now on, until the gateway stops; a slow reader misses some and delays no other."""
         feed = ReportFeed()
         self._feeds.add(feed)
         try:
@@ -229,13 +241,8 @@ class Gateway:
             self._feeds.discard(feed)
 
     @property
-    def weights_version(self) -> int:
-        """Of the weights that the engine has."""
-        return self.info.weights_version if self._weights is None else self._weights.version
-
-    @property
     def seats(self) -> int:
-        """Sequences that may run or wait at once."""
+        """Sequences that may run or wait at once, at most."""
         return self.max_num_seqs + self.max_queue
 
     @property
@@ -250,7 +257,7 @@ class Gateway:
                 raise RefusedError(f"{field}={asked} is more than this server's limit of {self._max_logprobs}", field)
 
     def _make_room(self, seats: int) -> None:
-        """Refuse what would wait too long. A request that is alone is never refused for its size."""
+        """Raise `QueueFullError` if the queue is full. A request that is alone is never refused for its size."""
         if self.state not in ("ready", "restarting"):
             raise UnavailableError(f"the engine is {self.state}")
         taken = self.unfinished
@@ -260,71 +267,90 @@ class Gateway:
             raise QueueFullError(max(0, taken - self.max_num_seqs), min(max(wait, 1), 60))
 
     def _submit(self, stream: Stream) -> None:
+        fingerprint = self._instances[stream.instance].ready.fingerprint
         try:
-            self._send(stream.transcript.command(self.info.fingerprint))
+            self._send(stream.instance, stream.transcript.command(fingerprint))
         except RefusedError as error:
             self._refuse(Refused(stream.transcript.wire_name, str(error)))
 
-    def _send(self, command: Command) -> None:
-        """Send a command, unless no instance is ready: the next one is sent what matters to it."""
+    def _send(self, instance: str, command: Command) -> None:
+        """Send a command to an instance that is ready; one that restarts gets its requests in `on_restart`."""
         try:
-            if self._state == "ready" and self._client is not None:
-                self._client.send(command)
-            else:
-                encode(command)
+            self._instances[instance].send(command)
         except (UnicodeError, OverflowError) as error:
             raise RefusedError(f"the request holds what cannot be sent: {error}") from None
 
-    def _leave(self, stream: Stream) -> None:
-        """Its caller is gone."""
+    def _abort(self, stream: Stream) -> None:
+        """The caller has closed the stream."""
         if self._streams.pop(stream.transcript.wire_name, None) is not None:
-            self._send(Abort(stream.transcript.wire_name))
+            self._send(stream.instance, Abort(stream.transcript.wire_name))
             stream.end()
             self._note_end(stream, "abort")
 
-    # ---- what the instance says
+    # ---- what instances report
 
-    def _hear(self, batch: Batch) -> None:
+    def on_events(self, name: str, batch: EventBatch) -> None:
+        """Pass each event to the stream or command that it belongs to."""
         now = time.monotonic()
-        for news in batch.news:
-            if isinstance(news, Delta):
-                self._barren = 0
-                self._take(news, now)
-            elif isinstance(news, StepReport):
-                self._tell(news)
-            elif isinstance(news, Accepted):
-                if news.name in self._streams:
-                    self._streams[news.name].accept()
-            elif isinstance(news, Refused):
-                self._refuse(news)
-            elif isinstance(news, Embedding):
-                self._barren = 0
-                self._embeds.answer(news.name, news)
-            elif isinstance(news, Updated):
-                self._barren, self._weights = 0, news.weights
-                self._updates.answer(news.name, news.weights.version)
+        for event in batch.events:
+            if isinstance(event, Delta):
+                self._take(event, now)
+            elif isinstance(event, StepReport):
+                self._publish(event)
+            elif isinstance(event, Accepted):
+                if event.name in self._streams:
+                    self._streams[event.name].accept()
+            elif isinstance(event, Refused):
+                self._refuse(event)
+            elif isinstance(event, Embedding):
+                self._embeds.resolve(event.name, event)
+            elif isinstance(event, WeightsUpdated):
+                self._updates.resolve(event.name, event.weights.version)
             else:
-                self._trees.answer(self._trees.oldest, news)
+                self._trees.resolve(event.name, event)
+
+    def on_death(self, name: str, death: Death) -> None:
+        """Requests wait for the restart, unless they may be the cause of the deaths."""
+        self._trees.fail_instance(name, UnavailableError(death.reason))
+        self._updates.fail_instance(name, UnavailableError(f"{death.reason}, and its weights are those of before"))
+        if death.restarting and death.in_a_row >= DROP_AFTER:
+            self._fail_requests(name, f"{death.reason} {death.in_a_row} times in a row")
+
+    def on_restart(self, name: str, before: Ready) -> None:
+        """Send an instance's unfinished requests to its new process, in the order they came."""
+        now = self._instances[name].ready.fingerprint
+        if now != before.fingerprint:
+            self._fail_requests(name, f"the new engine is {now}, not {before.fingerprint}: its tokens could differ")
+        for stream in self._streams_of(name):
+            stream.resumes += stream.accepted
+            self._submit(stream)
+        for embed in self._embeds.of_instance(name):
+            self._send(name, embed)
+        if self.observer is not None:
+            self.observer.restarted(name)
+
+    def on_failure(self, name: str, reason: str) -> None:
+        """An instance is lost for good, with its requests."""
+        self._fail_requests(name, reason)
 
     def _take(self, delta: Delta, now: float) -> None:
         stream = self._streams.get(delta.name)
-        if stream is None:  # its client left meanwhile
+        if stream is None:  # aborted meanwhile
             return
         if delta.explanation is not None:
             delta.explanation.resumes = stream.resumes
         stream.take(delta)
         if any(choice.token_ids for choice in delta.choices):
             if self.observer is not None and stream.last_token is None:
-                self.observer.first_token(stream.name, now - stream.opened)
+                self.observer.first_token(stream.instance, stream.name, now - stream.opened)
             elif self.observer is not None and stream.last_token is not None:
-                self.observer.token_gap(stream.name, now - stream.last_token)
+                self.observer.token_gap(stream.instance, stream.name, now - stream.last_token)
             stream.last_token = now
         if delta.finished:
             del self._streams[delta.name]
             self._note_end(stream, str(stream.output.outputs[0].finish_reason))
 
-    def _tell(self, report: StepReport) -> None:
-        self.report = report
+    def _publish(self, report: StepReport) -> None:
         if self.observer is not None:
             self.observer.stepped(report)
         for feed in self._feeds:
@@ -347,8 +373,9 @@ class Gateway:
         now = time.monotonic()
         self._ends.append(now)
         if self.observer is not None:
-            seconds = now - stream.opened
-            self.observer.finished(stream.name, reason, stream.output, stream.explanation, seconds)
+            self.observer.finished(
+                stream.instance, stream.name, reason, stream.output, stream.explanation, now - stream.opened
+            )
         self._note_idle()
 
     def _note_idle(self) -> None:
@@ -357,88 +384,14 @@ class Gateway:
         else:
             self._idle.set()
 
-    # ---- death and what follows
+    def _streams_of(self, instance: str) -> list[Stream]:
+        return [stream for stream in self._streams.values() if stream.instance == instance]
 
-    async def _supervise(self) -> None:
-        """Hear the instance; when it dies, start another. Ends when none will come."""
-        try:
-            while self._client is not None:
-                began = time.monotonic()
-                why = await self._listen(self._client)
-                await self._client.kill()
-                self._client = None
-                self._bury(why, time.monotonic() - began)
-                if self._state == "restarting":
-                    await self._revive()
-        except Exception as error:
-            self._give_up(f"the gateway failed: {error!r}")
-            raise
-
-    async def _listen(self, client: InstanceClient) -> str:
-        try:
-            async for batch in client.batches():
-                self._hear(batch)
-        except InstanceDiedError as error:
-            return f"the engine failed: {error}"
-        return "the engine's process died"
-
-    def _bury(self, why: str, lived: float) -> None:
-        """An instance is gone: decide what becomes of those who wait for it."""
-        self._barren = 0 if lived > LONG_LIFE else self._barren + 1
-        self._trees.fail_all(UnavailableError(why))
-        self._updates.fail_all(UnavailableError(f"{why}, and its weights are those of before"))
-        if not self._restart:
-            self._give_up(why)
-        elif self._barren >= BARREN_GIVE_UP:
-            self._give_up(f"{why}, {self._barren} times in a row")
-        else:
-            print(f"headrace: {why}; starting another", file=sys.stderr)
-            self._state = "restarting"
-            if self._barren >= BARREN_DROP:
-                self._fail_all(f"{why} {self._barren} times in a row")
-
-    async def _revive(self) -> None:
-        while self._state == "restarting":
-            if self._barren > 1:
-                await asyncio.sleep(BACKOFF * 2**self._barren)
-            began = time.monotonic()
-            try:
-                client = await self._start()
-            except HeadraceError as error:
-                self._give_up(f"the engine cannot start again: {error}")
-            except (InstanceDiedError, OSError) as error:
-                self._bury(str(error), time.monotonic() - began)
-            else:
-                self._resume(client)
-
-    def _take_over(self, client: InstanceClient) -> None:
-        self._client, self.info, self._state = client, client.ready, "ready"
-
-    def _resume(self, client: InstanceClient) -> None:
-        """Send every unfinished request to a new instance, in the order they came."""
-        before = self.info.fingerprint
-        self._take_over(client)
-        self.restarts += 1
-        if before != self.info.fingerprint:
-            self._fail_all(f"the new engine is {self.info.fingerprint}, not {before}: its tokens could differ")
-        for stream in list(self._streams.values()):
-            stream.resumes += stream.accepted
-            self._submit(stream)
-        for embed in self._embeds.commands:
-            self._send(embed)
-        if self.observer is not None:
-            self.observer.restarted()
-
-    def _give_up(self, why: str) -> None:
-        print(f"headrace: {why}; no other is started", file=sys.stderr)
-        self._state = "failed"
-        self._fail_all(why)
-
-    def _fail_all(self, why: str) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
+    def _fail_requests(self, instance: str, why: str) -> None:
+        for stream in self._streams_of(instance):
+            del self._streams[stream.transcript.wire_name]
             stream.fail(UnavailableError(why))
             self._note_end(stream, "error")
-        for questions in (self._embeds, self._trees, self._updates):
-            questions.fail_all(UnavailableError(why))
+        for pending in (self._embeds, self._trees, self._updates):
+            pending.fail_instance(instance, UnavailableError(why))
         self._note_idle()

@@ -1,7 +1,7 @@
-"""`Guard`: what every request passes before anything reads it: the key, and the size and pace of its body.
+"""`Guard`: checks the API key, and limits the size and duration of request bodies, before any route runs.
 
-A body that is refused is still read and thrown away, within bounds, because many clients read no answer before they
-have sent all of theirs.
+A refused body is still read and discarded, up to a limit, because many clients read the answer only after they have
+sent the whole body.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["Guard"]
 
 MIB = 1 << 20
 BODY_SECONDS = 60.0
-"""A body that takes longer is given up."""
+"""Limit for receiving a body: 408 after it."""
 DRAIN_BYTES, DRAIN_SECONDS = 64 * MIB, 10.0
-"""Of a refused body that are thrown away at most."""
+"""Limits for reading and discarding a refused body."""
 HELD_BYTES = 256 * MIB
-"""Of bodies that are held in memory at once, all requests together."""
+"""Limit for bodies in memory, all requests together: 503 beyond it."""
 
 
 class _BodyError(Exception):
-    """The body is refused: the status and why."""
+    """The body is refused. `status` is HTTP's."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -35,30 +35,30 @@ class _BodyError(Exception):
 
 
 class Guard:
-    """An ASGI application around another: it gives it whole bodies only."""
+    """An ASGI middleware: the application behind it gets complete bodies only."""
 
     def __init__(
         self, app: ASGIApp, *, max_body_bytes: int, api_keys: Collection[str] = (), public: Collection[str] = ()
     ) -> None:
-        """Requests need one of `api_keys`, where there are any, except for the `public` paths."""
+        """Requests need one of `api_keys`, if there are any, except for the `public` paths."""
         self._app = app
-        self._most = max_body_bytes
+        self._max_body_bytes = max_body_bytes
         self._keys = [key.encode() for key in api_keys]
         self._public = frozenset(public)
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass it on with its body, or answer for it."""
+        """Pass the request on with its body, or reject it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if not self._admitted(scope["path"], headers):
+        if not self._authorized(scope["path"], headers):
             message = "this server asks for a key: send the header Authorization: Bearer KEY"
-            await _turn_away(scope, receive, send, 401, message, {"WWW-Authenticate": "Bearer"})
+            await _reject(scope, receive, send, 401, message, {"WWW-Authenticate": "Bearer"})
             return
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            await _turn_away(scope, receive, send, 415, "compressed bodies are not read: send it plain")
+            await _reject(scope, receive, send, 415, "compressed bodies are not read: send it plain")
             return
         body = bytearray()
         try:
@@ -66,11 +66,11 @@ class Guard:
                 await self._app(scope, _replay(bytes(body), receive), send)
         except _BodyError as error:
             retry = {"Retry-After": "1"} if error.status == 503 else {}
-            await _turn_away(scope, receive, send, error.status, str(error), retry)
+            await _reject(scope, receive, send, error.status, str(error), retry)
         finally:
             self._held -= len(body)
 
-    def _admitted(self, path: str, headers: dict[bytes, bytes]) -> bool:
+    def _authorized(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if not self._keys or path in self._public:
             return True
         kind, _, sent = headers.get(b"authorization", b"").partition(b" ")
@@ -78,9 +78,9 @@ class Guard:
         return kind.lower() == b"bearer" and any(matches)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive, body: bytearray) -> bool:
-        """Read into `body`; returns whether the client left meanwhile."""
-        said = headers.get(b"content-length", b"")
-        self._check(int(said) if said.isdigit() else 0)
+        """Read into `body`; returns whether the client disconnected."""
+        length = headers.get(b"content-length", b"")
+        self._check(int(length) if length.isdigit() else 0)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 more = True
@@ -98,14 +98,16 @@ class Guard:
         return False
 
     def _check(self, size: int) -> None:
-        if size > self._most:
-            raise _BodyError(413, f"the body is larger than {self._most / MIB:g} MiB, this server's --max-body-mib")
+        if size > self._max_body_bytes:
+            raise _BodyError(
+                413, f"the body is larger than {self._max_body_bytes / MIB:g} MiB, this server's --max-body-mib"
+            )
         if size and self._held > HELD_BYTES:
             raise _BodyError(503, "too many large requests at once: try again later")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body, and after it what the client does."""
+    """A `receive` that returns the body once, then what the client sends."""
     given = False
 
     async def replayed() -> Message:
@@ -118,10 +120,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _turn_away(
+async def _reject(
     scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: dict[str, str] | None = None
 ) -> None:
-    """Answer, once the client has sent its body, or enough of it."""
+    """Answer after the client has sent its body, or as much as is read of a refused one."""
     size, more = 0, True
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
@@ -130,6 +132,6 @@ async def _turn_away(
                 if part["type"] == "http.disconnect":
                     return
                 size, more = size + len(part.get("body", b"")), part.get("more_body", False)
-    # What was not read stands in the connection's way: no other request can follow.
+    # The unread rest of the body blocks the connection for further requests.
     close = {"Connection": "close"} if more else {}
     await JSON(error_body(status, message), status, {**(headers or {}), **close})(scope, receive, send)

@@ -1,4 +1,4 @@
-"""HTTP's own matters: answers as JSON, server-sent events, errors in OpenAI's shape, and clients that leave."""
+"""HTTP responses: JSON, server-sent events, errors in OpenAI's shape, and client disconnects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.serve.errors import NotAllowedError, NotFoundError, QueueFullError
 __all__ = ["JSON", "ClientGoneError", "EventStream", "error_body", "error_response", "unless_gone"]
 
 RETRY = "5"
-"""Seconds after which a server that is not there may be."""
+"""Value of Retry-After, in seconds, while no engine is available."""
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -30,34 +30,33 @@ TYPES = {
     429: "rate_limit_error",
 }
 LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
-"""What many clients take for the end of a line, where the format has newlines only: as JSON escapes them."""
+"""Characters that many clients treat as line ends, though the format does not, and their JSON escapes."""
 _encoder = msgspec.json.Encoder()
 T = TypeVar("T")
 
 
 class ClientGoneError(Exception):
-    """Nobody is there to read an answer."""
+    """The client has disconnected."""
 
 
 class JSON(Response):
-    """An answer as JSON, with floats in their shortest form that reads back to the same bits."""
+    """A JSON response. Floats have the shortest form that parses to the same bits."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """As bytes."""
         return _encoder.encode(content)
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape; `code` is the status."""
     kind = TYPES.get(status, "server_error")
-    message = message.encode(errors="replace").decode()  # a template's words may hold what no UTF-8 can
+    message = message.encode(errors="replace").decode()  # a chat template's error text may contain surrogates
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 def error_response(error: Exception) -> JSON:
-    """The answer for what the server's parts raise."""
+    """The response for an error of a route, the gateway or an engine."""
     headers: dict[str, str] = {}
     status, param = 500, None
     if isinstance(error, NotAllowedError):
@@ -75,9 +74,9 @@ def error_response(error: Exception) -> JSON:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves: `ClientGoneError` then.
+    """The result of `work`. If the client disconnects first, cancels it and raises `ClientGoneError`.
 
-    The request's body has been read, so all that can still come is its disconnection.
+    The request's body must have been read: the only message that can still come is the disconnect.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request.receive))
@@ -98,10 +97,10 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, one JSON object each. `close` is called at the end: at once, when the client leaves.
+    """Server-sent events, one JSON object each. `close` is called at the end, or when the client disconnects.
 
-    The source yields lists of objects, which are sent together. Where it fails, the last event is the error, and no
-    `[DONE]` follows.
+    The source yields lists of objects, which are sent together. If it raises, the last event is the error, without
+    `[DONE]`.
     """
 
     def __init__(self, source: AsyncIterator[list[Mapping[str, Any]]], close: Callable[[], None]) -> None:
@@ -115,7 +114,7 @@ class EventStream(Response):
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all, unless the client leaves."""
+        """Send all events, or stop when the client disconnects."""
         sending = asyncio.ensure_future(self._send(send))
         gone = asyncio.ensure_future(_gone(receive))
         try:

@@ -1,9 +1,9 @@
-"""`Live`: the picture of an engine for those who watch, a few frames a second, however many steps it does.
+"""`Live`: an engine's state for the playground, a few frames a second, independent of the step rate.
 
     gateway.reports() ──> the last steps ─┐
-    gateway.inspect() ──> the radix tree ─┴──> frames(), one generator a watcher, each at its own pace
+    gateway.inspect() ──> the radix tree ─┴──> frames(), one generator a watcher, each at its own rate
 
-Nothing is collected while nobody watches, and all watchers share what is.
+Data is collected only while there are watchers, and shared by all of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from headrace.serve.gateway import Gateway
 __all__ = ["Live"]
 
 STEPS = 120
-"""Steps that are shown."""
+"""Steps kept for a new watcher."""
 NODES = 400
-"""Blocks of the radix tree that are shown."""
+"""Blocks of the radix tree in a frame, at most."""
 FRAME, TREE, IDLE = 0.15, 0.5, 1.0
-"""Seconds: between frames, between looks at the tree, and between frames in which nothing happened."""
+"""Seconds: between frames, between reads of the tree, and between frames while idle."""
 ENDED = ("draining", "stopped")
 STATS = (
     "num_running",
@@ -44,7 +44,7 @@ STATS = (
 
 
 class Live:
-    """Watches a gateway on its event loop while someone watches it."""
+    """Collects a gateway's reports, on its event loop, while there are watchers."""
 
     def __init__(self, gateway: Gateway, model_name: str) -> None:
         self._gateway = gateway
@@ -53,24 +53,24 @@ class Live:
         self._tasks: list[asyncio.Task[None]] = []
         self._steps: deque[tuple[int, int, float, int]] = deque(maxlen=STEPS)
         self._count = 0
-        """Steps seen, of which the last are in `_steps`."""
+        """Steps so far, of which the last are in `_steps`."""
         self._tree: dict[str, Any] | None = None
-        self._looks = 0
+        self._tree_reads = 0
         self._reports = 0
         self._changed = asyncio.Event()
 
     async def frames(self) -> AsyncIterator[dict[str, Any]]:
-        """What changed since the frame before, from all that is known on. Ends when the gateway does."""
-        self._enter()
+        """The whole state, then what changed since the previous frame. Ends when the gateway stops."""
+        self._add_watcher()
         try:
-            count, looks = self._count - len(self._steps), -1
+            count, tree_reads = self._count - len(self._steps), -1
             first = {"info": self._info()}
             while True:
                 changed = self._changed
                 frame = first | self._frame(count)
-                if looks != self._looks and self._tree is not None:
+                if tree_reads != self._tree_reads and self._tree is not None:
                     frame["tree"] = self._tree
-                count, looks, first = self._count, self._looks, {}
+                count, tree_reads, first = self._count, self._tree_reads, {}
                 yield frame
                 if frame["state"] in ENDED:
                     return
@@ -78,7 +78,7 @@ class Live:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), IDLE)
         finally:
-            await self._leave()
+            await self._remove_watcher()
 
     def _info(self) -> dict[str, Any]:
         info = self._gateway.info
@@ -104,16 +104,16 @@ class Live:
             "steps": list(self._steps)[len(self._steps) - new :],
         }
 
-    # ---- while someone watches
+    # ---- while there are watchers
 
-    def _enter(self) -> None:
+    def _add_watcher(self) -> None:
         self.watchers += 1
         if self.watchers == 1:
-            self._steps.clear()  # what was seen long ago is not how it is
+            self._steps.clear()  # outdated
             self._tree = None
-            self._tasks = [asyncio.create_task(self._collect()), asyncio.create_task(self._look())]
+            self._tasks = [asyncio.create_task(self._collect()), asyncio.create_task(self._read_tree())]
 
-    async def _leave(self) -> None:
+    async def _remove_watcher(self) -> None:
         self.watchers -= 1
         if self.watchers == 0:
             tasks, self._tasks = self._tasks, []
@@ -122,7 +122,7 @@ class Live:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _notify(self) -> None:
-        """Wake those who wait; those who come later wait for what comes later."""
+        """Wake the generators that wait; later waits need a later change."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -138,14 +138,14 @@ class Live:
             self._notify()
         self._notify()
 
-    async def _look(self) -> None:
-        """The tree as it is, now and after each report, which need not be of a step: blocks are freed without one."""
+    async def _read_tree(self) -> None:
+        """Read the tree now and after every report. Reports also come without a step: an abort frees blocks."""
         while True:
             seen = self._reports
             with contextlib.suppress(UnavailableError):
                 tree = await self._gateway.inspect(NODES)
                 self._tree = {"nodes": tree.nodes, "complete": tree.complete}
-                self._looks += 1
+                self._tree_reads += 1
                 self._notify()
             await asyncio.sleep(TREE)
             if seen == self._reports:

@@ -1,13 +1,14 @@
-"""`Metrics`: what happened, as Prometheus reads it, under vLLM's names and, where it has none, under `headrace:`.
+"""`ServerMetrics`: Prometheus metrics under vLLM's names and, where it has none, under `headrace:`.
 
-One object per server, with a registry of its own. Every observation is a few additions on the event loop, and reading
-is one pass over some hundred numbers, so a scrape never waits for the engine.
+One object per server, with a registry of its own; the label `engine` is the name of an instance. Every observation is
+a few additions on the event loop, and reading is one pass over some hundred numbers, so a scrape never waits for the
+engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -15,15 +16,15 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.llm.outputs import RequestOutput
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "ServerMetrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-"""The media type of `Metrics.render`."""
+"""The media type of `ServerMetrics.render`."""
 
 LABELS = ("model_name", "engine")
 REASONS = ("stop", "length", "abort", "error")
 
-# Dashboards made for vLLM expect these edges, in seconds and in tokens.
+# vLLM's bucket edges, which its dashboards expect: seconds and tokens.
 FIRST_TOKEN = (
     0.001,
     0.005,
@@ -53,7 +54,7 @@ REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 24
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
-# name: (field of `SchedulerStats`, help). The engine counts from 0 in every new instance; these go on.
+# name: (field of `SchedulerStats`, help). The engine counts from 0 in every process; these never decrease.
 ENGINE_COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
@@ -67,7 +68,7 @@ ENGINE_COUNTERS = {
     "headrace:kv_held_token_steps": ("held_slot_steps", "Token slots that requests held, summed over steps."),
     "headrace:kv_used_token_steps": ("used_slot_steps", "Of the held token slots, those filled, summed over steps."),
 }
-# There is no speculation here: clients that ask for its counters read 0.
+# Without speculation, its counters are 0.
 SPECULATION = {
     "vllm:spec_decode_num_drafts": "Drafts proposed; 0 without speculation.",
     "vllm:spec_decode_num_draft_tokens": "Tokens in drafts; 0 without speculation.",
@@ -81,61 +82,110 @@ REQUEST_TIMES = {
 }
 
 
-class Metrics:
-    """Implements the gateway's observer. `render` may be called at any time; counters never go back.
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
+class ServerMetrics:
+    """Implements `GatewayObserver`. `render` may be called at any time; counters never decrease.
 
     `finished_reason` of `vllm:request_success` is stop, length, abort or error, one a request. What the engine counts
-    is per choice, and once more for what a new instance computes again.
+    is per choice, and once more for what a new process computes again.
     """
 
-    def __init__(self, model_name: str, engine: str = "0") -> None:
+    def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self._values = (model_name, engine)
-        self._seen: dict[str, float] = {}
-        self._blocks = 0
-        self._sizes: tuple[Histogram, Histogram] | None = None
-        self._make_engine()
-        self._make_requests()
+        self._model_name = model_name
+        self._families = _Families(self.registry)
+        self._instances: dict[str, _InstanceMetrics] = {}
+        # No adapters are served: the family exists, without a sample.
+        self._families.labelled(
+            Gauge,
+            "vllm:lora_requests_info",
+            "Running and waiting adapters.",
+            labels=("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+        )
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format, of media type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
 
     # ---- the gateway's observer
 
     def ready(self, info: Ready) -> None:
-        """An instance is up: its cache is described, and the sizes' buckets reach to its context. Tokens, blocks."""
-        self._blocks = info.kv_blocks
-        self._cache_info.clear()
-        self._cache_info.labels(*self._values, str(info.block_size), str(info.kv_blocks)).set(1)
-        self._free_blocks.set(info.kv_blocks)
-        if self._sizes is None:
-            edges = _one_two_five(info.max_model_len)
-            self._sizes = (
-                self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", edges),
-                self._histogram("vllm:request_generation_tokens", "Tokens a request generated, all choices.", edges),
-            )
+        """From now on there are samples of this instance; the buckets of sizes reach to its context."""
+        self._instances[info.instance] = _InstanceMetrics(self._families, self._model_name, info)
 
-    def arrived(self, name: str, prompt_tokens: int) -> None:
-        """A request came, of either kind: for tokens, or for an embedding."""
-        self._requests.inc()
+    def arrived(self, instance: str, name: str, prompt_tokens: int) -> None:
+        """A request came, for tokens or for an embedding."""
+        self._instances[instance].requests.inc()
 
-    def first_token(self, name: str, seconds: float) -> None:
-        """The request's first token came so long after it arrived at the gateway."""
-        self._first_token.observe(seconds)
+    def first_token(self, instance: str, name: str, seconds: float) -> None:
+        """Seconds from the request's arrival at the gateway."""
+        self._instances[instance].first_token.observe(seconds)
 
-    def token_gap(self, name: str, seconds: float) -> None:
-        """A further token came so long after the one before."""
-        self._gap.observe(seconds)
+    def token_gap(self, instance: str, name: str, seconds: float) -> None:
+        """Seconds since the token before."""
+        self._instances[instance].gap.observe(seconds)
 
     def finished(
-        self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None, seconds_total: float
+        self,
+        instance: str,
+        name: str,
+        reason: str,
+        output: RequestOutput,
+        explanation: Explanation | None,
+        seconds: float,
     ) -> None:
-        """A request is over. Without an explanation (an abort, an error) there are no times of its parts."""
+        """A request ended. Without an explanation (an abort, an error) the times of its parts are not known."""
+        self._instances[instance].finished(reason, output, explanation, seconds)
+
+    def stepped(self, report: StepReport) -> None:
+        """A step ran, or something ended between steps."""
+        self._instances[report.instance].stepped(report)
+
+    def restarted(self, instance: str) -> None:
+        """A new process has replaced one that died."""
+        self._instances[instance].restarted()
+
+
+class _Families:
+    """Metric families of one registry, each made when it is first asked for: instances share them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._made: dict[str, Any] = {}
+
+    def labelled(self, kind: type[M], name: str, text: str, labels: Sequence[str] = LABELS, **options: Any) -> M:
+        """The family of this name. `options` are the buckets of a histogram."""
+        if name not in self._made:
+            self._made[name] = kind(name, text, labels, registry=self._registry, **options)
+        made: M = self._made[name]
+        return made
+
+
+class _InstanceMetrics:
+    """The samples of one instance."""
+
+    def __init__(self, families: _Families, model_name: str, info: Ready) -> None:
+        self._families = families
+        self._values = (model_name, info.instance)
+        self._blocks = info.kv_blocks
+        self._seen: dict[str, float] = {}
+        self._make_cache(info)
+        self._make_engine()
+        self._make_requests(_one_two_five(info.max_model_len))
+
+    def finished(
+        self, reason: str, output: RequestOutput, explanation: Explanation | None, total_seconds: float
+    ) -> None:
+        """`ServerMetrics.finished`."""
         if reason == "refused":
             self._refused.inc()
             return
         self._success.labels(*self._values, reason).inc()
-        self._total.observe(seconds_total)
-        if self._sizes is not None:
-            self._sizes[0].observe(len(output.prompt_token_ids))
-            self._sizes[1].observe(sum(len(choice.token_ids) for choice in output.outputs))
+        self._total.observe(total_seconds)
+        self._prompt_tokens.observe(len(output.prompt_token_ids))
+        self._generated_tokens.observe(sum(len(choice.token_ids) for choice in output.outputs))
         if explanation is not None:
             parts = explanation.prefill_time, explanation.decode_time
             for kind, seconds in zip(REQUEST_TIMES, (explanation.queue_time, sum(parts), *parts)):
@@ -143,7 +193,7 @@ class Metrics:
             self._resumed.inc(explanation.resumes)
 
     def stepped(self, report: StepReport) -> None:
-        """A step ran, or something ended between steps."""
+        """`ServerMetrics.stepped`."""
         stats = report.stats
         self._running.set(stats["num_running"])
         self._waiting.set(stats["num_waiting"])
@@ -164,102 +214,87 @@ class Metrics:
             self._step_time.observe(report.step_time)
 
     def restarted(self) -> None:
-        """A new instance has taken over: it counts from 0, and nothing runs in it yet."""
+        """The new process counts from 0, and nothing runs in it yet."""
         self._seen.clear()
         self._restarts.inc()
         for gauge in (self._running, self._waiting, self._usage, self._waste, self._held_blocks, self._cached_blocks):
             gauge.set(0)
         self._free_blocks.set(self._blocks)
 
-    # ---- reading
-
-    def render(self) -> bytes:
-        """Everything in Prometheus' text format, of media type `CONTENT_TYPE`."""
-        return generate_latest(self.registry)
-
-    # ---- making
-
     def _growth(self, stats: Mapping[str, Any], field: str) -> float:
-        """How much an engine's counter grew since the last report; one that shrank began anew."""
-        before, now = self._seen.get(field, 0), stats[field]
+        """How much an engine's counter grew since the last report; one that shrank began again at 0."""
+        before, now = self._seen.get(field, 0.0), float(stats[field])
         self._seen[field] = now
         return now - before if now >= before else now
 
+    # ---- making the samples
+
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, LABELS, registry=self.registry).labels(*self._values)
+        return self._families.labelled(Gauge, name, text).labels(*self._values)
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, LABELS, registry=self.registry).labels(*self._values)
+        return self._families.labelled(Counter, name, text).labels(*self._values)
 
     def _histogram(self, name: str, text: str, edges: Sequence[float]) -> Histogram:
-        return Histogram(name, text, LABELS, registry=self.registry, buckets=edges).labels(*self._values)
+        return self._families.labelled(Histogram, name, text, buckets=edges).labels(*self._values)
 
-    def _make_engine(self) -> None:
-        """What the engine's reports feed."""
-        self._running = self._gauge("vllm:num_requests_running", "Requests (choices) that hold KV blocks.")
-        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests (choices) that wait in the engine.")
-        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks that requests hold; 1 is all.")
-        self._waste = self._gauge("headrace:kv_waste_ratio", "Share of held token slots that are not filled.")
-        self._cache_info = Gauge(
+    def _make_cache(self, info: Ready) -> None:
+        description = self._families.labelled(
+            Gauge,
             "vllm:cache_config_info",
-            "The KV cache, told by labels; always 1.",
+            "The KV cache, described by labels; always 1.",
             (*LABELS, "block_size", "num_gpu_blocks"),
-            registry=self.registry,
         )
-        # No adapters are served: the name is there, without a sample.
-        Gauge(
-            "vllm:lora_requests_info",
-            "Running and waiting adapters.",
-            ("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
-            registry=self.registry,
-        )
-        blocks = Gauge(
+        description.labels(*self._values, str(info.block_size), str(info.kv_blocks)).set(1)
+        blocks = self._families.labelled(
+            Gauge,
             "headrace:kv_blocks",
             "KV blocks: held by requests, kept by the prefix cache only, or free.",
             (*LABELS, "state"),
-            registry=self.registry,
         )
         self._held_blocks, self._cached_blocks, self._free_blocks = (
             blocks.labels(*self._values, state) for state in ("held", "cached", "free")
         )
+        self._free_blocks.set(info.kv_blocks)
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks that requests hold; 1 is all.")
+        self._waste = self._gauge("headrace:kv_waste_ratio", "Share of held token slots that are not filled.")
+
+    def _make_engine(self) -> None:
+        """What step reports feed, beside the cache."""
+        self._running = self._gauge("vllm:num_requests_running", "Requests (choices) that hold KV blocks.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests (choices) that wait in the engine.")
         self._engine = [(self._counter(name, text), field) for name, (field, text) in ENGINE_COUNTERS.items()]
         for name, text in SPECULATION.items():
             self._counter(name, text)
-        accepted = Counter(
+        accepted = self._families.labelled(
+            Counter,
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Draft tokens accepted by position in the draft; 0 without speculation.",
             (*LABELS, "position"),
-            registry=self.registry,
         )
         accepted.labels(*self._values, "0")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKENS)
         self._step_time = self._histogram("headrace:step_time_seconds", "Seconds of a step.", STEP)
-        tokens = Counter(
-            "headrace:step_tokens",
-            "Tokens computed: of prompts, and all others.",
-            (*LABELS, "kind"),
-            registry=self.registry,
+        tokens = self._families.labelled(
+            Counter, "headrace:step_tokens", "Tokens computed: of prompts, and all others.", (*LABELS, "kind")
         )
         self._prefill, self._decode = (tokens.labels(*self._values, kind) for kind in ("prefill", "decode"))
         self._aborts = self._counter("headrace:aborts", "Choices whose blocks were freed because the client left.")
         self._restarts = self._counter("headrace:restarts", "Instances that died and were replaced.")
 
-    def _make_requests(self) -> None:
-        """What is measured at the gateway, request by request."""
-        self._requests = self._counter("headrace:requests", "Requests that came, embeddings included.")
+    def _make_requests(self, sizes: Sequence[int]) -> None:
+        """What is measured at the gateway, request by request. `sizes` are bucket edges, in tokens."""
+        self.requests = self._counter("headrace:requests", "Requests that came, embeddings included.")
         self._refused = self._counter("headrace:refused_requests", "Requests that the engine could never serve.")
-        self._success = Counter(
-            "vllm:request_success",
-            "Requests that ended, by reason.",
-            (*LABELS, "finished_reason"),
-            registry=self.registry,
+        self._success = self._families.labelled(
+            Counter, "vllm:request_success", "Requests that ended, by reason.", (*LABELS, "finished_reason")
         )
         for reason in REASONS:
             self._success.labels(*self._values, reason)
-        self._first_token = self._histogram(
+        self.first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "Seconds from arrival at the gateway to the first token.", FIRST_TOKEN
         )
-        self._gap = self._histogram(
+        self.gap = self._histogram(
             "vllm:inter_token_latency_seconds", "Seconds between tokens, at the gateway.", BETWEEN_TOKENS
         )
         self._total = self._histogram(
@@ -269,6 +304,10 @@ class Metrics:
             kind: self._histogram(f"vllm:request_{kind}_time_seconds", text, REQUEST)
             for kind, text in REQUEST_TIMES.items()
         }
+        self._prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", sizes)
+        self._generated_tokens = self._histogram(
+            "vllm:request_generation_tokens", "Tokens a request generated, all choices.", sizes
+        )
         self._resumed = self._counter("headrace:resumed_requests", "Times a request went on in a new instance.")
 
 

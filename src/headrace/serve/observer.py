@@ -1,34 +1,43 @@
-"""`GatewayObserver`: what a gateway tells whoever counts."""
+"""`GatewayObserver`: callbacks for whatever counts what a gateway does."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from headrace.instance.wire import Explanation, StepReport
+from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.llm.outputs import RequestOutput
 
 __all__ = ["GatewayObserver"]
 
 
 class GatewayObserver(Protocol):
-    """Told what happens, on the event loop: it must be quick. Seconds."""
+    """Called on the event loop: it must be quick. `instance` is the name of the one that runs the request. Seconds."""
 
-    def arrived(self, name: str, prompt_tokens: int) -> None:
-        """A request was taken in; it may be refused still."""
+    def ready(self, info: Ready) -> None:
+        """An instance can take requests, for the first time."""
 
-    def first_token(self, name: str, seconds: float) -> None:
-        """The first token came, so long after the request."""
+    def arrived(self, instance: str, name: str, prompt_tokens: int) -> None:
+        """A request came; it may still be refused."""
 
-    def token_gap(self, name: str, seconds: float) -> None:
-        """The next token came, so long after the one before."""
+    def first_token(self, instance: str, name: str, seconds: float) -> None:
+        """The first token came, `seconds` after the request."""
+
+    def token_gap(self, instance: str, name: str, seconds: float) -> None:
+        """A further token came, `seconds` after the one before."""
 
     def finished(
-        self, name: str, reason: str, output: RequestOutput, explanation: Explanation | None, seconds: float
+        self,
+        instance: str,
+        name: str,
+        reason: str,
+        output: RequestOutput,
+        explanation: Explanation | None,
+        seconds: float,
     ) -> None:
-        """It is over: "stop", "length", "abort" (no explanation), "error" (the same) or "refused" (the same)."""
+        """A request ended: "stop" or "length", or without an explanation "abort", "error" or "refused"."""
 
     def stepped(self, report: StepReport) -> None:
-        """The engine did a step."""
+        """An engine did a step."""
 
-    def restarted(self) -> None:
-        """A new instance has taken over."""
+    def restarted(self, instance: str) -> None:
+        """A new process has replaced one that died."""

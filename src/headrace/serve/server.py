@@ -1,4 +1,4 @@
-"""`Server`: a bound socket, a gateway and the application, from the first signal of life to the last.
+"""`Server`: a bound socket, a gateway and the application, from start to shutdown.
 
 bind ──> start the engine ──> ready ──> (SIGTERM: drain) ──> (again: stop) ──> closed
 """
@@ -19,24 +19,24 @@ from headrace.errors import ConfigError
 from headrace.instance.wire import Ready
 from headrace.serve.app import create_app
 from headrace.serve.gateway import Gateway
-from headrace.serve.metrics import Metrics
-from headrace.serve.parts import Parts
+from headrace.serve.metrics import ServerMetrics
+from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.settings import ServeSettings
-from headrace.serve.texts import Texts
+from headrace.serve.text_service import TextService
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Server"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HEAD_SECONDS = 15.0
-"""A connection that has not sent a request's head by then is closed."""
+"""Time limit for receiving a request's head; then the connection is closed."""
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
-Progress = Callable[[int, int, str], None]
+ProgressCallback = Callable[[int, int, str], None]
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, with an end to heads that never end."""
+    """uvicorn's, with a time limit for request heads."""
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -58,7 +58,7 @@ class _Protocol(H11Protocol):
         self._unwatch()
 
     def _watch_head(self) -> None:
-        """Time runs while the next request's head is awaited, and stops once it is there."""
+        """Start the timer while the next request's head is awaited; stop it when the head is complete."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._unwatch()
         elif self._head_timer is None:
@@ -71,7 +71,7 @@ class _Protocol(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, which leaves signals to us and says when it listens."""
+    """uvicorn without its signal handlers, and with a callback when it listens."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -92,12 +92,12 @@ class Server:
     gateway: Gateway
 
     def __init__(self, model: str, options: dict[str, Any], settings: ServeSettings) -> None:
-        """Binds the port. `options` are fields of `EngineOptions`. Raises `ConfigError` where they cannot work."""
+        """Binds the port. `options` are fields of `EngineOptions`; raises `ConfigError` if they cannot work."""
         self._model = model
         self._options = options
         self._settings = settings
         self._names = settings.served_model_name or (model,)
-        self._metrics = Metrics(self._names[0])
+        self._metrics = ServerMetrics(self._names[0])
         self.gateway = Gateway(
             model,
             options,
@@ -105,20 +105,20 @@ class Server:
             restart=settings.restart,
             max_logprobs=settings.max_logprobs,
             observer=self._metrics,
-            progress=self._tell,
+            progress=self._report_progress,
         )
-        self._progress: Progress | None = None
+        self._progress: ProgressCallback | None = None
         self._http: _Uvicorn | None = None
         self._interrupt: Callable[[], object] = lambda: None
-        """What a signal does just now."""
+        """The current action for a signal."""
         self._ends = 0
-        """Times that it was told to end."""
+        """Shutdown signals so far."""
         self._ending: list[asyncio.Task[None]] = []
         self._socket = _bind(settings.host, settings.port)
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address it listens on."""
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -128,36 +128,39 @@ class Server:
         return self._names[0]
 
     async def run(
-        self, ready: Callable[[Ready], None], progress: Progress | None = None, until: asyncio.Event | None = None
+        self,
+        ready: Callable[[Ready], None],
+        progress: ProgressCallback | None = None,
+        until: asyncio.Event | None = None,
     ) -> None:
-        """Serve until a SIGTERM or SIGINT, or until `until` is set, and what then still runs is done.
+        """Serve until a SIGTERM or SIGINT, or until `until` is set; then let running requests finish.
 
-        `ready` is called when requests can come; `progress(done, total, kernel)` while kernels are made. Raises
-        `HeadraceError` where the model or an option is at fault, KeyboardInterrupt at a signal before it was ready.
+        `ready` is called when requests can be served; `progress(done, total, kernel)` while kernels compile. Raises
+        `HeadraceError` for a bad model or option, KeyboardInterrupt for a signal before the server is ready.
         """
         self._progress = progress
         loop = asyncio.get_running_loop()
         before = {n: signal.signal(n, lambda *_: loop.call_soon_threadsafe(lambda: self._interrupt())) for n in SIGNALS}
-        texts: Texts | None = None
+        text: TextService | None = None
         try:
-            texts = await self._start()
+            text = await self._start()
             self._interrupt = self._end
             if until is not None:
                 self._ending.append(asyncio.ensure_future(self._end_after(until)))
-            await self._serve(texts, lambda: ready(self.gateway.info))
+            await self._serve(text, lambda: ready(self.gateway.info))
         finally:
             await self.gateway.stop()
             for task in self._ending:
                 task.cancel()
             await asyncio.gather(*self._ending, return_exceptions=True)
-            if texts is not None:
-                await texts.close()
+            if text is not None:
+                await text.close()
             self._socket.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    async def _start(self) -> Texts:
-        """The engine, then its tokenizer."""
+    async def _start(self) -> TextService:
+        """Start the engine, then load its tokenizer."""
         starting = asyncio.ensure_future(self.gateway.start())
         interrupted = asyncio.Event()
         self._interrupt = interrupted.set
@@ -171,24 +174,22 @@ class Server:
             for task in (starting, waiting):
                 task.cancel()
             await asyncio.gather(starting, waiting, return_exceptions=True)
-        self._metrics.ready(self.gateway.info)
-        texts = Texts(await asyncio.to_thread(Tokenizer.from_folder, self.gateway.info.folder))
-        await texts.start()
-        return texts
+        text = TextService(await asyncio.to_thread(Tokenizer.from_folder, self.gateway.info.folder))
+        await text.start()
+        return text
 
-    async def _serve(self, texts: Texts, ready: Callable[[], None]) -> None:
+    async def _serve(self, text: TextService, ready: Callable[[], None]) -> None:
         settings = self._settings
         defaults = self.gateway.info.default_sampling_params if settings.generation_config else {}
-        parts = Parts(
+        model = ServedModel(
             self.gateway,
-            texts,
-            self._metrics,
+            text,
             self._names,
             defaults=defaults,
             priorities=self._options.get("scheduling_policy") == "priority",
         )
         config = uvicorn.Config(
-            create_app(parts, settings),
+            create_app(ModelDirectory(model), self._metrics, settings),
             http=_Protocol,
             ws="none",
             lifespan="off",
@@ -203,7 +204,7 @@ class Server:
         await self._http.serve([self._socket])
 
     def _end(self) -> None:
-        """The first time, what runs may finish; the second time, it may not."""
+        """A shutdown signal: the first lets running requests finish, the second stops them."""
         self._ends += 1
         timeout = self._settings.drain_timeout if self._ends == 1 else 0.0
         self._ending.append(asyncio.ensure_future(self._drain(timeout)))
@@ -217,7 +218,7 @@ class Server:
         if self._http is not None:
             self._http.should_exit = True
 
-    def _tell(self, done: int, total: int, kernel: str) -> None:
+    def _report_progress(self, done: int, total: int, kernel: str) -> None:
         if self._progress is not None:
             self._progress(done, total, kernel)
 

@@ -1,4 +1,4 @@
-"""`ServeSettings`: what a user can set on a server, beside the engine's options."""
+"""`ServeSettings`: the options of a server, beside the engine's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
-    """The first is the one that answers carry; empty is the model as it was given."""
+    """Answers carry the first; empty means the model's path or hub id."""
     api_key: tuple[str, ...] = ()
     allow_remote: bool = False
     allow_weight_updates: bool = False
@@ -28,7 +28,7 @@ class ServeSettings:
     drain_timeout: float = 10.0
     restart: bool = True
     generation_config: bool = True
-    """Whether the model's generation_config.json gives sampling defaults."""
+    """Whether sampling defaults come from the model's generation_config.json."""
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, f"port={self.port} must be from 0 (any that is free) to 65535")

@@ -1,4 +1,4 @@
-"""What a gateway gives its callers: the deltas of one request, and the feed of step reports."""
+"""`Stream`, the deltas of one request, and `ReportFeed`, the reports of steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ReportFeed", "Stream"]
 
 
 class _Wake:
-    """One reader sleeps here until it is woken; a wake-up before it sleeps is not lost by a reader that looks first."""
+    """A wake-up for one reader. `wake` without a sleeper has no effect: check the condition before `sleep`."""
 
     def __init__(self) -> None:
         self._waiter: asyncio.Future[None] | None = None
@@ -32,20 +32,22 @@ class _Wake:
 class Stream(AsyncIterator[Delta]):
     """One request. Iterate over its deltas, or await its `result`; one reader at a time.
 
-    Deltas that nobody has read yet are kept; they are never more than the request's output. Where the engine is
-    lost for good, reading raises `UnavailableError` after the deltas that came.
+    Unread deltas are kept; together they are at most the request's output. If the instance fails for good, reading
+    raises `UnavailableError` after the deltas that came.
     """
 
-    def __init__(self, transcript: Transcript, leave: Callable[[Stream], None]) -> None:
+    def __init__(self, transcript: Transcript, instance: str, abort: Callable[[Stream], None]) -> None:
+        """`instance` is the name of the one that runs it; `abort` is called when the stream is closed early."""
         self.transcript = transcript
+        self.instance = instance
         self.explanation: Explanation | None = None
         """With the last delta."""
         self.accepted = False
         self.opened = time.monotonic()
         self.last_token: float | None = None
-        """When the latest token came, by the monotonic clock."""
+        """Time of the latest token, by the monotonic clock."""
         self.resumes = 0
-        self._leave = leave
+        self._abort = abort
         self._wake = _Wake()
         self._pending: deque[Delta] = deque()
         self._whole = False
@@ -53,12 +55,12 @@ class Stream(AsyncIterator[Delta]):
 
     @property
     def name(self) -> str:
-        """The request's name, as it was opened."""
+        """The request's name, as given to `Gateway.open`."""
         return self.transcript.output.request_id
 
     @property
     def output(self) -> RequestOutput:
-        """All that has come so far: the same object, which grows with each delta whether or not that was read."""
+        """The output so far: always the same object. It grows with each delta, read or not."""
         return self.transcript.output
 
     async def __anext__(self) -> Delta:
@@ -71,7 +73,7 @@ class Stream(AsyncIterator[Delta]):
         return self._pending.popleft()
 
     async def result(self) -> RequestOutput:
-        """The finished output. The deltas on the way wake nobody and are not kept."""
+        """The finished output. Deltas are not kept, and do not wake this coroutine."""
         self._whole = True
         self._pending.clear()
         while not self.output.finished:
@@ -81,30 +83,30 @@ class Stream(AsyncIterator[Delta]):
         return self.output
 
     async def close(self) -> None:
-        """End the request, if it runs: its blocks are free before the engine's next step. May be called again."""
+        """Abort the request if it runs: its blocks are freed before the engine's next step. May be called again."""
         self.abandon()
 
     def abandon(self) -> None:
-        """`close`, where one cannot await."""
+        """`close`, for callers that cannot await."""
         if not self.output.finished and self._error is None:
-            self._leave(self)
+            self._abort(self)
 
     # For the gateway.
 
     async def until_accepted(self) -> None:
-        """Until the instance took the request; raises what was refused."""
+        """Wait until the instance has accepted the request; raises its refusal."""
         while not self.accepted:
             if self._error is not None:
                 raise self._error
             await self._wake.sleep()
 
     def accept(self) -> None:
-        """The instance took it."""
+        """The instance has accepted the request."""
         self.accepted = True
         self._wake.wake()
 
     def take(self, delta: Delta) -> None:
-        """Something new."""
+        """Add a delta to the output."""
         self.transcript.take(delta)
         if delta.finished:
             self.explanation = delta.explanation
@@ -114,18 +116,18 @@ class Stream(AsyncIterator[Delta]):
             self._wake.wake()
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come."""
+        """End with an error, which readers get after the deltas that came."""
         self._error = error
         self._wake.wake()
 
     def end(self) -> None:
-        """Its client has left."""
+        """End after an abort."""
         self.transcript.end("abort")
         self._wake.wake()
 
 
 class ReportFeed(AsyncIterator[StepReport]):
-    """Step reports as they come. A slow reader misses the oldest ones; nobody waits for it."""
+    """Step reports as they come. A slow reader loses the oldest ones and delays no other."""
 
     def __init__(self, size: int = 64) -> None:
         self._reports: deque[StepReport] = deque(maxlen=size)
@@ -140,11 +142,11 @@ class ReportFeed(AsyncIterator[StepReport]):
         return self._reports.popleft()
 
     def push(self, report: StepReport) -> None:
-        """A new report."""
+        """Add a report."""
         self._reports.append(report)
         self._wake.wake()
 
     def close(self) -> None:
-        """The reader gets what is left, then the end."""
+        """End the feed after the reports that it holds."""
         self._closed = True
         self._wake.wake()

@@ -1,7 +1,7 @@
-"""`TemplateWorker`: chat templates are programs of strangers, so they run in a process that can be killed.
+"""`TemplateWorker`: renders chat templates, which are untrusted programs, in a process that can be killed.
 
 render ──> one JSON line to the worker ──> Jinja's immutable sandbox ──> one JSON line back
-             └── too long, too much, or dead: killed, and the next call starts another
+             └── over its time or size limit, or dead: killed, and the next call starts another
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from headrace.text.chat import MAX_CHARACTERS, ChatTemplate
 __all__ = ["TemplateWorker", "serve_templates"]
 
 SECONDS = 2.0
-"""A template that takes longer is stopped. They take a millisecond."""
+"""Time limit of a template. A usual one takes a millisecond."""
 START_SECONDS = 20.0
 MEMORY = 1 << 30
-"""Bytes of address space that a worker may have."""
-LINE = 4 * MAX_CHARACTERS
-"""Bytes of a worker's answer that are read at most."""
-SAID = 1000
-"""Characters of a template's complaint that are passed on."""
-KEPT = 16
-"""Compiled templates that a worker keeps."""
+"""Limit of a worker's address space, in bytes."""
+MAX_LINE = 4 * MAX_CHARACTERS
+"""Limit of a worker's answer, in bytes."""
+MAX_MESSAGE = 1000
+"""Limit of a template's error message, in characters."""
+MAX_COMPILED = 16
+"""Compiled templates that a worker keeps, at most."""
 
 
 class TemplateWorker:
-    """One process, started when it is first needed, that renders one conversation at a time."""
+    """One process, started on first use, that renders one conversation at a time."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds
@@ -42,14 +42,14 @@ class TemplateWorker:
         self._turn = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start the process, unless it runs: so that the first conversation need not wait for it."""
+        """Start the process unless it runs, so that the first conversation does not wait for it."""
         async with self._turn:
             await self._running()
 
     async def render(self, job: Mapping[str, Any]) -> str:
-        """The text of a job, as `serve_templates` reads it. `RefusedError` where the template or messages are at fault.
+        """Render a job (see `serve_templates`). `RefusedError`: the template or the messages are the cause.
 
-        Where the caller leaves, what it began goes on to its end or limit: to kill the process would make others wait.
+        If the caller is cancelled, the job still runs to its end or limit: killing the process would delay others.
         """
         line = json.dumps(job).encode() + b"\n"
         await self._turn.acquire()
@@ -63,7 +63,7 @@ class TemplateWorker:
     def _done(self, work: asyncio.Future[Any]) -> None:
         self._turn.release()
         if not work.cancelled():
-            work.exception()  # its caller may be gone: nobody else would look at it
+            work.exception()  # retrieved, since its caller may have been cancelled
 
     async def _work(self, line: bytes) -> dict[str, Any]:
         process = await self._running()
@@ -88,7 +88,7 @@ class TemplateWorker:
 
     @property
     def pid(self) -> int | None:
-        """The process's id, if one runs."""
+        """The process's id, if it runs."""
         return None if self._process is None else self._process.pid
 
     async def _running(self) -> asyncio.subprocess.Process:
@@ -101,18 +101,18 @@ class TemplateWorker:
                 "from headrace.serve.templates import serve_templates; serve_templates()",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                limit=LINE,
+                limit=MAX_LINE,
                 start_new_session=True,
             )
             assert process.stdout is not None
             try:
-                there = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
-            except BaseException as error:  # half started, it would give the next caller this caller's answer
+                greeting = await asyncio.wait_for(process.stdout.readline(), START_SECONDS)
+            except BaseException as error:  # a half started process would give the next caller this caller's answer
                 await self._kill()
                 if isinstance(error, TimeoutError):
                     raise UnavailableError("the process for chat templates does not start") from None
                 raise
-            if not there:
+            if not greeting:
                 await self._kill()
                 raise UnavailableError("the process for chat templates does not start")
         return self._process
@@ -135,10 +135,10 @@ class TemplateWorker:
 
 
 def serve_templates() -> None:
-    """The worker: jobs from standard input, answers to standard output, until the input ends.
+    """The worker's main: jobs from standard input, answers to standard output, until end of file.
 
     A job has `source` (a template, or a mapping of names to templates), `special` (the special tokens' texts),
-    `messages`, `add_generation_prompt` and `variables`, each with the field that it came in.
+    `messages`, `add_generation_prompt` and `variables`, each with the request field that it came from.
     """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     compiled: dict[str, ChatTemplate] = {}
@@ -152,7 +152,7 @@ def serve_templates() -> None:
         except RecursionError:
             answer = {"error": "the messages or the template's variables are nested too deeply", "param": "messages"}
         except HeadraceError as error:
-            message = str(error)[:SAID]
+            message = str(error)[:MAX_MESSAGE]
             answer = {"error": message, "param": "messages" if message.startswith("messages") else "chat_template"}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
@@ -161,7 +161,7 @@ def serve_templates() -> None:
 def _render(job: Mapping[str, Any], compiled: dict[str, ChatTemplate]) -> str:
     key = json.dumps([job["source"], job["special"]])
     if key not in compiled:
-        while len(compiled) >= KEPT:
+        while len(compiled) >= MAX_COMPILED:
             del compiled[next(iter(compiled))]
         compiled[key] = ChatTemplate(job["source"], job["special"])
     template = compiled[key]

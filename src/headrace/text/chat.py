@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
@@ -53,10 +54,10 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         integers = isinstance(left, int) and isinstance(right, int)
         if operator == "**" and integers and left.bit_length() * right > MAX_BITS:
-            raise jinja2.sandbox.SecurityError("a power with more digits than any prompt needs")
+            raise jinja2.exceptions.SecurityError("a power with more digits than any prompt needs")
         for sized, count in ((left, right), (right, left)):
             if hasattr(sized, "__len__") and isinstance(count, int) and len(sized) * count > MAX_CHARACTERS:
-                raise jinja2.sandbox.SecurityError("a repetition longer than any prompt")
+                raise jinja2.exceptions.SecurityError("a repetition longer than any prompt")
         return super().call_binop(context, operator, left, right)
 
 
@@ -111,7 +112,7 @@ class ChatTemplate:
         return self._sources
 
     def uses(self, name: str) -> bool:
-        """Whether the template for requests without tools reads a variable that it does not set itself."""
+        """Whether the template for requests without tools reads a variable that is not set in it."""
         self._template("default")
         tree = _environment().parse(self._sources["default"])
         return name in jinja2.meta.find_undeclared_variables(tree)
@@ -143,12 +144,12 @@ class ChatTemplate:
             return _bounded(template, names)
         except _RefusedMessages as refused:
             raise RequestError(f"messages: the model's chat template refuses them: {refused}") from None
-        except jinja2.sandbox.SecurityError as error:
+        except jinja2.exceptions.SecurityError as error:
             raise CheckpointError(f"the model's chat template is refused as unsafe: {error}") from None
         except HeadraceError:
             raise
         except jinja2.UndefinedError as error:
-            raise RequestError(f"messages: the model's chat template asks for something they lack: {error}") from None
+            raise RequestError(f"messages: the model's chat template uses a field that they lack: {error}") from None
         except Exception as error:
             raise RequestError(
                 f"messages: the model's chat template failed on them: {type(error).__name__}: {error}"
@@ -174,7 +175,7 @@ def _bounded(template: jinja2.Template, names: Mapping[str, Any]) -> str:
         pieces.append(piece)
         total += len(piece)
         if total > MAX_CHARACTERS:
-            raise jinja2.sandbox.SecurityError(f"it writes more than {MAX_CHARACTERS} characters")
+            raise jinja2.exceptions.SecurityError(f"it writes more than {MAX_CHARACTERS} characters")
     return "".join(pieces)
 
 
@@ -188,14 +189,14 @@ def _checked(messages: Any) -> list[Mapping[str, Any]]:
 
 
 def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates expect an absent key where an API sends null, and look for reasoning under two names."""
+    """Drop null values, as templates test whether a key is there, and give reasoning under both names in use."""
     kept = {key: value for key, value in message.items() if value is not None}
     reasoning = next((kept[name] for name in REASONING_NAMES if name in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 def _plain(value: Any) -> Any:
-    """Plain containers and scalars only: a template never holds an object of ours."""
+    """Copy into plain containers and scalars, so that a template cannot reach other objects of this process."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,12 +1,12 @@
-"""Token ids to text, a token at a time: what is given out never changes afterwards.
+"""Token ids to text, a token at a time. Text that was returned never changes.
 
-Decoding all ids at once is not the concatenation of decoding each: a character may straddle tokens, and
-sentencepiece drops the space before the first word only. There are three ways to follow it, picked by the
-decoder in tokenizer.json:
+Decoding all ids at once is not the concatenation of decoding each: a character may span tokens, and
+sentencepiece drops the space before the first word only. There are three methods; the decoder in tokenizer.json
+decides which is used:
 
     byte-level     every token is some bytes; their concatenation is decoded as UTF-8
     byte fallback  every token is text or one byte; a whole run of bytes is valid UTF-8 or as many U+FFFD
-    other          decode a short window twice, with and without the new token, and give out the difference
+    other          decode a short window twice, with and without the new token, and return the difference
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Detokenizer", "PieceTable", "StopChecker", "StopMatch", "TextStream"
 
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 8
-"""Prompt tokens that can matter to what follows: a character has at most four bytes."""
+"""Prompt tokens that can change the text after them: a character has at most four bytes."""
 
 
 @dataclass(frozen=True)
 class PieceTable:
-    """What a tokenizer's ids stand for. Built once per tokenizer, shared by its detokenizers.
+    """The text of every token id. Built once per tokenizer, shared by its detokenizers.
 
     `kind` is "bytes", "fallback" or "window" (see the module). `piece(id)` is the token's text before
     decoding, None if there is no such id; `decode(ids)` decodes a list, skipping nothing; `special_ids`
@@ -78,7 +78,7 @@ class _ByteLevel:
         return self._utf8.decode(b"", final=True)
 
     def settle(self) -> None:
-        """What the decoder holds is a part of a character, which the output may complete."""
+        """Keep what the decoder holds: part of a character, which the output may complete."""
 
     def state(self) -> dict[str, Any]:
         return {"bytes": self._utf8.getstate()[0].hex()}
@@ -127,7 +127,7 @@ class _ByteFallback:
         self._run, self._strip = bytearray.fromhex(state["bytes"]), bool(state["strip"])
 
     def settle(self) -> None:
-        # The run's whole characters are the prompt's: nothing that follows changes them.
+        # Complete characters of the run belong to the prompt: later bytes cannot change them.
         self._run = bytearray(_incomplete_tail(bytes(self._run)))
         self._strip = False
 
@@ -148,7 +148,7 @@ def _incomplete_tail(raw: bytes) -> bytes:
 
 
 class _Window:
-    """Decodes the ids since the last final text, after those that gave it as context."""
+    """Decodes the ids after the last final text, with the ids of that text before them as context."""
 
     def __init__(self, table: PieceTable) -> None:
         self._decode = table.decode
@@ -163,7 +163,7 @@ class _Window:
         return self._advance(final=True)
 
     def settle(self) -> None:
-        """What was read stays as the context of what follows."""
+        """Keep the ids as context."""
 
     def _advance(self, final: bool) -> str:
         before, after = self._decode(self._ids[: self._read]), self._decode(self._ids)
@@ -190,7 +190,7 @@ class Detokenizer:
     """Incremental decoding of one sequence's generated ids. Its text continues the prompt's.
 
     The texts given by `push` and at last by `flush` add up to `text`: what decoding prompt and output
-    together has after the prompt's own text. Where the prompt ends inside a character, the output has it.
+    together gives after the prompt's own text. A character that begins in the prompt belongs to the output.
     """
 
     def __init__(self, table: PieceTable, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
@@ -213,7 +213,7 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All the text given so far."""
+        """All text returned so far."""
         if len(self._texts) > 1:
             self._texts = ["".join(self._texts)]
         return self._texts[0] if self._texts else ""
@@ -226,7 +226,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The sequence is over: what was held back, with U+FFFD for a character that never got whole."""
+        """End the sequence; returns the text held back, with U+FFFD for an incomplete character."""
         text = self._decoder.finish()
         if text:
             self._texts.append(text)
@@ -253,10 +253,10 @@ class StopMatch:
 
 
 class StopChecker:
-    """Finds stop strings in text that arrives in pieces, and holds back what may be the beginning of one.
+    """Finds stop strings in text that arrives in pieces, and holds back text that may begin one.
 
-    The match is the one that is complete first, character by character, and of those the longest; so it does
-    not depend on how the text was cut into pieces.
+    The match is the first one to be complete, character by character, and the longest of those, so it does not
+    depend on how the text was cut into pieces.
     """
 
     def __init__(self, stop: Sequence[str], include: bool = False) -> None:
@@ -285,7 +285,7 @@ class StopChecker:
         return self._release(len(self._held) - self._open_suffix())
 
     def flush(self) -> str:
-        """No more text comes: what was held back, unless a match cut it off."""
+        """End the text; returns what was held back, or nothing after a match."""
         return "" if self.match is not None else self._release(len(self._held))
 
     def _find(self) -> StopMatch | None:
@@ -330,8 +330,8 @@ class StopChecker:
 class TextStream:
     """One sequence's output as text: detokenizer, then stop strings.
 
-    `push` feeds token by token, so that what comes out, where it stops and how many tokens are kept do not
-    depend on how many tokens a step brought. The first `min_tokens` tokens cannot begin a stop string.
+    `push` goes token by token, so the text, where it stops and how many tokens are kept do not depend on how many
+    tokens a step brought. The first `min_tokens` tokens cannot begin a stop string.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class TextStream:
         self._min_tokens = min_tokens
         self._shown: list[str] = []
         self.num_tokens = 0
-        """Tokens taken: all that were pushed, or up to and with the one that completed the stop string."""
+        """Tokens used: all that were pushed, or those up to the one that completed the stop string, included."""
 
     @property
     def stop(self) -> str | None:
@@ -351,7 +351,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All the text given out so far."""
+        """All text returned so far."""
         if len(self._shown) > 1:
             self._shown = ["".join(self._shown)]
         return self._shown[0] if self._shown else ""
@@ -369,7 +369,7 @@ class TextStream:
         return self._show("".join(out))
 
     def finish(self) -> str:
-        """The sequence is over; returns the last text to show. A stop string may be found in it."""
+        """End the sequence; returns the last text to show. A stop string may be found in it."""
         if self._checker.match is not None:
             return ""
         text = self._checker.push(self._detokenizer.flush(), check=self.num_tokens > self._min_tokens)

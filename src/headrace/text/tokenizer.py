@@ -1,7 +1,7 @@
-"""The tokenizer of a model folder: tokenizer.json with what tokenizer_config.json says about it.
+"""The tokenizer of a model folder: tokenizer.json, with the settings in tokenizer_config.json.
 
-Ids equal those of `transformers.AutoTokenizer`, so the rules below about which file wins are its rules. What is put
-around a text is tokenizer.json's post-processor; `add_bos_token` in tokenizer_config.json does not change it.
+Ids equal those of `transformers.AutoTokenizer`, so the rules below about which file wins are its rules.
+tokenizer.json's post-processor adds the special tokens; `add_bos_token` in tokenizer_config.json does not change it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """bos_token, eos_token, … as text: what a chat template may name."""
+        """bos_token, eos_token, … as text, for chat templates."""
         return self._special
 
     def token_id(self, token: str | None) -> int | None:
@@ -103,22 +103,22 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, with the tokenizer's own start and end tokens unless told otherwise."""
+        """Ids of `text`, with the tokenizer's start and end tokens where `add_special_tokens`."""
         if not isinstance(text, str):
             raise RequestError(f"prompt must be a string, not {type(text).__name__}")
         try:
-            # encode would hold the interpreter's lock, of a long text for seconds; encode_batch_fast does not.
+            # encode holds the interpreter's lock, for seconds with a long text; encode_batch_fast releases it.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):  # lone surrogates cannot cross into the library
             raise RequestError("prompt holds a lone surrogate, which is not a character: send valid Unicode") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids` on their own. Ids that the tokenizer does not have give nothing."""
+        """Text of `ids` on their own. Unknown ids give no text."""
         [text] = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def token_text(self, token_id: int) -> str:
-        """What one token adds in the middle of a text, for showing it beside a log-probability.
+        """The text of one token in the middle of a text, to show beside its log-probability.
 
         Part of a character shows as U+FFFD.
         """
@@ -145,7 +145,7 @@ class Tokenizer:
         if self.vocab_size > model_vocab:
             raise CheckpointError(
                 f"{self._source}: the tokenizer has {self.vocab_size} tokens but the "
-                f"model's vocabulary has {model_vocab}: they do not belong together"
+                f"model's vocabulary has {model_vocab}: put the model's own tokenizer into the folder"
             )
 
     def save(self, folder: str | Path) -> None:

@@ -1,1 +1,1 @@
-"""Training: a recipe, data that is generated or read, one step, a Hugging Face folder at the end."""
+"""Training: from a recipe to metrics, snapshots and a Hugging Face folder."""

@@ -1,4 +1,4 @@
-"""Recipes: a TOML file with what to train, on what, and how. Unknown keys are refused with the nearest right one."""
+"""Recipes: TOML files with the model, the data and the settings of a training run. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SHUFFLES = ("documents", "pieces")
 class DataConfig:
     """What to train on: "tinyworld", or a folder that `headrace data build` wrote.
 
-    `seed` says which texts of tinyworld, or in which order a folder's documents come. `vocab_size` is the model's;
-    0 takes the folder's, see `resolved`. A model may have more tokens than the tokenizer, never fewer.
+    `seed` selects tinyworld's texts, or the order of a folder's documents. `vocab_size` is the model's; 0 takes the
+    folder's, see `resolved`. A model may have more tokens than the tokenizer, never fewer.
     `shuffle` "documents" keeps the pieces of a long document together; "pieces" spreads them, which suits books.
     """
 
@@ -49,17 +49,17 @@ class DataConfig:
             return
         require(
             Path(self.source).is_dir(),
-            f"data.source={self.source!r} is not one of tinyworld and the folders that `headrace data build` wrote",
+            f"data.source={self.source!r} is neither tinyworld nor a folder: build one with `headrace data build`",
         )
         tokens = self._folder_vocabulary()
         require(
             self.vocab_size == 0 or self.vocab_size >= tokens,
-            f"data.vocab_size={self.vocab_size} differs from "
+            f"data.vocab_size={self.vocab_size} is less than "
             f"the {tokens} tokens of {self.source}: set data.vocab_size={tokens}, or 0 to take the folder's",
         )
 
     def resolved(self) -> DataConfig:
-        """The same with a `vocab_size` of 0 replaced by the folder's."""
+        """A copy in which a `vocab_size` of 0 is replaced by the folder's."""
         return self if self.vocab_size else dataclasses.replace(self, vocab_size=self._folder_vocabulary())
 
     def _folder_vocabulary(self) -> int:
@@ -75,7 +75,7 @@ class OptimizerConfig:
 
     The rate rises linearly for `warmup_steps`. Then, by `schedule`: "cosine" falls to `final_lr_ratio` of it at the
     last step; "wsd" (warm up, stay, decay) stays, and falls linearly to that in the last `decay_ratio` of the steps.
-    `weight_decay` applies to matrices, not to norms and biases. `grad_clip` bounds the global norm; 0 does not.
+    `weight_decay` applies to matrices, not to norms and biases. `grad_clip` bounds the global norm; 0 means no bound.
     """
 
     learning_rate: float = 1e-3
@@ -106,17 +106,17 @@ class TrainConfig:
     """How to train. A step takes `batch_size` rows, each filled with whole texts up to `seq_length` tokens.
 
     The batch is cut into `micro_batches` parts, at least one for each copy of the model, which computes its parts one
-    after another; gradients are added in one tree, so who computes which part changes no bit. `recompute` says what
-    backward computes again instead of keeping: "none", "selective" (attention) or "full" (every block). K and V are
-    rounded to `kv_cache_dtype` in attention, as the server that will serve the model does.
+    after another; gradients are added in one tree, so the bits do not depend on which copy computes a part.
+    `recompute`: what backward recomputes instead of keeping: "none", "selective" (attention) or "full" (every block).
+    K and V are rounded to `kv_cache_dtype` in attention, as in the server that will serve the model.
 
-    Every `validate_every` steps and at the end, the loss of `validation_sequences` held-out sequences is taken; every
-    `sample_every` steps the sampler is called, if there is one; every `snapshot_every` steps and at the end a snapshot
-    is written, of which the newest `keep_snapshots` stay. 0 is never (0 validation sequences are all there are).
+    Every `validate_every` steps and at the end, the loss of `validation_sequences` held-out sequences is computed;
+    every `sample_every` steps the sampler is called, if there is one; every `snapshot_every` steps and at the end a
+    snapshot is written, and the newest `keep_snapshots` are kept. 0 means never; 0 validation sequences means all.
 
-    In float16 the loss is multiplied by a scale: it begins at `loss_scale`, doubles after every `loss_scale_steps` in
-    a row whose gradients are finite, and is halved by one whose gradients are not, which changes nothing else.
-    `peak_flops` is what mfu is a share of, in operations per second; 0 measures this machine's matrix product.
+    In float16 the loss is multiplied by a scale, which begins at `loss_scale`, doubles after `loss_scale_steps` steps
+    in a row with finite gradients, and is halved after a step without, which updates nothing. `peak_flops`: the
+    operations per second of which `mfu` is the fraction; 0 measures this machine's matrix product.
     """
 
     steps: int
@@ -158,7 +158,7 @@ class TrainConfig:
         _number("train.loss_scale", self.loss_scale, 1.0, 2.0**120)
         require(
             math.frexp(self.loss_scale)[0] == 0.5,
-            f"train.loss_scale={self.loss_scale:g} must be a power of two, which rounds nothing",
+            f"train.loss_scale={self.loss_scale:g} must be a power of two, so that it rounds nothing",
         )
         require(
             self.micro_batches <= self.batch_size,
@@ -170,18 +170,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How the model is spread. `tensor` ranks hold its virtual shards together: a power of two.
+    """How the model is divided over ranks. `tensor`: the ranks of a tensor-parallel group, a power of two.
 
-    As many copies of the model train as torchrun's processes allow. `sequence` splits the rows of norms and of the
-    stream between blocks over the tensor ranks too. `partition_activations` divides what full recomputation keeps.
+    torchrun's number of processes, divided by `tensor`, is the number of copies of the model. `sequence` also splits
+    the rows of norms and of the residual stream over the tensor ranks (sequence parallelism). `partition_activations`
+    divides the activation checkpoints of full recomputation over them.
 
-    `zero` is the stage at which the copies share optimizer state (1), gradients (2) and parameters (3). They exchange
-    about `bucket` elements at a time, and go on computing meanwhile where they `overlap`. `reduction` "tree" sums
-    gradients in one shape whatever the number of copies, "library" as the communication library likes; `reduce_every`
-    "step" sums a copy's micro-steps first. Optimizer state, and what full recomputation keeps, may be offloaded: to a
-    mapped file in `offload_folder`, with a GPU to host memory.
+    `zero` is the stage at which the copies divide optimizer state (1), gradients (2) and parameters (3). They exchange
+    about `bucket` elements at a time, while computing where `overlap`. `reduction` "tree" sums gradients in one shape
+    at any number of copies; "library" leaves the order to the communication library. `reduce_every` "step" sums a
+    copy's micro-steps first. Optimizer state and activation checkpoints may be offloaded: to a mapped file in
+    `offload_folder`, with a GPU to host memory.
 
-    A rank that is silent for `timeout` seconds is given up.
+    After `timeout` seconds without an answer, a rank counts as lost.
     """
 
     tensor: int = 1
@@ -208,18 +209,18 @@ class ParallelConfig:
         require(
             self.reduce_every == "micro_step" or self.zero < 2,
             f"parallel.reduce_every={self.reduce_every!r} "
-            f"keeps all gradients of a step on every rank, which parallel.zero={self.zero} is there to avoid: use "
+            f"keeps all gradients of a step on every rank, which parallel.zero={self.zero} avoids: use "
             "parallel.zero=1, or reduce every micro_step",
         )
         require(
             not (self.partition_activations and self.tensor == 1),
             "parallel.partition_activations=true divides "
-            "what is kept over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out",
+            "checkpoints over the tensor-parallel ranks: set parallel.tensor to 2 or more, or leave it out",
         )
         require(
             not (self.partition_activations and self.sequence),
             "parallel.partition_activations=true and "
-            "parallel.sequence=true do the same: the stream between blocks is divided already",
+            "parallel.sequence=true divide the same tensors: leave one of them out",
         )
         folder = self.offload_folder
         require(
@@ -234,7 +235,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A whole recipe. `model.vocab_size` is the data's. `init` is the folder whose weights training starts from."""
+    """A whole recipe. `init` is the folder whose weights training starts from; "" means random weights."""
 
     model: ModelConfig
     data: DataConfig
@@ -257,7 +258,7 @@ class Recipe:
         divides = [name for name in ("partition_activations", "offload_activations") if getattr(self.parallel, name)]
         require(
             not divides or train.recompute == "full",
-            f"parallel.{''.join(divides[:1])}=true is about what full recomputation keeps: set train.recompute=full",
+            f"parallel.{''.join(divides[:1])}=true needs full recomputation: set train.recompute=full",
         )
         require(warmup <= train.steps, f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}")
 
@@ -276,7 +277,7 @@ NOT_OF_THE_WEIGHTS = ("dtype", "virtual_shards", "dropout")
 
 
 def recipe_keys() -> dict[str, list[str]]:
-    """Every section of a recipe and the keys it may have."""
+    """{section: its keys}."""
     keys = {name: [item.name for item in dataclasses.fields(kind)] for name, kind in SECTIONS.items()}
     keys["model"] = ["init", *(key for key in keys["model"] if key not in FROM_DATA)]
     return keys
@@ -285,8 +286,8 @@ def recipe_keys() -> dict[str, list[str]]:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe. An override is `section.key=value`, the value as in TOML; a bare word is a string.
 
-    With `model.init`, the model is the one in that folder. Raises `ConfigError` that names the file, the key and
-    the nearest right one, `CheckpointError` for a folder that cannot be read.
+    With `model.init`, the model is the one in that folder. Raises `ConfigError` that names the file, the key and the
+    nearest known one, and `CheckpointError` for a folder that cannot be read.
     """
     try:
         sections: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -341,7 +342,7 @@ def _refuse_unknown(sections: Mapping[str, Any], path: str) -> None:
 
 
 def _meant(section: str, key: str) -> str:
-    """The key of that very name in another section, or the nearest one in this."""
+    """The same key in another section, or the nearest one in this."""
     known = recipe_keys()
     elsewhere = [name for name, keys in known.items() if key in keys]
     return f"{elsewhere[0]}.{key}" if elsewhere else f"{section}.{_nearest(key, known[section])}"
@@ -352,7 +353,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _initial_model(init: str, given: Mapping[str, Any]) -> ModelConfig:
-    """The model in a folder; the recipe may repeat what it is, and say what its weights do not."""
+    """The model in a folder, with the recipe's values for fields that its weights do not fix."""
     config = read_config(resolve(init))
     free = {}
     for key, value in _plain(given).items():
@@ -380,7 +381,7 @@ def _data_of_model(given: Mapping[str, Any], model: ModelConfig, init: str) -> D
         require(
             tokens <= model.vocab_size,
             f"data.source={given['source']!r} has {tokens} tokens, more than the "
-            f"{model.vocab_size} of {init}: build it with the tokenizer that is there",
+            f"{model.vocab_size} of {init}: build it with --tokenizer {init}",
         )
     data: DataConfig = _build("data", {**given, "vocab_size": model.vocab_size})
     return data

@@ -1,9 +1,9 @@
-"""Dropout where GPT-2 and Megatron-LM have it outside attention: on what joins the residual stream.
+"""Hidden dropout, where GPT-2 and Megatron-LM have it: on the outputs that are added to the residual stream.
 
-That is the embedding's output, and those of every attention part and MLP (hidden dropout). Attention's probabilities
-are not dropped: the paged kernels keep none. Nothing is drawn: whether an element is dropped is a hash of (seed, step,
-place, the token's number in the whole batch, feature), so a micro-batch, a copy of the model, a rank with some of the
-rows and a recomputation drop what one process would, and backward keeps no mask.
+These are the outputs of the embedding, of every attention and of every MLP. Attention's probabilities are not dropped,
+as the paged kernels do not keep them. Whether an element is dropped is a hash of (seed, step, place, the token's number
+in the whole batch, feature), so a micro-batch, a copy of the model, a rank with some of the rows and a recomputation
+drop the elements that one process would, and backward keeps no mask.
 
     T tokens   D hidden
 """
@@ -26,10 +26,10 @@ __all__ = ["Dropout"]
 
 
 class Dropout:
-    """All places of one model. It drops nothing outside `during`: to validate, sample or score is to call as ever."""
+    """The dropout of one model. It is active only within `during`, so validation and sampling drop nothing."""
 
     def __init__(self, model: Transformer, ops: Ops, rate: float, seed: int) -> None:
-        """Fill the `after` slots of what writes into the stream of `model`; a rate of 0 leaves the model alone."""
+        """Set the `after` hook of every layer that writes into the residual stream; a rate of 0 changes nothing."""
         self.rate, self.seed = rate, seed
         self._ops, self._group = ops, model.group
         self._step = 0
@@ -42,9 +42,9 @@ class Dropout:
 
     @contextmanager
     def during(self, step: int, tokens_T: Tensor) -> Iterator[None]:
-        """Drop in forward and, as recomputation repeats it, in backward.
+        """Drop in forward, and in backward where it recomputes.
 
-        `tokens_T`: each token's number in the step's whole batch, those of padding too.
+        `tokens_T`: each token's number in the step's whole batch, padding included.
         """
         self._step, self._row_T = step, _own_rows(tokens_T, self._group).to(self._ops.device)
         try:
@@ -59,7 +59,7 @@ class Dropout:
 
 
 def _own_rows(tokens_T: Tensor, group: RankGroup) -> Tensor:
-    """Of the rows of the stream between blocks, this rank's run: all of them, unless they are split."""
+    """This rank's rows of the residual stream: all, or its share under sequence parallelism."""
     return tokens_T.chunk(group.size)[group.rank] if group.sequence else tokens_T
 
 

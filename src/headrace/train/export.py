@@ -1,4 +1,4 @@
-"""A snapshot as a Hugging Face folder: the weights as they were trained, proved by what the folder computes."""
+"""Export a snapshot as a Hugging Face folder, and check that the folder computes the same logits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from headrace.train.snapshots.reader import Snapshot, find_snapshot
 __all__ = ["export_snapshot"]
 
 LENGTHS = (33, 1, 14)
-"""Sequences whose logits must be the same, as far as the model reads."""
+"""Lengths of the sequences whose logits are compared, cut to what the model can read."""
 
 
 def export_snapshot(source: Path, out: Path, ops: Ops, warn: Callable[[str], None] = print) -> Snapshot:
-    """Write the model of the snapshot that `source` is, or of the newest one in it, into a new folder `out`.
+    """Write the model of the snapshot at `source`, or of the newest one in that folder, into a new folder `out`.
 
-    The folder is loaded again and must compute the logits of the snapshot, by ==, before it takes its name. Raises
-    `CheckpointError` where it does not, and `ConfigError` where `out` has something in it or cannot be written.
+    The written folder is loaded and its logits compared with the snapshot's, by ==, before it is renamed to `out`.
+    Raises `CheckpointError` where they differ, and `ConfigError` where `out` is not empty or cannot be written.
     """
     empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(empty, f"{out} is not an empty folder: give a new one")
@@ -44,7 +44,7 @@ def export_snapshot(source: Path, out: Path, ops: Ops, warn: Callable[[str], Non
         save_model(model, partial)
         shutil.copytree(snapshot.folder / TOKENIZER, partial, dirs_exist_ok=True)
         if not torch.equal(_logits(model), _logits(load_model(partial, ops))):
-            raise CheckpointError(f"{out} would not compute what {snapshot.folder} does: nothing was written")
+            raise CheckpointError(f"{out} would compute other logits than {snapshot.folder}: nothing was written")
         partial.replace(out)
     except OSError as error:
         raise ConfigError(f"{error.filename or out} cannot be written: {error.strerror or error}") from None
@@ -60,7 +60,7 @@ def _model_of(snapshot: Snapshot, ops: Ops) -> Transformer:
 
 
 def _config(values: Mapping[str, Any]) -> ModelConfig:
-    """From what JSON has kept of it."""
+    """The `ModelConfig` in a snapshot's JSON record."""
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if plain["rope_scaling"] is not None:
         plain["rope_scaling"] = RopeScaling(**plain["rope_scaling"])
@@ -73,4 +73,5 @@ def _logits(model: Transformer) -> Tensor:
     config, device = model.config, model.ops.device
     lengths = [min(length, config.max_position_embeddings) for length in LENGTHS]
     ids_T = torch.arange(sum(lengths), device=device) * 7919 % config.vocab_size
-    return model(ids_T, packed_positions(lengths, device), DenseContext(model.ops, config, lengths))
+    logits_TV: Tensor = model(ids_T, packed_positions(lengths, device), DenseContext(model.ops, config, lengths))
+    return logits_TV

@@ -1,4 +1,4 @@
-"""How much arithmetic a step is, and how much this machine does: what `mfu` is made of."""
+"""The arithmetic of a step, and this machine's rate of it: the two numbers in `mfu`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable
 import torch
 
 from headrace.model.transformer import Transformer
-from headrace.train.data import Batch
+from headrace.train.data import TrainingBatch
 
 __all__ = ["matrix_rate", "model_flops"]
 
 SIDE, REPEATS = 1024, 5
 
 
-def model_flops(model: Transformer, batch: Batch) -> float:
+def model_flops(model: Transformer, batch: TrainingBatch) -> float:
     """Operations of one step's forward and backward, without recomputation.
 
     6 for every parameter of the blocks and token, 6 for every parameter of the head and predicted token, and
-    12 · layers · heads · head_dim for every token and position that it sees. Looking embeddings up costs nothing.
+    12 · layers · heads · head_dim for every token and position that it attends to. Embedding look-ups count as 0.
     """
     config = model.config
     blocks = sum(math.prod(piece.shape) for block in model.blocks for _, piece in block.tensors(""))
@@ -34,7 +34,7 @@ def model_flops(model: Transformer, batch: Batch) -> float:
 
 
 def _positions_seen(length: int, window: int) -> float:
-    """By all tokens of a sequence together, each itself included."""
+    """Positions that all tokens of a sequence attend to, summed, their own included."""
     reach = min(length, window) if window else length
     return reach * (reach + 1) / 2 + (length - reach) * reach
 

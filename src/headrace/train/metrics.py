@@ -1,4 +1,4 @@
-"""metrics.jsonl, one object a step; and the same for TensorBoard, and as a picture."""
+"""The metrics of every step: metrics.jsonl, TensorBoard's event file, and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["Events", "Metrics", "draw", "memory_bytes", "read_metrics"]
+__all__ = ["Events", "MetricsFile", "draw", "memory_bytes", "read_metrics"]
 
 SIZE, DPI = (7.0, 4.0), 120
 
 
-class Metrics:
-    """metrics.jsonl, open to be appended to. Lines of steps after `step`, of a run that was cut off, are removed."""
+class MetricsFile:
+    """metrics.jsonl, opened for appending. Lines of steps after `step`, from an interrupted run, are removed."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
@@ -31,7 +31,7 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one step; whoever reads the file sees whole lines."""
+        """Append one step, and flush it, so that readers see whole lines."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -45,7 +45,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that is cut off; none where there is no file."""
+    """The lines of a metrics.jsonl, without an incomplete last one; empty where there is no file."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Events:
-    """TensorBoard's event file. It begins by saying that steps after `step`, if there are any, do not count."""
+    """TensorBoard's event file. Its first event makes TensorBoard drop earlier files' steps after `step`."""
 
     def __init__(self, folder: Path, step: int) -> None:
         # Here, because it takes a while to import.
@@ -94,7 +94,7 @@ class Events:
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """The loss by step, and that of held-out texts, as a picture."""
+    """Plot the training loss and the held-out loss by step."""
     from matplotlib.figure import Figure  # here, because it takes a while to import
 
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -110,13 +110,13 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """What this process holds: resident memory; on a GPU the most that was allocated on it."""
+    """Resident memory of this process; on a GPU the peak of its allocations."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the greatest it has been
+    except OSError:  # not Linux: the peak
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

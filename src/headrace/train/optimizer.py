@@ -14,14 +14,14 @@ from headrace.kernels.ops import Ops
 from headrace.parallel.group import RankGroup
 from headrace.train.config import OptimizerConfig
 
-__all__ = ["AdamW", "Moments", "PairwiseSum", "Updated", "global_norm"]
+__all__ = ["AdamW", "Moments", "PairwiseSum", "ParameterGroup", "global_norm"]
 
 
 def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: Ops, groups: Sequence[RankGroup] = ()) -> float:
-    """The norm of all gradients together, in fp64; NaN where one is not finite.
+    """The norm of all gradients, in fp64; NaN where one is not finite.
 
-    Each flat gradient comes with the length of its chunks: a chunk is summed alone and the chunks' sums are added
-    exactly, so it does not depend on who holds which chunk. The ranks of every group each give what they have.
+    Each flat gradient comes with the length of its chunks: every chunk is summed alone and the sums are added exactly,
+    so the norm does not depend on which rank holds a chunk. A collective over each of `groups`.
     """
     own = [ops.sum_of_squares(flat, chunk).cpu() for flat, chunk in chunked]
     sums_N = torch.cat(own) if own else torch.zeros(0, dtype=torch.float64)
@@ -32,13 +32,13 @@ def global_norm(chunked: Iterable[tuple[Tensor, int]], ops: Ops, groups: Sequenc
 
 
 class PairwiseSum:
-    """Adds lists of gradients in a balanced tree, neighbours first, holding log₂ of them at a time."""
+    """Adds n lists of gradients in a balanced tree, neighbours first, holding at most log₂ n + 1 at a time."""
 
     def __init__(self) -> None:
         self._held: list[tuple[int, list[Tensor]]] = []
 
     def add(self, grads: Sequence[Tensor]) -> None:
-        """Take the next list; its tensors may be changed."""
+        """Add the next list; its tensors may be overwritten."""
         self._held.append((1, list(grads)))
         while len(self._held) > 1 and self._held[-2][0] == self._held[-1][0]:
             self._merge()
@@ -56,8 +56,8 @@ class PairwiseSum:
 
 
 @dataclass(frozen=True, slots=True)
-class Updated:
-    """Weights that one call of AdamW changes, flat, and whether they decay."""
+class ParameterGroup:
+    """A flat tensor of weights, and whether weight decay applies to them."""
 
     weights: Tensor
     decays: bool
@@ -65,7 +65,7 @@ class Updated:
 
 @dataclass(slots=True)
 class Moments:
-    """What AdamW knows of some weights, flat and fp32. `master` is the weights themselves where these are fp32."""
+    """AdamW's state of one group, flat and fp32. `master` is the weights themselves where these are fp32."""
 
     master: Tensor
     first: Tensor
@@ -78,34 +78,33 @@ class Moments:
 class AdamW:
     """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter).
 
-    Weights stored in 16 bits have an fp32 master, which is what the updates add up in.
+    Weights stored in 16 bits have an fp32 master copy, to which the updates are added.
     """
 
     def __init__(
         self,
-        updated: Sequence[Updated],
+        groups: Sequence[ParameterGroup],
         config: OptimizerConfig,
         ops: Ops,
         offload: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """`offload` gives fp32 memory for the state that is elsewhere than the weights; None keeps it beside them."""
+        """`offload` allocates fp32 memory outside of the device for the state; None keeps it beside the weights."""
         self._config, self._ops = config, ops
-        self._updated = list(updated)
         self.steps = 0
         self._offloads = offload is not None
         self.state = [
-            _moments(one, config.weight_decay, offload or partial(torch.zeros, device=one.weights.device))
-            for one in updated
+            _moments(group, config.weight_decay, offload or partial(torch.zeros, device=group.weights.device))
+            for group in groups
         ]
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], rate: float, scale: float = 1.0) -> None:
-        """Update all weights from their gradients times `scale`, one flat tensor for each of `updated`."""
+        """Update all weights from their gradients times `scale`, one flat tensor for each of the groups."""
         config = self._config
         self.steps += 1
         for moments, grad in zip(self.state, grads, strict=True):
             kept = (moments.master, moments.first, moments.second)
-            # State that lies elsewhere comes to the weights' device, a slot at a time; what is there stays as it is.
+            # Offloaded state is copied to the weights' device, a group at a time; other state is used in place.
             master, first, second = here = [state.to(grad.device) for state in kept]
             self._ops.adamw_(
                 master,
@@ -126,7 +125,7 @@ class AdamW:
                     state.copy_(moved)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of its state, by what it is for."""
+        """Bytes of the state, by purpose."""
         masters = sum(moments.master.nbytes for moments in self.state if moments.stored is not None)
         moments = sum(moments.first.nbytes + moments.second.nbytes for moments in self.state)
         beside = {"fp32 masters": masters, "optimizer moments": moments}
@@ -134,7 +133,7 @@ class AdamW:
         return {**(nothing if self._offloads else beside), "offloaded": masters + moments if self._offloads else 0}
 
     def tensors(self) -> dict[str, list[Tensor | None]]:
-        """All state that is not in the weights, flat, for each of `updated`; None where it has none of the kind."""
+        """All state outside of the weights, a flat tensor per group; None where a group has no such state."""
         return {
             "master": [None if moments.stored is None else moments.master for moments in self.state],
             "first": [moments.first for moments in self.state],
@@ -142,9 +141,9 @@ class AdamW:
         }
 
 
-def _moments(one: Updated, weight_decay: float, zeros: Callable[[int], Tensor]) -> Moments:
-    flat = one.weights
+def _moments(group: ParameterGroup, weight_decay: float, zeros: Callable[[int], Tensor]) -> Moments:
+    flat = group.weights
     narrow = flat.dtype != torch.float32
     count = flat.numel()
     master = zeros(count).copy_(flat) if narrow else flat
-    return Moments(master, zeros(count), zeros(count), flat if narrow else None, weight_decay if one.decays else 0.0)
+    return Moments(master, zeros(count), zeros(count), flat if narrow else None, weight_decay if group.decays else 0.0)

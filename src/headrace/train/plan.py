@@ -1,10 +1,10 @@
-"""What a recipe needs of each device, in bytes, without allocating any: `headrace plan`.
+"""The memory that a recipe needs on each device, computed without allocating it: `headrace plan`.
 
 The layout is the trainer's: its own model, built on torch's meta device as each rank would hold it. What backward
-keeps follows from the autograd functions (`headrace.kernels.autograd`): `Part.kept` names every tensor that they save.
-A step is accounted for at the moments where it is greatest.
+keeps follows from the autograd functions (`headrace.kernels.autograd`), and `RankModel.kept` names every tensor saved.
+Memory is computed at the moments of a step at which it may be greatest.
 
-    T tokens of a micro-batch   t those of them that a rank's stream between blocks has   D hidden   d head_dim
+    T tokens of a micro-batch   t those in a rank's residual stream   D hidden   d head_dim
     H query heads   G kv heads   I intermediate   V vocabulary (H, G, I, V: this rank's)   S this rank's virtual shards
 """
 
@@ -27,17 +27,17 @@ from headrace.parallel.group import RankGroup
 from headrace.train.config import RECOMPUTE, Recipe
 from headrace.zero.gradients import IN_FLIGHT
 
-__all__ = ["DEGREES", "KINDS", "MOMENTS", "STATES", "Part", "Plan", "Planner"]
+__all__ = ["DEGREES", "KINDS", "MOMENTS", "STATES", "MemoryPlan", "Planner", "RankModel"]
 
 DEGREES = (1, 2, 4, 8, 16)
-"""Of tensor parallelism: the powers of two that can divide `model.virtual_shards`."""
+"""Degrees of tensor parallelism: the powers of two that can divide `model.virtual_shards`."""
 STATES = ("weights", "fp32 masters", "optimizer moments", "gradients")
-"""What stays from step to step."""
+"""Memory that stays from step to step."""
 KINDS = (
     *STATES,
     "gathered weights",
-    "gradients on their way",
-    "gradients set aside",
+    "gradient buckets",
+    "accumulated gradients",
     "activations",
     "recomputed",
     "attention's KV",
@@ -45,53 +45,53 @@ KINDS = (
     "other buffers",
 )
 MOMENTS = ("forward", "loss", "backward begins", "backward ends", "micro-steps add")
-"""At which a step's memory is looked at: the last block's forward; the head, which makes its gradients on the way; the
-last block's backward and the first one's; and the sum of gradients over micro-steps."""
+"""The moments of a step: the last block's forward; the head, which computes its gradients in forward; the last block's
+backward and the first one's; and the sum of gradients over micro-steps."""
 BLOCK_SIZE = 16
-"""Of `DenseContext`'s cache."""
+"""Block size of `DenseContext`'s cache."""
 FP32 = 4
 BATCH_INDICES, TOKEN_INDICES = 36, 64
-"""Bytes of integers: for every token of a whole batch, and of the micro-batch at hand."""
+"""Bytes of integers for every token: of the whole batch, and of the current micro-batch."""
 
 Account = Mapping[str, int]
 """Bytes by `KINDS`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What the fullest rank of a layout holds."""
+class MemoryPlan:
+    """The memory of a layout's fullest rank."""
 
     tensor: int
     copies: int
     parts: int
     """Micro-batches of a step, of all copies together."""
     rows: int
-    """Of a micro-batch."""
+    """Rows of a micro-batch."""
     recompute: str
     zero: int
-    """The stage at which copies share states."""
+    """ZeRO's stage."""
     moments: Mapping[str, Account] = field(repr=False)
     """By `MOMENTS`."""
     kept: Mapping[str, int] = field(repr=False)
-    """The activations' bytes, by the name of what is kept."""
+    """Bytes of activations kept for backward, by name."""
 
     @property
     def total(self) -> int:
-        """The most bytes at any moment."""
+        """Bytes at the fullest moment."""
         return max(map(_sum, self.moments.values()))
 
     @property
     def fullest(self) -> str:
-        """The moment of that."""
+        """The moment with the most bytes."""
         return max(self.moments, key=lambda name: _sum(self.moments[name]))
 
 
 class Planner:
-    """Plans of one recipe, for any layout."""
+    """Memory plans of one recipe, for any layout."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._parts: dict[int, list[Part]] = {}
+        self._parts: dict[int, list[RankModel]] = {}
 
     def plan(
         self,
@@ -100,8 +100,8 @@ class Planner:
         micro_batches: int | None = None,
         recompute: str | None = None,
         zero: int | None = None,
-    ) -> Plan:
-        """That layout's plan; what is None is the recipe's. Raises `ConfigError` for a layout that cannot be."""
+    ) -> MemoryPlan:
+        """The plan of a layout; None takes the recipe's value. Raises `ConfigError` for an impossible layout."""
         train = self.recipe.train
         parts = self._micro_batches(tensor, copies, train.micro_batches if micro_batches is None else micro_batches)
         recompute = train.recompute if recompute is None else recompute
@@ -110,8 +110,8 @@ class Planner:
             (part.plan(copies, parts, recompute, zero) for part in self.ranks(tensor)), key=lambda plan: plan.total
         )
 
-    def over(self, tensor: int, devices: int) -> dict[str, Plan]:
-        """`devices` as copies of `tensor` ranks: a plan for every kind of recomputation. Raises like `plan`."""
+    def over(self, tensor: int, devices: int) -> dict[str, MemoryPlan]:
+        """{kind of recomputation: plan} of `devices` in groups of `tensor`. Raises like `plan`."""
         if devices < tensor:
             raise ConfigError(f"{devices} devices are fewer than {tensor}")
         if devices % tensor:
@@ -121,7 +121,7 @@ class Planner:
             raise ConfigError(f"{copies} copies of the model are not a power of two")
         return {what: self.plan(tensor, copies, recompute=what) for what in RECOMPUTE}
 
-    def greatest_micro_batch(self, tensor: int, copies: int, memory: int) -> Plan | None:
+    def greatest_micro_batch(self, tensor: int, copies: int, memory: int) -> MemoryPlan | None:
         """The plan with the fewest micro-batches that fits into `memory` bytes, or None."""
         batch = self.recipe.train.batch_size
         for parts in range(copies, batch + 1, copies):
@@ -130,14 +130,14 @@ class Planner:
                 return plan
         return None
 
-    def ranks(self, tensor: int) -> list[Part]:
-        """What each of `tensor` ranks holds: they differ where widths do not divide evenly."""
+    def ranks(self, tensor: int) -> list[RankModel]:
+        """The model on each of `tensor` ranks, which differ where widths do not divide evenly."""
         if tensor not in self._parts:
-            self._parts[tensor] = [Part(self.recipe, tensor, rank) for rank in range(tensor)]
+            self._parts[tensor] = [RankModel(self.recipe, tensor, rank) for rank in range(tensor)]
         return self._parts[tensor]
 
     def _micro_batches(self, tensor: int, copies: int, asked: int) -> int:
-        """Into how many parts the trainer cuts a batch."""
+        """The number of parts into which the trainer cuts a batch."""
         batch, parts = self.recipe.train.batch_size, max(asked, copies)
         if parts % copies:
             raise ConfigError(f"train.micro_batches={asked} is no multiple of {copies} copies of the model")
@@ -146,8 +146,8 @@ class Planner:
         return parts
 
 
-class Part:
-    """One rank's part of a recipe's model, of which only shapes exist."""
+class RankModel:
+    """One rank's part of a recipe's model, as shapes without memory."""
 
     def __init__(self, recipe: Recipe, tensor: int, rank: int) -> None:
         """Raises `ConfigError` where `tensor` ranks cannot share the model."""
@@ -157,18 +157,18 @@ class Part:
         group.require_shards(config.shards)
         self.recipe, self.tensor = recipe, tensor
         self.shards = config.shards // tensor
-        # Of the ops only the device is asked before anything is computed.
+        # Building the model reads only the ops' device.
         nothing = cast(Ops, SimpleNamespace(device=torch.device("meta")))
         self.model = Transformer(config, AutogradOps(nothing, self.shards), group=group)
         block: Any = self.model.blocks[0]
-        self.heads, self.kv_heads, _ = block.attention.qkv.split
+        self.heads, self.kv_heads = map(int, block.attention.qkv.split[:2])
         self.inner = block.mlp.gate_up.weight.shape[0] // 2
         self.vocabulary = self.model.lm_head.stop - self.model.lm_head.start
         self.weight_bytes = _width(config.dtype)
 
     @cached_property
     def parameters(self) -> dict[bool, int]:
-        """How many are in matrices (True), which are `weight_bytes` wide, and in vectors, which are fp32."""
+        """{True: elements in matrices, of `weight_bytes` each; False: elements in vectors, which are fp32}."""
         counts = {
             matrix: sum(p.numel() for p in self.model.parameters() if (p.ndim == 2) is matrix)
             for matrix in (True, False)
@@ -176,7 +176,7 @@ class Part:
         return counts
 
     def state(self, copies: int = 1, zero: int = 0) -> dict[str, int]:
-        """What stays from step to step, of `copies` that share at stage `zero` (ZeRO §5, figure 1)."""
+        """Bytes that stay from step to step, with `copies` at ZeRO's stage `zero` (ZeRO §5, figure 1)."""
         matrices, vectors = self.parameters[True], self.parameters[False]
         whole = self.weight_bytes * matrices + FP32 * vectors
 
@@ -195,14 +195,14 @@ class Part:
         return state
 
     def tokens(self, rows: int) -> int:
-        """T: of `rows` full rows, padded so that the virtual shards can share them."""
+        """T of `rows` full rows, padded to a multiple of the virtual shards."""
         count = rows * self.recipe.train.seq_length
         return count + -count % self.recipe.model.shards
 
     def kept(self, rows: int, recompute: str) -> dict[str, int]:
-        """Bytes that backward needs of `rows` full rows, by what they are; a name stands for it in all layers.
+        """{name: bytes kept for backward} of `rows` full rows, all layers together.
 
-        Of dropout it needs nothing: what was dropped is a hash of numbers that the batch has.
+        Dropout keeps nothing: its mask is a hash of numbers in the batch.
         """
         T, t, D = self.tokens(rows), self._stream(rows), self.recipe.model.hidden_size
         layers = self.recipe.model.num_layers
@@ -210,20 +210,20 @@ class Part:
         if kept.get("residual before a block"):
             kept["residual before a block"] -= FP32 * t * D  # the first block has none
         if self.tensor > 1:
-            kept["the table's rows (at most)"] = (FP32 * D + 8) * T  # and where they go; how many, the data says
+            kept["the table's rows (at most)"] = (FP32 * D + 8) * T  # and their indices; the number depends on the data
         return kept | {"stream before the last norm": FP32 * t * D, "positions, ids and rows that count": 20 * T}
 
-    def plan(self, copies: int, parts: int, recompute: str, zero: int = 0) -> Plan:
-        """Of a batch in `parts` micro-batches, shared by `copies` of the model."""
+    def plan(self, copies: int, parts: int, recompute: str, zero: int = 0) -> MemoryPlan:
+        """The plan of this rank for a batch in `parts` micro-batches over `copies` of the model."""
         rows = -(-self.recipe.train.batch_size // parts)
         kept = self.kept(rows, recompute)
         moments = {
             name: {kind: account.get(kind, 0) for kind in KINDS}
             for name, account in self._moments(rows, recompute, sum(kept.values()), copies, parts, zero)
         }
-        return Plan(self.tensor, copies, parts, rows, recompute, zero, moments, kept)
+        return MemoryPlan(self.tensor, copies, parts, rows, recompute, zero, moments, kept)
 
-    # ---- what is kept
+    # ---- kept for backward
 
     def _stream(self, rows: int) -> int:
         """t"""
@@ -263,7 +263,7 @@ class Part:
         }
 
     def _recomputed(self, rows: int, recompute: str) -> int:
-        """Bytes that exist anew while one block's backward runs."""
+        """Bytes recomputed while one block's backward runs."""
         if recompute == "full":
             return sum(self._kept_by_block(rows, "none").values())
         if recompute == "none":
@@ -282,7 +282,7 @@ class Part:
         whole, rounds = self.state()["gradients"], parts // copies
         part = -(-whole // copies) if zero else whole
         waiting = max(count.bit_count() for count in range(rounds)) * part
-        always = state | self._on_their_way(copies, zero) | {"gradients set aside": waiting, "activations": kept}
+        always = state | self._exchange(copies, zero) | {"accumulated gradients": waiting, "activations": kept}
         rest = self._rest(rows)
         messages = 2 * FP32 * T * D if self.tensor > 1 else 0
         yield "forward", always | {"attention's KV": self._cache(rows), "other buffers": rest + messages + FP32 * T * D}
@@ -293,15 +293,15 @@ class Part:
         block = rest + messages + self._block_work(rows)
         yield "backward begins", always | work | {"other buffers": block + head}
         first = sum(self._kept_by_block(rows, recompute).values())
-        # A parameter's gradient is there beside its place in a bucket until it is copied.
+        # A parameter's gradient exists beside its bucket until it is copied into it.
         table = (FP32 + 2 * self.weight_bytes) * self.vocabulary * D
         yield "backward ends", always | work | {"activations": first, "other buffers": max(block, rest + table)}
         if rounds > 1:
             held = max(count.bit_count() + 1 for count in range(rounds - 1)) * part
-            yield "micro-steps add", always | {"gradients set aside": held, "activations": 0, "other buffers": rest}
+            yield "micro-steps add", always | {"accumulated gradients": held, "activations": 0, "other buffers": rest}
 
-    def _on_their_way(self, copies: int, zero: int) -> dict[str, int]:
-        """What comes and goes between copies: half a bucket that is received; buckets; units that are gathered."""
+    def _exchange(self, copies: int, zero: int) -> dict[str, int]:
+        """Buffers of the collectives between copies: half a received bucket, buckets, gathered units."""
         if copies == 1:
             return {}
         bucket = min(self.recipe.parallel.bucket, self.parameters[True]) * self.weight_bytes
@@ -310,7 +310,7 @@ class Part:
         if zero == 3:
             block = sum(p.numel() for p in self.model.blocks[0].parameters() if p.ndim == 2)
             gathered = (2 * block + self.vocabulary * self.recipe.model.hidden_size) * self.weight_bytes
-        return {"gathered weights": gathered, "gradients on their way": buffers + bucket // 2}
+        return {"gathered weights": gathered, "gradient buckets": buffers + bucket // 2}
 
     def _rest(self, rows: int) -> int:
         """The batch, and the rotary tables forward and back."""
@@ -319,18 +319,18 @@ class Part:
         return tables + BATCH_INDICES * train.batch_size * train.seq_length + TOKEN_INDICES * self.tokens(rows)
 
     def _cache(self, rows: int) -> int:
-        """The blocks that attention's keys and values pass through, one layer at a time."""
+        """The temporary blocks of keys and values in `DenseContext`, of one layer at a time."""
         train = self.recipe.train
         blocks = 1 + rows * -(-train.seq_length // BLOCK_SIZE)
         return blocks * BLOCK_SIZE * 2 * self.kv_heads * self.recipe.model.head_dim * _width(train.kv_cache_dtype)
 
     def _head_work(self, T: int) -> int:
-        """Rows and their gradient, the weight's gradient, and a chunk's."""
+        """Rows and their gradient, the weight's gradient, and a chunk's rows and gradient."""
         D, r, V = self.recipe.model.hidden_size, min(CHUNK, T), self.vocabulary
         return FP32 * (2 * T * D + V * D + 2 * r * D)
 
     def _block_work(self, rows: int) -> int:
-        """The most that a block's backward takes beside what was kept."""
+        """The greatest temporary memory of a block's backward."""
         T, D = self.tokens(rows), self.recipe.model.hidden_size
         dim = self.recipe.model.head_dim
         q, kv, inner = self.heads * dim, self.kv_heads * dim, self.inner
@@ -347,7 +347,7 @@ class Part:
 
         narrow_cache = 3 * T * kv if self.recipe.train.kv_cache_dtype != "float32" else 0
         attention = 2 * T * q + T * (q + 2 * kv) + narrow_cache
-        heads = 3 * T * (q + 2 * kv)  # the rotation back, and three parts become one
+        heads = 3 * T * (q + 2 * kv)  # the gradient of the rotation, and the concatenation of q, k and v
         stream = 2 * self._stream(rows) * D
         return int(
             FP32

@@ -1,4 +1,4 @@
-"""What training asks of the process it runs in: its threads and its memory."""
+"""Process settings for training: malloc and torch's threads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from headrace.kernels.ops import Ops
 __all__ = ["for_kernels", "keep_memory"]
 
 TRIM, MAPPED = -1, -3
-"""glibc's names (malloc.h) for how much free memory goes back to the system, and from what size a block is mapped."""
+"""mallopt parameters in glibc's malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD."""
 
 
 def keep_memory() -> None:
-    """Have malloc keep what a step frees: given back, the next step would get it again page by page, zeroed.
+    """Make glibc's malloc keep freed memory: otherwise every step gets it back page by page, zeroed.
 
-    Only glibc is asked; elsewhere nothing happens.
+    No effect with another libc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -28,9 +28,9 @@ def keep_memory() -> None:
 
 @contextmanager
 def for_kernels(ops: Ops) -> Iterator[None]:
-    """Torch keeps to the calling thread where the kernels have a pool of their own.
+    """Restrict torch to one thread while the CPU kernels run on their own pool.
 
-    What is left to torch is small, but the workers that it wakes go on spinning where our own should be computing.
+    Torch's share of the work is small, but its workers would spin on the cores that the kernels need.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if ops.name == "cpu" else before)

@@ -1,8 +1,8 @@
 """Activation recomputation: what backward computes again instead of keeping (Korthikanti et al., 2022, section 5).
 
-Attention keeps only its queries, keys and values whatever the setting, never scores of every pair of tokens: the
-kernels see to that. "selective" drops these too, and computes the attention part of a block again; "full" keeps
-nothing of a block but its input. The second forward is the first one's bits, so gradients are those of "none".
+At every setting the attention kernels keep only queries, keys and values, never the scores. "selective" drops these
+too, and recomputes the attention of a block; "full" keeps only a block's input. The second forward has the bits of the
+first, so gradients equal those of "none".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def recompute_(model: Transformer, what: str) -> None:
         return
     for block in model.blocks:
         part = block if what == "full" else block.attention
-        # No random numbers are drawn in forward: dropout is a hash of where it drops.
+        # Forward draws no random numbers: dropout is a hash.
         part.forward = partial(  # type: ignore[method-assign]
             checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
         )

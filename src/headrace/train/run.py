@@ -1,10 +1,10 @@
-"""A run: the trainer's steps, and all that they leave on the disk.
+"""A training run: the trainer's steps and the files that they write.
 
-    OUT/metrics.jsonl   an object a step     OUT/tensorboard/   the same for TensorBoard     OUT/loss.png
-    OUT/snapshots/      to go on from        OUT/hf/            the model, when it is done
-    OUT/run.json        who began the run
+    OUT/metrics.jsonl   an object a step      OUT/tensorboard/   the same for TensorBoard     OUT/loss.png
+    OUT/snapshots/      to resume from        OUT/hf/            the trained model
+    OUT/run.json        the launcher that began the run
 
-A run that was cut off and resumed leaves the files of one that was not, but for the times in them.
+An interrupted and resumed run writes the same files as an uninterrupted one, except for the times in them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
-from headrace.train.metrics import Events, Metrics, draw, memory_bytes, read_metrics
-from headrace.train.plan import Part
+from headrace.train.metrics import Events, MetricsFile, draw, memory_bytes, read_metrics
+from headrace.train.plan import RankModel
 from headrace.train.snapshots.disk import clear_after, snapshots
 from headrace.train.snapshots.reader import Snapshot, newest_whole
 from headrace.train.snapshots.writer import SnapshotWriter
@@ -41,14 +41,14 @@ __all__ = ["Sampler", "TrainResult", "own_device", "train"]
 METRICS, SNAPSHOTS, RUN = "metrics.jsonl", "snapshots", "run.json"
 
 Sampler = Callable[[Trainer], None]
-"""May generate from the trainer's model as it is; `Transformer.with_ops` shares its weights."""
+"""Called with the trainer, to generate from its current weights; see `Transformer.with_ops`."""
 OnStep = Callable[[Mapping[str, Any]], None]
-"""Sees each line of metrics.jsonl."""
+"""Called with each line of metrics.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run leaves behind. `checkpoint` is the Hugging Face folder."""
+    """The result of a run. `checkpoint` is the Hugging Face folder."""
 
     checkpoint: Path
     first_loss: float
@@ -72,11 +72,11 @@ def train(
 ) -> TrainResult:
     """Train by `recipe` into folder `out`.
 
-    `on_step` sees every step's line of metrics.jsonl, on rank 0. `sampler` is called every `train.sample_every` steps,
-    on every rank. `ops` overrides the recipe's kernels, `mesh` the ranks that torchrun started. With `resume`, or
-    started again by torchrun, the run goes on from its newest whole snapshot, or from the beginning if there is none.
-    Raises `ConfigError` where `out` holds a run otherwise, where training diverges, where a rank is lost, and where the
-    disk does not take a file: what was there stays, and can be resumed.
+    `on_step` is called on rank 0 with every step's line of metrics.jsonl; `sampler` on every rank, every
+    `train.sample_every` steps. `ops` overrides the recipe's kernels, `mesh` the ranks that torchrun started. With
+    `resume`, or restarted by torchrun, the run continues from its newest readable snapshot, or from the beginning.
+    Raises `ConfigError` where `out` holds a run that is not to be resumed, where training diverges, a rank is lost or a
+    file cannot be written; earlier snapshots stay and can be resumed.
     """
     out = Path(out)
     if mesh is None:
@@ -87,7 +87,7 @@ def train(
     with _disk(out), _memory(recipe, mesh):
         _require_one_recipe(recipe, mesh)
         resume = of_first(mesh, lambda: _begin(out, resume))
-        run = _Run(recipe, out, ops, mesh, clock, warn)
+        run = _TrainingRun(recipe, out, ops, mesh, clock, warn)
         if resume:
             run.restore()
         run.go(on_step, sampler)
@@ -96,14 +96,14 @@ def train(
 
 
 def own_device(recipe: Recipe) -> torch.device:
-    """Where this process computes: its own GPU of the machine's, or the CPU."""
+    """The device of this process: the GPU of its local rank, or the CPU."""
     if recipe.train.kernels != "cuda":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-class _Run:
-    """Every rank has one; rank 0 alone writes what is not a snapshot, and speaks."""
+class _TrainingRun:
+    """One rank's part of a run. Rank 0 alone writes the files outside of snapshots, and warns."""
 
     def __init__(
         self,
@@ -116,16 +116,16 @@ class _Run:
     ) -> None:
         self.recipe, self.out = recipe, out
         self.trainer = Trainer(recipe, ops, mesh)
-        self._mesh, self._speaks = mesh, mesh.rank == 0
+        self._mesh, self._is_first = mesh, mesh.rank == 0
         self._clock = clock
-        self._warn = warn if self._speaks else _say_nothing
+        self._warn = warn if self._is_first else _ignore
         self._snapshots = SnapshotWriter(
             out / SNAPSHOTS, mesh, keep=recipe.train.keep_snapshots, tokenizer=self.trainer.tokenizer.save
         )
         self._peak = mesh.size * (recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock))
 
     def restore(self) -> None:
-        """Go on from the newest whole snapshot; without one, begin."""
+        """Load the newest readable snapshot, if there is one."""
         folder = self.out / SNAPSHOTS
         snapshot = newest_whole(folder, self._warn, self._mesh)
         of_first(self._mesh, lambda: clear_after(folder, snapshot.step if snapshot else -1))
@@ -137,10 +137,10 @@ class _Run:
         self.trainer.restore(dict(snapshot.record["state"]))
 
     def go(self, on_step: OnStep | None, sampler: Sampler | None) -> None:
-        """All steps that are left."""
+        """Do all remaining steps."""
         train, trainer = self.recipe.train, self.trainer
         with contextlib.ExitStack() as files:
-            record = _Record(self.out, trainer.steps, files) if self._speaks else None
+            record = _StepRecords(self.out, trainer.steps, files) if self._is_first else None
             files.enter_context(self._snapshots)
             while trainer.steps < train.steps:
                 line = self._step()
@@ -150,7 +150,7 @@ class _Run:
                         on_step(line)
                 self._snapshots.poll()
                 if self._due(train.snapshot_every) or trainer.steps == train.steps:
-                    if record is not None:  # before the snapshot has a name, so that there are no lines amiss
+                    if record is not None:  # before the snapshot, so that no line of its steps can be missing
                         record.sync()
                         draw(read_metrics(self.out / METRICS), self.out / "loss.png")
                     self._snapshots.begin(self._record(), trainer.tensors())
@@ -159,7 +159,7 @@ class _Run:
                         sampler(trainer)
 
     def result(self) -> TrainResult:
-        """What metrics.jsonl says of the whole run."""
+        """The result, from the lines of metrics.jsonl."""
         lines = read_metrics(self.out / METRICS)
         return TrainResult(
             self.out / "hf",
@@ -170,7 +170,7 @@ class _Run:
         )
 
     def _step(self) -> dict[str, Any]:
-        """Do one step, and say how it was."""
+        """Do one step; returns its line of metrics.jsonl."""
         train = self.recipe.train
         began = self._clock()
         try:
@@ -204,7 +204,7 @@ class _Run:
         return bool(every) and self.trainer.steps % every == 0
 
     def _record(self) -> dict[str, Any]:
-        """What a snapshot says of its run."""
+        """The record of a snapshot: layout, model, recipe, fingerprint, state, memory."""
         recipe = dataclasses.asdict(self.recipe)
         layout = {**recipe.pop("parallel"), "copies": self._mesh.data.size}
         del layout["timeout"]
@@ -222,12 +222,12 @@ class _Run:
         if theirs["fingerprint"] != ours["fingerprint"]:
             self._warn(
                 f"{snapshot.folder} was written under {theirs['fingerprint']}, this is {ours['fingerprint']}: "
-                "the run goes on, but not with the bits that it would have had there"
+                "the run continues, but its bits will differ from a run there"
             )
         if theirs["layout"] != ours["layout"]:
             self._warn(
-                f"{snapshot.folder} was written by {_told(theirs['layout'])}; this is {_told(ours['layout'])}: "
-                "the state is the same to the bit, what follows has this layout's bits where they differ"
+                f"{snapshot.folder} was written by {_listed(theirs['layout'])}; this is {_listed(ours['layout'])}: "
+                "the state is the same to the bit; later steps have this layout's bits where layouts differ"
             )
         for section in ("optimizer", "train"):
             for key, value in ours["recipe"][section].items():
@@ -236,11 +236,11 @@ class _Run:
                     self._warn(f"{section}.{key} was {was!r} until step {snapshot.step} and is {value!r} from here on")
 
 
-class _Record:
-    """The two accounts of a run's steps, a line each."""
+class _StepRecords:
+    """metrics.jsonl and TensorBoard's events: a record of every step."""
 
     def __init__(self, out: Path, steps: int, files: contextlib.ExitStack) -> None:
-        self._accounts = (Metrics(out / METRICS, steps), Events(out / "tensorboard", steps))
+        self._accounts = (MetricsFile(out / METRICS, steps), Events(out / "tensorboard", steps))
         for account in self._accounts:
             files.callback(account.close)
 
@@ -253,19 +253,19 @@ class _Record:
             account.sync()
 
 
-def _say_nothing(_: str) -> None:
+def _ignore(_: str) -> None:
     pass
 
 
-def _told(layout: Mapping[str, Any]) -> str:
+def _listed(layout: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in layout.items())
 
 
 def _require_one_recipe(recipe: Recipe, mesh: Mesh) -> None:
-    """Raise `ConfigError`, on every rank, that names the first key in which ranks differ."""
-    told = mesh.tell(dataclasses.asdict(recipe))
-    for rank, theirs in enumerate(told):
-        for section, ours in told[0].items():
+    """Raise `ConfigError` on every rank that names the first key in which their recipes differ."""
+    recipes = mesh.tell(dataclasses.asdict(recipe))
+    for rank, theirs in enumerate(recipes):
+        for section, ours in recipes[0].items():
             keys = ours if isinstance(ours, dict) else {"": ours}
             there = theirs[section] if isinstance(ours, dict) else {"": theirs[section]}
             for key, value in keys.items():
@@ -277,7 +277,7 @@ def _require_one_recipe(recipe: Recipe, mesh: Mesh) -> None:
 
 
 def _begin(out: Path, resume: bool) -> bool:
-    """Whether to resume what `out` holds; who begins the run is written down there."""
+    """Whether to resume the run in `out`; writes the launcher's name into run.json."""
     resume = _goes_on(out, resume)
     out.mkdir(parents=True, exist_ok=True)
     (out / RUN).write_text(json.dumps({"launcher": _launcher()}) + "\n", encoding="utf-8")
@@ -286,30 +286,30 @@ def _begin(out: Path, resume: bool) -> bool:
 
 @contextlib.contextmanager
 def _disk(out: Path) -> Iterator[None]:
-    """What the disk refuses, and a rank that is lost, become one clear line."""
+    """Turn a failed write or a lost rank into a `ConfigError` of one line."""
     try:
         yield
     except LinkError as error:
-        raise ConfigError(f"{error}: see what it said; {_last(out)}. Go on with --resume") from None
+        raise ConfigError(f"{error}: read its output for the cause; {_last(out)}. Continue with --resume") from None
     except (ConnectionError, TimeoutError):  # of a pipe or another process
         raise
     except OSError as error:
         raise ConfigError(
             f"{error.filename or out} cannot be written: {error.strerror or error}; {_last(out)}. "
-            "Make room, then go on with --resume"
+            "Make room, then continue with --resume"
         ) from None
 
 
 @contextlib.contextmanager
 def _memory(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
-    """Memory that is not there becomes one line, which says what the states take and what less would."""
+    """Turn a failed allocation into a `ConfigError` with the size of the model's states and how to reduce it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in told:
+        message = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in message:
             raise
-        part = Part(recipe, mesh.tensor.size, mesh.tensor.rank)
+        part = RankModel(recipe, mesh.tensor.size, mesh.tensor.rank)
         take = {stage: sum(part.state(mesh.data.size, stage).values()) / 2**20 for stage in (recipe.parallel.zero, 3)}
         less = (
             f"; parallel.zero=3 makes that {take[3]:,.0f} MiB"
@@ -317,32 +317,32 @@ def _memory(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
             else "; more processes with parallel.zero=3, or a higher parallel.tensor, divide them"
         )
         raise ConfigError(
-            f"there is no memory for this: the model's states alone take "
+            f"out of memory: the model's states alone take "
             f"{take[recipe.parallel.zero]:,.0f} MiB of every process at parallel.zero="
-            f"{recipe.parallel.zero} with {mesh.data.size} copies{less}. `headrace plan` accounts for "
-            "it all"
+            f"{recipe.parallel.zero} with {mesh.data.size} copies{less}. `headrace plan` shows "
+            "all of it"
         ) from None
 
 
 def _last(out: Path) -> str:
-    """The snapshot that is left."""
+    """The newest snapshot, for an error message."""
     found = snapshots(out / SNAPSHOTS)
     return f"the last good snapshot is {found[-1]}" if found else "there is no snapshot yet"
 
 
 def _goes_on(out: Path, resume: bool) -> bool:
-    """Whether to resume what `out` holds. Raises `ConfigError` where nobody said so."""
+    """Whether to resume the run in `out`. Raises `ConfigError` where there is one and `resume` is False."""
     require(not out.exists() or out.is_dir(), f"--out {out} is a file: name a folder")
     metrics = out / METRICS
     measured = metrics.exists() and metrics.stat().st_size > 0
     if not measured and not any((out / name).exists() for name in (SNAPSHOTS, "hf")):
-        return False  # a run that did not come to its first step leaves nothing to go on with
-    require(resume or _restarted(out), f"{out} holds a run: go on with it by --resume, or give another --out")
+        return False  # a run that ended before its first step left nothing to resume
+    require(resume or _restarted(out), f"{out} holds a run: continue it with --resume, or give another --out")
     return True
 
 
 def _restarted(out: Path) -> bool:
-    """Whether torchrun starts this process again, after it began this very run."""
+    """Whether torchrun restarted this process, and the same torchrun began the run."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
     try:
@@ -352,5 +352,5 @@ def _restarted(out: Path) -> bool:
 
 
 def _launcher() -> str:
-    """Who started this process: the same for all that one torchrun starts, one after another."""
+    """An identity of the parent torchrun, the same for all processes and restarts under it."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}:{os.getppid()}"

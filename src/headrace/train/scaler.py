@@ -1,4 +1,4 @@
-"""Dynamic loss scaling: what keeps small gradients from vanishing in float16."""
+"""Dynamic loss scaling, which keeps small gradients from vanishing in float16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROWTH, BACKOFF = 2.0, 0.5
 
 
 class LossScale:
-    """The factor on the loss, always a power of two. Where `active` is false it is 1 and stays so.
+    """The factor on the loss, a power of two; always 1 where `active` is false.
 
     It grows after `train.loss_scale_steps` steps in a row with finite gradients, and shrinks after one without.
     """
@@ -25,23 +25,23 @@ class LossScale:
         self._good = 0
 
     def good(self) -> None:
-        """A step's gradients were finite."""
+        """Record a step with finite gradients."""
         self._good += 1
         if self.active and self._good == self._every:
             self.value *= GROWTH
             self._good = 0
 
     def overflow(self) -> None:
-        """A step's gradients were not finite. Raises `ConfigError` where no smaller scale could help."""
+        """Record a step without finite gradients. Raises `ConfigError` where the scale cannot be reduced."""
         self._good = 0
         if not self.active or self.value <= 1.0:
             raise ConfigError("the gradients are not finite" + (" at a loss scale of 1" if self.active else ""))
         self.value *= BACKOFF
 
     def state(self) -> dict[str, Any]:
-        """For a snapshot."""
+        """JSON values for a snapshot."""
         return {"value": self.value, "good": self._good}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self.value, self._good = float(state["value"]), int(state["good"])

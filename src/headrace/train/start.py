@@ -1,4 +1,4 @@
-"""The model that training starts from: random weights, or those of a folder."""
+"""The model from which training starts: random weights, or those of a folder."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ __all__ = ["first_weights", "initial_model", "initial_tokenizer"]
 
 
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """That of the folder whose weights training starts from, if there is one."""
+    """The tokenizer of the folder `model.init`, if the recipe has one."""
     return Tokenizer.from_folder(resolve(recipe.init)) if recipe.init else None
 
 
 def initial_model(recipe: Recipe, tokenizer: Tokenizer, ops: AutogradOps, group: RankGroup) -> Transformer:
     """The recipe's model, without memory for its weights where `ops` defer it.
 
-    A text's end token is among those that end a generation.
-
-    Raises `ConfigError` where the data's tokenizer is not that of the folder that `model.init` names.
+    The tokenizer's end token is added to the tokens that end a generation. Raises `ConfigError` where the data's
+    tokenizer is not that of the folder `model.init`.
     """
     tokenizer.check_vocabulary(recipe.model.vocab_size)
     if recipe.init:
@@ -68,7 +67,7 @@ def _check_tokenizer(data: Tokenizer, model: Tokenizer, recipe: Recipe) -> None:
 
 
 def _meaning(tokenizer: Tokenizer) -> Any:
-    """What a tokenizer's ids stand for, in a form that can be compared."""
+    """A tokenizer's vocabulary and added tokens, in a form that can be compared."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         file = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))

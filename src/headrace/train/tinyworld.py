@@ -1,10 +1,10 @@
-"""Tinyworld: a small made-up world, written down by a seed.
+"""Tinyworld: generated training texts about a small fixed world, and an exam on them.
 
-Ten people live somewhere and own something, always the same. About them there are little stories, questions in chat
-format (what the world is like, and what has just been told), small sums, and lists to be turned into JSON. What a
-question is about is its *combination*: who and in which words, who and who, who goes where, who gives what to whom, the
-two summands, the items in order. A hash says which combinations are held out: training never shows one, the exam asks
-nothing else. So the exam asks for what was learnt to be put together anew, not for what was seen.
+Ten people have a home and a thing each, always the same. The texts are stories about them, questions in chat format
+(about the world, and about something just told), small sums, and lists to write as JSON. Every question has a
+*combination*: the person and the wording, two people, a person and a place, giver, thing and taker, two summands, the
+items in order. A hash selects the held-out combinations: they are in no training text, and the exam asks only about
+them. So the exam tests whether the model combines what it has learnt, not whether it repeats what it has seen.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CATEGORIES = ("home", "owns", "pair", "trip", "gift", "sum", "list", "object")
 HOME_OF = dict(zip(PEOPLE, PLACES[3:] + PLACES[:3]))
 THING_OF = dict(zip(PEOPLE, THINGS[7:] + THINGS[:7]))
 COLOUR_OF = dict(zip(THINGS, (COLOURS * 2)[: len(THINGS)]))
-"""What the world is like."""
+"""The facts of the world."""
 
 WHERE = (
     "Where does {} live?",
@@ -65,9 +65,9 @@ STORIES = 0.1
 """Share of the training texts that are stories."""
 
 HELD_OUT_ONE_IN = 6
-"""One combination in so many is kept for the exam."""
+"""One combination in this many is held out for the exam."""
 TRIES = 200
-"""Draws without a new question after which a category of the exam has no more."""
+"""Draws without a new question after which a category counts as exhausted."""
 
 END = "<|end|>"
 """The token that ends a text and a turn."""
@@ -77,7 +77,7 @@ END = "<|end|>"
 class Document:
     """One training text, in turns of (prompt, reply). Replies, and the end token after each, count in the loss.
 
-    A text that counts as a whole is one turn with an empty prompt.
+    A text that counts completely is one turn with an empty prompt.
     """
 
     turns: tuple[tuple[str, str], ...]
@@ -85,7 +85,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its one right answer, and the combination it is about."""
+    """A question with its only right answer and its combination."""
 
     category: str
     question: str
@@ -94,7 +94,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The question as the chat template writes it, up to where the reply begins."""
+        """The question in the chat template's format, up to the beginning of the reply."""
         return f"<|user|>{self.question}<|end|><|assistant|>"
 
 
@@ -154,7 +154,7 @@ MAKERS = dict(zip(CATEGORIES, (_home, _owns, _pair, _trip, _gift, _sum, _list, _
 
 
 def _question(rng: random.Random, category: str, exam: bool) -> Question:
-    """A question of the exam, or one that is not."""
+    """A random question, held out or not."""
     while True:
         combination, question, answer = MAKERS[category](rng)
         if held_out(combination) == exam:
@@ -162,7 +162,7 @@ def _question(rng: random.Random, category: str, exam: bool) -> Question:
 
 
 def _story(rng: random.Random) -> str:
-    """A little story in which two people meet and a thing changes hands. It tells of no held-out combination."""
+    """A story in which two people meet and may exchange a thing. It contains no held-out combination."""
     while True:
         who, other = rng.sample(PEOPLE, 2)
         thing, away = THING_OF[who], HOME_OF[other]
@@ -196,7 +196,7 @@ def _story(rng: random.Random) -> str:
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """An endless stream of training texts; no held-out combination is in it."""
+    """Endless training texts, without held-out combinations."""
     rng = random.Random(f"tinyworld {seed}")
     while True:
         if rng.random() < STORIES:
@@ -222,7 +222,7 @@ def build_tokenizer(vocab_size: int, seed: int) -> Tokenizer:
 
 
 def exam(seed: int, n: int) -> list[tuple[str, str, str]]:
-    """`n` different held-out questions, or all there are: (category, prompt, right answer), categories in turn."""
+    """Up to `n` different held-out questions: (category, prompt, right answer), categories in turn."""
     rng = random.Random(f"tinyworld exam {seed}")
     asked: dict[str, tuple[str, str, str]] = {}
     open_ones = list(CATEGORIES)
@@ -238,7 +238,7 @@ def exam(seed: int, n: int) -> list[tuple[str, str, str]]:
 
 
 def grade(expected: str, reply: str) -> bool:
-    """Whether a reply is the right answer, to the character."""
+    """Whether a reply equals the answer, apart from white space around it."""
     return reply.strip() == expected
 
 

@@ -1,7 +1,7 @@
-"""The trainer: one model, one recipe, one step at a time. Forward runs through the server's own ops.
+"""The trainer: one model, one recipe, one step at a time, on the ops that the server uses.
 
-A step's life: a batch comes from the stream · forward by the kernels, micro-batch by micro-batch · log-probabilities of
-the targets · backward · the gradients' tree, norm and clip · AdamW. Nothing here reads a clock or writes a file.
+A step: take the next batch · forward, log-probabilities of the targets and backward for every micro-batch · sum the
+gradients in a tree · norm and clip · AdamW. A step reads no clock and writes no file.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh, launched
 from headrace.parallel.regions import Region
 from headrace.train.config import Recipe
-from headrace.train.data import Batch, open_source
+from headrace.train.data import TrainingBatch, open_source
 from headrace.train.dropout import Dropout
 from headrace.train.flops import model_flops
-from headrace.train.optimizer import AdamW, PairwiseSum, Updated, global_norm
+from headrace.train.optimizer import AdamW, PairwiseSum, ParameterGroup, global_norm
 from headrace.train.process import for_kernels, keep_memory
 from headrace.train.recompute import recompute_
 from headrace.train.scaler import LossScale
@@ -44,12 +44,12 @@ from headrace.zero.sharded import Sharded
 __all__ = ["StepRecord", "Trainer"]
 
 EMPTY_BATCHES = 1000
-"""Batches in a row without anything to learn, after which the data is at fault."""
+"""Batches in a row without a token that counts, after which the data is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one step did. Nothing in it depends on the machine's speed."""
+    """The numbers of one step. None depends on the machine's speed."""
 
     step: int
     loss: float
@@ -58,20 +58,20 @@ class StepRecord:
     """Before clipping; None where gradients overflowed."""
     lr: float
     tokens: int
-    """Tokens that the step computed."""
+    """Tokens of the step's batch."""
     flops: float
     """Operations of forward and backward, see `model_flops`."""
     loss_scale: float | None = None
-    """What the loss was multiplied with; None where it is not scaled."""
+    """The factor on the loss; None outside of float16."""
     skipped: bool = False
-    """Whether the gradients overflowed float16, so that nothing was updated."""
+    """Whether the gradients overflowed, so that the step updated nothing."""
 
 
 class Trainer:
     """Model, data and optimizer of one run. `step()` does one step; `log_probabilities(batch)` is its forward."""
 
     def __init__(self, recipe: Recipe, ops: Ops | None = None, mesh: Mesh | None = None) -> None:
-        """`mesh`: the ranks that train together; None for this one alone."""
+        """`mesh`: the ranks that train together; None takes those that torchrun started, or this process alone."""
         self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe
         keep_memory()
@@ -106,7 +106,7 @@ class Trainer:
             first_weights(self.model, recipe)
         slots = self.sharded.slots
         self._optimizer = AdamW(
-            [Updated(slot.weights, slot.unit.matrices) for slot in slots],
+            [ParameterGroup(slot.weights, slot.unit.matrices) for slot in slots],
             recipe.optimizer,
             self.ops,
             host.zeros if parallel.offload_optimizer else None,
@@ -115,22 +115,22 @@ class Trainer:
         """Steps done."""
         self._scale = LossScale(recipe.train, active=self.config.dtype == "float16")
         self._stream = self.source.stream(recipe.train.batch_size, recipe.train.seq_length)
-        self._held_out: dict[int, list[Batch]] = {}
+        self._held_out: dict[int, list[TrainingBatch]] = {}
 
-    def log_probabilities(self, batch: Batch) -> Tensor:
+    def log_probabilities(self, batch: TrainingBatch) -> Tensor:
         """log p [R] of the batch's targets, with gradients: the bits that the server computes for them."""
         return self.model.lm_head.log_probabilities(self._predicting(batch), batch.targets_R)
 
-    def _predicting(self, batch: Batch) -> Tensor:
-        """What the head reads of the batch's counting tokens [R, D]."""
+    def _predicting(self, batch: TrainingBatch) -> Tensor:
+        """The LM head's input [R, D] for the tokens that count."""
         batch = self._padded(batch)
         ctx = DenseContext(self.ops, self.config, batch.lengths, getattr(torch, self.recipe.train.kv_cache_dtype))
         return self.ops.embedding(batch.rows_R, self.model.hidden(batch.ids_T, batch.positions_T, ctx))
 
-    def _padded(self, batch: Batch) -> Batch:
-        """The batch with a sequence after the last, which nobody sees, that makes T a multiple of V: rows can be split.
+    def _padded(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with a sequence of padding that makes T a multiple of V, so that ranks can split the rows.
 
-        It is there whether they are or not: a product's bits may depend on how many rows it sums over.
+        It is added at every degree, as the bits of a weight's gradient may depend on the number of rows.
         """
         lack = -batch.num_tokens % self.config.shards
         if not lack:
@@ -146,7 +146,7 @@ class Trainer:
         )
 
     def step(self) -> StepRecord:
-        """One step of the recipe. Raises `ConfigError` when the loss or the gradients are not finite."""
+        """Do one step. Raises `ConfigError` when the loss or the gradients are not finite."""
         config = self.recipe.optimizer
         begin, batch = self._next_batch()
         self.steps += 1
@@ -182,7 +182,7 @@ class Trainer:
         )
 
     def validation_loss(self, sequences: int | None = None) -> float | None:
-        """Mean loss in nats of the first `sequences` held-out ones (0: of all; None: as the recipe says).
+        """Mean loss in nats of the first `sequences` held-out sequences (0: all; None: the recipe's number).
 
         None where the data holds nothing out.
         """
@@ -204,7 +204,7 @@ class Trainer:
         self.mesh.barrier()
 
     def tensors(self) -> Iterator[tuple[str, Region]]:
-        """(name, region) of weights and optimizer state: what a snapshot reads, and fills.
+        """(name, region) of weights and optimizer state, which a snapshot reads and fills.
 
         Names are a kind (model, master, first or second) and the checkpoint's: `first/model.norm.weight`.
         """
@@ -216,7 +216,7 @@ class Trainer:
             yield from self.sharded.regions(kind, tensors)
 
     def state(self) -> dict[str, Any]:
-        """All else that the next step depends on, in plain JSON values."""
+        """Everything else that the next step depends on, in JSON values."""
         return {
             "step": self.steps,
             "updates": self._optimizer.steps,
@@ -225,7 +225,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; the caller has filled `tensors`."""
+        """Continue from `state`; the caller has filled `tensors`."""
         train = self.recipe.train
         self.steps, self._optimizer.steps = int(state["step"]), int(state["updates"])
         self._scale.restore(state["loss_scale"])
@@ -233,7 +233,7 @@ class Trainer:
         self._stream = self.source.stream(train.batch_size, train.seq_length, state["data"])
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds from step to step, by what they are for."""
+        """Bytes that this rank holds from step to step, by purpose."""
         return (
             self.sharded.memory()
             | self._optimizer.memory()
@@ -241,7 +241,7 @@ class Trainer:
         )
 
     def _recompute(self, host: Host) -> None:
-        """Make the model compute again in backward what the recipe says."""
+        """Set up the recipe's recomputation."""
         parallel, device = self.recipe.parallel, self.ops.device
         self._checkpoints = None
         if not (parallel.partition_activations or parallel.offload_activations):
@@ -252,8 +252,8 @@ class Trainer:
         self._checkpoints = Checkpoints(self.config.num_layers, shared_by, zeros, device)
         keep_checkpoints(self.model, self._checkpoints)
 
-    def _next_batch(self) -> tuple[dict[str, Any], Batch]:
-        """The next batch in which something counts, and where it begins."""
+    def _next_batch(self) -> tuple[dict[str, Any], TrainingBatch]:
+        """(where it begins, batch) of the next batch with a token that counts."""
         for _ in range(EMPTY_BATCHES):
             begin = self._stream.state()
             batch = self._stream.next()
@@ -264,16 +264,16 @@ class Trainer:
             "a row: no token counts in the loss"
         )
 
-    def _loss(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: TrainingBatch, weight: float) -> tuple[Tensor, Tensor]:
         """(the sum over targets of −weight · log p, log p [R] without gradients)."""
         weight_R = torch.full((len(batch.rows_R),), weight, device=self.ops.device)
         return self.model.lm_head.loss(self._predicting(batch), batch.targets_R, weight_R)
 
-    def _gradients(self, batch: Batch, factor: float) -> tuple[float, list[Tensor]]:
+    def _gradients(self, batch: TrainingBatch, factor: float) -> tuple[float, list[Tensor]]:
         """(mean loss over the batch, its gradients times `factor`).
 
-        Part i of the batch is computed by copy i modulo their number; neighbours' gradients are added first, so the
-        sum is one tree over the parts, whoever computes them.
+        Copy i mod n computes part i of the batch; gradients of neighbouring parts are added first, so the sum is one
+        tree over the parts at every number n of copies.
         """
         copies, count = self.mesh.data, len(batch.rows_R)
         total, own, rounds = PairwiseSum(), [torch.zeros(0)], self._parts // copies.size
@@ -296,7 +296,7 @@ class Trainer:
 
 
 def _parts(recipe: Recipe, mesh: Mesh) -> int:
-    """Into how many parts a batch is cut: for micro-batches, and for the copies of the model."""
+    """The number of parts of a batch, for micro-batches and copies of the model together."""
     asked, copies = recipe.train.micro_batches, mesh.data.size
     parts = max(asked, copies)
     if parts % copies:

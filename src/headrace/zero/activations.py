@@ -1,8 +1,8 @@
-"""Checkpoints of activations that ranks share, or that lie outside of the device's memory (ZeRO-R's P_a, P_a+cpu).
+"""Activation checkpoints, divided over ranks or kept outside of device memory (ZeRO-R's P_a, P_a+cpu).
 
-With full recomputation, what is kept of a block is its input. Every rank of a tensor-parallel group would keep the
-same: here each keeps a part, in one piece of memory that is there for good (M_D), and the parts are brought together
-when backward comes to the block: one all-gather of b·s·h, where tensor parallelism moves 12 times that for the block.
+With full recomputation, the input of every block is kept. Every rank of a tensor-parallel group would keep the same
+tensor, so each keeps a part of it, in one allocation that stays (M_D), and backward gathers the parts when it reaches
+the block: one all-gather of b·s·h, where tensor parallelism itself moves 12 times that for the block.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Checkpoints:
     """The inputs of all blocks, of which this rank keeps a part."""
 
     def __init__(self, layers: int, group: RankGroup, zeros: Zeros, device: torch.device) -> None:
-        """`zeros` gives the memory in which they lie; `group` the ranks that share them."""
+        """`zeros` allocates their memory; `group`: the ranks that share them."""
         self._layers, self._group, self._zeros, self._device = layers, group, zeros, device
         self._arena_LN = torch.zeros(layers, 0)
         self._shapes: dict[int, torch.Size] = {}
 
     def put(self, layer: int, x_TD: Tensor) -> None:
-        """Keep a block's input until the next one of that block comes."""
+        """Keep a block's input, in place of the one before."""
         part = -(-x_TD.numel() // self._group.size)
         if part > self._arena_LN.shape[1]:
-            # A longer micro-batch begins, in its first block: nothing of an earlier one is needed any more.
+            # A longer micro-batch begins at its first block, when no earlier input is needed any more.
             assert layer == 0
             self._arena_LN = self._zeros(self._layers * part).view(self._layers, part)
         flat = x_TD.reshape(-1)[self._group.rank * part : (self._group.rank + 1) * part]
@@ -44,7 +44,7 @@ class Checkpoints:
         self._shapes[layer] = x_TD.shape
 
     def get(self, layer: int) -> Tensor:
-        """A block's input. All ranks that share it ask together."""
+        """A block's input. A collective: all ranks of the group call it."""
         shape = self._shapes[layer]
         part = -(-shape.numel() // self._group.size)
         own = self._arena_LN[layer, :part].to(self._device)
@@ -52,24 +52,30 @@ class Checkpoints:
 
     @property
     def nbytes(self) -> int:
-        """Of what this rank keeps."""
+        """Bytes that this rank keeps."""
         return self._arena_LN.nbytes
 
 
 def keep_checkpoints(model: Transformer, checkpoints: Checkpoints) -> None:
-    """Let every block keep its input in `checkpoints`, and compute itself again in backward."""
+    """Make every block keep only its input, in `checkpoints`, and recompute itself in backward."""
     for layer, block in enumerate(model.blocks):
         block.forward = _recomputed(layer, block.forward, checkpoints)  # type: ignore[method-assign]
 
 
 def _recomputed(layer: int, forward: Callable[..., Any], checkpoints: Checkpoints) -> Callable[..., Any]:
     def call(x_TD: Tensor, residual_TD: Tensor | None, *where: Any) -> tuple[Tensor, Tensor]:
-        # The block begins by adding its two inputs: their sum is all that it needs.
+        # The block begins by adding its two inputs, so their sum is enough.
         stream_TD = x_TD if residual_TD is None else x_TD + residual_TD
+        result: tuple[Tensor, Tensor]
         if not torch.is_grad_enabled():
-            result: tuple[Tensor, Tensor] = forward(stream_TD, None, *where)
+            result = forward(stream_TD, None, *where)
             return result
-        return _Checkpoint.apply(layer, lambda x: forward(x, None, *where), checkpoints, stream_TD)
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            return forward(x, None, *where)  # type: ignore[no-any-return]
+
+        result = _Checkpoint.apply(layer, run, checkpoints, stream_TD)  # type: ignore[no-untyped-call]
+        return result
 
     return call
 

@@ -1,8 +1,8 @@
-"""Gradients on their way: from backward into buckets, and, summed over the copies of the model, into slots.
+"""Gradients: from backward into buckets, and, summed over the copies of the model, into slots.
 
-Backward hands every parameter's gradient over as soon as it is made. It is laid into the buckets that it belongs to;
-a full bucket is reduced while backward goes on (ZeRO §5.2). Stages 0 and 1 keep room for all gradients; from stage 2 on
-a bucket's buffer is used again as soon as its slot is taken out of it.
+A hook copies every parameter's gradient into its buckets as soon as it is made; a full bucket is reduced while backward
+goes on (ZeRO §5.2). Stages 0 and 1 have memory for all gradients; from stage 2 on a bucket's buffer is reused as soon
+as this rank's slot has been copied out of it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from headrace.parallel.group import RankGroup
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.layout import Unit
 from headrace.zero.memory import Arena
-from headrace.zero.messages import Messages
 
 __all__ = ["IN_FLIGHT", "Gradients"]
 
 IN_FLIGHT = 2
-"""Buckets that may wait to be reduced: more would take more memory, and a link carries one at a time."""
+"""Buckets that may wait to be reduced: more would take more memory without gain, as a link carries one at a time."""
 
 
 @dataclass(slots=True)
@@ -32,9 +32,9 @@ class _Bucket:
     own: Tensor
     """This rank's slot of the sum; at stage 0 the whole bucket."""
     lacks: int = 0
-    """Elements that backward has not given yet."""
+    """Elements whose gradient backward has not made yet."""
     buffer: Tensor | None = None
-    """Where its gradients are put together; longer than the bucket, where it comes from an arena."""
+    """Where its gradients are collected; may be longer than the bucket, where it comes from an arena."""
 
     @property
     def start(self) -> int:
@@ -46,7 +46,7 @@ class _Bucket:
 
 
 class Gradients:
-    """The gradients of one rank. `backward` fills them, `own` is what this rank keeps of the sum."""
+    """The gradients of one rank. `backward` computes them; `own` returns the slots of the sum that this rank keeps."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class Gradients:
         parameters: Sequence[nn.Parameter],
         copies: RankGroup,
         stage: int,
-        messages: Messages,
+        queue: CollectiveQueue,
         each_micro_step: bool = True,
     ) -> None:
         """`each_micro_step` False: sum over the micro-steps here, and over the copies once, in the last of them."""
-        self._copies, self._stage, self._messages = copies, stage, messages
+        self._copies, self._stage, self._queue = copies, stage, queue
         self._each = each_micro_step
         self._device = parameters[0].device
         self._arenas: dict[torch.dtype, Arena] = {}
@@ -81,9 +81,9 @@ class Gradients:
         self._reduces = True
 
     def backward(self, loss: Tensor, first: bool = True, last: bool = True) -> None:
-        """Make the gradients of `loss` and sum them over the copies. Every rank calls it; `own` is then complete.
+        """Compute the gradients of `loss` and sum them over the copies. A collective; `own` is then complete.
 
-        `first` and `last`: of the micro-steps that are summed here, where they are.
+        `first`, `last`: the first and last of the micro-steps that are summed here (`each_micro_step` False).
         """
         self._adds = not first and not self._each
         self._reduces = last or self._each
@@ -93,29 +93,29 @@ class Gradients:
         self._taken = True
         loss.backward()
         self._taken = False
-        self._messages.all()
+        self._queue.all()
         assert not any(bucket.lacks for bucket in self._buckets), "a parameter had no gradient"
 
     def own(self) -> dict[tuple[str, int], Tensor]:
-        """By (unit, offset): the sum's gradients from there on which this rank keeps. `backward` fills them anew."""
+        """{(unit, offset): this rank's gradients from that offset}. `backward` overwrites them."""
         if self._stage == 0:
             return {(unit.name, 0): kept for unit, kept in self._kept}
         slot = self._copies.slot
         return {(bucket.unit.name, bucket.cuts[slot]): bucket.own for bucket in self._buckets}
 
     def tensors(self) -> list[Tensor]:
-        """All memory that it holds."""
+        """All gradient memory that stays."""
         return [kept for _, kept in self._kept]
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the buckets' buffers that come and go."""
+        """Bytes of the buckets' reusable buffers."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
     # ---- inside
 
     def _of_unit(self, unit: Unit) -> Iterator[_Bucket]:
-        """A unit's buckets, the last first: backward meets its end before its beginning."""
+        """A unit's buckets, the last first, as backward reaches its end before its beginning."""
         slots = unit.slots(self._copies.slot)
         whole = self._stage < 2
         room = unit.size if whole else sum(b - a for a, b in slots)
@@ -135,8 +135,8 @@ class Gradients:
         return reversed(made)
 
     def _arrived(self, unit: Unit, offset: int, number: int, parameter: Tensor) -> None:
-        """A parameter's gradient is there: it goes into its buckets, and those that are full go on their way."""
-        if not self._taken:  # somebody else's backward, who wants it where it is
+        """Hook: copy a parameter's gradient into its buckets, and queue the reduction of full ones."""
+        if not self._taken:  # a backward that is not ours: leave the gradient in `parameter.grad`
             return
         grad = parameter.grad
         assert grad is not None
@@ -151,12 +151,12 @@ class Gradients:
                 bucket.lacks -= high - low
         while self._next < len(self._buckets) and not self._buckets[self._next].lacks:
             if self._reduces:
-                self._messages.ask(partial(self._reduce, self._buckets[self._next]))
+                self._queue.ask(partial(self._reduce, self._buckets[self._next]))
             self._next += 1
 
     def _room(self, bucket: _Bucket) -> Tensor:
         if bucket.buffer is None:
-            self._messages.leave(IN_FLIGHT)
+            self._queue.leave(IN_FLIGHT)
             bucket.buffer = self._arenas[bucket.unit.dtype].take()
         return bucket.buffer
 
@@ -164,7 +164,7 @@ class Gradients:
     def _reduce(self, bucket: _Bucket) -> None:
         buffer = bucket.buffer
         assert buffer is not None
-        cuts = [cut - bucket.start for cut in bucket.cuts]  # of a buffer that begins where the bucket does
+        cuts = [cut - bucket.start for cut in bucket.cuts]  # relative to the buffer's beginning
         if self._stage == 0:
             self._copies.all_reduce_slots_(buffer, cuts, "gradients")
             return
@@ -177,6 +177,6 @@ class Gradients:
 
 
 def _backwards(units: Sequence[Unit]) -> list[Unit]:
-    """The order in which backward finishes them: last to first, and the vectors, which are everywhere, at the end."""
+    """The order in which backward finishes them: last to first, then the vectors, which all layers have."""
     matrices = [unit for unit in units if unit.matrices]
     return [*reversed(matrices), *(unit for unit in units if not unit.matrices)]

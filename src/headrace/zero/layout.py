@@ -3,7 +3,7 @@
 A rank's parameters are laid end to end in *units*: the matrices of the embedding, of each block and of the head, and,
 in one unit, all vectors. A unit is cut into *buckets* of about a constant size (ZeRO-R's C_B), a bucket into one *slot*
 for each copy of the model. All cuts lie between *chunks*, the rows whose gradients' squares are summed together, so
-that the norm does not depend on who keeps what.
+that the norm does not depend on which rank keeps an element.
 
     parameter   a local weight, seen as [rows, width]; a vector as [elements, 1]
     place       the rectangle of a parameter that is (this rank's part of) one tensor of the checkpoint
@@ -27,7 +27,7 @@ from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece
 
-__all__ = ["CHUNK", "Member", "Place", "Segment", "Unit", "divide", "lay_out"]
+__all__ = ["CHUNK", "Member", "Place", "RowRange", "Unit", "divide", "lay_out"]
 
 CHUNK = 4096
 """About how many elements of a gradient have their squares summed together: whole rows, at least one."""
@@ -41,15 +41,15 @@ class Place:
     rows: tuple[int, int]
     columns: tuple[int, int]
     start: tuple[int, ...]
-    """Where this part begins in the checkpoint's tensor."""
+    """Index of this part's first element in the checkpoint's tensor."""
     shape: tuple[int, ...]
-    """Of the checkpoint's tensor."""
+    """Shape of the checkpoint's tensor."""
     shards: tuple[tuple[int, int, int, int], ...]
     """(first row, end, first column, end) of every virtual shard of it."""
     chunk: int
     """Rows of a chunk, counted from a shard's first."""
-    speaks: bool
-    """Whether this rank is the first of those of its tensor-parallel group that hold the same."""
+    primary: bool
+    """Whether this rank is the first of its tensor-parallel group that holds these elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Member:
 
     @property
     def stop(self) -> int:
-        """Where it ends in the unit."""
+        """Offset of its end in the unit."""
         return self.offset + self.rows * self.width
 
     def cuts(self) -> set[int]:
@@ -78,8 +78,8 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows first … last − 1 of a member, which lie at `at` of the range that was asked for."""
+class RowRange:
+    """Rows first … last − 1 of a member, which begin at offset `at` of the requested range."""
 
     member: Member
     first: int
@@ -89,7 +89,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Parameters of one dtype that are brought together, used and let go together."""
+    """Parameters of one dtype that are gathered, used and released together."""
 
     name: str
     dtype: torch.dtype
@@ -104,19 +104,19 @@ class Unit:
 
     @property
     def matrices(self) -> bool:
-        """Whether ZeRO's third stage divides it; vectors stay whole, being few."""
+        """Whether stage 3 divides it. Vectors stay whole, as they are few."""
         return self.name != VECTORS
 
     def slots(self, slot: int) -> list[tuple[int, int]]:
         """(start, end) of that slot in every bucket."""
         return [(cuts[slot], cuts[slot + 1]) for cuts in self.buckets]
 
-    def segments(self, start: int, stop: int) -> Iterator[Segment]:
-        """The rows that lie in [start, stop), whose ends lie between chunks."""
+    def segments(self, start: int, stop: int) -> Iterator[RowRange]:
+        """The rows in [start, stop); both ends must lie between chunks."""
         for member in self.members:
             low, high = max(start, member.offset), min(stop, member.stop)
             if low < high:
-                yield Segment(
+                yield RowRange(
                     member, (low - member.offset) // member.width, (high - member.offset) // member.width, low - start
                 )
 

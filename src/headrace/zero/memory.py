@@ -1,4 +1,4 @@
-"""Where ZeRO's tensors lie: buffers that are used again and again (ZeRO-R's M_D), and states outside of main memory."""
+"""Memory for ZeRO: reusable buffers (ZeRO-R's M_D), and states outside of the device's memory."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ __all__ = ["Arena", "Host"]
 
 
 class Arena:
-    """Flat buffers of one dtype and length. One is made when none is free, and then stays, to be taken again.
+    """A pool of flat buffers of one dtype and length. It allocates one when none is free, and keeps it.
 
-    So what comes and goes in a step never leaves holes in memory.
+    So the buffers of a step do not fragment memory.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self.elements, self._dtype, self._device = elements, dtype, device
         self._free: list[Tensor] = []
         self.count = 0
-        """Buffers made so far."""
+        """Buffers allocated."""
 
     def take(self) -> Tensor:
-        """A buffer, its content without meaning."""
+        """A buffer with arbitrary content."""
         if self._free:
             return self._free.pop()
         self.count += 1
         return torch.empty(self.elements, dtype=self._dtype, device=self._device)
 
     def give(self, buffer: Tensor) -> None:
-        """Hand a buffer back."""
+        """Return a buffer to the pool."""
         self._free.append(buffer)
 
     @property
     def nbytes(self) -> int:
-        """Of all its buffers, free or not."""
+        """Bytes of all its buffers, free or not."""
         return self.count * self.elements * self._dtype.itemsize
 
 
 class Host:
-    """Memory beside the device's: pinned host memory for a GPU; for the CPU a file, mapped, that nobody else sees.
+    """Memory outside of the device: pinned host memory for a GPU, an unnamed mapped file for the CPU.
 
-    The file has no name, so it is gone when the process is.
+    The operating system removes the file when the process ends.
     """
 
     def __init__(self, device: torch.device, folder: str) -> None:
         """`folder`: where the file is made."""
         self._device, self._folder = device, folder
         self.nbytes = 0
-        """Handed out so far."""
+        """Bytes allocated."""
 
     def zeros(self, elements: int) -> Tensor:
         """fp32 zeros [elements]. Raises `ConfigError` where the folder cannot hold them."""

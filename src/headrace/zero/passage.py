@@ -1,4 +1,4 @@
-"""A part of the model that has its weights when they are needed: on its way forward, and on its way back."""
+"""`passage`: a module's forward that gathers its weights before use, in forward and in backward (stage 3)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["passage"]
 def passage(
     inner: Callable[..., Any], weights: Weights, unit: int, before: int | None, after: int | None, backward: bool = True
 ) -> Callable[..., Any]:
-    """`inner`, within which `unit` is whole. `after` is what forward uses next, `before` what backward does.
+    """`inner` with `unit` gathered around it. `after`: the unit that forward uses next; `before`: that backward does.
 
-    `backward` False: nothing of the unit is needed on the way back.
+    Both are prefetched. `backward` False: backward does not need the unit.
     """
 
     def call(*arguments: Any) -> Any:
@@ -42,9 +42,9 @@ def passage(
 
 
 def _on_the_way_back(act: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`values`, of which the tensors with gradients call `act` once, when all their gradients are there."""
+    """The same values; backward calls `act` once, when the gradients of all their tensors are complete."""
     travel = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
-    passed = _Then.apply(act, *(values[i] for i in travel))
+    passed = _Then.apply(act, *(values[i] for i in travel))  # type: ignore[no-untyped-call]
     together = list(values)
     for i, value in zip(travel, passed):
         together[i] = value

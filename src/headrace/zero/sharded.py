@@ -6,8 +6,8 @@
     2       and gradients (P_os+g)                    as 1
     3       and parameters (P_os+g+p)                 3Ψ: weights gathered forward and backward, gradients reduced
 
-All four train to the same bits. Gradients are summed in one tree over the copies, AdamW works element by element, and
-the norm adds sums of fixed chunks exactly: who keeps what is in none of them.
+All four train to the same bits: gradients are summed in one tree over the copies, AdamW works element by element, and
+the norm adds sums of fixed chunks exactly. None of these depends on which rank keeps an element.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from headrace.model.transformer import Part, Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.regions import Region
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.gradients import Gradients
-from headrace.zero.layout import Segment, Unit, lay_out
-from headrace.zero.messages import Messages
+from headrace.zero.layout import RowRange, Unit, lay_out
 from headrace.zero.passage import passage
 from headrace.zero.weights import Weights
 
@@ -32,7 +32,7 @@ __all__ = ["Sharded", "Slot"]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A run of a unit's elements that this rank's optimizer works on. Both tensors stay the same ones."""
+    """A range of a unit's elements that this rank's optimizer updates. Both tensors keep their memory."""
 
     unit: Unit
     start: int
@@ -41,7 +41,7 @@ class Slot:
 
 
 class Sharded:
-    """One rank's part of a model and of its gradients. Made with deferred ops, the model has its memory from here."""
+    """One rank's part of a model and of its gradients. It allocates the memory of a model made with deferred ops."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Sharded:
         overlap: bool = True,
         each_micro_step: bool = True,
     ) -> None:
-        """`bucket`: elements of a message. `overlap`: talk to the other copies while this one computes."""
+        """`bucket`: elements of a message. `overlap`: run collectives while this rank computes."""
         self._model, self._copies, self.stage = model, copies, stage
         self._parameters = list(model.parameters())
         self.units = lay_out(model.config, model.group, copies.size, bucket)
-        self._messages = Messages(overlap and copies.size > 1)
-        self.weights = Weights(self.units, self._parameters, copies, stage, self._messages)
-        self.gradients = Gradients(self.units, self._parameters, copies, stage, self._messages, each_micro_step)
+        self._queue = CollectiveQueue(overlap and copies.size > 1)
+        self.weights = Weights(self.units, self._parameters, copies, stage, self._queue)
+        self.gradients = Gradients(self.units, self._parameters, copies, stage, self._queue, each_micro_step)
         own = self.gradients.own()
         self.slots = [Slot(unit, start, weights, own[unit.name, start]) for unit, start, weights in self.weights.own()]
         self._unit_of = self._units_of_parts()
@@ -69,14 +69,14 @@ class Sharded:
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """While the model's first weights are written, part by part, as `Transformer.tensors` opens them."""
+        """The context in which the model's first weights are written, part by part, by `Transformer.tensors`."""
         self._model.opening = self._open_to_fill
         yield
         self._model.opening = self._open_to_read
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Every weight is on every rank at once. All ranks enter and leave it together."""
+        """The context in which every rank holds all weights. All ranks enter and leave it together."""
         for i in range(len(self.units)):
             self.weights.enter(i)
         yield
@@ -86,7 +86,7 @@ class Sharded:
     # ---- what is kept, by the checkpoint's names
 
     def regions(self, kind: str, tensors: Sequence[Tensor | None]) -> Iterator[tuple[str, Region]]:
-        """("kind/checkpoint name", region) of all that `tensors` hold: a flat one, or None, for each of `slots`."""
+        """("kind/checkpoint name", region) of everything in `tensors`: a flat tensor, or None, for each of `slots`."""
         first = self.stage > 0 or self._copies.rank == 0
         for segment, rows in self._rows(tensors):
             for place in segment.member.places:
@@ -99,17 +99,17 @@ class Sharded:
                             part if len(place.shape) == 2 else part[:, 0],
                             (place.start[0] + low - place.rows[0], *place.start[1:]),
                             place.shape,
-                            first and place.speaks,
+                            first and place.primary,
                         ),
                     )
 
     def chunks(self, gradients: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
-        """(gradients of a virtual shard's rows, elements of a chunk) of all that this rank's norm counts.
+        """(gradients of a virtual shard's rows, elements of a chunk) that this rank adds to the norm.
 
         `gradients`: a flat tensor for each of `slots`.
         """
         for segment, rows in self._rows(gradients):
-            for place in filter(lambda place: place.speaks, segment.member.places):
+            for place in filter(lambda place: place.primary, segment.member.places):
                 for first, last, left, right in place.shards:
                     low, high = max(segment.first, first), min(segment.last, last)
                     if low < high:
@@ -119,26 +119,26 @@ class Sharded:
                         )
 
     def memory(self) -> dict[str, int]:
-        """Bytes of what it holds now, by what it is for."""
+        """Bytes held now, by purpose."""
         return {
             "weights": sum(tensor.nbytes for tensor in self.weights.tensors()),
             "gathered weights": self.weights.buffer_bytes,
             "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
-            "gradients on their way": self.gradients.buffer_bytes,
+            "gradient buckets": self.gradients.buffer_bytes,
         }
 
     @property
     def waited(self) -> float:
-        """Seconds for which this rank did not compute because of the other copies, since the beginning."""
-        return self._messages.waited
+        """Seconds that this rank has waited for collectives with the other copies."""
+        return self._queue.waited
 
     def close(self) -> None:
-        """End its thread."""
-        self._messages.close()
+        """End the thread of collectives."""
+        self._queue.close()
 
     # ---- inside
 
-    def _rows(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Segment, Tensor]]:
+    def _rows(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[RowRange, Tensor]]:
         """(which rows of which parameter, those rows [rows, width]) of a flat tensor, or None, for each of `slots`."""
         for slot, flat in zip(self.slots, tensors, strict=True):
             if flat is not None:
@@ -147,7 +147,7 @@ class Sharded:
                     yield segment, flat[segment.at : segment.at + count * width].view(count, width)
 
     def _units_of_parts(self) -> dict[int, int]:
-        """By part's id: the unit of its matrices."""
+        """{id of a part: index of the unit of its matrices}."""
         found = {}
         number = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         for _, part in self._model.parts():
@@ -173,7 +173,7 @@ class Sharded:
             self.weights.leave(unit)
 
     def _install(self) -> None:
-        """Let every part have its unit when it is used. The order: embedding, blocks, head, and back."""
+        """Wrap every part's forward in `passage`. The order of use: embedding, blocks, head, and back."""
         model = self._model
         parts = [model.embed, *model.blocks, model.lm_head]
         units = [self._unit_of.get(id(part)) for part in parts]
@@ -182,7 +182,7 @@ class Sharded:
                 continue
             before = units[i - 1] if i > 1 else None
             after = units[i + 1] if i + 1 < len(units) else None
-            part.forward = passage(  # type: ignore[method-assign]
+            part.forward = passage(
                 part.forward,
                 self.weights,
                 unit,
@@ -190,7 +190,7 @@ class Sharded:
                 after,
                 backward=part is not model.embed,
             )
-        if units[-1] is not None:  # the head's gradients are made on the way forward
+        if units[-1] is not None:  # the head computes its gradients in forward
             model.lm_head.loss = passage(  # type: ignore[method-assign]
                 model.lm_head.loss,
                 self.weights,

@@ -1,8 +1,8 @@
-"""Parameters divided over the copies of a model: stored, brought together for use, let go (ZeRO §5.3).
+"""Parameters divided over the copies of a model: stored, gathered for use, released (ZeRO §5.3).
 
-Up to stage 2 every copy holds all weights and owns a slot of each bucket, in which its optimizer works. At stage 3 a
-matrix exists on a rank only as that slot. Before a part of the model is used, its unit is gathered into a buffer, which
-goes to another unit when it is done; meanwhile the next unit is on its way. Vectors, being few, are always whole.
+Up to stage 2 every copy holds all weights, and its optimizer updates a slot of each bucket. At stage 3 a rank stores
+only that slot of a matrix. Before a part of the model is used, its unit is gathered into a buffer, while the next unit
+is prefetched; afterwards another unit reuses the buffer. Vectors are always whole, as they are few.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from headrace.parallel.group import RankGroup
+from headrace.zero.collectives import CollectiveQueue
 from headrace.zero.layout import Unit
 from headrace.zero.memory import Arena
-from headrace.zero.messages import Messages
 
 __all__ = ["Weights"]
 
@@ -33,11 +33,11 @@ class Weights:
         parameters: Sequence[nn.Parameter],
         copies: RankGroup,
         stage: int,
-        messages: Messages,
+        queue: CollectiveQueue,
     ) -> None:
-        """Parameters get their memory here, and lose what they held."""
+        """Allocates the parameters' memory. Those that stay whole keep their values; divided ones lose them."""
         self._units, self._parameters = list(units), parameters
-        self._copies, self._stage, self._messages = copies, stage, messages
+        self._copies, self._stage, self._queue = copies, stage, queue
         self._divided = [stage == 3 and unit.matrices for unit in units]
         device = parameters[0].device
         sizes = [unit.size for unit, divided in zip(units, self._divided) if divided]
@@ -48,9 +48,9 @@ class Weights:
         }
         self._usual = mode(sizes) if sizes else 0
         self._stored = []
-        """Of each unit: all of it, or this rank's slots one after another."""
+        """For each unit: all of it, or this rank's slots one after another."""
         self._open: dict[int, Tensor] = {}
-        """Buffers of the divided units that are whole now, or are becoming so."""
+        """Buffers of the divided units that are whole or being gathered."""
         self._coming: dict[int, Future[None]] = {}
         self._uses = [0] * len(self._units)
         for parameter in parameters:
@@ -70,7 +70,7 @@ class Weights:
     # ---- what this rank keeps
 
     def own(self) -> Iterator[tuple[Unit, int, Tensor]]:
-        """(unit, offset, weights from there on) of every slot that this rank's optimizer works on."""
+        """(unit, offset, weights from that offset) of every slot that this rank's optimizer updates."""
         for i, unit in enumerate(self._units):
             at, stored = 0, self._stored[i]
             if self._stage == 0:
@@ -81,39 +81,39 @@ class Weights:
                 at += b - a
 
     def publish(self) -> None:
-        """Give the others this rank's slots of what everybody holds whole, after the optimizer has changed them."""
+        """After the optimizer's step: all-gather the units that every copy holds whole."""
         for i, unit in enumerate(self._units):
             if self._stage and not self._divided[i]:
                 for cuts in unit.buckets:
-                    self._messages.ask(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
-        self._messages.all()
+                    self._queue.ask(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
+        self._queue.all()
 
     def tensors(self) -> list[Tensor]:
-        """All memory that stays."""
+        """All weight memory that stays."""
         return self._stored
 
     @property
     def buffer_bytes(self) -> int:
-        """Of buffers in which units are gathered."""
+        """Bytes of the buffers in which units are gathered."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
-    # ---- coming and going
+    # ---- gather and release
 
     def enter(self, unit: int, following: int | None = None) -> None:
-        """Have a unit whole, and ask for the one that is used next."""
+        """Wait until `unit` is whole, and prefetch `following`. Nests; `leave` undoes it."""
         self._uses[unit] += 1
         if self._divided[unit]:
             self._ask(unit)
             coming = self._coming.pop(unit, None)
             if coming is not None:
-                self._messages.wait(coming)
+                self._queue.wait(coming)
             if self._uses[unit] == 1:
                 self._show(unit, self._open[unit])
         if following is not None and self._divided[following]:
             self._ask(following)
 
     def leave(self, unit: int) -> None:
-        """Let a unit go that was entered."""
+        """Release a unit; its last user frees the buffer."""
         self._uses[unit] -= 1
         if self._divided[unit] and not self._uses[unit]:
             self._let_go(unit)
@@ -121,7 +121,7 @@ class Weights:
 
     @contextmanager
     def filling(self, unit: int) -> Iterator[None]:
-        """Have room for a unit whole, whose content the caller writes, as all ranks do; its slots are kept."""
+        """A context in which the caller writes all of a unit, the same on all ranks; afterwards only the slots stay."""
         if not self._divided[unit]:
             yield
             return
@@ -139,7 +139,7 @@ class Weights:
         if unit in self._open:
             return
         buffer = self._open[unit] = self._arena(unit).take()
-        self._coming[unit] = self._messages.ask(partial(self._gather, unit, buffer))
+        self._coming[unit] = self._queue.ask(partial(self._gather, unit, buffer))
 
     @torch.no_grad()
     def _gather(self, unit: int, buffer: Tensor) -> None:
@@ -152,7 +152,7 @@ class Weights:
             self._copies.gather_slots_(buffer, cuts, "weights")
 
     def _give(self, unit: int) -> None:
-        """The blocks' buffers are kept, two of which are in use at a time; the table's, used once or twice, are not."""
+        """Keep the blocks' buffers, of which two are in use at a time; free the embedding's, which is used rarely."""
         arena, buffer = self._arena(unit), self._open.pop(unit)
         if self._units[unit].size == self._usual:
             arena.give(buffer)
@@ -163,13 +163,13 @@ class Weights:
         return self._arenas[self._units[unit].size, self._units[unit].dtype]
 
     def _show(self, unit: int, flat: Tensor) -> None:
-        """Let the parameters be views of `flat`. Autograd's saved parameters see it too, being the same objects."""
+        """Make the parameters views of `flat`. Autograd saved the same objects, so it sees the values too."""
         for member in self._units[unit].members:
             parameter = self._parameters[member.parameter]
             parameter.data = flat[member.offset : member.stop].view(parameter.shape)
 
     def _let_go(self, unit: int) -> None:
-        """Let the parameters keep their shapes only."""
+        """Drop the parameters' memory and keep their shapes."""
         one = torch.empty(1, dtype=self._units[unit].dtype, device=self._stored[unit].device)
         for member in self._units[unit].members:
             parameter = self._parameters[member.parameter]

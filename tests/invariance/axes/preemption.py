@@ -1,7 +1,7 @@
 """What becomes of a running request when the cache is too small for the load."""
 
 from headrace.engine.run.runner import Runner
-from headrace.engine.schedule.scheduler import Scheduler
+from headrace.engine.schedule.pool import RequestPool
 from invariance.axis import Axis, Mutant, Setup
 
 
@@ -13,13 +13,13 @@ def setup(setup: Setup, preemption: str) -> None:
 
 def noise_by_epoch(patch):
     """Noise that counts how often a request was admitted."""
-    right = Scheduler.preempt
+    right = RequestPool.preempt
 
     def preempt(self, request, plan):
         right(self, request, plan)
         request.seed += 1
 
-    patch.setattr(Scheduler, "preempt", preempt)
+    patch.setattr(RequestPool, "preempt", preempt)
 
 
 def swaps_in_reverse(patch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headrace.engine.schedule.accept import accepted
 from headrace.engine.schedule.plan import (
     PREVIOUS,
     SAMPLE,
@@ -114,9 +115,11 @@ class NullRunner:
         self._slots[block * self.block_size : (block + 1) * self.block_size] = content
 
     def _tokens(self, s: Slice) -> list[int]:
-        if s.token_ids[-1] == PREVIOUS:
-            return [*s.token_ids[:-1], self._last[s.request_id]]
-        return s.token_ids
+        if s.token_ids[-1] != PREVIOUS:
+            return s.token_ids
+        if s.request_id not in self._last:
+            raise RuntimeError(f"request {s.request_id} has no token from an earlier plan for PREVIOUS")
+        return [*s.token_ids[:-1], self._last[s.request_id]]
 
     def _before(self, s: Slice) -> int:
         if s.start == 0:
@@ -144,27 +147,23 @@ class NullRunner:
             before = state
 
     def _outcome(self, s: Slice, states: list[int]) -> SliceResult:
-        """Score and sample the last rows; drafts are accepted as far as they are what would be sampled."""
+        """Score and sample the last rows; of what they sample, return what the drafts allow."""
         got = SliceResult([])
-        rows = len(s.targets)
-        for i, target in enumerate(s.targets):
-            state = states[len(states) - rows + i]
-            if target != SAMPLE:
-                got.scores.append(self._logprobs(state, target, s.top))
-                continue
-            token = self.sample(state, s.seed, s.choice, s.edits, s.params.allowed_token_ids)
-            got.token_ids.append(token)
-            if s.top is not None:
-                got.logprobs.append(self._logprobs(state, token, s.top))
-            if i + 1 < rows and s.token_ids[len(s.token_ids) - rows + i + 1] != token:
-                break
+        rows = states[len(states) - len(s.targets) :]
+        sampling = [state for state, target in zip(rows, s.targets) if target == SAMPLE]
+        sampled = [self.sample(state, s.seed, s.choice, s.edits, s.params.allowed_token_ids) for state in sampling]
+        got.token_ids = sampled[: accepted(s, sampled)]
         if got.token_ids:
             self._last[s.request_id] = got.token_ids[-1]
+        if s.top is not None:
+            scored = [(state, target) for state, target in zip(rows, s.targets) if target != SAMPLE]
+            got.scores = [self._logprobs(state, target, s.top) for state, target in scored]
+            got.logprobs = [self._logprobs(state, token, s.top) for state, token in zip(sampling, got.token_ids)]
         return got
 
-    def _logprobs(self, state: int, token: int, top: int | None) -> TokenLogprobs:
+    def _logprobs(self, state: int, token: int, top: int) -> TokenLogprobs:
         ranked = sorted(range(self.vocab_size), key=lambda t: (-self.logprob(state, t), t))
-        best = ranked[: top or 0]
+        best = ranked[:top]
         return TokenLogprobs(
             token, self.logprob(state, token), 1 + ranked.index(token), best, [self.logprob(state, t) for t in best]
         )

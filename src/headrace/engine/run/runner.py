@@ -13,6 +13,7 @@ from headrace.engine.run.batch import Batch, BatchBuilder
 from headrace.engine.run.frames import frame, step_frame
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.shard import ModelShard, Moves
+from headrace.engine.schedule.accept import draft_tokens
 from headrace.engine.schedule.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
 from headrace.errors import ConfigError, HeadraceError
 from headrace.model.huggingface import check_weights, fill_weights, load_weights
@@ -54,7 +55,13 @@ class Runner:
         self._last: Tensor | None = None
 
     def submit(self, plan: Plan) -> Handle:
-        """Start one step. Blocks move first: out to the host, in from it, then copy-on-write."""
+        """Start one step. Blocks move first: out to the host, in from it, then copy-on-write.
+
+        Raises `NotImplementedError`, before anything moves, for a slice with drafts: this runner does not verify them.
+        """
+        for s in plan.slices:
+            if len(s.targets) > 1 and draft_tokens(s):
+                raise NotImplementedError(f"request {s.request_id} has drafts, which this runner does not verify")
         moves = Moves(plan.swap_out, plan.swap_in, plan.copies)
         batch = self._builder.build(plan) if plan.slices else None
         if batch is not None:
@@ -128,8 +135,9 @@ class Runner:
     def _resolve_previous(self, batch: Batch) -> None:
         if not batch.previous:
             return
-        if self._last is None:
-            raise RuntimeError("a plan refers to the previous step's tokens, and there was none")
+        for _, request in batch.previous:
+            if self._last is None or request not in self._sampled:
+                raise RuntimeError(f"request {request} has no token from the plan before for PREVIOUS")
         rows = [row for row, _ in batch.previous]
         batch.inputs.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
 

@@ -68,13 +68,7 @@ class BeamSearch:
         scheduler.add(request)
         self._stop_ids = dict(request.stop_ids)
         self._max_output = request.max_output
-        request.top = max(self._top, request.top or 0)
         self.group_id = request.group_id
-
-    @property
-    def _top(self) -> int:
-        """Candidates asked of each beam: W that go on exist even if every end token is among them."""
-        return self._width + max(self._width, len(self._stop_ids))
 
     @property
     def request_ids(self) -> list[int]:
@@ -171,8 +165,7 @@ class BeamSearch:
             moved.append((_Beam(request, [*parent.logprobs, candidate.record]), candidate))
         self._stop([beam for index, beam in enumerate(self._beams) if index not in heirs], "stop")
         for beam, candidate in moved:
-            beam.request.cumulative_logprob = candidate.total
-            self._scheduler.extend(beam.request.request_id, [candidate.record.token_id])
+            self._scheduler.extend(beam.request.request_id, [candidate.record.token_id], candidate.total)
         self._beams = [beam for beam, _ in moved]
 
     def _fork(self, parent: Request) -> Request:
@@ -187,9 +180,7 @@ class BeamSearch:
             namespace=parent.namespace,
             output_token_ids=parent.output_token_ids,
         )
-        child.num_scored = parent.num_scored
         self._scheduler.fork(parent.request_id, child)
-        child.top = self._top
         return child
 
     def _stop(self, beams: Sequence[_Beam], reason: str) -> None:

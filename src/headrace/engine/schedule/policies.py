@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Protocol
 
 from headrace.engine.schedule.request import Request, Status
@@ -27,8 +28,8 @@ class Policy(Protocol):
         """Waiting requests (given sorted by `key`) in the order to admit them; `cached` counts hit tokens."""
         ...
 
-    def admitted(self, waiting: Sequence[Request], newest: int) -> None:
-        """Told after a step what still waits, and the latest arrival that was admitted."""
+    def overtaken(self, waiting: Sequence[Request], newest: int) -> Sequence[Request]:
+        """Of those that still wait after a step, the ones it passed over; `newest` is the latest arrival it seated."""
         ...
 
 
@@ -43,8 +44,8 @@ class FirstCome:
     def order(self, waiting: Sequence[Request], seats: int, cached: Callable[[Request], int]) -> list[Request]:
         return list(waiting[: WINDOW + seats])
 
-    def admitted(self, waiting: Sequence[Request], newest: int) -> None:
-        return
+    def overtaken(self, waiting: Sequence[Request], newest: int) -> Sequence[Request]:
+        return ()
 
 
 class LongestPrefix(FirstCome):
@@ -65,11 +66,8 @@ class LongestPrefix(FirstCome):
 
         return sorted(waiting[: WINDOW + seats], key=rank)
 
-    def admitted(self, waiting: Sequence[Request], newest: int) -> None:
-        for request in waiting:
-            if request.arrival >= newest:
-                break
-            request.overtaken += 1
+    def overtaken(self, waiting: Sequence[Request], newest: int) -> Sequence[Request]:
+        return list(takewhile(lambda request: request.arrival < newest, waiting))
 
 
 class Priority(FirstCome):

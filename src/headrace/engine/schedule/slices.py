@@ -32,7 +32,6 @@ def make_slice(request: Request, start: int, end: int) -> Slice:
     if request.num_scored < last_scored:
         first, stop = max(start, request.num_scored), min(end, last_scored)
         targets = tokens[first + 1 : stop + 1] + [SAMPLE] * max(samples, 0)
-        request.num_scored = max(request.num_scored, stop)
     elif samples != 1:
         targets = [SAMPLE] * max(samples, 0)
     edits: LogitEdits | None = None

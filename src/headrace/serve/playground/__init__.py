@@ -1,7 +1,7 @@
-"""The playground: one page at `/` that talks to the server as any client does, and shows what its engine is doing.
+"""The playground: one page at `/`, a client of the public API that also shows what the engine is doing.
 
-The page is a few static files: no build step, no other host, no inline script. Its live picture comes from
-`/playground/live`, which needs the API key where there is one; the files need none.
+The page is a few static files: no build step, no other host, no inline script. Its live data comes from
+`/playground/live`, which needs the API key if there is one; the files need none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headrace.serve.live import Live
 __all__ = ["PUBLIC_PATHS", "playground_router"]
 
 WATCHERS = 16
-"""Live pictures at a time."""
+"""Streams of live data at a time, at most."""
 MEDIA_TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
 FILES = (
     "index.html",
@@ -37,7 +37,7 @@ FILES = (
     "tree.js",
 )
 PUBLIC_PATHS = frozenset({"/", *(f"/playground/{name}" for name in FILES if name != "index.html")})
-"""What anybody may read: the page holds nothing of the server's."""
+"""Paths that need no key: static files without the server's data."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'",

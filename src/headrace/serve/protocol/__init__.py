@@ -1,1 +1,1 @@
-"""What clients send and read: the table of fields, what a request asks for, and the shapes of the answers."""
+"""The HTTP protocol: the table of fields, requests, and the shapes of answers."""

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of answers: their status codes, content types and shapes."""
+"""Responses in the OpenAPI document: status codes, content types and schemas."""
 
 from __future__ import annotations
 
@@ -18,81 +18,83 @@ __all__ = [
     "UPDATED",
     "VERSION",
     "WITH_MODEL",
-    "answers",
-    "text_answers",
+    "responses",
+    "text_responses",
 ]
 
 Schema = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
 
 
-def thing(**required: Schema) -> Schema:
+def object_with(**required: Schema) -> Schema:
     """An object that has at least these fields."""
     return {"type": "object", "properties": required, "required": list(required)}
 
 
-def series(item: Schema) -> Schema:
-    """A list of these."""
+def array_of(item: Schema) -> Schema:
+    """An array of these items."""
     return {"type": "array", "items": item}
 
 
-def either(*kinds: Schema) -> Schema:
-    """One of these."""
+def any_of(*kinds: Schema) -> Schema:
+    """One of these schemas."""
     return {"anyOf": list(kinds)}
 
 
-TEXT, WHOLE, BOOLEAN, NULL = ({"type": kind} for kind in ("string", "integer", "boolean", "null"))
+STRING, INTEGER, BOOLEAN, NULL = ({"type": kind} for kind in ("string", "integer", "boolean", "null"))
 MAPPING: Schema = {"type": "object"}
 
-ERROR = thing(error=thing(message=TEXT, type=TEXT, param=either(TEXT, NULL), code=WHOLE))
-USAGE = thing(prompt_tokens=WHOLE, total_tokens=WHOLE)
-SPENT = thing(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE, prompt_tokens_details=MAPPING)
-WHY = {"finish_reason": either(TEXT, NULL), "logprobs": either(MAPPING, NULL)}
-COMPLETION = thing(
-    id=TEXT,
-    object=TEXT,
-    created=WHOLE,
-    model=TEXT,
-    weights_version=WHOLE,
-    usage=SPENT,
-    choices=series(thing(index=WHOLE, text=TEXT, **WHY)),
+ERROR = object_with(error=object_with(message=STRING, type=STRING, param=any_of(STRING, NULL), code=INTEGER))
+USAGE = object_with(prompt_tokens=INTEGER, total_tokens=INTEGER)
+SPENT = object_with(
+    prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details=MAPPING
 )
-CHAT_ANSWER = thing(
-    id=TEXT,
-    object=TEXT,
-    created=WHOLE,
-    model=TEXT,
-    weights_version=WHOLE,
+WHY = {"finish_reason": any_of(STRING, NULL), "logprobs": any_of(MAPPING, NULL)}
+COMPLETION = object_with(
+    id=STRING,
+    object=STRING,
+    created=INTEGER,
+    model=STRING,
+    weights_version=INTEGER,
     usage=SPENT,
-    choices=series(thing(index=WHOLE, message=thing(role=TEXT, content=TEXT), **WHY)),
+    choices=array_of(object_with(index=INTEGER, text=STRING, **WHY)),
 )
-VECTOR = either(series({"type": "number"}), TEXT)
-EMBEDDED = thing(
-    object=TEXT,
-    model=TEXT,
-    weights_version=WHOLE,
+CHAT_ANSWER = object_with(
+    id=STRING,
+    object=STRING,
+    created=INTEGER,
+    model=STRING,
+    weights_version=INTEGER,
+    usage=SPENT,
+    choices=array_of(object_with(index=INTEGER, message=object_with(role=STRING, content=STRING), **WHY)),
+)
+VECTOR = any_of(array_of({"type": "number"}), STRING)
+EMBEDDED = object_with(
+    object=STRING,
+    model=STRING,
+    weights_version=INTEGER,
     usage=USAGE,
-    data=series(thing(object=TEXT, index=WHOLE, embedding=VECTOR)),
+    data=array_of(object_with(object=STRING, index=INTEGER, embedding=VECTOR)),
 )
-UPDATED = thing(weights_version=WHOLE)
-TOKENIZED = thing(count=WHOLE, max_model_len=WHOLE, tokens=series(WHOLE))
-DETOKENIZED = thing(prompt=TEXT)
-CARD = thing(
-    id=TEXT,
-    object=TEXT,
-    created=WHOLE,
-    owned_by=TEXT,
-    root=TEXT,
-    max_model_len=WHOLE,
-    fingerprint=TEXT,
-    weights_version=WHOLE,
+UPDATED = object_with(weights_version=INTEGER)
+TOKENIZED = object_with(count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER))
+DETOKENIZED = object_with(prompt=STRING)
+CARD = object_with(
+    id=STRING,
+    object=STRING,
+    created=INTEGER,
+    owned_by=STRING,
+    root=STRING,
+    max_model_len=INTEGER,
+    fingerprint=STRING,
+    weights_version=INTEGER,
     chat_template=BOOLEAN,
     default_sampling_params=MAPPING,
 )
-MODELS = thing(object=TEXT, data=series(CARD))
-HEALTH = thing(status=TEXT, restarts=WHOLE)
-UNHEALTHY = either(HEALTH, ERROR)
-VERSION = thing(version=TEXT)
+MODELS = object_with(object=STRING, data=array_of(CARD))
+HEALTH = object_with(status=STRING, restarts=INTEGER)
+UNHEALTHY = any_of(HEALTH, ERROR)
+VERSION = object_with(version=STRING)
 
 MEANINGS = {
     400: "The request is at fault: `param` is the field",
@@ -107,26 +109,26 @@ MEANINGS = {
     503: "No engine, or no room for the body, just now",
 }
 ANYWHERE = (408, 413, 415, 500, 503)
-"""What may come of any request."""
+"""Of any request."""
 WITH_MODEL = (400, 404)
-"""Of one that has a body with fields, too."""
+"""Also of a request with a body."""
 GENERATING = (*WITH_MODEL, 429)
-"""Of one that needs the engine, too."""
+"""Also of a request that needs the engine."""
 
 
-def answers(success: Schema, *errors: int, stream: bool = False, public: bool = False) -> Responses:
+def responses(success: Schema, *errors: int, stream: bool = False, public: bool = False) -> Responses:
     """A route's `responses`: JSON of this shape, or as server-sent events where `stream`, or an error.
 
-    What is `public` needs no key.
+    A `public` route needs no key.
     """
     content: dict[str, Any] = {"application/json": {"schema": success}}
     if stream:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": STRING}
     return {200: {"description": "The answer", "content": content}, **_errors(errors if public else (401, *errors))}
 
 
-def text_answers() -> Responses:
-    """The same of a public route that answers with plain text."""
+def text_responses() -> Responses:
+    """The same of a public route that responses with plain text."""
     return {200: {"description": "The text"}, **_errors(())}
 
 

@@ -1,4 +1,4 @@
-"""The shapes of completions and chats: one `Part` of a choice becomes a chunk's choice, or a whole answer's."""
+"""The shapes of completions and chats: one `ChoicePart` of a choice becomes a chunk's choice, or a whole answer's."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Any, Protocol
 from headrace.instance.wire import ChoiceDelta, TokenEntry
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 
-__all__ = ["CHAT_FORM", "COMPLETION_FORM", "Form", "Part", "prompt_part", "prompt_tables", "usage"]
+__all__ = ["CHAT_FORM", "COMPLETION_FORM", "ChoicePart", "Form", "prompt_part", "prompt_tables", "usage"]
 
-Row = Sequence[TokenEntry] | None
+LogprobRow = Sequence[TokenEntry] | None
 """A token's own entry, then the best ones; None for a prompt's first token."""
 
 
 @dataclass(slots=True)
-class Part:
-    """Some of one choice's tokens, with their text. `rows` has one row a token, or is None."""
+class ChoicePart:
+    """Consecutive tokens of one choice, with their text. `rows` has one row a token, or is None."""
 
     text: str = ""
     token_ids: Sequence[int] = ()
-    rows: Sequence[Row] | None = None
+    rows: Sequence[LogprobRow] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
     @classmethod
-    def of_delta(cls, new: ChoiceDelta) -> Part:
-        """What a step brought."""
+    def of_delta(cls, new: ChoiceDelta) -> ChoicePart:
+        """The new part of a choice."""
         return cls(new.text, new.token_ids, new.logprobs, new.finish_reason, new.stop_reason)
 
     @classmethod
-    def of_output(cls, whole: CompletionOutput) -> Part:
-        """A choice that is over."""
+    def of_output(cls, whole: CompletionOutput) -> ChoicePart:
+        """A finished choice."""
         rows = None if whole.logprobs is None else [entries(table) for table in whole.logprobs]
         return cls(whole.text, whole.token_ids, rows, whole.finish_reason, whole.stop_reason)
 
-    def __add__(self, other: Part) -> Part:
-        """This and what came after it."""
+    def __add__(self, other: ChoicePart) -> ChoicePart:
+        """This part and the next one, joined."""
         rows = None if self.rows is None and other.rows is None else [*(self.rows or ()), *(other.rows or ())]
-        return Part(
+        return ChoicePart(
             self.text + other.text, [*self.token_ids, *other.token_ids], rows, other.finish_reason, other.stop_reason
         )
 
@@ -49,15 +49,15 @@ def entries(table: Mapping[int, Logprob]) -> list[TokenEntry]:
     return [TokenEntry(token, entry.logprob, entry.rank, entry.decoded_token) for token, entry in table.items()]
 
 
-def prompt_part(text: str, output: RequestOutput, first_token: str, shown: bool) -> Part:
+def prompt_part(text: str, output: RequestOutput, first_token: str, shown: bool) -> ChoicePart:
     """The prompt as a part of a choice, for an echo. `first_token` is the first token's text."""
     ids = output.prompt_token_ids
     if not shown or output.prompt_logprobs is None:
-        return Part(text, ids)
-    rows: list[Row] = [None if table is None else entries(table) for table in output.prompt_logprobs]
+        return ChoicePart(text, ids)
+    rows: list[LogprobRow] = [None if table is None else entries(table) for table in output.prompt_logprobs]
     if rows:
-        rows[0] = [TokenEntry(ids[0], 0.0, 0, first_token)]  # rank 0: nothing stands before it
-    return Part(text, ids, rows)
+        rows[0] = [TokenEntry(ids[0], 0.0, 0, first_token)]  # rank 0: the first token is not predicted
+    return ChoicePart(text, ids, rows)
 
 
 def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
@@ -76,7 +76,7 @@ def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """What it took, in tokens."""
+    """A `usage` object. All in tokens."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -86,22 +86,22 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
 
 
 class Form(Protocol):
-    """One of the two ways to say the same."""
+    """The shape of one endpoint's answers."""
 
     prefix: str
-    """Of ids."""
+    """Of answers' ids."""
     object: str
     chunk_object: str
     echoes_logprobs: bool
-    """Whether the prompt's log-probabilities stand before the others in an echo."""
+    """Whether an echo includes the prompt's log-probabilities."""
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The choice of a stream's first chunk, where it has one without text."""
+    def opening_choice(self, index: int) -> dict[str, Any] | None:
+        """The choice of a stream's first chunk, if there is one before any token."""
 
-    def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
-        """A chunk's choice. `best` tokens are shown beside each; `offset` characters of the text came before."""
+    def chunk_choice(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
+        """A chunk's choice. `best` alternatives are shown for each token; `offset` characters came before."""
 
-    def whole(self, index: int, part: Part, best: int) -> dict[str, Any]:
+    def answer_choice(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
         """An answer's choice."""
 
 
@@ -111,11 +111,11 @@ class CompletionForm:
     prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
     echoes_logprobs = True
 
-    def opening(self, index: int) -> None:
-        """Nothing comes before the text."""
+    def opening_choice(self, index: int) -> None:
+        """None."""
 
-    def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
-        """A chunk's choice is an answer's choice."""
+    def chunk_choice(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
+        """The same shape in chunks and answers."""
         return {
             "index": index,
             "text": part.text,
@@ -124,9 +124,9 @@ class CompletionForm:
             "stop_reason": part.stop_reason,
         }
 
-    def whole(self, index: int, part: Part, best: int) -> dict[str, Any]:
-        """All of it."""
-        return self.piece(index, part, best, 0)
+    def answer_choice(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
+        """A chunk's choice that holds the whole text."""
+        return self.chunk_choice(index, part, best, 0)
 
 
 class ChatForm:
@@ -135,12 +135,12 @@ class ChatForm:
     prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     echoes_logprobs = False
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """Who speaks."""
+    def opening_choice(self, index: int) -> dict[str, Any]:
+        """The assistant's role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, part: Part, best: int, offset: int) -> dict[str, Any]:
-        """What is new."""
+    def chunk_choice(self, index: int, part: ChoicePart, best: int, offset: int) -> dict[str, Any]:
+        """The choice's `delta`."""
         return {
             "index": index,
             "delta": {"content": part.text} if part.text or part.finish_reason is None else {},
@@ -149,8 +149,8 @@ class ChatForm:
             "stop_reason": part.stop_reason,
         }
 
-    def whole(self, index: int, part: Part, best: int) -> dict[str, Any]:
-        """The message."""
+    def answer_choice(self, index: int, part: ChoicePart, best: int) -> dict[str, Any]:
+        """The choice's `message`."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": part.text, "refusal": None},
@@ -160,25 +160,25 @@ class ChatForm:
         }
 
 
-def _completion_logprobs(part: Part, offset: int) -> dict[str, Any] | None:
+def _completion_logprobs(part: ChoicePart, offset: int) -> dict[str, Any] | None:
     if part.rows is None:
         return None
-    told: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+    logprobs: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     for row in part.rows:
         assert row is not None
         own = row[0]
-        told["tokens"].append(own.decoded_token)
-        told["text_offset"].append(offset)
-        told["token_logprobs"].append(own.logprob if own.rank else None)
+        logprobs["tokens"].append(own.decoded_token)
+        logprobs["text_offset"].append(offset)
+        logprobs["token_logprobs"].append(own.logprob if own.rank else None)
         best: dict[str, float] = {}
-        for entry in row:  # two tokens may have one text: the likelier stands
+        for entry in row:  # two tokens may have the same text: keep the likelier
             best[entry.decoded_token] = max(entry.logprob, best.get(entry.decoded_token, entry.logprob))
-        told["top_logprobs"].append(best if own.rank else None)
+        logprobs["top_logprobs"].append(best if own.rank else None)
         offset += len(own.decoded_token)
-    return told
+    return logprobs
 
 
-def _chat_logprobs(part: Part, best: int) -> dict[str, Any] | None:
+def _chat_logprobs(part: ChoicePart, best: int) -> dict[str, Any] | None:
     if part.rows is None:
         return None
     content = []

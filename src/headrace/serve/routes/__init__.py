@@ -1,1 +1,1 @@
-"""The endpoints: each module has a function that makes a router over the server's parts."""
+"""The endpoints: each module makes a router over the served models."""

@@ -9,60 +9,59 @@ from fastapi import APIRouter, Request, Response
 from headrace.serve.answers import Answers
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import unless_gone
-from headrace.serve.parts import Parts
-from headrace.serve.protocol.asks import read_ask
+from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.protocol.bodies import Body, Reader
-from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING
-from headrace.serve.protocol.document import answers as documented
+from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING, responses
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
-from headrace.serve.texts import Prompt, several
+from headrace.serve.protocol.requests import read_generation_request
+from headrace.serve.text_service import TokenizedPrompt, several
 
 __all__ = ["generation_router", "read_chat", "truncated"]
 
 
-def generation_router(parts: Parts) -> APIRouter:
-    """Continue prompts, and answer conversations."""
+def generation_router(models: ModelDirectory) -> APIRouter:
+    """Endpoints that generate text."""
     router = APIRouter(tags=["generation"])
-    answers = Answers(parts.gateway, parts.texts, parts.model_name)
     completion, chat = Reader(COMPLETIONS, "CompletionRequest"), Reader(CHAT, "ChatCompletionRequest")
 
     @router.post(
         COMPLETIONS,
         openapi_extra={"requestBody": completion.schema()},
         summary="Continue prompts",
-        responses=documented(COMPLETION, *GENERATING, stream=True),
+        responses=responses(COMPLETION, *GENERATING, stream=True),
     )
     async def completions(request: Request) -> Response:
         body = completion.read(await request.body())
-        parts.check_model(body)
-        ask = read_ask(body, COMPLETIONS, parts.defaults, parts.priorities)
+        model = models.of(body)
+        answers = Answers(model)
+        generation = read_generation_request(body, COMPLETIONS, model.defaults, model.priorities)
         given = several(body["prompt"])
-        answers.check(ask, len(given))
-        prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
-        return await answers.answer(request, ask, COMPLETION_FORM, [truncated(p, body, parts) for p in prompts])
+        answers.check(generation, len(given))
+        prompts = await unless_gone(request, model.text.prompts(given, body.get("add_special_tokens", True)))
+        return await answers.answer(request, generation, COMPLETION_FORM, [truncated(p, body, model) for p in prompts])
 
     @router.post(
         CHAT,
         openapi_extra={"requestBody": chat.schema()},
         summary="Answer a conversation",
-        responses=documented(CHAT_ANSWER, *GENERATING, stream=True),
+        responses=responses(CHAT_ANSWER, *GENERATING, stream=True),
     )
     async def chat_completions(request: Request) -> Response:
         body = chat.read(await request.body())
-        parts.check_model(body)
-        ask = read_ask(body, CHAT, parts.defaults, parts.priorities)
-        echo = _last_message(body) if ask.echo else None
-        prompt = await unless_gone(request, read_chat(body, parts))
-        return await answers.answer(request, ask, CHAT_FORM, [truncated(prompt, body, parts)], echo)
+        model = models.of(body)
+        generation = read_generation_request(body, CHAT, model.defaults, model.priorities)
+        echo = _last_message(body) if generation.echo else None
+        prompt = await unless_gone(request, read_chat(body, model))
+        return await Answers(model).answer(request, generation, CHAT_FORM, [truncated(prompt, body, model)], echo)
 
     return router
 
 
-async def read_chat(body: Body, parts: Parts) -> Prompt:
+async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
     """The prompt that a conversation becomes."""
-    going_on = body.get("continue_final_message", False)
-    if going_on and body.get("add_generation_prompt", False):
+    continuing = body.get("continue_final_message", False)
+    if continuing and body.get("add_generation_prompt", False):
         raise RefusedError(
             "continue_final_message and add_generation_prompt are opposites: send one of them", "continue_final_message"
         )
@@ -71,23 +70,23 @@ async def read_chat(body: Body, parts: Parts) -> Prompt:
     }
     if "reasoning_effort" in body:
         variables["reasoning_effort"] = "reasoning_effort", body["reasoning_effort"]
-    return await parts.texts.chat(
+    return await model.text.chat(
         body["messages"],
         add_generation_prompt=body.get("add_generation_prompt", True),
-        continue_final_message=going_on,
+        continue_final_message=continuing,
         chat_template=body.get("chat_template"),
         variables=variables,
         add_special_tokens=body.get("add_special_tokens", False),
     )
 
 
-def truncated(prompt: Prompt, body: Body, parts: Parts) -> Prompt:
-    """The end of a prompt that `truncate_prompt_tokens` asks for."""
+def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> TokenizedPrompt:
+    """The prompt, cut at its start as `truncate_prompt_tokens` asks."""
     count = body.get("truncate_prompt_tokens")
     if count is None:
         return prompt
     # With -1, one place is left for a token to be generated.
-    return prompt.last(parts.gateway.info.max_model_len - 1 if count < 0 else count)
+    return prompt.last(model.gateway.info.max_model_len - 1 if count < 0 else count)
 
 
 def _last_message(body: Body) -> str:

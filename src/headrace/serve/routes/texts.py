@@ -12,13 +12,12 @@ from fastapi import APIRouter, Request, Response
 from headrace.instance.wire import Embedding
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
-from headrace.serve.parts import Parts
+from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.protocol.bodies import Reader
-from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, TOKENIZED, WITH_MODEL
-from headrace.serve.protocol.document import answers as documented
+from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, TOKENIZED, WITH_MODEL, responses
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
 from headrace.serve.routes.generation import read_chat, truncated
-from headrace.serve.texts import Prompt, several
+from headrace.serve.text_service import TokenizedPrompt, several
 
 __all__ = ["texts_router"]
 
@@ -28,36 +27,42 @@ EMBEDDING_HELP = (
 )
 
 
-def texts_router(parts: Parts) -> APIRouter:
-    """What has to do with texts, and generates none."""
+def texts_router(models: ModelDirectory) -> APIRouter:
+    """Endpoints over texts that generate none."""
     router = APIRouter(tags=["texts"])
-    embedding = Reader(EMBEDDINGS, "EmbeddingRequest")
-    tokenizing, detokenizing = Reader(TOKENIZE, "TokenizeRequest"), Reader(DETOKENIZE, "DetokenizeRequest")
+    _add_embeddings(router, models)
+    _add_tokenize(router, models)
+    _add_detokenize(router, models)
+    return router
+
+
+def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
+    reader = Reader(EMBEDDINGS, "EmbeddingRequest")
 
     @router.post(
         EMBEDDINGS,
-        openapi_extra={"requestBody": embedding.schema()},
+        openapi_extra={"requestBody": reader.schema()},
         summary="Mean-pooled hidden states",
         description=EMBEDDING_HELP,
-        responses=documented(EMBEDDED, *GENERATING),
+        responses=responses(EMBEDDED, *GENERATING),
     )
     async def embeddings(request: Request) -> Response:
-        body = embedding.read(await request.body())
-        parts.check_model(body)
+        body = reader.read(await request.body())
+        model = models.of(body)
         given = several(body["input"])
-        if len(given) > parts.gateway.seats:
+        if len(given) > model.gateway.seats:
             raise RefusedError(
-                f"{len(given)} texts at once, and this server holds {parts.gateway.seats}: send fewer", "input"
+                f"{len(given)} texts at once, and this server holds {model.gateway.seats}: send fewer", "input"
             )
-        prompts = await unless_gone(request, parts.texts.prompts(given, body.get("add_special_tokens", True)))
-        prompts = [truncated(prompt, body, parts) for prompt in prompts]
-        made = await unless_gone(request, _embed(parts, prompts))
+        prompts = await unless_gone(request, model.text.prompts(given, body.get("add_special_tokens", True)))
+        prompts = [truncated(prompt, body, model) for prompt in prompts]
+        made = await unless_gone(request, _embed(model, prompts))
         as_base64 = body.get("encoding_format") == "base64"
         count = sum(len(prompt.token_ids) for prompt in prompts)
         return JSON(
             {
                 "object": "list",
-                "model": parts.model_name,
+                "model": model.name,
                 "weights_version": made[-1].weights_version,
                 "data": [
                     {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
@@ -67,53 +72,59 @@ def texts_router(parts: Parts) -> APIRouter:
             }
         )
 
+
+def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
+    reader = Reader(TOKENIZE, "TokenizeRequest")
+
     @router.post(
         TOKENIZE,
-        openapi_extra={"requestBody": tokenizing.schema()},
+        openapi_extra={"requestBody": reader.schema()},
         summary="Text to token ids",
-        responses=documented(TOKENIZED, *WITH_MODEL),
+        responses=responses(TOKENIZED, *WITH_MODEL),
     )
     async def tokenize(request: Request) -> Response:
-        body = tokenizing.read(await request.body())
-        parts.check_model(body)
+        body = reader.read(await request.body())
+        model = models.of(body)
         if ("prompt" in body) == ("messages" in body):
             raise RefusedError("send prompt or messages, one of them", "prompt")
         if "messages" in body:
-            prompt = await unless_gone(request, read_chat(body, parts))
+            prompt = await unless_gone(request, read_chat(body, model))
         else:
             [prompt] = await unless_gone(
-                request, parts.texts.prompts([body["prompt"]], body.get("add_special_tokens", True))
+                request, model.text.prompts([body["prompt"]], body.get("add_special_tokens", True))
             )
         answer: dict[str, Any] = {
             "count": len(prompt.token_ids),
-            "max_model_len": parts.gateway.info.max_model_len,
+            "max_model_len": model.gateway.info.max_model_len,
             "tokens": prompt.token_ids,
         }
         if body.get("return_token_strs", False):
-            answer["token_strs"] = await parts.texts.token_texts(prompt.token_ids)
+            answer["token_strs"] = await model.text.token_texts(prompt.token_ids)
         return JSON(answer)
+
+
+def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
+    reader = Reader(DETOKENIZE, "DetokenizeRequest")
 
     @router.post(
         DETOKENIZE,
-        openapi_extra={"requestBody": detokenizing.schema()},
+        openapi_extra={"requestBody": reader.schema()},
         summary="Token ids to text",
-        responses=documented(DETOKENIZED, *WITH_MODEL),
+        responses=responses(DETOKENIZED, *WITH_MODEL),
     )
     async def detokenize(request: Request) -> Response:
-        body = detokenizing.read(await request.body())
-        parts.check_model(body)
-        last = parts.gateway.info.vocab_size - 1
+        body = reader.read(await request.body())
+        model = models.of(body)
+        last = model.gateway.info.vocab_size - 1
         for token in body["tokens"]:
             if token > last:
                 raise RefusedError(f"tokens has id {token}, and the vocabulary ends at {last}", "tokens")
-        return JSON({"prompt": await parts.texts.decode(body["tokens"])})
-
-    return router
+        return JSON({"prompt": await model.text.decode(body["tokens"])})
 
 
-async def _embed(parts: Parts, prompts: list[Prompt]) -> list[Embedding]:
-    """All of them, or the first error. They are made one after another."""
-    tasks = [asyncio.ensure_future(parts.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
+async def _embed(model: ServedModel, prompts: list[TokenizedPrompt]) -> list[Embedding]:
+    """The embeddings of all prompts, or the first error."""
+    tasks = [asyncio.ensure_future(model.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Request, Response
 
 from headrace.serve.errors import NotAllowedError
 from headrace.serve.http import JSON, unless_gone
-from headrace.serve.parts import Parts
+from headrace.serve.models import ModelDirectory
 from headrace.serve.protocol.bodies import Reader
-from headrace.serve.protocol.document import UPDATED, answers
+from headrace.serve.protocol.document import UPDATED, responses
 from headrace.serve.protocol.fields import UPDATE
 
 __all__ = ["weights_router"]
@@ -19,8 +19,8 @@ HELP = (
 )
 
 
-def weights_router(parts: Parts, allowed: bool) -> APIRouter:
-    """Put other weights into the running engine."""
+def weights_router(models: ModelDirectory, allowed: bool) -> APIRouter:
+    """The endpoint that replaces the weights of the running engine."""
     router = APIRouter(tags=["weights"])
     reader = Reader(UPDATE, "UpdateWeightsRequest")
 
@@ -29,7 +29,7 @@ def weights_router(parts: Parts, allowed: bool) -> APIRouter:
         openapi_extra={"requestBody": reader.schema()},
         summary="Put in the weights of a folder",
         description=HELP,
-        responses=answers(UPDATED, 400, 403),
+        responses=responses(UPDATED, 400, 403),
     )
     async def update_weights(request: Request) -> Response:
         if not allowed:
@@ -38,7 +38,7 @@ def weights_router(parts: Parts, allowed: bool) -> APIRouter:
                 "with --allow-weight-updates"
             )
         body = reader.read(await request.body())
-        version = await unless_gone(request, parts.gateway.update_weights(body["path"], body.get("version")))
+        version = await unless_gone(request, models.default.gateway.update_weights(body["path"], body.get("version")))
         return JSON({"weights_version": version})
 
     return router

@@ -1,1 +1,1 @@
-"""Corpora: files in, a folder of memory-mapped tokens out, and the pieces that training reads from it."""
+"""Corpora: build a folder of memory-mapped tokens from files, and read training pieces from it."""

@@ -26,8 +26,8 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, eos: str, what: str, source: str) -> Tokenizer:
     """A tokenizer of at most `vocab_size` tokens. Equal arguments give equal tokenizers.
 
-    Digits are single tokens. Id 0 is `eos`, which ends a text and a turn of `CHAT_TEMPLATE`. `what` is what errors
-    call the vocabulary's size, `source` what they call the tokenizer.
+    Digits are single tokens. Id 0 is `eos`, which ends a text and a turn of `CHAT_TEMPLATE`. Error messages
+    name the vocabulary's size `what` and the tokenizer `source`.
     """
     special: Sequence[str] = (eos, *ROLE_TOKENS)
     require(

@@ -1,6 +1,6 @@
-"""Building a folder: learn or load a tokenizer, write every document's tokens, hold some out, put it in its place.
+"""Build a folder: learn or load a tokenizer, write every document's tokens, hold some documents out.
 
-Everything is written into a hidden folder beside the target, index.json last; then the folder gets its name.
+Everything is written into a hidden folder beside the target, index.json last; then the folder is renamed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from headrace.train.corpus.shards import SHARD_TOKENS, ShardWriter, flushed
 __all__ = ["EOS", "BuildConfig", "Built", "build"]
 
 EOS = "<|endoftext|>"
-"""The end token of a tokenizer that is learnt here, and what stands between the documents of a text file."""
+"""The end token of a tokenizer learnt here, and the default separator of a text file's documents."""
 TINYWORLD = "tinyworld"
 LEARN_FROM = 200_000_000
-"""Characters that a tokenizer is learnt from, an equal share of each input."""
+"""Characters from which a tokenizer is learnt, an equal share of each input."""
 
-Progress = Callable[[str, int, int], None]
-"""(what is done, documents, tokens): called now and then."""
+BuildProgress = Callable[[str, int, int], None]
+"""Called with (name of the count, documents, tokens so far)."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildConfig:
-    """What `headrace data build` is told; errors name its flags.
+    """The arguments of `headrace data build`; errors name its flags.
 
-    `inputs` are files, hub:owner/name[@split], or "tinyworld" alone. `validation` is the share of documents to hold
-    out, at least one. `tokenizer` is a folder to take the tokenizer from instead of learning one. `documents` is how
-    many texts of tinyworld to write.
+    `inputs` are files, hub:owner/name[@split], or "tinyworld" alone. `validation`: the share of documents to hold out,
+    at least one. `tokenizer`: a folder whose tokenizer is used, instead of learning one. `documents`: the number of
+    tinyworld's texts.
     """
 
     inputs: tuple[str, ...]
@@ -65,7 +65,10 @@ class BuildConfig:
         require(self.vocab_size >= 1, f"--vocab-size={self.vocab_size} must be at least 1")
         require(self.seed >= 0, f"--seed={self.seed} must not be negative")
         require(self.documents >= 2, f"--documents={self.documents} must be at least 2")
-        require(self.inputs == (TINYWORLD,) or TINYWORLD not in self.inputs, "tinyworld cannot be mixed with files")
+        require(
+            self.inputs == (TINYWORLD,) or TINYWORLD not in self.inputs,
+            "tinyworld cannot be mixed with files: give one or the other",
+        )
         require(not (self.chat and self.generated), "--chat is for files: tinyworld is written as chats anyway")
 
     @property
@@ -76,19 +79,19 @@ class BuildConfig:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What was built."""
+    """The result of a build."""
 
     index: Index
     skipped: int
     """Records without text, or without a turn of the assistant."""
     ended_within: int
-    """Documents with the end token's text inside: attention crosses it."""
+    """Documents with an end token before their end, which attention crosses."""
 
 
-def build(config: BuildConfig, progress: Progress | None = None) -> Built:
+def build(config: BuildConfig, progress: BuildProgress | None = None) -> Built:
     """Build the folder `config.out`. Raises `ConfigError` that names the flag, or the file and line, at fault.
 
-    Until it is whole the folder does not exist; what was there before stays until then.
+    The folder appears, or replaces an earlier one, only when it is complete.
     """
     for name in config.inputs if not config.generated else ():
         kind_of(name)
@@ -118,7 +121,7 @@ def _check_target(config: BuildConfig) -> None:
     )
 
 
-def _write(config: BuildConfig, folder: Path, progress: Progress) -> Built:
+def _write(config: BuildConfig, folder: Path, progress: BuildProgress) -> Built:
     source = CorpusInput(
         config.inputs,
         config.chat,
@@ -185,7 +188,7 @@ def _append(writer: ShardWriter, document: Encoded, eos: int) -> int:
     return int(document.counts is None and bool((inside == eos).any()))
 
 
-def _tokenizer(config: BuildConfig, source: CorpusInput, progress: Progress) -> Tokenizer:
+def _tokenizer(config: BuildConfig, source: CorpusInput, progress: BuildProgress) -> Tokenizer:
     if config.tokenizer is not None:
         require(config.tokenizer.is_dir(), f"--tokenizer={config.tokenizer} is not a folder")
         return Tokenizer.from_folder(config.tokenizer)
@@ -213,7 +216,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _hold_out(config: BuildConfig, documents: int, exam: int) -> np.ndarray:
-    """The held-out documents' numbers: tinyworld's exam, or a share drawn by the seed."""
+    """Numbers of the held-out documents: tinyworld's exam, or a share drawn by the seed."""
     if exam:
         return np.arange(documents - exam, documents)
     share = max(1, round(config.validation * documents)) if config.validation and documents > 1 else 0
@@ -221,7 +224,7 @@ def _hold_out(config: BuildConfig, documents: int, exam: int) -> np.ndarray:
 
 
 def _put(partial: Path, out: Path) -> None:
-    """Give the whole folder its name; what had it goes."""
+    """Rename the complete folder to `out`, and remove an earlier one."""
     for file in (*partial.iterdir(), partial):
         flushed(file)
     old = partial.with_name(f"{partial.name}.old")

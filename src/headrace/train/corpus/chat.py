@@ -1,8 +1,7 @@
 """A conversation as training data: the chat template's text, and which of its tokens the assistant wrote.
 
-The text is tokenized whole, as the server tokenizes it. A turn is found by rendering the messages up to it: with the
-generation prompt that is what the model is asked, without it and with the turn itself that is what it should have
-answered. The tokens between the two count.
+The whole text is tokenized at once, as the server does. To find a turn, the messages before it are rendered with the
+generation prompt, and the messages up to and with it without one. The tokens between the two ends count.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def messages_of(where: str, value: Mapping[str, Any], field: str) -> list[Mappin
         f"{where}: has no field {field!r}; it has {', '.join(map(str, value)) or 'none'}: name the "
         "right one with --messages-field",
     )
-    messages = value[field]
+    messages: list[Mapping[str, Any]] = value[field]
     require(isinstance(messages, list) and bool(messages), f"{where}: {field} must be a list of messages")
     for number, message in enumerate(messages):
         require(
@@ -41,9 +40,9 @@ def encode_chat(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(ids int64, counts bool) of a conversation: the assistant's turns and the token that ends each count.
 
-    What follows the last of them is left out; without any the result is None. An end token is added where the template
-    ends the last turn with none. Raises `ConfigError` that names the record where the messages do not suit the
-    template, or the template renders a conversation's beginning otherwise than it renders it in the whole.
+    Text after the last of them is left out; without one the result is None. An end token is added where the template
+    ends the last turn without one. Raises `ConfigError` that names the record where the messages do not suit the
+    template, or where the template renders a prefix of the conversation differently within the whole.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -58,14 +57,13 @@ def encode_chat(
         answered = _render(tokenizer, messages[: turn + 1], False, tools, where)
         require(
             whole.startswith(answered) and answered.startswith(asked),
-            f"{where}: message {turn}: the chat template writes the conversation up to here otherwise than it "
-            "writes it in the whole, so what the assistant said cannot be told apart: take a template that does "
-            "not change earlier turns",
+            f"{where}: message {turn}: the chat template renders the conversation up to here differently within "
+            "the whole, so the assistant's tokens cannot be found: use a template that does not change earlier turns",
         )
         begin, end = (_common(ids, _encode(tokenizer, text, where)) for text in (asked, answered))
         counts[begin : _without_tail(tokenizer, ids, begin, end)] = True
     last = int(np.flatnonzero(counts)[-1]) + 1 if counts[1:].any() else 0
-    require(last > 0, f"{where}: the chat template leaves nothing of what the assistant said")
+    require(last > 0, f"{where}: the chat template leaves out the assistant's text: use another template")
     return _ended(tokenizer, ids[:last], counts[:last])
 
 
@@ -84,7 +82,7 @@ def _encode(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:
 
 
 def _without_tail(tokenizer: Tokenizer, ids: np.ndarray, begin: int, end: int) -> int:
-    """Where a turn ends without the white space that a template writes after its end token: no model has to say it."""
+    """The end of a turn without the white space that a template writes after its end token."""
     bare = end
     while bare > begin and not tokenizer.decode([int(ids[bare - 1])], skip_special_tokens=False).strip():
         bare -= 1
@@ -96,7 +94,7 @@ def _special(tokenizer: Tokenizer, token: int) -> bool:
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two texts share from their beginnings."""
+    """Length of the common prefix."""
     n = min(len(one), len(other))
     different = np.flatnonzero(one[:n] != other[:n])
     return int(different[0]) if len(different) else n

@@ -1,4 +1,4 @@
-"""Inputs to documents: the same texts for learning a tokenizer and for writing tokens."""
+"""Read inputs as documents, for learning a tokenizer and for writing tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headrace.errors import ConfigError, RequestError
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.corpus.chat import encode_chat, messages_of
-from headrace.train.corpus.files import Part, Record, kind_of, read_parts, read_records
+from headrace.train.corpus.files import Record, TextPart, kind_of, read_parts, read_records
 from headrace.train.corpus.world import WHOLE_EXAM, encode_document
 
 __all__ = ["CorpusInput", "Encoded", "cuts_cleanly"]
@@ -24,7 +24,7 @@ PROBES = (("One day", " she went"), ("one", "\ntwo"), ("the end.", "\n\n  x 12")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A stretch of a document's tokens; the last one ends with the end token. Or a record that was skipped."""
+    """Consecutive tokens of a document, the `last` with the end token; or a skipped record."""
 
     ids: np.ndarray
     counts: np.ndarray | None = None
@@ -38,7 +38,7 @@ SKIPPED = Encoded(np.zeros(0, dtype=np.int64), skipped=True)
 
 @dataclass(frozen=True, slots=True)
 class CorpusInput:
-    """What to read: see `BuildConfig`, whose fields these are."""
+    """The inputs; the fields are those of `BuildConfig`."""
 
     inputs: tuple[str, ...]
     chat: bool
@@ -55,17 +55,17 @@ class CorpusInput:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens do not count."""
+        """Whether only some tokens count in the loss."""
         return self.chat or self.generated
 
     @property
     def eos(self) -> str:
-        """The end token that the texts themselves are written with, or ""."""
+        """The end token within the texts, or ""."""
         return tinyworld.END if self.generated else ""
 
     @property
     def exam(self) -> int:
-        """How many documents at the end are held out by their making."""
+        """The number of tinyworld's exam questions, which are the last documents."""
         return len(tinyworld.exam(self.seed, WHOLE_EXAM)) if self.generated else 0
 
     def texts(self, name: str) -> Iterator[str]:
@@ -102,7 +102,7 @@ class CorpusInput:
         for _, prompt, answer in tinyworld.exam(self.seed, WHOLE_EXAM):
             yield Encoded(*encode_document(tinyworld.Document(((prompt, answer),)), tokenizer))
 
-    def _parts(self, name: str) -> Iterator[Part]:
+    def _parts(self, name: str) -> Iterator[TextPart]:
         if kind_of(name) == "text":
             yield from read_parts(name, self.split_on)
             return
@@ -116,7 +116,7 @@ class CorpusInput:
             require(
                 isinstance(text, str), f"{record.where}: {self.text_field} must be a string, not {type(text).__name__}"
             )
-            yield Part(record.where, text)
+            yield TextPart(record.where, text)
 
     def _records(self, name: str) -> Iterator[Record]:
         require(kind_of(name) != "text", f"{name}: --chat needs records with messages: JSON lines, parquet or hub:…")
@@ -124,7 +124,7 @@ class CorpusInput:
 
 
 def cuts_cleanly(tokenizer: Tokenizer) -> bool:
-    """Whether a text cut before white space has the tokens of the whole, so that long ones need not be held whole."""
+    """Whether a text cut before white space keeps its tokens, so that long texts can be read in parts."""
     return all(
         tokenizer.encode(one + other) == tokenizer.encode(one) + tokenizer.encode(other, False) for one, other in PROBES
     )
@@ -144,18 +144,18 @@ def _encode_record(tokenizer: Tokenizer, field: str, record: Record) -> Encoded:
     return SKIPPED if found is None else Encoded(*found)
 
 
-def _joined(parts: Iterator[Part]) -> Iterator[Part]:
-    """Whole documents."""
+def _joined(parts: Iterator[TextPart]) -> Iterator[TextPart]:
+    """Join parts to whole documents."""
     texts: list[str] = []
     for part in parts:
         texts.append(part.text)
         if part.last:
-            yield Part(part.where, "".join(texts))
+            yield TextPart(part.where, "".join(texts))
             texts = []
 
 
-def _encode_parts(parts: Iterator[Part], tokenizer: Tokenizer, eos: int) -> Iterator[Encoded]:
-    """Tokens of texts; a text of white space, or of an end token, alone is skipped."""
+def _encode_parts(parts: Iterator[TextPart], tokenizer: Tokenizer, eos: int) -> Iterator[Encoded]:
+    """Tokenize parts; a document of white space or of an end token alone is skipped."""
     begun = False
     for part in parts:
         if not begun and not part.text.strip():
@@ -176,5 +176,5 @@ def _characters(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: holds a lone surrogate, which is not a character") from None
+        raise ConfigError(f"{where}: holds a lone surrogate, which is not a character: remove it") from None
     return text

@@ -1,4 +1,4 @@
-"""Reading what a corpus is built from: text, JSON lines, parquet and hub datasets, each with where it was found."""
+"""Read the inputs of a corpus: text, JSON lines, parquet and hub datasets, with the place of every text."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import IO, Any
 from headrace.config import require
 from headrace.errors import ConfigError
 
-__all__ = ["HUB", "Part", "Record", "kind_of", "read_parts", "read_records"]
+__all__ = ["HUB", "Record", "TextPart", "kind_of", "read_parts", "read_records"]
 
 KINDS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")
 HUB = "hub:"
 BLOCK = 1 << 20
-"""Bytes read at once, and about the most characters of a part."""
+"""Bytes read at once; a part has about as many characters at most."""
 NEAR = 1 << 14
-"""Characters at the end of a block among which white space is looked for."""
+"""Characters at the end of a block that are searched for white space."""
 FORCED = 4 * BLOCK
-"""Characters without any white space after which a text is cut all the same."""
+"""Characters without white space after which a text is cut anyway."""
 ROWS = 1024
 """Rows of a parquet file in memory at once."""
 BEFORE_SPACE = re.compile(r"\S(?=\s)")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A stretch of a document, cut before white space. The next part goes on where it is not the `last`."""
+class TextPart:
+    """Consecutive text of a document, cut before white space; `last` ends the document."""
 
     where: str
     text: str
@@ -49,7 +49,7 @@ class Record:
 
 
 def kind_of(name: str) -> str:
-    """One of text, jsonl, parquet, hub. Raises `ConfigError` for anything else, and for a file that is not there."""
+    """One of text, jsonl, parquet, hub. Raises `ConfigError` for anything else and for a missing file."""
     if name.startswith(HUB):
         require(len(name) > len(HUB), f"{name}: name a dataset, as hub:owner/name or hub:owner/name@split")
         return "hub"
@@ -68,8 +68,8 @@ def kind_of(name: str) -> str:
 def read_records(name: str, fields: tuple[str, ...]) -> Iterator[Record]:
     """The objects of a JSON-lines file, a parquet file or a hub dataset.
 
-    Of a parquet file the columns `fields` are read, as far as it has them. Raises `ConfigError` that names the file
-    and the line of what cannot be read.
+    Of a parquet file, those columns of `fields` that it has are read. Raises `ConfigError` that names the file and the
+    line that cannot be read.
     """
     kind = kind_of(name)
     if kind == "jsonl":
@@ -77,7 +77,7 @@ def read_records(name: str, fields: tuple[str, ...]) -> Iterator[Record]:
     return _parquet(name, fields) if kind == "parquet" else _hub(name)
 
 
-def read_parts(name: str, split_on: str) -> Iterator[Part]:
+def read_parts(name: str, split_on: str) -> Iterator[TextPart]:
     """The documents of a text file, in parts of about a million characters.
 
     A document ends at every `split_on` ("" for the whole file), and line breaks at its ends are not part of it.
@@ -96,7 +96,8 @@ def _opened(name: str) -> IO[bytes]:
         if path.suffix == ".gz":
             return gzip.open(path, "rb")  # type: ignore[return-value]
         if path.suffix == ".zst":
-            return _library("zstandard", name).open(path, "rb")
+            stream: IO[bytes] = _library("zstandard", name).open(path, "rb")
+            return stream
         return path.open("rb")
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror or error}") from None
@@ -111,7 +112,7 @@ def _library(module: str, name: str) -> Any:
 
 
 def _blocks(stream: IO[bytes], name: str) -> Iterator[bytes]:
-    """Blocks of bytes; damaged compression is an error of the input."""
+    """Blocks of bytes. Raises `ConfigError` where the compression is damaged."""
     while True:
         try:
             block = stream.read(BLOCK)
@@ -135,12 +136,12 @@ class _TextReader:
         self._begun = False
         self._first = True
 
-    def push(self, block: bytes) -> Iterator[Part]:
+    def push(self, block: bytes) -> Iterator[TextPart]:
         self._decode(block, final=False)
         yield from self._split()
         if len(self._buffer) < BLOCK:
             return
-        # A marker that has only begun must stay whole, and white space at the end belongs to what follows.
+        # Do not cut within a separator, and leave white space to the text after it.
         near = BEFORE_SPACE.finditer(self._buffer, max(0, self._limit() - NEAR), self._limit())
         cut = max((match.end() for match in near), default=0)
         if cut:
@@ -148,7 +149,7 @@ class _TextReader:
         elif self._limit() >= FORCED:
             yield from self._take(self._limit(), last=False)
 
-    def end(self) -> Iterator[Part]:
+    def end(self) -> Iterator[TextPart]:
         self._decode(b"", final=True)
         yield from self._split()
         yield from self._take(len(self._buffer), last=True)
@@ -156,14 +157,14 @@ class _TextReader:
     def _limit(self) -> int:
         return len(self._buffer) - max(0, len(self._split_on) - 1)
 
-    def _split(self) -> Iterator[Part]:
+    def _split(self) -> Iterator[TextPart]:
         while self._split_on and (at := self._buffer.find(self._split_on, self._searched)) >= 0:
             yield from self._take(at, last=True)
             self._buffer = self._buffer[len(self._split_on) :]
             self._searched = 0
         self._searched = max(0, self._limit())
 
-    def _take(self, end: int, last: bool) -> Iterator[Part]:
+    def _take(self, end: int, last: bool) -> Iterator[TextPart]:
         text, self._buffer = self._buffer[:end], self._buffer[end:]
         self._searched = 0
         line = self._line
@@ -174,7 +175,7 @@ class _TextReader:
             text = bare
         self._begun = (self._begun or bool(text)) and not last
         text = text.rstrip("\r\n") if last else text
-        yield Part(f"{self._name}:{line}", text, last)
+        yield TextPart(f"{self._name}:{line}", text, last)
 
     def _decode(self, block: bytes, final: bool) -> None:
         try:
@@ -229,7 +230,7 @@ def _parquet(name: str, fields: tuple[str, ...]) -> Iterator[Record]:
                     yield Record(f"{name}: row {number}", row)
     except ConfigError:
         raise
-    except Exception as error:  # the library has many
+    except Exception as error:  # pyarrow raises many classes
         raise ConfigError(f"{name}: cannot be read after row {number}: {error}") from None
 
 
@@ -241,5 +242,5 @@ def _hub(name: str) -> Iterator[Record]:
             yield Record(f"{name}: row {number}", row)
     except ConfigError:
         raise
-    except Exception as error:  # whatever the network and the dataset's files make the library raise
+    except Exception as error:  # of the network, or of the dataset's files
         raise ConfigError(f"{name}: the dataset cannot be read: {type(error).__name__}: {error}") from None

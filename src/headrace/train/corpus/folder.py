@@ -1,4 +1,4 @@
-"""Reading a built folder: memory-mapped tokens, and their pieces in the order of an epoch.
+"""Read a built folder: memory-mapped tokens, and their pieces in the order of an epoch.
 
 D documents to train on   P pieces of an epoch
 """
@@ -16,7 +16,7 @@ from headrace.errors import ConfigError
 from headrace.text.tokenizer import Tokenizer
 from headrace.train.corpus.index import INDEX, OFFSETS, VALIDATION, Index, read_index, sha256
 from headrace.train.corpus.order import permutation
-from headrace.train.corpus.pieces import Piece, same_data
+from headrace.train.corpus.pieces import DAMAGED, DocumentPiece, same_data
 
 __all__ = ["Corpus", "CorpusPieces", "check_folder"]
 
@@ -60,7 +60,7 @@ class Corpus:
             self._map(shard.mask, "uint8", -(-shard.tokens // 8)) for shard in self.index.shards if self.index.masked
         ]
 
-    def piece(self, document: int, start: int, seq_length: int) -> Piece:
+    def piece(self, document: int, start: int, seq_length: int) -> DocumentPiece:
         """The piece of a document that begins at its token `start`."""
         stop = min(start + seq_length + 1, int(self.lengths[document]))
         begin = int(self._offsets[document]) + start
@@ -70,13 +70,13 @@ class Corpus:
         ids = self._tokens[shard][a:b].astype(np.int64)
         require(
             len(ids) == stop - start and int(ids.max()) < self.index.vocab_size,
-            f"{self._folder / self.index.shards[shard].file} is damaged: document {document} has tokens that the "
-            "vocabulary lacks, or too few; build it again",
+            f"{self._folder / self.index.shards[shard].file} is damaged: document {document} has ids outside of the "
+            "vocabulary, or too few tokens; build it again",
         )
         if not self.index.masked:
-            return Piece(ids, np.ones(len(ids), dtype=bool))
+            return DocumentPiece(ids, np.ones(len(ids), dtype=bool))
         bits = np.unpackbits(self._masks[shard][a // 8 : -(-b // 8)], bitorder="little")
-        return Piece(ids, bits[a % 8 : a % 8 + b - a].astype(bool))
+        return DocumentPiece(ids, bits[a % 8 : a % 8 + b - a].astype(bool))
 
     def pieces(self, seq_length: int, state: dict[str, Any] | None) -> CorpusPieces:
         """The training documents' pieces, epoch after epoch, from `state` on."""
@@ -89,7 +89,7 @@ class Corpus:
         taken = [0, 0] if state is None else same_data(state, run, CorpusPieces.COUNTERS)
         return CorpusPieces(self, seq_length, self._seed, self._shuffle, run, *taken)
 
-    def held_out(self, seq_length: int) -> Iterator[Piece]:
+    def held_out(self, seq_length: int) -> Iterator[DocumentPiece]:
         """The held-out documents' pieces."""
         for document in self.validation:
             for start in range(0, int(self.lengths[document]) - 1, seq_length):
@@ -98,7 +98,7 @@ class Corpus:
                     yield piece
 
     def prompts(self, n: int) -> list[str]:
-        """Openings of held-out documents, then of others: up to the first token that counts, where they are masked."""
+        """Openings of held-out documents, then of others; of masked data, up to the first token that counts."""
         around = self.tokenizer.encode("")
         texts = []
         for document in [*self.validation[:n], *self.training[:n]][:n]:
@@ -112,7 +112,7 @@ class Corpus:
     def _array(self, name: str) -> np.ndarray:
         file = self._folder / name
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ConfigError(f"{file} is damaged: {error}; build it again") from None
         require(array.ndim == 1 and array.dtype == np.int64, f"{file} is damaged: build it again")
@@ -124,7 +124,7 @@ class Corpus:
             found = file.stat().st_size
             require(
                 found == size * kind.itemsize,
-                f"{file} has {found} bytes, not the {size * kind.itemsize} that {INDEX} names: build it again",
+                f"{file} has {found} bytes, not the {size * kind.itemsize} in {INDEX}: build it again",
             )
             return np.memmap(file, dtype=kind, mode="r", shape=(size,)) if size else np.zeros(0, dtype=kind)
         except OSError as error:
@@ -148,12 +148,12 @@ class CorpusPieces:
         self._taken = taken
         self._counts_D = -(-(corpus.lengths[corpus.training] - 1) // seq_length)
         self._total = int(self._counts_D.sum())
-        self._next: Piece | None = None
+        self._next: DocumentPiece | None = None
         self._arrange()
-        require(taken <= self._total, "the snapshot's data state is damaged")
+        require(taken <= self._total, DAMAGED)
 
-    def peek(self) -> Piece:
-        """The next piece in which something counts."""
+    def peek(self) -> DocumentPiece:
+        """The next piece with a token that counts."""
         while self._next is None:
             if self._taken == self._total:
                 self._epoch, self._taken = self._epoch + 1, 0
@@ -166,7 +166,7 @@ class CorpusPieces:
         return self._next
 
     def advance(self) -> None:
-        """Go past it."""
+        """Move to the next piece."""
         self.peek()
         self._next = None
         self._taken += 1
@@ -176,14 +176,14 @@ class CorpusPieces:
         return {**self._run, "epoch": self._epoch, "pieces": self._taken}
 
     def _arrange(self) -> None:
-        """The epoch's order: of the documents, whose pieces stay together, or of the pieces."""
+        """Compute the epoch's order, of documents (whose pieces stay together) or of pieces."""
         documents = len(self._counts_D)
         by_pieces = self._shuffle == "pieces"
         self._order_P = permutation(self._total, self._seed, self._epoch) if by_pieces else None
         self._order_D = np.arange(documents) if by_pieces else permutation(documents, self._seed, self._epoch)
         self._ends_D = np.cumsum(self._counts_D[self._order_D])
 
-    def _read(self, number: int) -> Piece:
+    def _read(self, number: int) -> DocumentPiece:
         """Piece `number` of the epoch."""
         number = number if self._order_P is None else int(self._order_P[number])
         at = int(np.searchsorted(self._ends_D, number, side="right"))
@@ -202,6 +202,6 @@ def check_folder(folder: str | Path) -> Index:
     for name, expected in named.items():
         require(
             sha256(Path(folder) / name) == expected,
-            f"{Path(folder) / name} is damaged: its bytes are not those that were built; build it again",
+            f"{Path(folder) / name} is damaged: its hash is not that of the build; build it again",
         )
     return corpus.index

@@ -1,4 +1,4 @@
-"""index.json: what a built folder holds. It is written last, so a folder that has one is whole."""
+"""index.json: the contents of a built folder. It is written last, so a folder with one is complete."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FORMAT = "headrace-data"
 VERSION = 1
 INDEX = "index.json"
 OFFSETS = "offsets.npy"
-"""int64 [documents + 1]: where each document begins, counted over all shards in order."""
+"""int64 [documents + 1]: the offset of each document, in tokens over all shards in order, and the end."""
 VALIDATION = "validation.npy"
-"""int64: the held-out documents' numbers, ascending."""
+"""int64: numbers of the held-out documents, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Shard:
 
     @property
     def mask(self) -> str:
-        """The file with a bit for each token, lowest bit first."""
+        """The file of loss-mask bits, one per token, lowest bit first."""
         return str(Path(self.file).with_suffix(".mask"))
 
 
@@ -68,7 +68,7 @@ class Index:
 
 
 def read_index(folder: str | Path) -> Index:
-    """The index of a built folder. Raises `ConfigError` that says what is wrong with it."""
+    """The index of a built folder. Raises `ConfigError` that names the file and what is wrong in it."""
     file = Path(folder) / INDEX
     try:
         raw = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Permutations that are a function of numbers alone: the same in every process and with every version of numpy."""
+"""Permutations that depend on their arguments alone: equal in every process and with every version of numpy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["HOLD_OUT", "permutation"]
 
 WORD = 2**64 - 1
 HOLD_OUT = WORD
-"""In place of an epoch: the permutation that says which documents are held out."""
+"""The number, in place of an epoch, of the permutation that selects the held-out documents."""
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [n]: 0 … n-1 in the order of (seed, epoch). 24 bytes for each, for a moment.
+    """int64 [n]: 0 … n-1 in the order of (seed, epoch). Takes 24·n bytes.
 
-    Philox's bits never change between versions of numpy; the shuffles built on them may, so this sorts by the bits.
+    It sorts by Philox's bits, which are equal in all versions of numpy; numpy's shuffles may change.
     """
     keys = np.random.Philox(key=np.array([seed & WORD, epoch & WORD], dtype=np.uint64)).random_raw(n)
     return np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")

@@ -1,7 +1,7 @@
-"""Pieces: what a sequence of a batch is cut from, and who hands them out in order.
+"""`DocumentPiece`: at most `seq_length` tokens of a document, a sequence of a batch; and streams of pieces.
 
-A document of n tokens has n - 1 predictions. A piece covers up to `seq_length` of them: its inputs and, one token
-further, the last one's target. So pieces share one token, and every prediction belongs to exactly one piece.
+A document of n tokens has n - 1 predictions. A piece covers up to `seq_length` of them: its inputs, and one more
+token, the last target. So neighbouring pieces share a token, and every prediction belongs to exactly one piece.
 """
 
 from __future__ import annotations
@@ -14,53 +14,55 @@ import numpy as np
 
 from headrace.config import require
 
-__all__ = ["Held", "Piece", "Pieces", "cut", "same_data"]
+__all__ = ["DAMAGED", "DocumentPiece", "Held", "PieceStream", "cut", "same_data"]
+
+DAMAGED = "the snapshot's data state is damaged: delete that snapshot, and resume from the one before"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A sequence of its own in a batch: attention begins and ends with it."""
+class DocumentPiece:
+    """One sequence of a batch; attention does not cross its ends."""
 
     ids: np.ndarray
     """int64 [length + 1]: the inputs, and the target of the last."""
     counts: np.ndarray
-    """bool [length + 1]: whether each token counts in the loss when it is the one to predict."""
+    """bool [length + 1]: whether each token counts in the loss as a target."""
 
     @property
     def length(self) -> int:
-        """How many inputs."""
+        """The number of inputs."""
         return len(self.ids) - 1
 
 
-class Pieces(Protocol):
-    """Pieces one after another, each with at least one token that counts."""
+class PieceStream(Protocol):
+    """An iterator of pieces, each with at least one token that counts, that can be saved and continued."""
 
-    def peek(self) -> Piece | None:
+    def peek(self) -> DocumentPiece | None:
         """The next piece; None at the end, if there is one."""
 
     def advance(self) -> None:
-        """Go past it."""
+        """Move to the next piece."""
 
     def state(self) -> dict[str, Any]:
-        """Where the next piece is, in plain JSON values."""
+        """The position of the next piece, in JSON values."""
 
 
-def cut(ids: np.ndarray, counts: np.ndarray, seq_length: int) -> list[Piece]:
-    """The pieces of one document, those in which nothing counts left out."""
+def cut(ids: np.ndarray, counts: np.ndarray, seq_length: int) -> list[DocumentPiece]:
+    """The pieces of one document, without those in which no token counts."""
     starts = range(0, len(ids) - 1, seq_length)
-    pieces = [Piece(ids[i : i + seq_length + 1], counts[i : i + seq_length + 1]) for i in starts]
+    pieces = [DocumentPiece(ids[i : i + seq_length + 1], counts[i : i + seq_length + 1]) for i in starts]
     return [piece for piece in pieces if piece.counts[1:].any()]
 
 
 class Held:
-    """The pieces of an iterator, with an end."""
+    """A finite stream of the pieces in an iterator."""
 
-    def __init__(self, pieces: Iterator[Piece]) -> None:
+    def __init__(self, pieces: Iterator[DocumentPiece]) -> None:
         self._pieces = pieces
         self._next = next(pieces, None)
         self._taken = 0
 
-    def peek(self) -> Piece | None:
+    def peek(self) -> DocumentPiece | None:
         """The next piece; None at the end."""
         return self._next
 
@@ -70,7 +72,7 @@ class Held:
         self._taken += 1
 
     def state(self) -> dict[str, Any]:
-        """How many were taken."""
+        """The number of pieces taken."""
         return {"taken": self._taken}
 
 
@@ -79,7 +81,10 @@ def same_data(state: dict[str, Any], run: dict[str, Any], counters: tuple[str, .
 
     Raises `ConfigError` that names the setting in which they differ.
     """
-    require(isinstance(state, dict) and set(state) == {*run, *counters}, "the snapshot's data state is damaged")
+    require(
+        isinstance(state, dict) and set(state) == {*run, *counters},
+        DAMAGED,
+    )
     for name, value in run.items():
         require(
             state[name] == value,
@@ -87,5 +92,8 @@ def same_data(state: dict[str, Any], run: dict[str, Any], counters: tuple[str, .
             "resume with the data and settings that it was started with",
         )
     values = [state[name] for name in counters]
-    require(all(isinstance(value, int) and value >= 0 for value in values), "the snapshot's data state is damaged")
+    require(
+        all(isinstance(value, int) and value >= 0 for value in values),
+        DAMAGED,
+    )
     return values

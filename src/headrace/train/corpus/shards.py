@@ -1,4 +1,4 @@
-"""Writing shards: tokens as they come, and a bit for each where some do not count."""
+"""Write shards: files of tokens, and of loss-mask bits where only some tokens count."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from headrace.train.corpus.index import OFFSETS, Shard, sha256
 __all__ = ["SHARD_TOKENS", "ShardWriter", "flushed"]
 
 SHARD_TOKENS = 1 << 26
-"""A shard takes no further document once it has so many tokens."""
+"""Tokens after which a shard takes no further document."""
 
 
 class ShardWriter:
-    """Appends documents. Memory does not grow with them but for 8 bytes each, their beginnings."""
+    """Appends documents. It keeps 8 bytes of memory per document, its offset."""
 
     def __init__(self, folder: Path, dtype: str, masked: bool, shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder = folder
@@ -34,7 +34,7 @@ class ShardWriter:
 
     @property
     def documents(self) -> int:
-        """How many are whole."""
+        """The number of complete documents."""
         return len(self._offsets) - 1
 
     def extend(self, ids: np.ndarray, counts: np.ndarray | None = None) -> None:
@@ -50,20 +50,20 @@ class ShardWriter:
             self._bits = bits[whole:]
 
     def end_document(self) -> None:
-        """The document is whole."""
+        """End the document; may begin a new shard."""
         self._offsets.append(self.tokens)
         if self._in_shard >= self._shard_tokens:
             self._close()
             self._open()
 
     def finish(self) -> tuple[Shard, ...]:
-        """Write what is left, and the documents' beginnings."""
+        """Close the last shard and write the documents' offsets."""
         self._close()
         np.save(self._folder / OFFSETS, np.frombuffer(self._offsets, dtype=np.int64), allow_pickle=False)
         return tuple(self._shards)
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files without finishing them."""
         self._data.close()
         if self._masked:
             self._mask.close()
@@ -85,7 +85,7 @@ class ShardWriter:
 
 
 def flushed(path: Path) -> None:
-    """Have the machine put a file or a folder's names on its disk."""
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

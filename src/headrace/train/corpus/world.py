@@ -1,4 +1,4 @@
-"""Tinyworld as training data: texts without end, from a seed."""
+"""Tinyworld as training data: endless texts from a seed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from headrace.errors import ConfigError
 from headrace.text.tokenizer import Tokenizer
-from headrace.train.corpus.pieces import Piece, cut, same_data
+from headrace.train.corpus.pieces import DocumentPiece, cut, same_data
 from headrace.train.tinyworld import Document, build_tokenizer, documents, exam, prompts
 
 __all__ = ["World", "encode_document"]
 
 WHOLE_EXAM = 10**6
-"""More questions than there are."""
+"""More than the exam has questions."""
 
 
 def encode_document(text: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +34,10 @@ def encode_document(text: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, n
 
 
 class World:
-    """Tinyworld's tokenizer, its training texts, and its exam as the held-out ones."""
+    """Tinyworld's tokenizer, its training texts, and its exam as held-out texts."""
 
     def __init__(self, vocab_size: int, seed: int, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer`: that of a model which is trained further; None for tinyworld's own."""
+        """`tokenizer`: that of the model from which training starts; None for tinyworld's own."""
         self._vocab_size = vocab_size
         self._seed = seed
         self.tokenizer = build_tokenizer(vocab_size, seed) if tokenizer is None else tokenizer
@@ -53,7 +53,7 @@ class World:
         taken = [0, 0] if state is None else same_data(state, run, WorldPieces.COUNTERS)
         return WorldPieces(documents(self._seed), self.tokenizer, seq_length, run, *taken)
 
-    def held_out(self, seq_length: int) -> Iterator[Piece]:
+    def held_out(self, seq_length: int) -> Iterator[DocumentPiece]:
         """The exam's pieces."""
         for _, prompt, answer in exam(self._seed, WHOLE_EXAM):
             yield from cut(*encode_document(Document(((prompt, answer),)), self.tokenizer), seq_length)
@@ -64,7 +64,7 @@ class World:
 
 
 class WorldPieces:
-    """An endless stream of texts, cut into pieces. Its state is how many texts, and pieces of the next, were taken."""
+    """Endless pieces of texts. The state is the number of texts taken, and of pieces taken from the next text."""
 
     COUNTERS = ("documents", "pieces")
 
@@ -85,7 +85,7 @@ class WorldPieces:
         self._at = pieces
         self._pieces = self._read()
 
-    def peek(self) -> Piece:
+    def peek(self) -> DocumentPiece:
         """The next piece."""
         while self._at >= len(self._pieces):
             self._pieces, self._at = self._read(), 0
@@ -93,7 +93,7 @@ class WorldPieces:
         return self._pieces[self._at]
 
     def advance(self) -> None:
-        """Go past it."""
+        """Move to the next piece."""
         self.peek()
         self._at += 1
 
@@ -101,5 +101,5 @@ class WorldPieces:
         """Where the next piece is."""
         return {**self._run, "documents": self._taken, "pieces": self._at}
 
-    def _read(self) -> list[Piece]:
+    def _read(self) -> list[DocumentPiece]:
         return cut(*encode_document(next(self._texts), self._tokenizer), self._seq_length)

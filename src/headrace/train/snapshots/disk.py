@@ -1,4 +1,4 @@
-"""Files and folders of snapshots: written so that a kill at any instant leaves the last whole one."""
+"""Files and folders of snapshots. A kill at any instant leaves the last complete snapshot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERSION = 2
 RECORD, TOKENIZER = "snapshot.json", "tokenizer"
 NAME = re.compile(r"step-(\d{8,})")
 CHUNK = 1 << 24
-"""Bytes written, and hashed, at a time."""
+"""Bytes written and hashed at a time."""
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -54,7 +54,7 @@ def is_step(path: Path) -> bool:
 
 
 def clear_after(folder: Path, step: int) -> None:
-    """Make room to go on from `step`: what is half written goes, snapshots after it, unreadable, are renamed."""
+    """Prepare to resume from `step`: remove incomplete snapshots, rename later (unreadable) ones to *.damaged."""
     for path in folder.glob(".step-*.partial"):
         shutil.rmtree(path)
     for path in snapshots(folder):
@@ -71,7 +71,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def take_name(partial: Path, final: Path) -> None:
-    """Make a folder whose files are on the disk a snapshot."""
+    """Rename a folder whose files are on the disk to its final name, durably."""
     sync(partial)
     if final.exists():
         _remove(final)
@@ -80,7 +80,7 @@ def take_name(partial: Path, final: Path) -> None:
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a file, wait until it is on the disk, and tell its sha256 and size. Raises `OSError` that names it."""
+    """Write a file and wait until it is on the disk; returns its sha256 and size. Raises `OSError` that names it."""
     digest, size = hashlib.sha256(), 0
     with naming(path), path.open("wb") as file:
         for part in parts:
@@ -96,7 +96,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that is whole as soon as it has its name."""
+    """Write a JSON file; it gets its name only when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     write_file(partial, [json.dumps(value, indent=1).encode()])
     with naming(path):
@@ -104,13 +104,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def file_hash(path: Path) -> dict[str, Any]:
-    """What `write_file` tells, of the file that is there."""
+    """The sha256 and size of a file, in the form that `write_file` returns."""
     with naming(path), path.open("rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": file.tell()}
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
-    """The sha256 of a record but for the hash that it carries of itself."""
+    """The sha256 of a record without its own "sha256" field."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -127,13 +127,13 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What the disk says, as an `OSError` that names the file."""
+    """Re-raise a failure of the disk as an `OSError` that names the file."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from None
     except Exception as error:
-        # Libraries in Rust have no class for what the disk says.
+        # Libraries in Rust (safetensors, tokenizers) raise their own class for a failure of the disk.
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
@@ -141,7 +141,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    # Its name goes first: what is half removed must not look like a snapshot.
+    # Rename first: a half-removed folder must not look like a snapshot.
     gone = path.with_name(f".{path.name}.gone.partial")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)

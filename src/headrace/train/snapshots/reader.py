@@ -1,4 +1,4 @@
-"""Reading snapshots: found, checked and cut to what this rank holds."""
+"""Read snapshots: find one, check it, copy this rank's regions out of it."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Snapshot:
             if theirs != ours:
                 raise ConfigError(
                     f"the snapshot {self.folder} is {what}: {key}={theirs!r}, this recipe has "
-                    f"{key}={ours!r}; change the recipe, or take another folder"
+                    f"{key}={ours!r}; change the recipe, or train into another --out"
                 )
 
     def read(self, regions: Iterable[tuple[str, Region]], mesh: Mesh | None = None, kind: str = "") -> None:
-        """Fill this rank's regions; every rank calls it. No more of the files is read than they need.
+        """Fill this rank's regions, reading only their bytes. A collective: every rank calls it.
 
-        `kind`: which names all ranks together must have, as "model/"; all of them. Raises `CheckpointError` that names
-        the tensor which is not there, is another one, or is in no rank's regions.
+        All tensors whose name begins with `kind` must be in some rank's regions. Raises `CheckpointError` that names a
+        tensor which is missing, has another shape or dtype, or is in no rank's regions.
         """
 
         def fill() -> list[str]:
@@ -90,7 +90,7 @@ class Snapshot:
 
 
 def open_snapshot(path: Path, mesh: Mesh | None = None) -> Snapshot:
-    """A snapshot, every byte of it checked: each rank, all of which call it, takes some of the files.
+    """A snapshot with every byte checked. A collective: each rank checks some of the files.
 
     Raises `CheckpointError` that names the file at fault, and `ConfigError` for another version, on every rank.
     """
@@ -107,7 +107,7 @@ def open_snapshot(path: Path, mesh: Mesh | None = None) -> Snapshot:
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None], mesh: Mesh | None = None) -> Snapshot | None:
-    """The newest snapshot that can be read, or None. Each that cannot is passed over with a warning, by all ranks."""
+    """The newest snapshot that can be read, or None. All ranks skip an unreadable one with a warning."""
     mesh = mesh or Mesh()
     for name in reversed(of_first(mesh, lambda: [path.name for path in snapshots(folder)])):
         try:
@@ -118,7 +118,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None], mesh: Mesh | None = 
 
 
 def find_snapshot(path: Path, warn: Callable[[str], None]) -> Snapshot:
-    """The snapshot that `path` is, or the newest whole one of a run's folder or of its snapshots folder.
+    """The snapshot at `path`, or the newest readable one in a run's folder or its snapshots folder.
 
     Raises `CheckpointError` where there is none.
     """
@@ -129,7 +129,7 @@ def find_snapshot(path: Path, warn: Callable[[str], None]) -> Snapshot:
     if snapshot is None:
         raise CheckpointError(
             f"{path} holds no whole snapshot: give a step-… folder, the folder of snapshots, or the "
-            "--out of a run that has come to one"
+            "--out of a run that has written one"
         )
     return snapshot
 
@@ -141,22 +141,24 @@ def _read_record(path: Path) -> dict[str, Any]:
     version = record.get("version")
     if version != VERSION and isinstance(version, int):
         raise ConfigError(
-            f"{path} is of version {version}, and this headrace reads version {VERSION}: go on with the "
+            f"{path} is of version {version}, and this headrace reads version {VERSION}: continue with the "
             "headrace that wrote it, or train into another --out"
         )
     found = record_hash(record)
     if found != record.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: its sha256 is {found}, it says {record.get('sha256')}")
+        raise CheckpointError(f"{path} is damaged: its sha256 is {found}, should be {record.get('sha256')}")
     return record
 
 
 def _check(path: Path, expected: Mapping[str, Any]) -> None:
-    said = f"{RECORD} says {expected['size']} bytes with sha256 {expected['sha256']}"
+    expectation = f"{RECORD} has {expected['size']} bytes with sha256 {expected['sha256']}"
     try:
         found = file_hash(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {said}") from None
+        raise CheckpointError(f"{path} is missing: {expectation}") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {said}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {expectation}") from None
     if found != expected:
-        raise CheckpointError(f"{path} is damaged: it has {found['size']} bytes with sha256 {found['sha256']}, {said}")
+        raise CheckpointError(
+            f"{path} is damaged: it has {found['size']} bytes with sha256 {found['sha256']}, {expectation}"
+        )

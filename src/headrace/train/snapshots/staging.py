@@ -1,4 +1,4 @@
-"""A rank's regions in host memory, laid out as the safetensors file that they will be."""
+"""A rank's regions in host memory, in the layout of their safetensors file."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Staged:
     start: tuple[int, ...]
     shape: tuple[int, ...]
     at: int
-    """Where its bytes begin."""
+    """Offset of its first byte."""
 
     @property
     def end(self) -> int:
-        """Where its bytes end."""
+        """Offset of the end of its bytes."""
         return self.at + math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -37,20 +37,20 @@ class Staged:
         return self.name + "[" + ",".join(f"{a}:{a + n}" for a, n in zip(self.start, self.shape)) + "]"
 
     def record(self) -> dict[str, Any]:
-        """What a snapshot says of it."""
+        """Its entry in snapshot.json."""
         return {"key": self.key, "start": self.start, "shape": self.shape}
 
 
 class Staging:
-    """A buffer that is allocated once, and filled again for every snapshot."""
+    """A buffer that is allocated once and refilled for every snapshot."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def fill(self, regions: Iterable[tuple[str, Region]]) -> list[Staged]:
-        """Copy the regions that this rank speaks for; what was there before is lost."""
+        """Copy the regions that this rank writes, over those of the snapshot before."""
         mine = [(name, region) for name, region in regions if region.speaks]
-        # The widest first, as the format's own writer does: so each lies at a multiple of its width.
+        # The widest dtype first, so that each tensor is aligned to its element size.
         mine.sort(key=lambda one: -one[1].tensor.dtype.itemsize)
         self._reserve(sum(region.tensor.nbytes for _, region in mine), any(r.tensor.is_cuda for _, r in mine))
         staged, at = [], 0
@@ -63,7 +63,7 @@ class Staging:
         return staged
 
     def file(self, staged: list[Staged]) -> Iterator[bytes | memoryview]:
-        """The bytes of a safetensors file of what `fill` has copied."""
+        """The bytes of a safetensors file with the regions that `fill` copied."""
         yield file_header({one.key: (one.dtype, one.shape, one.at) for one in staged})
         data: Any = self._buffer[: staged[-1].end].numpy()
         yield memoryview(data)

@@ -1,7 +1,7 @@
-"""Writing snapshots while training goes on.
+"""Write snapshots while training goes on.
 
-`begin` copies what this rank speaks for; a thread writes it, and says so in a small file beside it. When every rank
-has, rank 0 puts together what they say and gives the folder its name. The thread talks to nobody; ranks agree outside.
+`begin` copies this rank's regions; a thread writes them, then a small report file. When every rank's report is there,
+rank 0 merges them into snapshot.json and renames the folder. The thread runs no collectives; the caller's thread does.
 """
 
 from __future__ import annotations
@@ -40,45 +40,45 @@ __all__ = ["SnapshotWriter"]
 
 
 @dataclass(slots=True)
-class _Job:
+class _SnapshotJob:
     """A snapshot that is being written."""
 
     partial: Path
     final: Path
     record: Mapping[str, Any]
     tensors: Mapping[str, Any]
-    """dtype and whole shape of each that this rank holds something of, whether it speaks for it or not."""
+    """dtype and whole shape of every tensor of which this rank holds a part, written by it or not."""
     thread: threading.Thread = field(default_factory=threading.Thread)
     error: Exception | None = None
 
     def state(self) -> str:
-        """Of this rank's part."""
+        """The state of this rank's part: writing, failed or written."""
         return "writing" if self.thread.is_alive() else "failed" if self.error else "written"
 
     def require_written(self) -> None:
-        """Raise what went wrong here, if anything did."""
+        """Raise the thread's error, if there is one."""
         if self.error is not None:
             raise self.error
 
 
 class SnapshotWriter:
-    """Every rank has one, and calls it at the same steps. One snapshot at a time is being written.
+    """Every rank has one and calls it at the same steps. It writes one snapshot at a time.
 
-    What the disk refuses is raised as `OSError` by the next `poll`, `begin` or `finish`, on every rank, and what is
-    half written is removed. As a context manager it finishes at the end, and where an exception leaves it, as far as it
-    can alone.
+    A failed write is raised as `OSError` by the next `poll`, `begin` or `finish`, on every rank, and the incomplete
+    folder is removed. As a context manager it finishes the last snapshot; after an exception, only if that needs no
+    collective.
     """
 
     def __init__(
         self, folder: Path, mesh: Mesh | None = None, *, keep: int = 2, tokenizer: Callable[[Path], None] | None = None
     ) -> None:
-        """`keep`: the newest that stay, of which this is about to be one. `tokenizer` writes one into a folder."""
+        """`keep`: how many of the newest snapshots to keep. `tokenizer` saves the tokenizer into a folder."""
         self._folder = folder
         self._mesh = mesh = mesh or Mesh()
         self._keep = keep
         self._tokenizer = tokenizer
         self._staging = Staging()
-        self._job: _Job | None = None
+        self._job: _SnapshotJob | None = None
 
     def __enter__(self) -> SnapshotWriter:
         return self
@@ -92,14 +92,14 @@ class SnapshotWriter:
             self._settle()
 
     def begin(self, record: Mapping[str, Any], regions: Iterable[tuple[str, Region]]) -> None:
-        """Copy the regions as they are now and go on; they may change as soon as this returns.
+        """Copy the regions and start writing; they may change as soon as this returns.
 
-        Rank 0's `record` is kept; its state.step gives the folder its name. The snapshot before is finished first.
+        Rank 0's `record` is kept; its state.step gives the folder its name. It finishes an earlier snapshot first.
         """
         self.finish()
         held = [(name, region) for name, region in regions if region.tensor.numel()]
         final = self._folder / step_folder(record["state"]["step"])
-        job = _Job(
+        job = _SnapshotJob(
             final.with_name(f".{final.name}.partial"),
             final,
             json.loads(json.dumps(record)),
@@ -107,22 +107,22 @@ class SnapshotWriter:
         )
         of_first(self._mesh, lambda: _make_empty(job.partial))
         staged = self._staging.fill(held)
-        # A daemon: a process that ends must not wait for a disk that does not answer.
+        # A daemon, so that the process can end while a disk hangs.
         job.thread = threading.Thread(target=self._write, args=(job, staged), name="snapshot", daemon=True)
         self._job = job
         job.thread.start()
 
     def poll(self) -> None:
-        """Make the snapshot whole if all ranks have written theirs. A few bytes between ranks while one is written."""
+        """Finish the snapshot if all ranks have written their parts. Exchanges a few bytes between ranks."""
         if self._job is not None:
             states = set(self._mesh.tell(self._job.state()))
             if "failed" in states or states == {"written"}:
                 self.finish()
 
     def finish(self) -> None:
-        """Wait until the snapshot that is being written, if there is one, is whole.
+        """Wait until the snapshot that is being written, if there is one, is complete.
 
-        Raises `CheckpointError` where the ranks' regions are not each element just once, and names the tensor.
+        Raises `CheckpointError` that names a tensor whose elements are not each in just one rank's regions.
         """
         if self._job is None:
             return
@@ -137,18 +137,18 @@ class SnapshotWriter:
             raise
 
     def _settle(self) -> None:
-        """The same without a word to other ranks, which may be gone: their files tell whether they have written."""
+        """`finish` without collectives, as other ranks may be gone: their report files show that they have written."""
         if self._job is None:
             return
         job, self._job = self._job, None
         job.thread.join()
-        if self._mesh.rank == 0 and all((job.partial / self._said(i)).exists() for i in range(self._mesh.size)):
-            with contextlib.suppress(OSError, HeadraceError):  # another error is on its way out
+        if self._mesh.rank == 0 and all((job.partial / self._report(i)).exists() for i in range(self._mesh.size)):
+            with contextlib.suppress(OSError, HeadraceError):  # the exception that ends the run is the one to report
                 self._seal(job)
 
     # ---- this rank's part, in the thread
 
-    def _write(self, job: _Job, staged: list[Staged]) -> None:
+    def _write(self, job: _SnapshotJob, staged: list[Staged]) -> None:
         mesh = self._mesh
         file = f"{_rank(mesh.rank, mesh.size)}.safetensors"
         try:
@@ -156,7 +156,7 @@ class SnapshotWriter:
             if mesh.rank == 0 and self._tokenizer is not None:
                 files |= self._write_tokenizer(job.partial, self._tokenizer)
             write_json(
-                job.partial / self._said(mesh.rank),
+                job.partial / self._report(mesh.rank),
                 {
                     "files": files,
                     "tensors": job.tensors,
@@ -178,23 +178,23 @@ class SnapshotWriter:
 
     # ---- rank 0's
 
-    def _seal(self, job: _Job) -> None:
-        """Put together what the ranks have said, and let the folder take its name."""
-        said = [job.partial / self._said(i) for i in range(self._mesh.size)]
-        parts = [json.loads(path.read_text(encoding="utf-8")) for path in said]
+    def _seal(self, job: _SnapshotJob) -> None:
+        """Merge the ranks' reports into snapshot.json and rename the folder."""
+        reports = [job.partial / self._report(i) for i in range(self._mesh.size)]
+        parts = [json.loads(path.read_text(encoding="utf-8")) for path in reports]
         record: dict[str, Any] = {
             "version": VERSION,
             **job.record,
-            "files": {name: told for part in parts for name, told in part["files"].items()},
+            "files": {name: entry for part in parts for name, entry in part["files"].items()},
             "tensors": _merged(parts),
         }
         write_json(job.partial / RECORD, {**record, "sha256": record_hash(record)})
-        for path in said:
+        for path in reports:
             path.unlink()
         take_name(job.partial, job.final)
         prune(self._folder, self._keep)
 
-    def _said(self, rank: int) -> str:
+    def _report(self, rank: int) -> str:
         return f"{_rank(rank, self._mesh.size)}.json"
 
 
@@ -208,14 +208,14 @@ def _rank(rank: int, ranks: int) -> str:
 
 
 def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{name: dtype, shape and regions} of what all ranks say. Raises `CheckpointError` unless each tensor is whole."""
+    """{name: dtype, shape, regions} from all reports. Raises `CheckpointError` unless each tensor is complete."""
     tensors: dict[str, Any] = {}
-    for name, told in (item for part in parts for item in part["tensors"].items()):
-        known = tensors.setdefault(name, {**told, "regions": []})
-        if (known["dtype"], known["shape"]) != (told["dtype"], told["shape"]):
+    for name, entry in (item for part in parts for item in part["tensors"].items()):
+        known = tensors.setdefault(name, {**entry, "regions": []})
+        if (known["dtype"], known["shape"]) != (entry["dtype"], entry["shape"]):
             raise CheckpointError(
-                f"{name} is {known['dtype']} {known['shape']} on one rank and {told['dtype']} "
-                f"{told['shape']} on another"
+                f"{name} is {known['dtype']} {known['shape']} on one rank and {entry['dtype']} "
+                f"{entry['shape']} on another"
             )
     for name, region in (item for part in parts for item in part["regions"]):
         tensors[name]["regions"].append(region)

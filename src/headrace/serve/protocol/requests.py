@@ -1,4 +1,4 @@
-"""`Ask`: what one request asks for, read from its fields. Prompts are not read here: that takes a tokenizer."""
+"""`GenerationRequest`: a request's fields, read and checked. Prompts are not read here: that takes a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from headrace.serve.errors import RefusedError, named
 from headrace.serve.protocol.bodies import Body
 from headrace.serve.protocol.fields import CHAT, TABLE
 
-__all__ = ["Ask", "read_ask"]
+__all__ = ["GenerationRequest", "read_generation_request"]
 
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 SAMPLING = {field.name: field.sampling for field in TABLE if field.sampling is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class GenerationRequest:
     """Everything but the prompts."""
 
     params: SamplingParams
@@ -29,9 +29,9 @@ class Ask:
     """The usage in every chunk."""
     echo: bool = False
     only_echo: bool = False
-    """Nothing is to be generated: the echo is all that is wanted."""
+    """Return the echo only: generate no token."""
     logprobs: int | None = None
-    """Best tokens to show beside each, None to show no log-probabilities."""
+    """Alternatives to show for each token; None: no log-probabilities."""
     prompt_tables: bool = False
     """Show `prompt_logprobs`, which an echo computes too."""
     token_ids: bool = False
@@ -41,15 +41,17 @@ class Ask:
     namespace: tuple[str, ...] = ()
 
 
-def read_ask(body: Body, endpoint: str, defaults: Mapping[str, Any], priorities: bool) -> Ask:
-    """An `Ask` of a body that a `Reader` passed. `defaults` are the model's own sampling parameters.
+def read_generation_request(
+    body: Body, endpoint: str, defaults: Mapping[str, Any], priorities: bool
+) -> GenerationRequest:
+    """A body that a `Reader` has checked. `defaults` are the model's own sampling parameters.
 
     `priorities` is whether the engine schedules by priority. Raises `RefusedError` with the field at fault.
     """
     _check_together(body, endpoint, priorities)
     options = body.get("stream_options", {})
     only_echo = bool(body.get("echo")) and body.get("max_tokens") == 0
-    return Ask(
+    return GenerationRequest(
         params=_sampling_params(body, endpoint, defaults, only_echo),
         stream=body.get("stream", False),
         include_usage=options.get("include_usage") is True,
@@ -72,7 +74,7 @@ def _need(ok: bool, message: str, param: str) -> None:
 
 
 def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
-    """Refuse what would be without effect."""
+    """Refuse fields that would have no effect, or that contradict each other."""
     stream = body.get("stream", False)
     _need(stream or "stream_options" not in body, "stream_options needs stream: true", "stream_options")
     for name, value in body.get("stream_options", {}).items():
@@ -111,7 +113,7 @@ def _logprobs(body: Body, endpoint: str) -> int | None:
 
 
 def _sampling_params(body: Body, endpoint: str, defaults: Mapping[str, Any], only_echo: bool) -> SamplingParams:
-    """The model's defaults, then OpenAI's for the endpoint, then what was sent."""
+    """The model's defaults, overridden by OpenAI's for the endpoint, then by the request's."""
     given = {SAMPLING[name]: value for name, value in body.items() if name in SAMPLING}
     given["logit_bias"] = {_token_id(key): value for key, value in body.get("logit_bias", {}).items()}
     given["n"] = body.get("n", 1)

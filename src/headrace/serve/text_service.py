@@ -1,6 +1,6 @@
-"""`Texts`: text to tokens and conversations to text, none of it on the event loop.
+"""`TextService`: tokenizes texts and renders conversations, off the event loop.
 
-encode, decode ──> a thread; long texts have one of their own, so that short ones need not wait for them
+encode, decode ──> a thread; long texts have their own, so that short ones do not wait for them
 chat ──> the template, in a worker process ──> a thread
 """
 
@@ -18,63 +18,63 @@ from headrace.serve.errors import RefusedError, named
 from headrace.serve.templates import TemplateWorker
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "Texts", "several"]
+__all__ = ["TextService", "TokenizedPrompt", "several"]
 
 LONG = 20_000
-"""Characters or tokens from which a text is long: some 10 ms of work."""
+"""Characters or tokens from which a text is long: about 10 ms of work."""
 RESERVED = frozenset({"messages", "add_generation_prompt", "tools", "documents", "self"})
-"""Variables of a template that are not the caller's to set."""
+"""Template variables that a request cannot set."""
 T = TypeVar("T")
 
 
 def several(given: Any) -> list[Any]:
-    """The prompts of a field that is a text, ids, or a list of either."""
+    """The list of prompts of a field that is a text, token ids, or a list of either."""
     return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A prompt as the engine takes it. `text` is None where it came as token ids."""
 
     text: str | None
     token_ids: list[int]
 
-    def last(self, count: int) -> Prompt:
-        """The last `count` tokens of it."""
-        return self if len(self.token_ids) <= count else Prompt(None, self.token_ids[-count:] if count else [])
+    def last(self, count: int) -> TokenizedPrompt:
+        """The last `count` tokens."""
+        return self if len(self.token_ids) <= count else TokenizedPrompt(None, self.token_ids[-count:] if count else [])
 
 
-class Texts:
-    """One tokenizer and its chat template, for many requests. Close it at the end."""
+class TextService:
+    """One tokenizer and its chat template, for concurrent requests. Must be closed."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._short, self._long = ThreadPoolExecutor(1, "text"), ThreadPoolExecutor(1, "long-text")
-        self._own, self._guests = TemplateWorker(), TemplateWorker()
-        """Templates of requests run apart, so that they can hold up nobody else's."""
+        self._model_templates, self._request_templates = TemplateWorker(), TemplateWorker()
+        """Templates sent with a request have a worker of their own, so that they cannot delay the model's."""
 
     async def start(self) -> None:
-        """Make ready for the first conversation."""
+        """Start the worker of the model's template."""
         if self.tokenizer.has_chat_template:
-            await self._own.start()
+            await self._model_templates.start()
 
     async def close(self) -> None:
         """End threads and processes."""
         self._short.shutdown(wait=False, cancel_futures=True)
         self._long.shutdown(wait=False, cancel_futures=True)
-        await self._own.close()
-        await self._guests.close()
+        await self._model_templates.close()
+        await self._request_templates.close()
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of a text. `RefusedError` where it is not valid Unicode."""
+        """Token ids of a text. `RefusedError` if it is not valid Unicode."""
         return await self._off_loop(len(text), lambda: self.tokenizer.encode(text, add_special_tokens))
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
+        """The text of token ids, special tokens included."""
         return await self._off_loop(len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens=False))
 
     async def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds in the middle of a text."""
+        """The text of each token, as in the middle of a longer text."""
 
         def work() -> list[str]:
             known = {i: self.tokenizer.token_text(i) for i in set(ids)}
@@ -82,10 +82,12 @@ class Texts:
 
         return await self._off_loop(16 * len(ids), work)
 
-    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[Prompt]:
-        """Prompts of texts or ids."""
+    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[TokenizedPrompt]:
+        """Tokenize prompts that are texts or token ids."""
         return [
-            Prompt(one, await self.encode(one, add_special_tokens)) if isinstance(one, str) else Prompt(None, one)
+            TokenizedPrompt(one, await self.encode(one, add_special_tokens))
+            if isinstance(one, str)
+            else TokenizedPrompt(None, one)
             for one in given
         ]
 
@@ -98,8 +100,8 @@ class Texts:
         chat_template: str | None = None,
         variables: Mapping[str, tuple[str, Any]] = {},
         add_special_tokens: bool = False,
-    ) -> Prompt:
-        """A conversation as a prompt. `variables` are the template's, each with the field that it came in."""
+    ) -> TokenizedPrompt:
+        """A conversation as a prompt. `variables` are the template's, each with the request field it came from."""
         for name, (field, _) in variables.items():
             if name in RESERVED:
                 raise RefusedError(f"{field}: {name} is not a variable that can be set there", field)
@@ -114,7 +116,7 @@ class Texts:
             source = chat_template
         plain = [_flat(message, i) for i, message in enumerate(messages)]
         mark = _mark(plain) if continue_final_message else ""
-        worker = self._own if chat_template is None else self._guests
+        worker = self._model_templates if chat_template is None else self._request_templates
         text = await worker.render(
             {
                 "source": source,
@@ -126,7 +128,7 @@ class Texts:
         )
         if mark:
             text = _cut(text, mark)
-        return Prompt(text, await self.encode(text, add_special_tokens))
+        return TokenizedPrompt(text, await self.encode(text, add_special_tokens))
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
         pool = self._short if size < LONG else self._long
@@ -137,7 +139,7 @@ class Texts:
 
 
 def _flat(message: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Content that is a list of text parts becomes one text, which is what templates expect."""
+    """Join content that is a list of text parts into one text, as templates expect."""
     content = message.get("content")
     if not isinstance(content, list):
         if content is not None and not isinstance(content, str):
@@ -153,7 +155,7 @@ def _flat(message: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 
 def _mark(messages: list[dict[str, Any]]) -> str:
-    """Put a mark at the end of the last message, which no template can have of itself; returns it."""
+    """Append a random marker to the last message, so that its end can be found in the rendered text; returns it."""
     last = messages[-1]
     if not isinstance(last.get("content"), str):
         raise RefusedError("continue_final_message needs a last message with text", "continue_final_message")

@@ -1,0 +1,288 @@
+"""`RequestPool`: every unfinished request, and every change of one. No other module writes to a `Request`.
+
+add ──> waiting ──seat──> running ──grant──> (a plan in flight) ──land──> running ──finish──> gone
+           └───────────preempt────┘
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from headrace.cache.manager import CacheManager
+from headrace.engine.schedule.edits import EditState
+from headrace.engine.schedule.limits import RequestLimits
+from headrace.engine.schedule.plan import Plan, SliceResult
+from headrace.engine.schedule.policies import Policy
+from headrace.engine.schedule.request import Request, RequestUpdate, Status
+from headrace.engine.schedule.slices import make_slice
+from headrace.engine.schedule.stats import SchedulerStats
+from headrace.errors import RequestError
+
+__all__ = ["Grant", "RequestPool"]
+
+
+class Grant(NamedTuple):
+    """Tokens [start, end) of a request in one plan, of which the last `samples` rows are sampled."""
+
+    request: Request
+    epoch: int
+    """The request's, when it was planned."""
+    start: int
+    end: int
+    samples: int
+
+
+class RequestPool:
+    """The request pool of Orca §3.2: two queues in policy order, and the moves between them.
+
+    What a move does to KV blocks it asks of `cache`; what it counts goes to `counters`.
+    """
+
+    def __init__(self, cache: CacheManager, policy: Policy, limits: RequestLimits, seats: int, swap: bool) -> None:
+        """`seats` requests run at once. `swap`: preempted requests move to the host where it has room."""
+        self.cache = cache
+        self.policy = policy
+        self.limits = limits
+        self.seats = seats
+        self.counters = SchedulerStats()
+        self.requests: dict[int, Request] = {}
+        """Every unfinished request by id."""
+        self.running: list[Request] = []
+        """In policy order."""
+        self.waiting: list[Request] = []
+        """In policy order."""
+        self._swap = swap
+        self._grants: list[Grant] = []
+        self._arrivals = 0
+
+    # ---- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises `RequestError`, with the numbers, if it can never run."""
+        if request.request_id in self.requests:
+            raise RequestError(f"request id {request.request_id} is already in use")
+        self.limits.check(request)
+        params = request.params
+        request.max_output = self.limits.max_output(request)
+        request.reserve = self.limits.reservation(request)
+        request.stop_ids = self.limits.stop_ids(request)
+        if request.is_beam:
+            # W candidates that go on exist even if every end token is among the best.
+            candidates = params.beam_width + max(params.beam_width, len(request.stop_ids))
+            request.top = max(candidates, request.top or 0)
+        elif EditState.wanted(params):
+            request.edits = EditState(params, request.stop_ids, request.prompt_token_ids)
+            for token in request.output_token_ids:
+                request.edits.append(token)
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        self.requests[request.request_id] = request
+        insort(self.waiting, request, key=self.policy.key)
+
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None, keep_tokens: int | None = None
+    ) -> None:
+        """End a request and free what it holds; with `keep_tokens`, only so much of its output counts."""
+        if keep_tokens is not None and keep_tokens < request.num_output_tokens:
+            del request.token_ids[request.num_prompt_tokens + keep_tokens :]
+            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens)
+        (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
+        self.cache.commit(request.kv, request.token_ids, request.num_tokens)  # planned ahead, known only now
+        self.cache.release(request.kv)
+        request.status = Status.FINISHED
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        if not request.is_beam:  # beams come and go within their search
+            self.counters.finished[reason] += 1
+        del self.requests[request.request_id]
+
+    def fork(self, parent_id: int, child: Request) -> None:
+        """Add `child`, whose tokens start with all of the parent's computed ones; see `Scheduler.fork`."""
+        parent = self.requests[parent_id]
+        shared = parent.kv.num_tokens
+        if parent.num_pending or child.token_ids[:shared] != parent.token_ids[:shared]:
+            raise ValueError(f"request {child.request_id} cannot fork from {parent_id}: its tokens are not the same")
+        child.num_scored = parent.num_scored
+        self.add(child)
+        if parent.status is Status.RUNNING and len(self.running) < self.seats:
+            self.cache.fork(parent.kv, child.kv, shared)
+            self._run(child)
+
+    def extend(self, request_id: int, token_ids: Sequence[int], cumulative_logprob: float) -> None:
+        """Append tokens that were chosen outside the sampler, by a beam search: they become known."""
+        request = self.requests[request_id]
+        request.token_ids.extend(token_ids)
+        request.cumulative_logprob = cumulative_logprob
+        request.parked = False
+
+    def draft(self, request_id: int, token_ids: Sequence[int]) -> None:
+        """Set the tokens that are computed behind the known ones, and kept as far as they are accepted."""
+        self.requests[request_id].spec_token_ids = list(token_ids)
+
+    # ---- a seat, and the way back
+
+    def parent(self, request: Request) -> Request | None:
+        """The unfinished request that computes this one's prompt; its prefix is in the tree if that has ended."""
+        return None if request.parent_id is None else self.requests.get(request.parent_id)
+
+    def seat(self, request: Request) -> None:
+        """Let a waiting request, which holds its cached prefix, run."""
+        kv, stats = request.kv, self.counters
+        if request.status is Status.WAITING:
+            cached = kv.num_tokens
+            request.num_cached_tokens = max(request.num_cached_tokens, min(cached, request.num_prompt_tokens))
+            stats.prompt_tokens += request.num_prompt_tokens
+            if self.cache.prefix_caching and self.parent(request) is None:
+                stats.prefix_queries += request.num_tokens
+                stats.prefix_hits += cached
+        if kv.host:
+            self.cache.swap_in(kv)
+        request.num_computed_tokens = kv.num_tokens
+        request.parent_id = None
+        if request.reserve:
+            self.cache.grow(kv, kv.num_tokens, request.reserve)
+        self._run(request)
+
+    def preempt(self, request: Request, plan: Plan) -> None:
+        """Take a running request's seat and blocks, which go to the host or are computed again later."""
+        if self._swap and self.cache.swap_out(request.kv):
+            request.num_computed_tokens = request.kv.host_tokens
+            self.counters.swapped_blocks += len(request.kv.host)
+        else:
+            self.cache.release(request.kv)
+            request.num_computed_tokens = 0
+        self._unseat(request)
+        plan.preempted.append(request.request_id)
+        self.counters.preemptions += 1
+
+    def wait_for_prefix(self, request: Request) -> None:
+        """Count a step in which the request waits for a prefix that another one computes."""
+        request.prefix_waits += 1
+        self.counters.prefix_waits += 1
+
+    def overtake(self, requests: Iterable[Request]) -> None:
+        """Count a step in which later requests were seated before these."""
+        for request in requests:
+            request.overtaken += 1
+
+    def change_weights(self, version: int) -> None:
+        """Forget everything computed: running requests wait, in their order, and compute all they know again."""
+        for request in tuple(self.running):
+            self._unseat(request)
+        for request in self.waiting:
+            self.cache.release(request.kv)
+            request.num_computed_tokens = 0
+            request.spec_token_ids = []
+            request.kv.namespace = request.namespace = (version, *request.namespace[1:])
+        self.cache.reset()
+
+    def _run(self, request: Request) -> None:
+        self.waiting.remove(request)
+        request.status = Status.RUNNING
+        insort(self.running, request, key=self.policy.key)
+
+    def _unseat(self, request: Request) -> None:
+        self.running.remove(request)
+        request.status = Status.PREEMPTED
+        request.epoch += 1
+        request.spec_token_ids = []
+        insort(self.waiting, request, key=self.policy.key)
+
+    # ---- tokens: planned, then computed
+
+    def grant(self, request: Request, count: int, plan: Plan) -> None:
+        """Plan `count` more tokens of a running request; the blocks for them are available."""
+        kv = request.kv
+        start = kv.num_tokens
+        end = start + count
+        known = len(request.token_ids)
+        self.cache.grow(kv, end, request.reserve)
+        self.cache.commit(kv, request.token_ids, known)
+        samples = max(end - (known + request.num_pending) + 1, 0)
+        plan.slices.append(make_slice(request, start, end))
+        request.num_scored = max(request.num_scored, min(end, request.num_prompt_tokens - 1))
+        if samples:
+            request.num_pending += 1
+        self._grants.append(Grant(request, request.epoch, start, end, samples))
+        self.counters.scheduled_tokens += count
+
+    def written(self, request: Request) -> int:
+        """Tokens of a running request that earlier plans compute: what a copy in this plan may read."""
+        for grant in self._grants:
+            if grant.request is request:
+                return grant.start
+        return request.kv.num_tokens
+
+    def take_grants(self) -> list[Grant]:
+        """What was granted since the last call: the grants of one plan."""
+        grants, self._grants = self._grants, []
+        return grants
+
+    def land(self, grant: Grant, result: SliceResult | None) -> RequestUpdate | None:
+        """Count a grant's tokens as computed and take its result; None where it brought nothing."""
+        request = grant.request
+        if request.status is Status.FINISHED:
+            self.counters.discarded_tokens += grant.end - grant.start
+            return None
+        if grant.samples:
+            request.num_pending -= 1
+        if request.epoch == grant.epoch:
+            request.num_computed_tokens = grant.end
+        if result is None or not (result.token_ids or result.scores):
+            return None
+        return self._absorb(request, result, grant.samples)
+
+    def _absorb(self, request: Request, got: SliceResult, samples: int) -> RequestUpdate:
+        """Append what was sampled, up to a stop; a beam's tokens are for its search to choose."""
+        update = RequestUpdate(
+            request.request_id, request.group_id, got.token_ids, got.logprobs, got.scores, request.num_cached_tokens
+        )
+        if request.is_beam:
+            update.token_ids = []
+            request.parked = samples > 0
+            return update
+        tokens, edits = request.token_ids, request.edits
+        last = request.num_prompt_tokens + request.max_output
+        for i, token in enumerate(got.token_ids):
+            tokens.append(token)
+            if edits is not None:
+                edits.append(token)
+            if token in request.stop_ids or len(tokens) >= last:
+                update.token_ids = got.token_ids[: i + 1]
+                update.logprobs = got.logprobs[: i + 1]
+                update.finish_reason = "stop" if token in request.stop_ids else "length"
+                update.stop_reason = request.stop_ids.get(token)
+                break
+        self.counters.generated_tokens += len(update.token_ids)
+        if update.finish_reason is not None:
+            self.finish(request, update.finish_reason, update.stop_reason)
+        elif samples > 1:  # drafts: what was not accepted is taken back
+            request.spec_token_ids = []
+            self.cache.rewind(request.kv, len(tokens) - 1)
+            request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)
+        return update
+
+    def check_integrity(self, in_flight: Sequence[Grant]) -> None:
+        """Raise AssertionError unless queues, requests, blocks and the grants in flight agree. For tests: slow."""
+        self.cache.check_integrity([request.kv for request in self.requests.values()])
+        assert not self._grants, "a grant that no plan carries"
+        assert {r.request_id for r in (*self.running, *self.waiting)} == set(self.requests), "a request in no queue"
+        assert len(self.running) + len(self.waiting) == len(self.requests), "a request in two queues"
+        assert len(self.running) <= self.seats, "more running than seats"
+        for queue in (self.running, self.waiting):
+            keys = [self.policy.key(request) for request in queue]
+            assert keys == sorted(keys), "a queue out of order"
+        sampling = [grant.request for grant in in_flight if grant.samples]
+        for request in self.requests.values():
+            kv = request.kv
+            running = request.status is Status.RUNNING
+            assert running == any(request is r for r in self.running), "status and queue differ"
+            assert running or not kv.blocks, "a waiting request holds blocks"
+            assert not kv.host or request.status is Status.PREEMPTED, "host slots of a request not swapped out"
+            assert request.num_pending == sum(r is request for r in sampling), "pending tokens drifted"
+            limit = request.num_tokens + request.num_pending + len(request.spec_token_ids)
+            assert kv.num_tokens <= limit, "more scheduled than known"
+            assert request.num_computed_tokens <= kv.num_tokens + kv.host_tokens, "computed past scheduled"
+            held = len(kv.blocks) * self.cache.block_size
+            assert not running or request.is_beam or held >= request.reserve, "a reservation shrank"
