@@ -24,8 +24,8 @@ test: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m soak --write-soak $(ARGS)
 
-# Every cell of the invariance matrix takes hours. MATRIX_SAMPLE=k runs k of them at random, always the same ones;
-# MATRIX_SHARD=i/n the i-th of n parts (of the sample, where there is one), for n machines or nights.
+# Every triple of values of the invariance matrix. MATRIX_SAMPLE=k runs k of the cells, always the same ones;
+# MATRIX_SHARD=i/n the i-th of n parts (of the sample, where there is one).
 matrix: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/invariance -m "matrix or not matrix" $(ARGS)
 

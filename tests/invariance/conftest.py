@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from headrace.bench.models import SHAPES, random_checkpoint
-from invariance.harness import Trace, Worker, run_alone
+from invariance.cells import Cell, question
+from invariance.driving import Trace
+from invariance.harness import Worker, run_alone
 
 GQA = replace(
     SHAPES["tiny"],
@@ -41,12 +43,13 @@ def worker():
 
 @pytest.fixture(scope="session")
 def alone(folders):
-    """Every prompt by itself, computed once for each model and way of sampling."""
-    known: dict[tuple[str, str], dict[int, Trace]] = {}
+    """alone(cell) → what every prompt gives by itself, computed once for all cells with the same question."""
+    known: dict[Cell, dict[int, Trace]] = {}
 
-    def compute(model: str, sampling: str) -> dict[int, Trace]:
-        if (model, sampling) not in known:
-            known[model, sampling] = run_alone(model, sampling, folders[model])
-        return known[model, sampling]
+    def compute(cell: Cell) -> dict[int, Trace]:
+        asked = question(cell)
+        if asked not in known:
+            known[asked] = run_alone(asked, folders)
+        return known[asked]
 
     return compute

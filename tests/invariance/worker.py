@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from headrace.llm.records import ResumeRecord
-from invariance.harness import Cell, resume_here
+from invariance.cells import Cell
+from invariance.harness import finish
 
 
 def main() -> None:
@@ -13,8 +14,9 @@ def main() -> None:
     sys.stdout = sys.stderr
     for line in sys.stdin:
         job = json.loads(line)
+        folders = {name: Path(folder) for name, folder in job["folders"].items()}
         records = {int(number): ResumeRecord.from_dict(data) for number, data in job["records"].items()}
-        traces = resume_here(Cell(**job["cell"]), Path(job["folder"]), records)
+        traces = finish(Cell(**job["cell"]), folders, records)
         out.write(json.dumps({n: trace.to_json() for n, trace in traces.items()}) + "\n")
         out.flush()
 

@@ -1,5 +1,6 @@
 """`CpuOps` as a whole: the protocol, its views of weights, the cache of compiled kernels, the fingerprint."""
 
+import contextlib
 import gc
 import inspect
 import os
@@ -186,3 +187,40 @@ def test_a_second_process_compiles_nothing(tmp_path):
             [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout == hits_and_misses
+
+
+TOGETHER = """
+import sys
+from doubled import doubled
+print("here", flush=True)
+sys.stdin.readline()
+assert [doubled(2), doubled(2.5), doubled(2j)] == [4, 5.0, 4j]
+print(sum(doubled.stats.cache_misses.values()))
+"""
+
+
+def test_processes_that_start_at_once_compile_each_kernel_once(tmp_path):
+    """Numba alone lets them all compile, and mix up their files in the cache."""
+    (tmp_path / "doubled.py").write_text(
+        "from headrace.kernels.cpu.launch import kernel\n\n\n@kernel\ndef doubled(x):\n    return x + x\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"HEADRACE_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": paths}
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", TOGETHER],
+                    env=environment,
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+            for _ in range(2)
+        ]
+        assert [process.stdout.readline() for process in started] == ["here\n"] * 2
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert sum(int(process.stdout.readline()) for process in started) == 3

@@ -12,6 +12,7 @@ with "spawn" only: a child forked after the first parallel kernel dies in its Op
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba.core import codegen
+from numba.core.compiler_lock import global_compiler_lock
 
 from headrace.config import require
 
@@ -139,9 +141,36 @@ def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False
     before = numba_config.CACHE_DIR
     numba_config.CACHE_DIR = str(folder or before)
     try:
-        return jit(function)
+        made = jit(function)
     finally:
         numba_config.CACHE_DIR = before
+    return made if folder is None else _compiled_once(made, folder / f"{function.__module__}.{function.__name__}.lock")
+
+
+def _compiled_once(made: Any, lock: Path) -> Any:
+    """`made`, compiled by one process at a time: the others wait and then load it from the cache.
+
+    Two processes that save to Numba's cache at once may give their machine code the same file name, and then one
+    index names the code of another signature. Numba's own lock is taken first, so that threads cannot deadlock.
+    """
+    compile_one = made.compile
+
+    def compile_alone(signature: Any) -> Any:
+        with global_compiler_lock, _held(lock):
+            return compile_one(signature)
+
+    made.compile = compile_alone
+    return made
+
+
+@contextlib.contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """The lock of this file among processes; nothing where the file cannot be made or its system has no locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def vector_features() -> str:
