@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.request import Request
 
 __all__ = ["only_the_pool_writes"]
@@ -17,27 +18,25 @@ ALLOWED = {"headrace.engine.schedule.pool", "headrace.engine.schedule.request"}
 def _check(what: str, depth: int = 2) -> None:
     module = sys._getframe(depth).f_globals["__name__"]
     if module.startswith("headrace.") and module not in ALLOWED:
-        raise AssertionError(f"{module} changes {what} of a request; only the request pool may")
+        raise AssertionError(f"{module} changes a request: {what}; only the request pool may")
 
 
-class _Tokens(list):
-    """A list of tokens that checks who edits it in place."""
+def _guarded(kind: type, edits: tuple[str, ...]) -> type:
+    """A `kind` of container whose in-place `edits` check the module that makes them."""
 
-    def append(self, token: int) -> None:
-        _check("token_ids")
-        super().append(token)
+    def checked(edit: str) -> Any:
+        def method(self: Any, *args: Any) -> Any:
+            _check("a list or table")
+            return getattr(kind, edit)(self, *args)
 
-    def extend(self, tokens: Any) -> None:
-        _check("token_ids")
-        super().extend(tokens)
+        return method
 
-    def __delitem__(self, at: Any) -> None:
-        _check("token_ids")
-        super().__delitem__(at)
+    return type(f"Guarded{kind.__name__}", (kind,), {edit: checked(edit) for edit in edits})
 
-    def __setitem__(self, at: Any, token: Any) -> None:
-        _check("token_ids")
-        super().__setitem__(at, token)
+
+EDITS = ("__delitem__", "__setitem__", "clear", "pop")
+LIST = _guarded(list, (*EDITS, "__iadd__", "append", "extend", "insert", "remove", "reverse", "sort"))
+DICT = _guarded(dict, (*EDITS, "__ior__", "popitem", "setdefault", "update"))
 
 
 def only_the_pool_writes(patch: pytest.MonkeyPatch) -> None:
@@ -45,6 +44,16 @@ def only_the_pool_writes(patch: pytest.MonkeyPatch) -> None:
 
     def setattr_(self: Request, name: str, value: Any) -> None:
         _check(name)
-        object.__setattr__(self, name, _Tokens(value) if name == "token_ids" else value)
+        guard = {list: LIST, dict: DICT}.get(type(value))
+        object.__setattr__(self, name, value if guard is None else guard(value))
+
+    def in_place(method: Any) -> Any:
+        def checked(self: EditState, *args: Any) -> Any:
+            _check("edits")
+            return method(self, *args)
+
+        return checked
 
     patch.setattr(Request, "__setattr__", setattr_)
+    for name in ("append", "current"):
+        patch.setattr(EditState, name, in_place(getattr(EditState, name)))

@@ -1,6 +1,6 @@
 """`RequestPool`: every unfinished request, and every change of one. No other module writes to a `Request`.
 
-add ──> waiting ──seat──> running ──grant──> (a plan in flight) ──land──> running ──finish──> gone
+add ──> waiting ──seat──> running ──grant──> (a plan in flight) ──complete──> running ──finish──> gone
            └───────────preempt────┘
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from headrace.cache.manager import CachedSequence, CacheManager
 from headrace.engine.schedule.edits import EditState
@@ -23,15 +22,8 @@ from headrace.errors import RequestError
 __all__ = ["Grant", "RequestPool"]
 
 
-class Grant(NamedTuple):
-    """Tokens [start, end) of a request in one plan, of which the last `samples` rows are sampled."""
-
-    request: Request
-    epoch: int
-    """The request's, when it was planned."""
-    start: int
-    end: int
-    samples: int
+Grant = tuple[Request, int, int, int, int]
+"""A request's part of a plan: the request, its epoch when planned, start, end, rows sampled at the end."""
 
 
 class RequestPool:
@@ -200,19 +192,27 @@ class RequestPool:
         known = len(request.token_ids)
         self.cache.grow(kv, end, request.reserve)
         self.cache.commit(kv, request.token_ids, known)
-        samples = max(end - (known + request.num_pending) + 1, 0)
-        plan.slices.append(make_slice(request, start, end))
-        request.num_scored = max(request.num_scored, min(end, request.num_prompt_tokens - 1))
+        samples = end - (known + request.num_pending) + 1
+        edits = None
+        if samples > 0:
+            if request.edits is not None:
+                edits = request.edits.current(known + request.num_pending - request.num_prompt_tokens)
+        else:
+            samples = 0
+        plan.slices.append(make_slice(request, start, end, samples, edits))
+        last_scored = request.num_prompt_tokens - 1
+        if request.num_scored < last_scored:
+            request.num_scored = max(request.num_scored, min(end, last_scored))
         if samples:
             request.num_pending += 1
-        self._grants.append(Grant(request, request.epoch, start, end, samples))
+        self._grants.append((request, request.epoch, start, end, samples))
         self.counters.scheduled_tokens += count
 
     def written(self, request: Request) -> int:
         """Tokens of a running request that earlier plans compute: what a copy in this plan may read."""
-        for grant in self._grants:
-            if grant.request is request:
-                return grant.start
+        for other, _, start, _, _ in self._grants:
+            if other is request:
+                return start
         return request.kv.num_tokens
 
     def take_grants(self) -> list[Grant]:
@@ -220,24 +220,28 @@ class RequestPool:
         grants, self._grants = self._grants, []
         return grants
 
-    def land(self, grant: Grant, result: SliceResult | None) -> RequestUpdate | None:
-        """Count a grant's tokens as computed and take its result; None where it brought nothing."""
-        request = grant.request
+    def complete(self, grant: Grant, result: SliceResult | None) -> RequestUpdate | None:
+        """Count a grant's tokens as computed and append what was sampled, up to a stop; None where that is nothing.
+
+        A beam gets no tokens here: its search chooses them.
+        """
+        request, epoch, start, end, samples = grant
         if request.status is Status.FINISHED:
-            self.counters.discarded_tokens += grant.end - grant.start
+            self.counters.discarded_tokens += end - start
             return None
-        if grant.samples:
+        if samples:
             request.num_pending -= 1
-        if request.epoch == grant.epoch:
-            request.num_computed_tokens = grant.end
+        if request.epoch == epoch:
+            request.num_computed_tokens = end
         if result is None or not (result.token_ids or result.scores):
             return None
-        return self._absorb(request, result, grant.samples)
-
-    def _absorb(self, request: Request, got: SliceResult, samples: int) -> RequestUpdate:
-        """Append what was sampled, up to a stop; a beam's tokens are for its search to choose."""
         update = RequestUpdate(
-            request.request_id, request.group_id, got.token_ids, got.logprobs, got.scores, request.num_cached_tokens
+            request.request_id,
+            request.group_id,
+            result.token_ids,
+            result.logprobs,
+            result.scores,
+            request.num_cached_tokens,
         )
         if request.is_beam:
             update.token_ids = []
@@ -245,13 +249,13 @@ class RequestPool:
             return update
         tokens, edits = request.token_ids, request.edits
         last = request.num_prompt_tokens + request.max_output
-        for i, token in enumerate(got.token_ids):
+        for i, token in enumerate(result.token_ids):
             tokens.append(token)
             if edits is not None:
                 edits.append(token)
             if token in request.stop_ids or len(tokens) >= last:
-                update.token_ids = got.token_ids[: i + 1]
-                update.logprobs = got.logprobs[: i + 1]
+                update.token_ids = result.token_ids[: i + 1]
+                update.logprobs = result.logprobs[: i + 1]
                 update.finish_reason = "stop" if token in request.stop_ids else "length"
                 update.stop_reason = request.stop_ids.get(token)
                 break
@@ -274,7 +278,7 @@ class RequestPool:
         for queue in (self.running, self.waiting):
             keys = [self.policy.key(request) for request in queue]
             assert keys == sorted(keys), "a queue out of order"
-        sampling = [grant.request for grant in in_flight if grant.samples]
+        sampling = [request for request, *_, samples in in_flight if samples]
         for request in self.requests.values():
             kv = request.kv
             running = request.status is Status.RUNNING

@@ -157,20 +157,27 @@ class Scheduler:
         plan = Plan(pool.counters.steps)
         if pool.policy.preempts and pool.waiting:
             self._admission.make_way(plan)
-        remaining = [request.remaining() for request in pool.running]
-        granted = self.batching.share(remaining, [len(request.spec_token_ids) for request in pool.running])
+        crowded = self._grant_running(plan)
+        if pool.waiting and not crowded:
+            self._admission.run(plan, len(self._in_flight))
+        return self._seal(plan)
+
+    def _grant_running(self, plan: Plan) -> bool:
+        """Share the step's tokens among the running requests; True where blocks ran out and some were preempted."""
+        pool, cache = self.pool, self.cache
+        running = tuple(pool.running)
+        remaining = [request.remaining() for request in running]
+        granted = self.batching.share(remaining, [len(request.spec_token_ids) for request in running])
         crowded = False
-        for request, count in zip(tuple(pool.running), granted):
+        for request, count in zip(running, granted):
             if count and request.status is Status.RUNNING:
-                need = self.cache.need(request.kv, max(request.kv.num_tokens + count, request.reserve))
-                if need and need > self.cache.available:
+                need = cache.need(request.kv, max(request.kv.num_tokens + count, request.reserve))
+                if need and need > cache.available:
                     crowded = True
                     if not self._make_space(need, request, plan):
                         continue
                 pool.grant(request, count, plan)
-        if pool.waiting and not crowded:
-            self._admission.run(plan, len(self._in_flight))
-        return self._seal(plan)
+        return crowded
 
     def update(self, plan: Plan, result: StepResult) -> list[RequestUpdate]:
         """Take the result of the oldest plan in flight; returns what it brought, by request."""
@@ -179,8 +186,9 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0][0] is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} with result {result.step} is not the oldest in flight")
         _, grants = self._in_flight.popleft()
-        landed = (self.pool.land(grant, result.slices.get(grant.request.request_id)) for grant in grants)
-        return [update for update in landed if update is not None]
+        complete, results = self.pool.complete, result.slices
+        updates = [complete(grant, results.get(grant[0].request_id)) for grant in grants]
+        return [update for update in updates if update is not None]
 
     def _make_space(self, need: int, request: Request, plan: Plan) -> bool:
         """Preempt until `need` blocks are available; False when `request` itself had to go.

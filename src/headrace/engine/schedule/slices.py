@@ -11,12 +11,12 @@ _ONE_SAMPLE = [SAMPLE]
 """Shared by all decode slices: runners only read targets."""
 
 
-def make_slice(request: Request, start: int, end: int) -> Slice:
+def make_slice(request: Request, start: int, end: int, samples: int, edits: LogitEdits | None) -> Slice:
     """The slice for positions [start, end) of `request`, whose blocks are already there.
 
-    Rows from the last known token on are sampled; with drafts behind it there are several. Rows of the prompt
-    that `prompt_logprobs` has not scored yet are scored. The block table is the live list: runners read it in
-    `submit`.
+    The last `samples` rows, from the last known token on, are sampled: several where there are drafts. Rows of
+    the prompt that `prompt_logprobs` has not scored yet are scored. The block table is the live list: runners
+    read it in `submit`.
     """
     tokens = request.token_ids
     known = len(tokens)
@@ -26,17 +26,13 @@ def make_slice(request: Request, start: int, end: int) -> Slice:
         ids = [*tokens[start:known], PREVIOUS]
     else:
         ids = [*tokens[start:known], *request.spec_token_ids[: end - known]]
-    samples = end - (known + request.num_pending) + 1
     targets = _ONE_SAMPLE
     last_scored = request.num_prompt_tokens - 1
     if request.num_scored < last_scored:
         first, stop = max(start, request.num_scored), min(end, last_scored)
-        targets = tokens[first + 1 : stop + 1] + [SAMPLE] * max(samples, 0)
+        targets = tokens[first + 1 : stop + 1] + [SAMPLE] * samples
     elif samples != 1:
-        targets = [SAMPLE] * max(samples, 0)
-    edits: LogitEdits | None = None
-    if samples > 0 and request.edits is not None:
-        edits = request.edits.current(known + request.num_pending - request.num_prompt_tokens)
+        targets = [SAMPLE] * samples
     return Slice(
         request.request_id,
         start,
