@@ -18,16 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headrace.kernels.partials import Partials
 from headrace.kernels.shards import OutputShards
 from headrace.kernels.vocab import VocabPart
 
-__all__ = ["SPLIT", "AttentionMeta", "Kernel", "Ops", "SampleParams"]
+__all__ = ["AttentionMeta", "Kernel", "Ops", "SampleParams"]
 
 Kernel = Callable[[Tensor], Tensor]
 """What a linear's kernel slot holds: x [T, K] → [T, N] fp32."""
-
-SPLIT = 256
-"""Tokens of one attention split. Splits are aligned to position 0 of their sequence."""
 
 
 @dataclass(slots=True)
@@ -147,6 +145,38 @@ class Ops(Protocol):
         (MA, m, e) partial, merged in a binary tree of power-of-two aligned nodes, then the maximal nodes left to
         right (Infinite-LLM's merge). With `window` > 0 a row sees only the last `window` positions, itself
         included. Returns [T, H, d], contiguous fp32; `lse_TH` receives each row's m + log e, for `attention_backward`.
+        """
+        ...
+
+    def attention_partials(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        range_S2: Tensor,
+        window: int = 0,
+    ) -> Partials:
+        """`attention` over a range of each sequence's context, not yet merged: one owner's part.
+
+        `range_S2`, integers on the CPU, are positions [first, last): first is a multiple of `SPLIT`, and so is last,
+        or it is not less than the context. `meta` is that of the whole context, but no block outside the range is read.
+        """
+        ...
+
+    def fold_partials(
+        self,
+        parts: Sequence[Partials],
+        ranges: Sequence[Tensor],
+        meta: AttentionMeta,
+        window: int = 0,
+        lse_TH: Tensor | None = None,
+    ) -> Tensor:
+        """`attention` [T, H, d] from its owners' partials, with the same bits whatever the cut.
+
+        `parts` and `ranges` are given in the order of the context; a range may be empty. Raises `ValueError` where the
+        ranges leave out something that a row sees.
         """
         ...
 

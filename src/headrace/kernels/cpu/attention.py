@@ -18,87 +18,61 @@ and V serves a whole group, or several tokens of a chunk.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import get_num_threads, prange
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.memory import load1, load8, store1, store8, store8n
 from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
-from headrace.kernels.cpu.simd import div8, exp1, fma8, log1, mul8, splat8
+from headrace.kernels.cpu.tree import finish, give, insert, last_start, levels_of, oldest_split
 from headrace.kernels.cpu.work import take
-from headrace.kernels.ops import SPLIT
+from headrace.kernels.partials import SPLIT
 
-__all__ = ["attention", "merge"]
+__all__ = ["WHOLE", "Result", "attention"]
 
 TILE = 32  # rows of a work item: K and V of a split stay in the cache between its groups of rows
 
-
-# ---- the tree of partials -------------------------------------------------------------------------------------
-
-
-@kernel
-def merge(scratch, left, right, node):
-    """The node at `right` becomes left ∪ right: both scaled to the greater m, the left one first."""
-    m_left, m_right = load1(scratch, left + node - 2), load1(scratch, right + node - 2)
-    m = max(m_left, m_right)
-    scale_left, scale_right = exp1(m_left - m), exp1(m_right - m)
-    e = load1(scratch, left + node - 1) * scale_left + load1(scratch, right + node - 1) * scale_right
-    by_left, by_right = splat8(scale_left), splat8(scale_right)
-    for c in range(0, node - 8, 8):
-        scaled = mul8(load8(scratch, left + c), by_left)
-        store8(scratch, right + c, fma8(load8(scratch, right + c), by_right, scaled))
-    store1(scratch, right + node - 2, m)
-    store1(scratch, right + node - 1, e)
+WHOLE = np.empty((0, 2), np.int64)
+"""Ranges of sequences whose whole context is here."""
 
 
-@kernel
-def _insert(scratch, fresh, stack, split, oldest, node):
-    """Count the node of `split` into a row's binary counter: slot l holds a node of 2^l splits.
+class Result(NamedTuple):
+    """Where the rows' results go, flat: MA / e and m + log e (none where empty), or their nodes."""
 
-    Splits before `oldest` are outside the window: a slot of nothing but those is empty.
-    """
-    level = 0
-    while (split >> level) & 1:
-        if (split >> level) << level > oldest:  # the slot's last split is the one before this
-            merge(scratch, stack + level * node, fresh, node)
-        level += 1
-    for c in range(0, node, 8):
-        store8(scratch, stack + level * node + c, load8(scratch, fresh + c))
+    out: Any
+    """[T, H, d], or MA [T, H, nodes, d]."""
+    m: Any
+    """The log-sum-exp [T, H], or m [T, H, nodes]."""
+    e: Any
+    nodes: int
+    """Nodes that a row has room for; 0 where rows are finished here."""
+
+
+class Rows(NamedTuple):
+    """A work item: all heads of one group for some tokens in a row, over the splits first … last − 1."""
+
+    token: int
+    tokens: int
+    position: int
+    """Of the first token."""
+    heads: int
+    """Of the model; `group` of them, from `head` on, are these rows' own."""
+    head: int
+    group: int
+    window: int
+    first: int
+    last: int
 
 
 @kernel
-def _finish(scratch, stack, splits, oldest, node, out, at, dim, lse):
-    """Join a row's maximal nodes left to right and write MA / e, and m + log e where it is asked for."""
-    result, covered, level = -1, 0, 62
-    while level >= 0:
-        if (splits >> level) & 1:
-            covered += 1 << level
-            if covered > oldest:
-                if result >= 0:
-                    merge(scratch, result, stack + level * node, node)
-                result = stack + level * node
-        level -= 1
-    if lse.size:
-        lse[at // dim] = load1(scratch, result + node - 2) + log1(load1(scratch, result + node - 1))
-    e = splat8(load1(scratch, result + node - 1))
-    for c in range(0, dim & ~7, 8):
-        store8(out, at + c, div8(load8(scratch, result + c), e))
-    if dim & 7:
-        c = dim & ~7
-        store8n(out, at + c, div8(load8(scratch, result + c), e), dim & 7)
-
-
-# ---- work items ------------------------------------------------------------------------------------------------
-
-
-@kernel
-def _tile(
-    q, paged, token, tokens, position, heads, head, group, window, scale, scratch, packed, node, levels, out, lse
-):
-    """All heads of one group for `tokens` tokens in a row, the first of them at `position`: split by split."""
+def _tile(q, paged, item, scale, scratch, packed, node, levels):
+    """Leave the nodes of an item's rows in their counters, split by split."""
+    token, tokens, position, heads, head, group, window, first, last = item
     rows, at_R, position_R = tokens * group, np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
-    stacks = NODES + ROWS * node
-    for split in range(_oldest(position, window), (position + tokens - 1) // SPLIT + 1):
+    stacks, slots = NODES + ROWS * node, 2 * levels if first else levels
+    last = min(last, (position + tokens - 1) // SPLIT + 1)
+    for split in range(max(first, oldest_split(position, window)), last):
         oldest = max(0, position - window + 1) if window else 0
         locate(paged, max(split * SPLIT, oldest), min((split + 1) * SPLIT, position + tokens))
         for row in range(0, rows, ROWS):
@@ -107,88 +81,82 @@ def _tile(
                 index = row + min(r, count - 1)
                 at_R[r] = ((token + index // group) * heads + head + index % group) * paged.dim
                 position_R[r] = position + index // group
-            if position_R[ROWS - 1] < split * SPLIT or _oldest(position_R[0], window) > split:
+            if position_R[ROWS - 1] < split * SPLIT or oldest_split(position_R[0], window) > split:
                 continue
             partial(q, at_R, position_R, count, paged, split, window, row == 0, scale, scratch, packed, node)
             for r in range(count):
-                oldest = _oldest(position_R[r], window)
+                oldest = oldest_split(position_R[r], window)
                 if oldest <= split and split * SPLIT <= position_R[r]:
-                    stack = stacks + (row + r) * levels * node
-                    _insert(scratch, NODES + r * node, stack, split, oldest, node)
-    for row in range(rows):
-        at, place = position + row // group, ((token + row // group) * heads + head + row % group) * paged.dim
-        stack = stacks + row * levels * node
-        _finish(scratch, stack, at // SPLIT + 1, _oldest(at, window), node, out, place, paged.dim, lse)
+                    stack = stacks + (row + r) * slots * node
+                    begin = first if first > oldest else 0
+                    insert(scratch, NODES + r * node, stack, split, 0, begin, oldest, levels, node)
 
 
 @kernel
-def _oldest(position, window):
-    """The first split of which the row at `position` sees something."""
-    return max(0, position - window + 1) // SPLIT if window else 0
-
-
-@kernel
-def _last_start(starts_S1, item):
-    """The sequence s with starts_S1[s] ≤ item < starts_S1[s + 1]."""
-    low, high = 0, starts_S1.size - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if starts_S1[middle] <= item:
-            low = middle
+def _write(result, item, scratch, node, levels, dim):
+    """What `_tile` has left in the counters."""
+    token, tokens, position, heads, head, group, window, first, last = item
+    slots = 2 * levels if first else levels
+    for row in range(tokens * group):
+        at, place = position + row // group, (token + row // group) * heads + head + row % group
+        stack = NODES + ROWS * node + row * slots * node
+        if result.nodes:
+            to = place * result.nodes
+            give(scratch, stack, at, window, first, last, levels, node, dim, result.out, result.m, result.e, to)
         else:
-            high = middle
-    return low
+            oldest = oldest_split(at, window)
+            finish(scratch, stack, at // SPLIT + 1, oldest, node, result.out, place * dim, dim, result.m)
 
 
 @kernel(parallel=True)
-def _attention(q, blocks, shape, layer, table_SM, query_start_S1, context_S, heads, out, lse, scale, window, threads):
+def _attention(
+    q,
+    blocks,
+    shape,
+    layer,
+    table_SM,
+    start_S1,
+    context_S,
+    range_S2,
+    heads,
+    out,
+    m,
+    e,
+    nodes,
+    scale,
+    window,
+    threads,
+):
     """Every (kv head, sequence, tile of rows) is a work item; a free thread takes the next one."""
     _, layers, _, kv_heads, block_size, dim = shape
     sequences, group = context_S.size, heads // kv_heads
     tile = max(1, TILE // group)
     tiles_S1 = np.zeros(sequences + 1, np.int64)
-    longest = 1
     for s in range(sequences):
-        tiles_S1[s + 1] = tiles_S1[s] + (query_start_S1[s + 1] - query_start_S1[s] + tile - 1) // tile
-        longest = max(longest, context_S[s])
-    levels = 1  # a binary counter of n splits has as many slots as n has bits
-    while (longest + SPLIT - 1) // SPLIT >> levels:
-        levels += 1
-    node = (dim + 7) // 8 * 8 + 8
+        tiles_S1[s + 1] = tiles_S1[s] + (start_S1[s + 1] - start_S1[s] + tile - 1) // tile
+    levels, node = levels_of(context_S), (dim + 7) // 8 * 8 + 8
+    slots = 2 * levels if range_S2.size else levels
     shift = 0
     while 1 << shift < block_size:
         shift += 1
     part = kv_heads * block_size * dim
     items, counter = tiles_S1[sequences] * kv_heads, np.zeros(1, np.int64)
     for _ in prange(max(1, min(threads, items))):
-        scratch = np.empty(NODES + ROWS * node + tile * group * levels * node, np.float32)
+        scratch = np.empty(NODES + ROWS * node + tile * group * slots * node, np.float32)
         packed, at_K = np.empty((dim + 7) // 8 * 64, np.float32), np.empty(SPLIT, np.int64)
         item = take(counter)
         while item < items:
             head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
-            s = _last_start(tiles_S1, index)
-            start, end = np.int64(query_start_S1[s]), np.int64(query_start_S1[s + 1])
-            first = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
+            s = last_start(tiles_S1, index)
+            start, end = np.int64(start_S1[s]), np.int64(start_S1[s + 1])
+            token = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
+            tokens, position = min(tile, end - token), context_S[s] - (end - token)
+            first, last = (range_S2[s, 0], range_S2[s, 1]) if range_S2.size else (0, position + tokens)
             keys = (2 * layer * kv_heads + head) * block_size * dim
             paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
-            _tile(
-                q,
-                paged,
-                first,
-                min(tile, end - first),
-                context_S[s] - (end - first),
-                heads,
-                head * group,
-                group,
-                window,
-                scale,
-                scratch,
-                packed,
-                node,
-                levels,
-                out,
-                lse,
-            )
+            rows = Rows(token, tokens, position, heads, head * group, group, window, first, last)
+            _tile(q, paged, rows, scale, scratch, packed, node, levels)
+            _write(Result(out, m, e, nodes), rows, scratch, node, levels, dim)
             item = take(counter)
 
 
@@ -199,13 +167,15 @@ def attention(
     block_table_SM: np.ndarray,
     query_start_S1: np.ndarray,
     context_len_S: np.ndarray,
-    out_THd: np.ndarray,
-    lse_TH: np.ndarray,
+    range_S2: np.ndarray,
+    result: Result,
     scale: float,
-    window: int = 0,
+    window: int,
 ) -> None:
-    """See `Ops.attention`. All arrays are C-contiguous; `blocks` [block, layer, 2, kv_head, token, dim] is float32,
-    uint16 (bf16) or int16 (fp16), the meta arrays are int32, q and out fp32 [T, H, d]; an empty lse is not written.
+    """See `Ops.attention` and `Ops.attention_partials`; ranges are int64 and count splits.
+
+    All arrays are C-contiguous; `blocks` [block, layer, 2, kv_head, token, dim] is float32, uint16 (bf16) or int16
+    (fp16), the meta arrays are int32, q fp32 [T, H, d].
     """
     _attention(
         q_THd,
@@ -215,9 +185,9 @@ def attention(
         block_table_SM,
         query_start_S1,
         context_len_S,
+        range_S2,
         q_THd.shape[1],
-        out_THd,
-        lse_TH.reshape(-1),
+        *result,
         np.float32(scale),
         window,
         get_num_threads(),

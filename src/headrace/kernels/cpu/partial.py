@@ -28,7 +28,7 @@ from headrace.kernels.cpu.simd16 import (
     sub16,
 )
 from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
-from headrace.kernels.ops import SPLIT
+from headrace.kernels.partials import SPLIT
 
 __all__ = ["NODES", "ROWS", "Paged", "locate", "partial"]
 

@@ -19,8 +19,10 @@ from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import elementwise, launch
 from headrace.kernels.cpu import sample as sampling
 from headrace.kernels.cpu.linear import linear, linear_part
+from headrace.kernels.cpu.tree import fold, most_nodes
 from headrace.kernels.cpu.views import NOTHING, VIEWS, alike, bounds_array, dense, integers, strided
 from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.partials import Partials, owners_ranges, split_ranges
 
 __all__ = ["ALONE_PRODUCT", "CpuServingOps"]
 
@@ -199,8 +201,40 @@ class CpuServingOps(BaseOps):
         lse_TH: Tensor | None = None,
     ) -> Tensor:
         out_THd = torch.empty(q_THd.shape)
-        if lse_TH is not None:
-            alike("lse", lse_TH, "a head's row", out_THd[..., 0])
+        result = paged.Result(out_THd.numpy().reshape(-1), self._lse(lse_TH, q_THd), NOTHING, 0)
+        self._attention(q_THd, blocks, layer, meta, paged.WHOLE, result, scale, window)
+        return out_THd
+
+    def attention_partials(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        range_S2: Tensor,
+        window: int = 0,
+    ) -> Partials:
+        splits_S2 = split_ranges(range_S2, meta)
+        nodes = most_nodes(meta.query_start_S1.numpy(), meta.context_len_S.numpy(), splits_S2, window)
+        parts = Partials.empty(q_THd, nodes)
+        if nodes:
+            ma, m, e = (x.numpy().reshape(-1) for x in parts)
+            result = paged.Result(ma, m, e, nodes)
+            self._attention(q_THd, blocks, layer, meta, splits_S2, result, scale, window)
+        return parts
+
+    def _attention(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        splits_S2: np.ndarray,
+        result: paged.Result,
+        scale: float,
+        window: int,
+    ) -> None:
         launch.set_threads(self.threads)
         paged.attention(
             dense(q_THd),
@@ -209,12 +243,47 @@ class CpuServingOps(BaseOps):
             meta.block_table_SM.numpy(),
             meta.query_start_S1.numpy(),
             meta.context_len_S.numpy(),
-            out_THd.numpy(),
-            NOTHING if lse_TH is None else dense(lse_TH),
+            splits_S2,
+            result,
             scale,
             window,
         )
+
+    def fold_partials(
+        self,
+        parts: Sequence[Partials],
+        ranges: Sequence[Tensor],
+        meta: AttentionMeta,
+        window: int = 0,
+        lse_TH: Tensor | None = None,
+    ) -> Tensor:
+        splits_OS2 = owners_ranges(ranges, meta, window)
+        ma, m, e = (torch.cat(tensors, 2) for tensors in zip(*parts))
+        tokens, heads, pitch, dim = ma.shape
+        out_THd = torch.empty(tokens, heads, dim)
+        offsets = np.cumsum([0, *(part.m_THL.shape[2] for part in parts[:-1])])
+        launch.set_threads(self.threads)
+        fold(
+            *(dense(x).reshape(-1) for x in (ma, m, e)),
+            pitch,
+            meta.query_start_S1.numpy(),
+            meta.context_len_S.numpy(),
+            splits_OS2,
+            offsets,
+            heads,
+            dim,
+            out_THd.numpy().reshape(-1),
+            self._lse(lse_TH, out_THd),
+            window,
+        )
         return out_THd
+
+    @staticmethod
+    def _lse(lse_TH: Tensor | None, q_THd: Tensor) -> np.ndarray:
+        if lse_TH is None:
+            return NOTHING
+        alike("lse", lse_TH, "a head's row", q_THd[..., 0])
+        return dense(lse_TH).reshape(-1)
 
     def copy_blocks_(self, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         if source.dtype != target.dtype or source.shape[1:] != target.shape[1:]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from headrace.kernels.base import BaseOps
 from headrace.kernels.dropout import dropout_bar, signed64
 from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.partials import Partials
+from headrace.kernels.reference import attention
 from headrace.kernels.reference import sample as sampling
 from headrace.kernels.shards import Span, tree
 
@@ -96,48 +98,32 @@ class ReferenceOps(BaseOps):
         window: int = 0,
         lse_TH: Tensor | None = None,
     ) -> Tensor:
-        out_THd = torch.empty(q_THd.shape, dtype=torch.float32, device=q_THd.device)
-        starts, contexts = meta.query_start_S1.tolist(), meta.context_len_S.tolist()
-        for s, context in enumerate(contexts):
-            rows = slice(starts[s], starts[s + 1])
-            count = rows.stop - rows.start
-            if count == 0:
-                continue
-            first = max(0, context - count - window + 1) if window else 0  # the oldest position any row sees
-            keys_GJd, values_GJd = self._gather(blocks, layer, meta.block_table_SM[s], first, context)
-            seen_IJ = self._visible(context - count, first, context, window)
-            out_THd[rows], lse_IH = self._softmax_rows(q_THd[rows].float(), keys_GJd, values_GJd, seen_IJ, scale)
-            if lse_TH is not None:
-                lse_TH[rows] = lse_IH
-        return out_THd
+        contexts_S = meta.context_len_S.cpu()
+        whole_S2 = torch.stack((torch.zeros_like(contexts_S), contexts_S), dim=1)
+        parts = self.attention_partials(q_THd, blocks, layer, meta, scale, whole_S2, window)
+        return self.fold_partials([parts], [whole_S2], meta, window, lse_TH)
 
-    def _gather(self, blocks: Tensor, layer: int, table_M: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [G, last − first, d] of positions first … last − 1, fp32."""
-        size = blocks.shape[4]
-        positions_J = torch.arange(first, last, device=blocks.device)
-        block_J = table_M.to(blocks.device, torch.int64)[positions_J // size]
-        both_J2Gd = blocks[block_J, layer, :, :, positions_J % size].float()
-        keys_JGd, values_JGd = both_J2Gd.unbind(dim=1)
-        return keys_JGd.transpose(0, 1), values_JGd.transpose(0, 1)
+    def attention_partials(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        range_S2: Tensor,
+        window: int = 0,
+    ) -> Partials:
+        return attention.attention_partials(q_THd, blocks, layer, meta, scale, range_S2, window)
 
-    def _visible(self, query: int, first: int, last: int, window: int) -> Tensor:
-        """[last − query, last − first]: whether the row at position query + i sees position first + j."""
-        at_I1 = torch.arange(query, last, device=self.device)[:, None]
-        at_J = torch.arange(first, last, device=self.device)
-        seen_IJ = at_J <= at_I1
-        return seen_IJ & (at_J > at_I1 - window) if window else seen_IJ
-
-    @staticmethod
-    def _softmax_rows(
-        q_IHd: Tensor, keys_GJd: Tensor, values_GJd: Tensor, seen_IJ: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """(what the rows find, their log-sum-exp)"""
-        groups = keys_GJd.shape[0]
-        q_GNId = q_IHd.transpose(0, 1).unflatten(0, (groups, -1))
-        scores = (q_GNId @ keys_GJd.unsqueeze(1).mT) * scale
-        scores = scores.masked_fill(~seen_IJ, -torch.inf)
-        out = (torch.softmax(scores, dim=-1) @ values_GJd.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
-        return out, torch.logsumexp(scores, dim=-1).flatten(0, 1).T
+    def fold_partials(
+        self,
+        parts: Sequence[Partials],
+        ranges: Sequence[Tensor],
+        meta: AttentionMeta,
+        window: int = 0,
+        lse_TH: Tensor | None = None,
+    ) -> Tensor:
+        return attention.fold_partials(parts, ranges, meta, window, lse_TH)
 
     def logsumexp_parts(self, logits_RV: Tensor, bounds: Sequence[int]) -> Tensor:
         parts = []
@@ -239,7 +225,7 @@ class ReferenceOps(BaseOps):
             g, q = (x[rows].transpose(0, 1).unflatten(0, (groups, -1)) for x in (g_THd, q_THd))
             k, v = (x[rows].transpose(0, 1).unsqueeze(1) for x in (k_TGd, v_TGd))
             lse, own = (x[rows].T.unflatten(0, (groups, -1))[..., None] for x in (lse_TH, own_TH))
-            seen_IJ = self._visible(0, 0, stop - start, window)
+            seen_IJ = attention.visible(range(stop - start), range(stop - start), window, self.device)
             p = torch.exp(q @ k.mT * scale - lse).masked_fill(~seen_IJ, 0.0)
             s = scale * p * (g @ v.mT - own)
             parts = (s @ k).flatten(0, 1), (s.mT @ q).sum(1), (p.mT @ g).sum(1)
