@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from headrace.kernels.ops import AttentionMeta
 
 __all__ = ["SPLIT", "Partials", "nodes_of", "oldest_split", "owners_ranges", "split_ranges"]
 
@@ -70,12 +67,12 @@ def nodes_of(position: int, window: int, first: int, last: int) -> Iterator[tupl
         start += 1 << level
 
 
-def split_ranges(range_S2: Tensor, meta: AttentionMeta) -> np.ndarray:
+def split_ranges(range_S2: Tensor, context_len_S: Tensor) -> np.ndarray:
     """Ranges of positions as ranges of splits, int64 [S, 2].
 
     Raises `ValueError` unless each begins at a multiple of `SPLIT`, and ends at one or not before its context does.
     """
-    ranges, contexts = range_S2.tolist(), meta.context_len_S.tolist()
+    ranges, contexts = range_S2.tolist(), context_len_S.tolist()
     if len(ranges) != len(contexts):
         raise ValueError(f"{len(ranges)} ranges for {len(contexts)} sequences")
     for (first, last), context in zip(ranges, contexts):
@@ -85,14 +82,14 @@ def split_ranges(range_S2: Tensor, meta: AttentionMeta) -> np.ndarray:
     return np.asarray(splits, np.int64).reshape(-1, 2)
 
 
-def owners_ranges(ranges: Sequence[Tensor], meta: AttentionMeta, window: int) -> np.ndarray:
+def owners_ranges(ranges: Sequence[Tensor], context_len_S: Tensor, query_start_S1: Tensor, window: int) -> np.ndarray:
     """Every owner's ranges as ranges of splits, int64 [O, S, 2].
 
     Raises `ValueError` unless, in the order of their owners, a sequence's ranges are all that its rows see.
     """
-    splits_OS2 = np.stack([split_ranges(range_S2, meta) for range_S2 in ranges])
-    contexts = meta.context_len_S.tolist()
-    for s, (start, stop) in enumerate(pairwise(meta.query_start_S1.tolist())):
+    splits_OS2 = np.stack([split_ranges(range_S2, context_len_S) for range_S2 in ranges])
+    contexts = context_len_S.tolist()
+    for s, (start, stop) in enumerate(pairwise(query_start_S1.tolist())):
         if start == stop:
             continue
         own = [(int(first), int(last)) for first, last in splits_OS2[:, s] if first < last]

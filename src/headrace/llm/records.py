@@ -16,7 +16,7 @@ from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 __all__ = ["ResumeRecord"]
 
 T = TypeVar("T")
-Rows = list[list[list[Any]] | None] | None
+TableRows = list[list[list[Any]] | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +132,14 @@ def _make(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
-def _rows(tables: Sequence[Mapping[int, Logprob] | None] | None) -> Rows:
+def _rows(tables: Sequence[Mapping[int, Logprob] | None] | None) -> TableRows:
     """Tables as rows of (token id, log-probability, rank, text): JSON has no integer keys."""
     if tables is None:
         return None
     return [None if table is None else [[token, *entry] for token, entry in table.items()] for table in tables]
 
 
-def _tables(rows: Rows) -> list[dict[int, Logprob] | None] | None:
+def _tables(rows: TableRows) -> list[dict[int, Logprob] | None] | None:
     if rows is None:
         return None
     return [None if table is None else {token: Logprob(*entry) for token, *entry in table} for table in rows]

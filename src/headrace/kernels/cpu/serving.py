@@ -215,7 +215,7 @@ class CpuServingOps(BaseOps):
         range_S2: Tensor,
         window: int = 0,
     ) -> Partials:
-        splits_S2 = split_ranges(range_S2, meta)
+        splits_S2 = split_ranges(range_S2, meta.context_len_S)
         nodes = most_nodes(meta.query_start_S1.numpy(), meta.context_len_S.numpy(), splits_S2, window)
         parts = Partials.empty(q_THd, nodes)
         if nodes:
@@ -257,7 +257,7 @@ class CpuServingOps(BaseOps):
         window: int = 0,
         lse_TH: Tensor | None = None,
     ) -> Tensor:
-        splits_OS2 = owners_ranges(ranges, meta, window)
+        splits_OS2 = owners_ranges(ranges, meta.context_len_S, meta.query_start_S1, window)
         ma, m, e = (torch.cat(tensors, 2) for tensors in zip(*parts))
         tokens, heads, pitch, dim = ma.shape
         out_THd = torch.empty(tokens, heads, dim)

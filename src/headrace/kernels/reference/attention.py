@@ -32,7 +32,7 @@ def attention_partials(
     q_THd: Tensor, blocks: Tensor, layer: int, meta: AttentionMeta, scale: float, range_S2: Tensor, window: int
 ) -> Partials:
     """See `Ops.attention_partials`."""
-    splits_S2 = split_ranges(range_S2, meta)
+    splits_S2 = split_ranges(range_S2, meta.context_len_S)
     found: list[tuple[slice, list[Node | None]]] = []
     for s, rows, positions in _runs(meta, window):
         places = list(nodes_of(positions.start, window, *splits_S2[s].tolist()))
@@ -55,7 +55,7 @@ def fold_partials(
     parts: Sequence[Partials], ranges: Sequence[Tensor], meta: AttentionMeta, window: int, lse_TH: Tensor | None
 ) -> Tensor:
     """See `Ops.fold_partials`."""
-    splits_OS2 = owners_ranges(ranges, meta, window)
+    splits_OS2 = owners_ranges(ranges, meta.context_len_S, meta.query_start_S1, window)
     tokens, heads, _, dim = parts[0].MA_THLd.shape
     out_THd = torch.empty(tokens, heads, dim, device=parts[0].MA_THLd.device)
     for s, rows, positions in _runs(meta, window):
