@@ -158,6 +158,7 @@ class InstanceSupervisor:
             async for batch in client.batches():
                 self._note_events(batch)
                 self._owner.on_events(self.name, batch)
+                await asyncio.sleep(0)  # messages that are there already would keep every other task from running
         except InstanceDiedError as error:
             return f"the engine failed: {error}"
         return "the engine's process died"
