@@ -121,7 +121,7 @@ def test_log_probability(base):
 
 
 def test_the_head_s_loss_is_never_all_logits_at_once(base, monkeypatch):
-    monkeypatch.setattr("headrace.kernels.vocab.CHUNK", 8)
+    monkeypatch.setattr("headrace.kernels.head.CHUNK", 8)
     rows = []
     linear = base.linear
     monkeypatch.setattr(base, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
