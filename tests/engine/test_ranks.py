@@ -81,7 +81,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path):
     ranks = Ranks.start(2, tmp_path / "nothing", "cpu", [{"threads": 1}] * 2, "auto", CPU, 120.0)
     try:
         with pytest.raises(HeadraceError, match=r"rank 1 of 2: .*nothing"):
-            ranks.begin(num_blocks=4, block_size=8, cache_dtype="float32", host_slots=0)
+            ranks.initialize_cache(num_blocks=4, block_size=8, cache_dtype="float32", host_slots=0)
     finally:
         ranks.close()
     with pytest.raises(HeadraceError, match="rank 1 of 2: kernels='no such kernels' is not one of"):
@@ -89,7 +89,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path):
 
 
 def test_a_rank_that_is_late_is_named(tinyworld_checkpoint, started):
-    with pytest.raises(ConfigError, match=r"rank 1 of 2 was not here within 0\.01 s: .* or raise rank_timeout"):
+    with pytest.raises(ConfigError, match=r"rank 1 of 2 was not started within 0\.01 s: .* or raise rank_timeout"):
         LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=0.01)
     assert not started()
     with LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=99) as llm:

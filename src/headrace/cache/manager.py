@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from headrace.cache.blocks import BlockPool, OutOfBlocks
+from headrace.cache.blocks import BlockPool, OutOfBlocksError
 from headrace.cache.key import CacheKey
 from headrace.cache.radix import RadixNode, RadixTree
 
@@ -274,7 +274,7 @@ class CacheManager:
     def _allocate(self) -> int:
         while self.pool.num_free == 0:
             if not self.tree.evict(1):
-                raise OutOfBlocks(f"all {self.pool.num_usable} blocks are held by requests")
+                raise OutOfBlocksError(f"all {self.pool.num_usable} blocks are held by requests")
         return self.pool.allocate()
 
     def _shared(self, block: int) -> bool:

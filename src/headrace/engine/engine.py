@@ -76,7 +76,7 @@ class Engine(Generic[R]):
         """The model can be relied on no more: every later step raises `EngineFailedError`."""
         self._failure = cause
 
-    def settle(self) -> list[RequestUpdate]:
+    def drain(self) -> list[RequestUpdate]:
         """Wait for all that is in flight, and plan nothing."""
         updates: list[RequestUpdate] = []
         while self._in_flight:

@@ -30,10 +30,10 @@ class Follower:
         self._model, self._ops, self._ready = model, ops, ready
         self._shard: ModelShard | None = None
 
-    def obey(self, kind: str, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
+    def execute(self, kind: str, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
         """Do what a frame says; whether there will be another."""
         model, ops = self._model, self._ops
-        if kind == "begin":
+        if kind == "cache":
             dtype = getattr(torch, values["cache_dtype"])
             ops.warm_up(weight_dtype(model.config), dtype)
             store = KVStore(
@@ -71,8 +71,8 @@ class GroupRanks(Ranks):
         super().__init__(group.size)
         self.group = group
 
-    def begin(self, **values: Any) -> None:
-        self.send(frame("begin", values))
+    def initialize_cache(self, **values: Any) -> None:
+        self.send(frame("cache", values))
 
     def send(self, message: bytes) -> None:
         self.group.share(message)
@@ -85,5 +85,5 @@ class GroupRanks(Ranks):
 def follow(model: Transformer, ops: Ops) -> None:
     """Do what rank 0 of the model's group says through its `GroupRanks`, until it closes them."""
     follower = Follower(model, ops)
-    while (message := read_frame(io.BytesIO(model.group.share(None)))) is not None and follower.obey(*message):
+    while (message := read_frame(io.BytesIO(model.group.share(None)))) is not None and follower.execute(*message):
         pass

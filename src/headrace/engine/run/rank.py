@@ -58,10 +58,10 @@ def _follow(start: dict[str, Any], frames: IO[bytes], say: Any) -> None:
     rank, size = start["rank"], start["size"]
     torch.set_num_threads(start["threads"] or torch.get_num_threads())
     ops = load_ops(start["kernels"], **start["options"])
-    say(here=rank)
+    say(started=rank)
     group = connect(join(start["port"], size, start["timeout"]), rank, size, ops.device, start["timeout"])
     follower = Follower(load_model(start["folder"], ops, start["dtype"], group), ops, lambda: say(ready=rank))
-    while (message := read_frame(frames)) is not None and follower.obey(*message):
+    while (message := read_frame(frames)) is not None and follower.execute(*message):
         pass
 
 

@@ -78,18 +78,18 @@ class Ranks:
                         "threads": options[rank].get("threads"),
                     }
                 )
-            ranks._hear("here")
+            ranks._wait_for("started")
             ranks.group = connect(ranks._store, 0, size, device, timeout)
         except BaseException:
             ranks.close()
             raise
         return ranks
 
-    def begin(self, **values: Any) -> None:
+    def initialize_cache(self, **values: Any) -> None:
         """Tell what the KV cache is like, and wait until everybody has one."""
         if self._processes:
-            self.send(frame("begin", values))
-            self._hear("ready")
+            self.send(frame("cache", values))
+            self._wait_for("ready")
 
     def send(self, message: bytes) -> None:
         """One frame to every rank."""
@@ -99,7 +99,7 @@ class Ranks:
                 process.stdin.write(message)
                 process.stdin.flush()
             except (BrokenPipeError, ValueError):
-                raise RankDiedError(self._obituary(rank)) from None
+                raise RankDiedError(self._exit_message(rank)) from None
 
     def explain(self, error: RuntimeError) -> RuntimeError:
         """What to raise for a collective that failed: the death of a rank, where that is why."""
@@ -108,13 +108,13 @@ class Ranks:
                 process.wait(1.0)
             except subprocess.TimeoutExpired:
                 continue
-            return RankDiedError(self._obituary(rank))
+            return RankDiedError(self._exit_message(rank))
         return error
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call `on_death(what happened)` from another thread when a rank ends before `close`."""
         for rank, process in enumerate(self._processes, 1):
-            watcher = threading.Thread(target=self._wait, args=(rank, process, on_death), daemon=True)
+            watcher = threading.Thread(target=self._report_exit, args=(rank, process, on_death), daemon=True)
             watcher.start()
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Ranks:
         process.stdin.write(json.dumps(said).encode() + b"\n")
         process.stdin.flush()
 
-    def _hear(self, what: str) -> None:
+    def _wait_for(self, what: str) -> None:
         """Wait for a line from every rank; raises what it says went wrong."""
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self._processes, 1):
@@ -163,22 +163,22 @@ class Ranks:
                     )
                 for key, _ in ready:
                     stdout: Any = key.fileobj
-                    self._check(key.data, stdout.readline(), what)
+                    self._check_reply(key.data, stdout.readline(), what)
                     selector.unregister(stdout)
 
-    def _check(self, rank: int, line: bytes, what: str) -> None:
+    def _check_reply(self, rank: int, line: bytes, what: str) -> None:
         if not line:
             self._processes[rank - 1].wait()
-            raise RankDiedError(self._obituary(rank))
+            raise RankDiedError(self._exit_message(rank))
         said = json.loads(line)
         if what not in said:
             kind = HeadraceError if said.get("bad_input") else RankDiedError
             raise kind(f"rank {rank} of {self.size}: {said.get('failed', said)}")
 
-    def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[str], None]) -> None:
+    def _report_exit(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[str], None]) -> None:
         process.wait()
         if not self._closing:
-            on_death(self._obituary(rank))
+            on_death(self._exit_message(rank))
 
-    def _obituary(self, rank: int) -> str:
+    def _exit_message(self, rank: int) -> str:
         return f"rank {rank} of {self.size} ended with status {self._processes[rank - 1].poll()}: start the engine anew"

@@ -156,10 +156,10 @@ class Scheduler:
         pool.counters.steps += 1
         plan = Plan(pool.counters.steps)
         if pool.policy.preempts and pool.waiting:
-            self._admission.make_way(plan)
+            self._admission.preempt_for_priority(plan)
         crowded = self._grant_running(plan)
         if pool.waiting and not crowded:
-            self._admission.run(plan, len(self._in_flight))
+            self._admission.admit(plan, len(self._in_flight))
         return self._seal(plan)
 
     def _grant_running(self, plan: Plan) -> bool:
