@@ -8,7 +8,7 @@ __all__ = ["BlockPool", "OutOfBlocksError"]
 
 
 class OutOfBlocksError(RuntimeError):
-    """A block was asked for when none is free: the caller must check what is available first."""
+    """No block is free. Callers must check what is available before they allocate."""
 
 
 class BlockPool:

@@ -1,4 +1,4 @@
-"""`Admission`: which waiting requests get a seat in a step, and what of their prefix is already there."""
+"""`Admission`: which waiting requests get a seat in a step, and how much of their prefix is cached."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Admission"]
 
 
 class Admission:
-    """Decides; the `RequestPool` acts. It has no state.
+    """Decides which requests get a seat; the `RequestPool` makes the changes. It has no state.
 
     A request is seated only if its known tokens (or its reservation) fit beside what the running ones still
     need for theirs, so that prompts do not evict each other. The first that does not fit stops the queue; one
-    that is *held*, for its parent or for a prefix being computed, is passed over.
+    that waits for its parent, or for a prefix being computed, is skipped.
     """
 
     def __init__(self, pool: RequestPool, batching: Batching, prefix_patience: int) -> None:
@@ -31,7 +31,7 @@ class Admission:
         pool = self._pool
         self._admit_waiting(plan)
         while not plan.slices and not in_flight and pool.waiting and any(r.parked for r in pool.running):
-            # Nothing can move: beams that wait for their siblings give way to them.
+            # No request can go on: preempt a beam that waits for its siblings, so that they get its blocks.
             pool.preempt(next(r for r in reversed(pool.running) if r.parked), plan)
             self._admit_waiting(plan)
 
@@ -108,7 +108,7 @@ class Admission:
         return len(path) * self._cache.block_size
 
     def _blocked(self, request: Request) -> bool:
-        """Whether it waits for its own result, for its search, or for its parent to compute the prompt."""
+        """Whether it waits for its own result, its beam search, or its parent's computing the prompt."""
         if request.num_pending or request.parked:
             return True
         parent = self._pool.parent(request)
@@ -117,7 +117,7 @@ class Admission:
         return parent.status is not Status.RUNNING or self._pool.written(parent) < request.num_tokens - 1
 
     def _prefix_in_progress(self, request: Request, path: list[RadixNode]) -> bool:
-        """Whether a running request is about to compute this one's next block: worth a wait, bounded."""
+        """Whether a running request is about to compute this one's next block, which may wait for it a while longer."""
         pool, size = self._pool, self._cache.block_size
         start = len(path) * size
         if not self._cache.prefix_caching or start + size > self._cacheable(request):
