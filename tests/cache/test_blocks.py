@@ -1,13 +1,13 @@
 import pytest
 
-from headrace.cache.blocks import BlockPool, OutOfBlocks
+from headrace.cache.blocks import BlockPool, OutOfBlocksError
 from headrace.errors import ConfigError
 
 
 def test_null_block_is_never_handed_out_and_all_others_are():
     pool = BlockPool(5)
     assert sorted(pool.allocate() for _ in range(4)) == [1, 2, 3, 4]
-    with pytest.raises(OutOfBlocks, match="all 4 blocks"):
+    with pytest.raises(OutOfBlocksError, match="all 4 blocks"):
         pool.allocate()
     pool.check_integrity()
 

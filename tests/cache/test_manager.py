@@ -1,4 +1,4 @@
-"""The manager against a simple model: what each slot physically holds after the moves it asks for."""
+"""The manager against a simple model of what each slot holds after its block moves."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -91,7 +91,7 @@ def test_what_is_pinned_is_not_available():
     manager.check_integrity([child])
 
 
-def test_a_released_table_keeps_what_a_plan_may_still_show():
+def test_a_released_table_keeps_what_a_plan_may_refer_to():
     manager = CacheManager(5, 4)
     seq = grown(manager, list(range(8)))
     shown = seq.blocks

@@ -1,4 +1,4 @@
-"""Beam search against an exhaustive model of itself, and under pressure."""
+"""Beam search against a short reference, and with few blocks."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What every executor of plans owes the scheduler: the same for the null runner and for the one with a model."""
+"""The contract of an executor of plans, held by the null runner and by the one with a model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ PROMPT = [11, 42, 7, 23, 64, 5, 38, 19, 71, 30, 9, 55, 14, 62, 27, 33, 48, 6, 81
 
 @dataclass
 class Subject:
-    """An executor, and blocks that no test before has used."""
+    """An executor, and a counter of its unused blocks."""
 
     executor: Any
     verifies_drafts: bool
@@ -216,7 +216,7 @@ def test_a_plan_is_read_in_submit(subject):
 
 @pytest.mark.parametrize("right", [0, 1, 3])
 def test_drafts_are_verified_or_refused(subject, right):
-    """Never handed out unseen: what follows a wrong draft is sampled from another prefix."""
+    """A token after a wrong draft is sampled from another prefix, so it must not be returned."""
     expected = subject.continued(PROMPT, 4)
     drafts = [*expected[:right], *(token + 1 for token in expected[right:3])]
     table = subject.table(23)

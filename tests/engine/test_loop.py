@@ -1,4 +1,4 @@
-"""`EngineLoop`: commands of many threads, each obeyed once or refused."""
+"""`EngineLoop`: commands from many threads, each called once or refused."""
 
 import threading
 

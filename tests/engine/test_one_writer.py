@@ -1,4 +1,4 @@
-"""The guard of `writers.py` sees a write from another module; that no other test trips over it is the proof."""
+"""The guard of `writers.py` detects a write from another module; every other test of this folder runs under it."""
 
 import types
 
@@ -22,7 +22,7 @@ from headrace.engine.schedule.sampling import SamplingParams
         "request.edits.append(4)",
     ],
 )
-def test_a_write_from_another_module_is_seen(write):
+def test_a_write_from_another_module_is_detected(write):
     other = types.ModuleType("headrace.engine.schedule.slices")
     request = Request(1, [1, 2, 3], SamplingParams(presence_penalty=1.0))
     request.edits = EditState(request.params, [], [])

@@ -73,7 +73,7 @@ def test_lpm_reaches_the_depth_first_hit_rate():
 
 
 @pytest.mark.parametrize("patience", [0, 5, 20])
-def test_lpm_starves_nobody(patience):
+def test_lpm_starves_no_request(patience):
     engine = make(max_num_seqs=1, policy="lpm", lpm_patience=patience)
     engine.scheduler.add(request(0, list(range(16)), 1))
     finish_order(engine)
@@ -86,7 +86,7 @@ def test_lpm_starves_nobody(patience):
     assert ended.index(1) == patience
 
 
-def test_lower_priority_numbers_run_first_and_push_out_higher_ones():
+def test_lower_priority_numbers_run_first_and_preempt_higher_ones():
     engine = make(num_blocks=12, context=40, policy="priority")
     low = [request(i, list(range(i, i + 14)), 20, priority=5) for i in (1, 2)]
     for r in low:
@@ -101,7 +101,7 @@ def test_lower_priority_numbers_run_first_and_push_out_higher_ones():
     assert finish_order(engine)[0] == 7
 
 
-def test_equal_priorities_do_not_push_out():
+def test_equal_priorities_do_not_preempt():
     engine = make(num_blocks=12, context=40, policy="priority")
     engine.scheduler.add(request(1, list(range(30)), 8, priority=1))
     engine.step()
@@ -197,7 +197,7 @@ def test_sarathi_gives_decodes_first_then_chunks_up_to_the_budget():
 def test_sarathi_cuts_a_step_at_a_tile():
     batching = Sarathi(2 * TILE + 9, 64)
     assert batching.share([1, 1000, 1, 1000], [0] * 4) == [1, 2 * TILE - 2, 1, 0]
-    assert batching.first(100) == 0  # a second cut would spoil the first
+    assert batching.first(100) == 0  # a second cut would break the first one's alignment
     assert batching.share([2 * TILE + 5, 1], [0, 0]) == [2 * TILE + 5, 1]  # nothing is cut: nothing to align
     assert Sarathi(TILE - 1, 64).share([1000], [0]) == [TILE - 1]
 
@@ -250,7 +250,7 @@ def test_static_batches_enter_and_leave_together():
         plan = engine.scheduler.schedule()
         now = {r.request_id for r in engine.scheduler.running}
         if now - running:
-            assert not running, "somebody joined a running batch"
+            assert not running, "a request joined a running batch"
             batches.append(now)
         engine.scheduler.update(plan, engine.runner.result(engine.runner.submit(plan)))
     assert batches == [{0, 1, 2}, {3, 4, 5}, {6}]

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def started():
-    """The rank processes that a test has started, when it asks."""
+    """A function that returns the rank processes that this test has started."""
     before = rank_processes()
     return lambda: rank_processes() - before
 
@@ -34,7 +34,7 @@ def rank_processes():
 
 
 @given(PAIRS, PAIRS, PAIRS, st.lists(st.integers(1, 40), max_size=4), st.integers(0, 3))
-def test_a_step_comes_through_whole(out, back, copies, lengths, wanted):
+def test_a_step_frame_round_trips(out, back, copies, lengths, wanted):
     moves = BlockMoves(out, back, copies)
     total = sum(lengths)
     inputs = None
@@ -77,11 +77,11 @@ def test_an_engine_of_two_ranks_ends_with_its_processes(tinyworld_checkpoint, st
     assert not rank.is_running()
 
 
-def test_a_rank_that_cannot_load_says_why(tmp_path):
+def test_a_rank_that_cannot_load_reports_the_reason(tmp_path):
     ranks = Ranks.start(2, tmp_path / "nothing", "cpu", [{"threads": 1}] * 2, "auto", CPU, 120.0)
     try:
         with pytest.raises(HeadraceError, match=r"rank 1 of 2: .*nothing"):
-            ranks.begin(num_blocks=4, block_size=8, cache_dtype="float32", host_slots=0)
+            ranks.initialize_cache(num_blocks=4, block_size=8, cache_dtype="float32", host_slots=0)
     finally:
         ranks.close()
     with pytest.raises(HeadraceError, match="rank 1 of 2: kernels='no such kernels' is not one of"):
@@ -89,14 +89,14 @@ def test_a_rank_that_cannot_load_says_why(tmp_path):
 
 
 def test_a_rank_that_is_late_is_named(tinyworld_checkpoint, started):
-    with pytest.raises(ConfigError, match=r"rank 1 of 2 was not here within 0\.01 s: .* or raise rank_timeout"):
+    with pytest.raises(ConfigError, match=r"rank 1 of 2 was not started within 0\.01 s: .* or raise rank_timeout"):
         LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=0.01)
     assert not started()
     with LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=99) as llm:
         [rank] = started()
         group = llm.frontend.engine.runner.model.group
         assert group._link._timeout == 99
-        group._link = SocketLink(group._link._sockets, 0.2)  # a test need not wait as long as a start may take
+        group._link = SocketLink(group._link._sockets, 0.2)  # a shorter timeout than the start needs
         rank.suspend()
         with pytest.raises(LinkError, match=r"rank 1 is silent for 0\.2 s"):
             llm.generate("Once upon", SamplingParams(max_tokens=8))

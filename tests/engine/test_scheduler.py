@@ -55,7 +55,7 @@ def no_leak(scheduler):
 
 
 def alone(request, context=256, eos=(EOS,)):
-    """What the null model gives, without any scheduler."""
+    """The null model's output, without a scheduler."""
     runner, params = NullRunner(2, 1, vocab_size=VOCAB), request.params
     tokens, output = list(request.prompt_token_ids), []
     last = params.max_tokens or context - len(tokens)
@@ -176,7 +176,7 @@ def test_swap_without_room_on_the_host_recomputes():
     budget=st.sampled_from([1, 5, 16, 200]),
 )
 def test_any_mix_of_arrivals_aborts_and_stops(seed, depth, policy, batching, preemption, blocks, size, slots, budget):
-    """Requests and choices come, are aborted and are stopped late at random times; the others never notice."""
+    """Requests and choices come, are aborted and are stopped late at random times; no other request's tokens change."""
     rng = random.Random(seed)
     engine = make(
         blocks,
@@ -455,7 +455,7 @@ def test_a_stop_comes_a_step_late_and_its_overrun_is_discarded():
     assert case.finish_reason == "stop" and engine.scheduler.stats.discarded_tokens == 1
     engine = make(queue_depth=2)
     check(engine, [Case(0, [1, 2, 3], SamplingParams(max_tokens=10, ignore_eos=True))])
-    assert engine.scheduler.stats.discarded_tokens == 0  # a length is seen coming
+    assert engine.scheduler.stats.discarded_tokens == 0  # an end by length is known when the step is planned
 
 
 def test_results_come_in_order():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from headrace.errors import ConfigError
 
-__all__ = ["BlockPool", "OutOfBlocks"]
+__all__ = ["BlockPool", "OutOfBlocksError"]
 
 
-class OutOfBlocks(RuntimeError):
-    """A block was asked for when none is free: the caller must check what is available first."""
+class OutOfBlocksError(RuntimeError):
+    """No block is free. Callers must check what is available before they allocate."""
 
 
 class BlockPool:
@@ -46,9 +46,9 @@ class BlockPool:
         return self.num_usable - len(self._free)
 
     def allocate(self) -> int:
-        """A free block, now with one owner; raises `OutOfBlocks` when there is none."""
+        """A free block, now with one owner; raises `OutOfBlocksError` when there is none."""
         if not self._free:
-            raise OutOfBlocks(f"all {self.num_usable} blocks are owned")
+            raise OutOfBlocksError(f"all {self.num_usable} blocks are owned")
         block = self._free.pop()
         self.refs[block] = 1
         return block

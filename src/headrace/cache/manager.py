@@ -1,7 +1,6 @@
-"""`CacheManager`: the only one that changes KV blocks. Sequences match, grow, commit, fork, rewind, swap and
-go.
+"""`CacheManager`: the only owner of KV blocks, which sequences match, grow, commit, fork, rewind, swap and release.
 
-What a sequence of 40 tokens with blocks of 16 holds; `depth` blocks of it are in the tree, locked by it:
+A sequence of 40 tokens with blocks of 16; `depth` blocks of it are in the tree, locked by it:
 
     position   0               16              32        40      48
     blocks     [ tree, shared ][ tree, shared ][ private         ]
@@ -17,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from headrace.cache.blocks import BlockPool, OutOfBlocks
+from headrace.cache.blocks import BlockPool, OutOfBlocksError
 from headrace.cache.key import CacheKey
 from headrace.cache.radix import RadixNode, RadixTree
 
@@ -47,7 +46,7 @@ class CachedSequence:
         self.node: RadixNode | None = None
         """The deepest locked node; None while nothing is held, or without prefix caching."""
         self.depth = 0
-        """Blocks of the locked path. Past a fork or a rewind the last of them may be only partly ours."""
+        """Blocks of the locked path. After a fork or a rewind the sequence may use only part of the last one."""
         self.host: list[int] = []
         """Host slots of a swapped-out sequence, one per block from position 0."""
         self.host_tokens = 0
@@ -88,7 +87,7 @@ class CacheManager:
 
     @property
     def available(self) -> int:
-        """Blocks that can be had now: free ones and those that eviction frees."""
+        """Blocks that can be allocated now: free and evictable ones."""
         return self.pool.num_free + self.tree.num_evictable
 
     @property
@@ -101,7 +100,7 @@ class CacheManager:
         return -(-num_tokens // self.block_size)
 
     def match(self, token_ids: Sequence[int], cache_key: CacheKey, limit: int) -> list[RadixNode]:
-        """The tree's nodes for the longest cached prefix of `token_ids[:limit]`; holds nothing."""
+        """The tree's nodes for the longest cached prefix of `token_ids[:limit]`; locks nothing."""
         return self.tree.match(token_ids, cache_key, limit) if self.prefix_caching else []
 
     def adopt(self, seq: CachedSequence, path: Sequence[RadixNode]) -> None:
@@ -147,10 +146,10 @@ class CacheManager:
         seq.num_tokens = end
 
     def commit(self, seq: CachedSequence, token_ids: Sequence[int], known: int) -> None:
-        """Put the full blocks of the first `known` tokens into the tree, as far as they are computed or
-        planned.
+        """Put the full blocks of the first `known` tokens into the tree, as far as they are computed or planned.
 
-        Where another sequence was first, the tree keeps that block and this one its own: the bits are equal.
+        Where the tree has a block for these tokens already, it keeps that one and the sequence its own: their bits
+        are equal.
         """
         size = self.block_size
         full = min(known, seq.num_tokens) // size
@@ -165,7 +164,8 @@ class CacheManager:
     def fork(self, parent: CachedSequence, child: CachedSequence, num_tokens: int) -> None:
         """Let an empty `child` share the parent's first `num_tokens` tokens, the partial block included.
 
-        An earlier plan has written that block, and the child grows, or goes, before the parent commits it.
+        An earlier plan must have written that block, and the child must grow, or be released, before the parent
+        commits it.
         """
         count = self.blocks_for(num_tokens)
         assert not child.blocks and child.node is None, "only an empty sequence is forked into"
@@ -204,7 +204,7 @@ class CacheManager:
         seq.num_tokens = num_tokens
 
     def release(self, seq: CachedSequence) -> None:
-        """Let everything go, host slots too; what the tree has stays there, evictable."""
+        """Free the sequence's blocks and host slots; blocks in the tree stay there, evictable."""
         self.drop_blocks(seq)
         for slot in seq.host:
             self.host.decref(slot)
@@ -212,23 +212,23 @@ class CacheManager:
         seq.host_tokens = 0
 
     def drop_blocks(self, seq: CachedSequence) -> None:
-        """Let the device blocks go and keep the host slots: an admission that failed, a swap that is done."""
+        """Free the device blocks and keep the host slots: after a failed admission or a swap to the host."""
         for block in seq.blocks:
             self.pool.decref(block)
         if seq.node is not None:
             self.tree.unlock(seq.node)
         self.held_blocks -= len(seq.blocks)
         self.filled_slots -= seq.num_tokens
-        seq.blocks = []  # a new list: a plan in flight may still show the old one
+        seq.blocks = []  # a new list: a plan in flight may refer to the old one
         seq.segments = [Segment(0, 0, seq.blocks)]
         seq.node = None
         seq.depth = seq.num_tokens = 0
 
     def swap_out(self, seq: CachedSequence) -> bool:
-        """Move the sequence to host slots; False, and nothing done, when there are too few.
+        """Move the sequence to host slots; returns False, with nothing changed, when there are too few.
 
-        Every block goes, those in the tree too: they become evictable, and may be gone when the sequence
-        returns. Earlier plans have written them all: the runner swaps out before it computes.
+        Every block moves, those in the tree too: they become evictable, and may be evicted before the sequence
+        returns. Earlier plans have written them all, as the runner swaps out before it computes.
         """
         count = self.blocks_for(seq.num_tokens)
         if count == 0 or count > self.host.num_free:
@@ -249,7 +249,7 @@ class CacheManager:
             self.held_blocks += 1
         self.filled_slots += max(0, seq.host_tokens - seq.num_tokens)
         seq.num_tokens = max(seq.num_tokens, seq.host_tokens)
-        self._slots_leaving += seq.host  # this step's swap_out runs before its swap_in: keep the slots until then
+        self._slots_leaving += seq.host  # still read by this step's swap_in, which runs after its swap_out
         seq.host = []
         seq.host_tokens = 0
 
@@ -268,17 +268,17 @@ class CacheManager:
         return moves
 
     def reset(self) -> int:
-        """Forget every prefix that no running sequence holds; returns how many blocks that freed."""
+        """Evict every prefix that no running sequence holds; returns the number of blocks freed."""
         return self.tree.evict(self.tree.num_evictable)
 
     def _allocate(self) -> int:
         while self.pool.num_free == 0:
             if not self.tree.evict(1):
-                raise OutOfBlocks(f"all {self.pool.num_usable} blocks are held by requests")
+                raise OutOfBlocksError(f"all {self.pool.num_usable} blocks are held by requests")
         return self.pool.allocate()
 
     def _shared(self, block: int) -> bool:
-        """Whether another sequence or the tree owns `block`; a pin does not mind, copies run before writes."""
+        """Whether another sequence or the tree owns `block`. Pins do not count: copies run before writes."""
         return self.pool.refs[block] - self._pinned.get(block, 0) > 1
 
     def _own(self, seq: CachedSequence, index: int) -> None:

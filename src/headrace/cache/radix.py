@@ -1,13 +1,12 @@
-"""`RadixTree`: the KV blocks of finished and running requests by the tokens they hold (RadixAttention, SGLang
-§3).
+"""`RadixTree`: the KV blocks of finished and running requests, by their tokens (RadixAttention, SGLang §3).
 
 Every edge is one whole block, so a node *is* a block and nothing is ever split:
 
     root(cache_key) ── tokens 0..15 ──> node ── tokens 16..31 ──> node ── …
                                           └──── tokens 16..31' ─> node
 
-A running request locks the nodes of its path; what nobody locks stays until the pool needs room, and then
-leaves go first, the least recently used one before the others, by a logical clock.
+A running request locks the nodes of its path. Unlocked nodes stay until the pool needs room; then leaves are
+evicted, the least recently used one first, by a logical clock.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ class RadixTree:
         self.block_size = block_size
         self.num_nodes = 0
         self.num_evictable = 0
-        """Nodes that nobody locks: evicting all of them is possible, and frees a block each."""
+        """Unlocked nodes. All of them can be evicted, and each frees a block."""
         self._roots: dict[CacheKey, RadixNode] = {}
         self._heap: list[tuple[int, int, RadixNode]] = []
         self._clock = 0
         self._pushes = 0
 
     def root(self, cache_key: CacheKey) -> RadixNode:
-        """The root of `cache_key`, made when it is new. Lock it, or it may go with its last child."""
+        """The root of `cache_key`, made when it is new. An unlocked root is removed with its last child."""
         node = self._roots.get(cache_key)
         if node is None:
             node = self._roots[cache_key] = RadixNode((), 0, None, cache_key)
@@ -149,7 +148,7 @@ class RadixTree:
         self._offer(node)
 
     def _offer(self, node: RadixNode) -> None:
-        """An unlocked node may be evicted if it is a leaf; an empty root goes at once."""
+        """Make an unlocked leaf a candidate for eviction; an empty root is removed at once."""
         if node.locks or node.children:
             return
         if node.parent is None:
@@ -186,7 +185,7 @@ class RadixTree:
         blocks: set[int] = set()
         for node in self.nodes():
             parent = node.parent
-            assert parent is not None and parent.children.get(node.key) is node, "a child its parent does not know"
+            assert parent is not None and parent.children.get(node.key) is node, "a child that its parent does not list"
             assert len(node.key) == self.block_size, "an edge that is not a whole block"
             assert node.block not in blocks, f"block {node.block} is twice in the tree"
             assert self.pool.refs[node.block] >= 1, f"block {node.block} is in the tree and free"

@@ -1,4 +1,4 @@
-"""`Engine`: the loop. Scheduler and runner meet here and nowhere else."""
+"""`Engine`: the loop that runs the scheduler's plans on an executor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Engine", "EngineFailedError", "Executor"]
 
 
 class EngineFailedError(RuntimeError):
-    """An earlier step of this engine raised: it can do no other."""
+    """An earlier step of this engine raised an exception, so it can run no further step."""
 
 
 class Executor(Protocol):
-    """What runs plans, in the order they are submitted: the `Runner`, or a stopwatch in its place."""
+    """Runs plans in the order they are submitted: `Runner`, or `NullRunner` without a model."""
 
     def submit(self, plan: Plan) -> Any:
         """Start a step and return a handle without waiting for its tokens."""
@@ -32,7 +32,7 @@ R = TypeVar("R", bound=Executor)
 
 
 class Engine(Generic[R]):
-    """Keeps `depth` plans in flight; a stop may thus come `depth - 1` steps late, and the overrun is discarded."""
+    """Keeps up to `depth` plans in flight. A stop may come `depth - 1` steps late; tokens past it are discarded."""
 
     def __init__(self, scheduler: Scheduler, runner: R, depth: int = 1) -> None:
         self.scheduler = scheduler
@@ -41,13 +41,13 @@ class Engine(Generic[R]):
         self._in_flight: deque[tuple[Plan, Any]] = deque()
         self._failure: BaseException | None = None
         self.last_plan: Plan | None = None
-        """What the last step computed, for those who watch; None if it had nothing to do."""
+        """The plan whose result the last step returned; None if there was none."""
 
     def step(self) -> list[RequestUpdate]:
-        """Plan until `depth` steps are in flight, then wait for the oldest one and hand its tokens out.
+        """Plan until `depth` steps are in flight, then wait for the oldest one and return its updates.
 
-        A step that raises, interrupts too, is the last: blocks that it planned stand in the prefix cache and were
-        perhaps never computed. Every later one raises `EngineFailedError`.
+        After a step that raises (`KeyboardInterrupt` included) every later one raises `EngineFailedError`: the prefix
+        cache may hold blocks that were planned and never computed.
         """
         if self._failure is not None:
             raise EngineFailedError(
@@ -73,11 +73,11 @@ class Engine(Generic[R]):
         return self.scheduler.update(plan, self.runner.result(handle))
 
     def fail(self, cause: BaseException) -> None:
-        """The model can be relied on no more: every later step raises `EngineFailedError`."""
+        """Make every later step raise `EngineFailedError` from `cause`."""
         self._failure = cause
 
-    def settle(self) -> list[RequestUpdate]:
-        """Wait for all that is in flight, and plan nothing."""
+    def drain(self) -> list[RequestUpdate]:
+        """Wait for every step in flight, without planning another one; returns their updates."""
         updates: list[RequestUpdate] = []
         while self._in_flight:
             plan, handle = self._in_flight.popleft()
@@ -86,5 +86,5 @@ class Engine(Generic[R]):
 
     @property
     def has_work(self) -> bool:
-        """Whether another `step` may bring something."""
+        """Whether a further `step` can compute or return anything."""
         return bool(self._in_flight) or self.scheduler.has_unfinished

@@ -96,7 +96,7 @@ def assemble(model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks 
         ops.device,
     )
     slots = host_slots(cache, options, store)
-    ranks.begin(num_blocks=blocks, block_size=cache.block_size, cache_dtype=cache.dtype, host_slots=slots)
+    ranks.initialize_cache(num_blocks=blocks, block_size=cache.block_size, cache_dtype=cache.dtype, host_slots=slots)
     runner = Runner(ModelShard(model, ops, store, slots), ranks)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
     scheduler = Scheduler(

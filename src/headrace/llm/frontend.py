@@ -96,7 +96,7 @@ class Frontend:
         """
         folder = resolve(source) if isinstance(source, (str, Path)) else None
         try:
-            self._settled |= self._take_all(self.engine.settle())
+            self._settled |= self._take_all(self.engine.drain())
             self.engine.runner.load(source if folder is None else folder)  # type: ignore[arg-type]
         except HeadraceError:
             raise

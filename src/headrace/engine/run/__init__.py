@@ -1,1 +1,1 @@
-"""A plan on its way through the model: packed, sent to every rank, computed, sampled."""
+"""Running a plan: pack it, send it to every rank, compute it, sample."""

@@ -1,4 +1,4 @@
-"""`Follower`: what a rank above 0 does with rank 0's frames, in a process of its own or inside a trainer."""
+"""`Follower`: a rank above 0, which executes rank 0's frames in its own process or inside a trainer."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["Follower", "GroupRanks", "follow"]
 
 
 class Follower:
-    """One rank's part of the model, and of a KV cache once it is told how large."""
+    """One rank's part of the model and, once a frame has given its size, of the KV cache."""
 
     def __init__(self, model: Transformer, ops: Ops, ready: Callable[[], None] = lambda: None) -> None:
-        """`ready` is called when there is a KV cache."""
+        """`ready` is called when the KV cache is allocated."""
         self._model, self._ops, self._ready = model, ops, ready
         self._shard: ModelShard | None = None
 
-    def obey(self, kind: str, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
-        """Do what a frame says; whether there will be another."""
+    def execute(self, kind: str, values: dict[str, Any], arrays: dict[str, np.ndarray]) -> bool:
+        """Execute a frame; returns whether further frames may follow."""
         model, ops = self._model, self._ops
-        if kind == "begin":
+        if kind == "cache":
             dtype = getattr(torch, values["cache_dtype"])
             ops.warm_up(weight_dtype(model.config), dtype)
             store = KVStore(
@@ -65,25 +65,25 @@ class Follower:
 
 
 class GroupRanks(Ranks):
-    """Ranks that are there already, a trainer's: frames go through their group to those that `follow`."""
+    """A trainer's ranks, which exist already: frames go through their group to the ranks that run `follow`."""
 
     def __init__(self, group: RankGroup) -> None:
         super().__init__(group.size)
         self.group = group
 
-    def begin(self, **values: Any) -> None:
-        self.send(frame("begin", values))
+    def initialize_cache(self, **values: Any) -> None:
+        self.send(frame("cache", values))
 
     def send(self, message: bytes) -> None:
         self.group.share(message)
 
     def close(self) -> None:
-        """Let the others go on with what they were doing; the group stays."""
+        """Make `follow` return on the other ranks; the group stays open."""
         self.send(frame("stop"))
 
 
 def follow(model: Transformer, ops: Ops) -> None:
-    """Do what rank 0 of the model's group says through its `GroupRanks`, until it closes them."""
+    """Execute the frames of rank 0's `GroupRanks` until it closes them."""
     follower = Follower(model, ops)
-    while (message := read_frame(io.BytesIO(model.group.share(None)))) is not None and follower.obey(*message):
+    while (message := read_frame(io.BytesIO(model.group.share(None)))) is not None and follower.execute(*message):
         pass

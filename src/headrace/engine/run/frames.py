@@ -1,4 +1,4 @@
-"""What rank 0 says to the others, as bytes: a header in JSON, then the arrays. Every message is one frame.
+"""Frames: messages from rank 0 to the other ranks, each a header in JSON and arrays.
 
 u32 length of the header │ header │ arrays, one after another
 """
@@ -26,7 +26,7 @@ _META = [f.name for f in fields(AttentionMeta) if f.name not in ("max_query", "m
 
 
 def frame(kind: str, values: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> bytes:
-    """One message. `values` is what JSON can hold."""
+    """Encode one message. `values` must be serializable as JSON."""
     arrays = {} if arrays is None else arrays
     shapes = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
     header = json.dumps({"kind": kind, "values": values or {}, "arrays": shapes}).encode()
@@ -34,7 +34,7 @@ def frame(kind: str, values: Mapping[str, Any] | None = None, arrays: Mapping[st
 
 
 def read_frame(stream: IO[bytes]) -> tuple[str, dict[str, Any], dict[str, np.ndarray]] | None:
-    """The next message's kind, values and arrays; None at the stream's end, which may come anywhere."""
+    """The next message's kind, values and arrays; None where the stream ends, even inside a message."""
     start = stream.read(_LENGTH.size)
     if len(start) < _LENGTH.size:
         return None
@@ -54,7 +54,7 @@ def read_frame(stream: IO[bytes]) -> tuple[str, dict[str, Any], dict[str, np.nda
 
 
 def step_frame(moves: BlockMoves, inputs: Inputs | None) -> bytes:
-    """A step: what moves, and what is computed, if anything."""
+    """Encode a step: its block moves and, where it has slices, the model's inputs."""
     values: dict[str, Any] = {"moves": [moves.swap_out, moves.swap_in, moves.copies]}
     if inputs is None:
         return frame("step", values)
@@ -72,7 +72,7 @@ def step_frame(moves: BlockMoves, inputs: Inputs | None) -> bytes:
 def read_step(
     values: Mapping[str, Any], arrays: Mapping[str, np.ndarray], device: torch.device
 ) -> tuple[BlockMoves, Inputs | None]:
-    """What `step_frame` said, with tensors on `device`."""
+    """Decode a `step_frame`, with tensors on `device`."""
     moves = BlockMoves(*([(int(a), int(b)) for a, b in pairs] for pairs in values["moves"]))
     if not arrays:
         return moves, None

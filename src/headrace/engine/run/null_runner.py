@@ -1,9 +1,9 @@
-"""`NullRunner`: runs plans without a model. Its KV is a hash of the prefix, so any wrong block shows.
+"""`NullRunner`: runs plans without a model. Its KV is a hash of the prefix, so a wrong block changes tokens.
 
 Each token slot holds the hash of the tokens up to its position, made from the hash in the slot before it,
-read through the block table as attention would. A sampled token is a function of that hash and the request's
-own parameters: the first law in integers. Aliased blocks, copies made too late, prefixes shared too early, a
-lost swap: each changes tokens. With `check=True` every slot of every prefix is read and verified at once.
+read through the block table as attention reads it. A sampled token is a function of that hash and the request's
+own parameters. Aliased blocks, late copies, prefixes shared too early and lost swaps all change tokens. With
+`check=True` every slot of every prefix is also verified in `submit`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class NullRunner:
         return NullHandle(result)
 
     def result(self, handle: NullHandle) -> StepResult:
-        """What the step gave."""
+        """The step's result."""
         return handle.result
 
     def logprob(self, state: int, token: int) -> float:

@@ -1,7 +1,7 @@
-"""`python -m headrace.engine.run.rank`: a rank above 0. It holds its part of the model and does what rank 0 says.
+"""`python -m headrace.engine.run.rank`: the process of a rank above 0, which executes rank 0's frames.
 
-Its standard input brings one line of JSON, then frames; at the input's end it goes. Its standard output carries a
-line of JSON where rank 0 waits for one: it is there, it is ready, or why it is neither.
+Standard input: one line of JSON, then frames; the process exits at the end of the input. Standard output: one line
+of JSON for each state that rank 0 waits for: started, ready, or failed with the reason.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Follow rank 0 to its end; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; rank 0 says when to stop
+    """Execute rank 0's frames until the input ends; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal signals every process; rank 0 decides when to stop
         signal.signal(number, signal.SIG_IGN)
-    said = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything else prints belongs on standard error
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # all other output goes to standard error
 
-    def say(**what: Any) -> None:
-        said.write(json.dumps(what) + "\n")
-        said.flush()
+    def report(**state: Any) -> None:
+        reports.write(json.dumps(state) + "\n")
+        reports.flush()
 
     frames = sys.stdin.buffer
     try:
@@ -42,30 +42,30 @@ def main() -> int:
     except ValueError:
         return 1
     try:
-        _follow(start, frames, say)
+        _follow(start, frames, report)
     except HeadraceError as error:
-        say(failed=str(error), bad_input=True)
+        report(failed=str(error), bad_input=True)
         return 1
     except Exception as error:
-        # Rank 0 has gone in the middle of a collective, or something is wrong here: either way, say and leave.
+        # Rank 0 ended during a collective, or this rank failed.
         traceback.print_exc()
-        say(failed=f"{type(error).__name__}: {error}", bad_input=False)
+        report(failed=f"{type(error).__name__}: {error}", bad_input=False)
         return 1
     return 0
 
 
-def _follow(start: dict[str, Any], frames: IO[bytes], say: Any) -> None:
+def _follow(start: dict[str, Any], frames: IO[bytes], report: Any) -> None:
     rank, size = start["rank"], start["size"]
     torch.set_num_threads(start["threads"] or torch.get_num_threads())
     ops = load_ops(start["kernels"], **start["options"])
-    say(here=rank)
+    report(started=rank)
     group = connect(join(start["port"], size, start["timeout"]), rank, size, ops.device, start["timeout"])
-    follower = Follower(load_model(start["folder"], ops, start["dtype"], group), ops, lambda: say(ready=rank))
-    while (message := read_frame(frames)) is not None and follower.obey(*message):
+    follower = Follower(load_model(start["folder"], ops, start["dtype"], group), ops, lambda: report(ready=rank))
+    while (message := read_frame(frames)) is not None and follower.execute(*message):
         pass
 
 
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # threads of a process group that lost its peer have nothing to say any more
+    os._exit(status)  # without waiting for threads of a process group whose peer has ended

@@ -1,6 +1,6 @@
-"""`Ranks`: rank 0's hold on the other ranks of a model, processes of its own (tensor parallelism in serving).
+"""`Ranks`: the other ranks of a model, in processes that rank 0 starts and watches (tensor parallelism in serving).
 
-Control and data go separate ways: one frame a step through each process's pipe, the model's sums through the group.
+Rank 0 writes one frame a step to each process's pipe; the model's sums go through the process group.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RankDiedError(RuntimeError):
 
 
 class Ranks:
-    """The processes of ranks 1 … size − 1. Without any (`size` 1) it says nothing to nobody."""
+    """The processes of ranks 1 … size − 1. With size 1 every method is a no-op."""
 
     def __init__(self, size: int = 1, timeout: float = math.inf) -> None:
         self.size = size
@@ -54,10 +54,10 @@ class Ranks:
         device: torch.device,
         timeout: float,
     ) -> Ranks:
-        """Start the others and meet them. `options[i]` are those of rank i's ops.
+        """Start the other ranks and connect to them. `options[i]` are the options of rank i's ops.
 
-        Within `timeout` seconds a rank must be there, be ready, and do its part of any exchange. Raises `ConfigError`
-        naming a rank that does not come, `RankDiedError` for one that ends.
+        `timeout` (seconds) bounds a rank's start, its loading and each exchange. Raises `ConfigError` naming a rank
+        that is late, `RankDiedError` for one whose process ends.
         """
         ranks = cls(size, timeout)
         if size == 1:
@@ -78,47 +78,47 @@ class Ranks:
                         "threads": options[rank].get("threads"),
                     }
                 )
-            ranks._hear("here")
+            ranks._wait_for("started")
             ranks.group = connect(ranks._store, 0, size, device, timeout)
         except BaseException:
             ranks.close()
             raise
         return ranks
 
-    def begin(self, **values: Any) -> None:
-        """Tell what the KV cache is like, and wait until everybody has one."""
+    def initialize_cache(self, **values: Any) -> None:
+        """Have every rank allocate its part of the KV cache, and wait until all are ready."""
         if self._processes:
-            self.send(frame("begin", values))
-            self._hear("ready")
+            self.send(frame("cache", values))
+            self._wait_for("ready")
 
     def send(self, message: bytes) -> None:
-        """One frame to every rank."""
+        """Send one frame to every rank."""
         for rank, process in enumerate(self._processes, 1):
             assert process.stdin is not None
             try:
                 process.stdin.write(message)
                 process.stdin.flush()
             except (BrokenPipeError, ValueError):
-                raise RankDiedError(self._obituary(rank)) from None
+                raise RankDiedError(self._exit_message(rank)) from None
 
     def explain(self, error: RuntimeError) -> RuntimeError:
-        """What to raise for a collective that failed: the death of a rank, where that is why."""
+        """The exception for a collective that raised `error`: `RankDiedError` where a rank's process has ended."""
         for rank, process in enumerate(self._processes, 1):
             try:
                 process.wait(1.0)
             except subprocess.TimeoutExpired:
                 continue
-            return RankDiedError(self._obituary(rank))
+            return RankDiedError(self._exit_message(rank))
         return error
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call `on_death(what happened)` from another thread when a rank ends before `close`."""
         for rank, process in enumerate(self._processes, 1):
-            watcher = threading.Thread(target=self._wait, args=(rank, process, on_death), daemon=True)
+            watcher = threading.Thread(target=self._report_exit, args=(rank, process, on_death), daemon=True)
             watcher.start()
 
     def close(self) -> None:
-        """End them. May be called again."""
+        """End the processes. May be called again."""
         self._closing = True
         for process in self._processes:
             assert process.stdin is not None and process.stdout is not None
@@ -134,7 +134,7 @@ class Ranks:
         self._processes = []
         self.group.close()
 
-    def _spawn(self, said: dict[str, Any]) -> None:
+    def _spawn(self, start: dict[str, Any]) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "headrace.engine.run.rank"],
             stdin=subprocess.PIPE,
@@ -143,11 +143,11 @@ class Ranks:
         )
         self._processes.append(process)
         assert process.stdin is not None
-        process.stdin.write(json.dumps(said).encode() + b"\n")
+        process.stdin.write(json.dumps(start).encode() + b"\n")
         process.stdin.flush()
 
-    def _hear(self, what: str) -> None:
-        """Wait for a line from every rank; raises what it says went wrong."""
+    def _wait_for(self, state: str) -> None:
+        """Wait until every rank reports `state`; raises the failure that a rank reports instead."""
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self._processes, 1):
                 assert process.stdout is not None
@@ -158,27 +158,27 @@ class Ranks:
                 if not ready:
                     missing = ", ".join(str(key.data) for key in selector.get_map().values())
                     raise ConfigError(
-                        f"rank {missing} of {self.size} was not {what} within {self._timeout:g} s: "
-                        "see what it said on standard error, or raise rank_timeout"
+                        f"rank {missing} of {self.size} was not {state} within {self._timeout:g} s: "
+                        "see its standard error, or raise rank_timeout"
                     )
                 for key, _ in ready:
                     stdout: Any = key.fileobj
-                    self._check(key.data, stdout.readline(), what)
+                    self._check_reply(key.data, stdout.readline(), state)
                     selector.unregister(stdout)
 
-    def _check(self, rank: int, line: bytes, what: str) -> None:
+    def _check_reply(self, rank: int, line: bytes, state: str) -> None:
         if not line:
             self._processes[rank - 1].wait()
-            raise RankDiedError(self._obituary(rank))
-        said = json.loads(line)
-        if what not in said:
-            kind = HeadraceError if said.get("bad_input") else RankDiedError
-            raise kind(f"rank {rank} of {self.size}: {said.get('failed', said)}")
+            raise RankDiedError(self._exit_message(rank))
+        report = json.loads(line)
+        if state not in report:
+            kind = HeadraceError if report.get("bad_input") else RankDiedError
+            raise kind(f"rank {rank} of {self.size}: {report.get('failed', report)}")
 
-    def _wait(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[str], None]) -> None:
+    def _report_exit(self, rank: int, process: subprocess.Popen[bytes], on_death: Callable[[str], None]) -> None:
         process.wait()
         if not self._closing:
-            on_death(self._obituary(rank))
+            on_death(self._exit_message(rank))
 
-    def _obituary(self, rank: int) -> str:
-        return f"rank {rank} of {self.size} ended with status {self._processes[rank - 1].poll()}: start the engine anew"
+    def _exit_message(self, rank: int) -> str:
+        return f"rank {rank} of {self.size} ended with status {self._processes[rank - 1].poll()}: restart the engine"

@@ -1,4 +1,4 @@
-"""`Runner`: turns a plan into tokens. It packs a step for every rank, and samples from what rank 0 gets."""
+"""`Runner`: turns a plan into tokens. It packs a step for every rank, and samples from rank 0's logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Handle", "Runner"]
 
 @dataclass(slots=True)
 class Handle:
-    """A submitted step. Its tensors may still be on their way when the device is not the CPU."""
+    """A submitted step. On a GPU its tensors may not be computed yet."""
 
     plan: Plan
     batch: Batch | None
@@ -47,7 +47,7 @@ class Runner:
     """Executes plans in the order they are submitted. One thread owns it: kernels are not re-entrant."""
 
     def __init__(self, shard: ModelShard, ranks: Ranks) -> None:
-        """`shard` is rank 0's; the others do with theirs what `ranks` hears."""
+        """`shard` is rank 0's; `ranks` sends each step to the other ranks."""
         self.model, self.ops, self.store = shard.model, shard.ops, shard.store
         self._shard = shard
         self.ranks = ranks
@@ -79,9 +79,9 @@ class Runner:
         return Handle(plan, batch, sampled, logprobs)
 
     def load(self, source: Path | Transformer | Mapping[str, Tensor]) -> None:
-        """Fill the model with other weights, on every rank: from a folder, or (one rank) from memory.
+        """Load other weights on every rank, from a folder or, with one rank, from memory.
 
-        Raises `HeadraceError` before anything has changed. What goes wrong later is no `HeadraceError`.
+        Raises `HeadraceError` before anything has changed; a later failure is another exception.
         """
         if isinstance(source, Path):
             check_weights(self.model, source)  # before any rank changes anything
@@ -89,9 +89,9 @@ class Runner:
                 self.ranks.send(frame("weights", {"folder": str(source.absolute())}))
             try:
                 load_weights(self.model, source)
-                self.model.group.barrier()  # whoever asked may write over the files from now on
+                self.model.group.barrier()  # the caller may overwrite the files from now on
             except (HeadraceError, RuntimeError) as error:
-                failed = RuntimeError(f"{source} could not be read to its end, so the weights are neither: {error}")
+                failed = RuntimeError(f"{source} was read only in part, so the weights are mixed: {error}")
                 raise self.ranks.explain(failed) from error
             return
         if self.ranks.size > 1:
@@ -100,7 +100,7 @@ class Runner:
         fill_weights(self.model, pieces)
 
     def result(self, handle: Handle) -> StepResult:
-        """Wait for a submitted step and give its tokens by request."""
+        """Wait for a submitted step and return its tokens by request."""
         result = StepResult(handle.plan.step)
         if handle.batch is None:
             return result
@@ -121,14 +121,14 @@ class Runner:
         return result
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's raw logits [R, V] for the rows that want them; KV of every row is stored on the way."""
+        """Raw logits [R, V] of the rows that need them; also stores the KV of every row."""
         try:
             return self._shard.logits(batch.inputs)
         except RuntimeError as error:
             raise self.ranks.explain(error) from error
 
     def hidden(self, ids: Sequence[int]) -> Tensor:
-        """What the head would read [T, D] fp32, for one sequence by itself; it does not touch the cache."""
+        """The head's input [T, D] fp32 for one sequence, computed without the cache."""
         if self.ranks.size > 1:
             self.ranks.send(frame("hidden", {"ids": list(ids)}))
         return self._shard.hidden(ids)

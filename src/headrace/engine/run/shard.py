@@ -30,7 +30,7 @@ class Inputs:
 
 
 class ModelShard:
-    """Every rank has one and does the same to it; rank 0 alone gets whole logits. One thread owns it."""
+    """Every rank runs the same steps on its own shard; only rank 0 gets whole logits. One thread owns it."""
 
     def __init__(self, model: Transformer, ops: Ops, store: KVStore, host_slots: int = 0) -> None:
         self.model = model
@@ -39,7 +39,7 @@ class ModelShard:
         self._host = torch.empty((host_slots, *store.blocks.shape[1:]), dtype=store.blocks.dtype)
 
     def move(self, moves: BlockMoves) -> None:
-        """Move blocks."""
+        """Move blocks, in the order of `BlockMoves`."""
         copy, blocks = self.ops.copy_blocks_, self.store.blocks
         if moves.swap_out:
             copy(blocks, self._host, moves.swap_out)
@@ -49,14 +49,14 @@ class ModelShard:
             copy(blocks, blocks, moves.copies)
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """The model's raw logits [R, V] for the rows that want them; KV of every row is stored on the way."""
+        """Raw logits [R, V] of the rows that need them; also stores the KV of every row."""
         context = PagedContext(self.ops, self.store, inputs.meta, self.model.config)
         logits_RV = self.model.forward(inputs.ids_T, inputs.positions_T, context, inputs.rows_R)
         return self.model.lm_head.gather(logits_RV)
 
     @torch.no_grad()
     def hidden(self, ids: Sequence[int]) -> Tensor:
-        """What the head would read [T, D] fp32, for one sequence by itself; it does not touch the cache."""
+        """The head's input [T, D] fp32 for one sequence, computed without the cache."""
         context = DenseContext(self.ops, self.model.config, [len(ids)], self.store.blocks.dtype)
         return self.model.hidden(
             torch.tensor(ids, device=self.ops.device), packed_positions([len(ids)], self.ops.device), context

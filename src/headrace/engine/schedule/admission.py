@@ -1,4 +1,4 @@
-"""`Admission`: which waiting requests get a seat in a step, and what of their prefix is already there."""
+"""`Admission`: which waiting requests get a seat in a step, and how much of their prefix is cached."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Admission"]
 
 
 class Admission:
-    """Decides; the `RequestPool` acts. It has no state.
+    """Decides which requests get a seat; the `RequestPool` makes the changes. It has no state.
 
     A request is seated only if its known tokens (or its reservation) fit beside what the running ones still
     need for theirs, so that prompts do not evict each other. The first that does not fit stops the queue; one
-    that is *held*, for its parent or for a prefix being computed, is passed over.
+    that waits for its parent, or for a prefix being computed, is skipped.
     """
 
     def __init__(self, pool: RequestPool, batching: Batching, prefix_patience: int) -> None:
@@ -26,44 +26,44 @@ class Admission:
         self._batching = batching
         self._patience = prefix_patience
 
-    def run(self, plan: Plan, in_flight: int) -> None:
+    def admit(self, plan: Plan, in_flight: int) -> None:
         """Seat and grant waiting requests in policy order, while seats, tokens and blocks last."""
         pool = self._pool
-        self._seat_all(plan)
+        self._admit_waiting(plan)
         while not plan.slices and not in_flight and pool.waiting and any(r.parked for r in pool.running):
-            # Nothing can move: beams that wait for their siblings give way to them.
+            # No request can go on: preempt a beam that waits for its siblings, so that they get its blocks.
             pool.preempt(next(r for r in reversed(pool.running) if r.parked), plan)
-            self._seat_all(plan)
+            self._admit_waiting(plan)
 
-    def make_way(self, plan: Plan) -> None:
+    def preempt_for_priority(self, plan: Plan) -> None:
         """Preempt running requests of a higher priority number until the first waiting one can be seated."""
         pool, cache = self._pool, self._cache
         head = next((r for r in pool.waiting if not self._blocked(r)), None)
         if head is None or self._batching.joins_empty or head.reserve:
             return
         while pool.running and pool.running[-1].priority > head.priority:
-            path = cache.match(head.token_ids, head.cache_key, self._limit(head))
+            path = cache.match(head.token_ids, head.cache_key, self._cacheable(head))
             need = cache.blocks_for(head.num_tokens) - sum(node.locks > 0 for node in path)
-            if len(pool.running) < pool.seats and need + self._promised() <= cache.available:
+            if len(pool.running) < pool.seats and need + self._promised_blocks() <= cache.available:
                 return
             pool.preempt(pool.running[-1], plan)
 
-    def _seat_all(self, plan: Plan) -> None:
+    def _admit_waiting(self, plan: Plan) -> None:
         pool, cache, batching = self._pool, self._cache, self._batching
         seats = pool.seats - len(pool.running)
         if seats <= 0 or not (batching.joins_empty or batching.first(1)):
             return
         groups = {request.group_id for request in pool.running}
-        promised = self._promised()
+        promised = self._promised_blocks()
         newest = -1
         for request in pool.policy.order(pool.waiting, seats, self._cached_tokens):
             if not batching.admits(request.group_id, groups) or self._blocked(request):
                 continue
-            path = cache.match(request.token_ids, request.cache_key, self._limit(request))
-            if not batching.joins_empty and self._prefix_is_coming(request, path):
+            path = cache.match(request.token_ids, request.cache_key, self._cacheable(request))
+            if not batching.joins_empty and self._prefix_in_progress(request, path):
                 pool.wait_for_prefix(request)
                 continue
-            if seats == 0 or not self._admit(request, path, promised, plan):
+            if seats == 0 or not self._try_admit(request, path, promised, plan):
                 break
             seats -= 1
             promised += cache.need(request.kv, max(request.num_tokens, request.reserve))
@@ -71,7 +71,7 @@ class Admission:
             newest = max(newest, request.arrival)
         pool.overtake(pool.policy.overtaken(pool.waiting, newest))
 
-    def _admit(self, request: Request, path: list[RadixNode], promised: int, plan: Plan) -> bool:
+    def _try_admit(self, request: Request, path: list[RadixNode], promised: int, plan: Plan) -> bool:
         """Seat one request if its blocks fit beside the `promised` ones; False, nothing changed, if not."""
         pool, cache, batching, kv = self._pool, self._cache, self._batching, request.kv
         parent = pool.parent(request)
@@ -92,23 +92,23 @@ class Admission:
             pool.grant(request, count, plan)
         return True
 
-    def _promised(self) -> int:
+    def _promised_blocks(self) -> int:
         """Blocks that running requests still need for the tokens they know."""
         size = self._cache.block_size
         short = (-(-max(r.num_tokens, r.reserve) // size) - len(r.kv.blocks) for r in self._pool.running)
         return sum(blocks for blocks in short if blocks > 0)
 
-    def _limit(self, request: Request) -> int:
+    def _cacheable(self, request: Request) -> int:
         """Tokens that may come from the cache: never the last, and only those whose scores are known."""
         last = request.num_prompt_tokens - 1
         return request.num_scored if request.num_scored < last else request.num_tokens - 1
 
     def _cached_tokens(self, request: Request) -> int:
-        path = self._cache.match(request.token_ids, request.cache_key, self._limit(request))
+        path = self._cache.match(request.token_ids, request.cache_key, self._cacheable(request))
         return len(path) * self._cache.block_size
 
     def _blocked(self, request: Request) -> bool:
-        """Whether it waits for its own result, for its search, or for its parent to compute the prompt."""
+        """Whether it waits for its own result, its beam search, or its parent's computing the prompt."""
         if request.num_pending or request.parked:
             return True
         parent = self._pool.parent(request)
@@ -116,13 +116,13 @@ class Admission:
             return False
         return parent.status is not Status.RUNNING or self._pool.written(parent) < request.num_tokens - 1
 
-    def _prefix_is_coming(self, request: Request, path: list[RadixNode]) -> bool:
-        """Whether a running request is about to compute this one's next block: worth a wait, bounded."""
+    def _prefix_in_progress(self, request: Request, path: list[RadixNode]) -> bool:
+        """Whether a running request is about to compute this one's next block, which may wait for it a while longer."""
         pool, size = self._pool, self._cache.block_size
         start = len(path) * size
-        if start + size > self._limit(request) or pool.parent(request) is not None or not self._cache.prefix_caching:
+        if not self._cache.prefix_caching or start + size > self._cacheable(request):
             return False
-        if request.prefix_waits >= self._patience:
+        if pool.parent(request) is not None or request.prefix_waits >= self._patience:
             return False
         key = request.token_ids[start : start + size]
         node = path[-1] if path else None

@@ -1,4 +1,4 @@
-"""`BeamSearch`: beam search by fork (PagedAttention §4.4). Host logic: it reads log-probabilities, moves no tensor.
+"""`BeamSearch`: beam search by fork (PagedAttention §4.4), on log-probabilities as plain numbers.
 
 Each beam is a request whose next token is chosen here instead of sampled. A step of the search:
 
@@ -49,13 +49,13 @@ class _Candidate:
 
 
 class BeamSearch:
-    """One search, grown from one request with `beam_width` W > 0 that the caller has made and not yet added.
+    """One search from one request with `beam_width` W > 0, which it adds to the scheduler.
 
-    The engine feeds every update of the group (`update.group_id == request.group_id`) to `take`, until that
+    The caller passes every update of the group (`update.group_id == request.group_id`) to `take`, until that
     returns True; `hypotheses` then holds the best `n`, best first. Each round keeps the W best candidates by Σ
     logprob that do not end; ties go to the earlier beam, then to the better rank. The search ends when no running
     beam can still beat the n-th best finished one: later log-probabilities are at most 0, so the bound is exact.
-    Being deterministic, a lost search is resumed by starting it again.
+    A search is deterministic: a lost one is resumed by starting it again.
     """
 
     def __init__(self, scheduler: Scheduler, request: Request, new_id: Callable[[], int]) -> None:
@@ -81,7 +81,7 @@ class BeamSearch:
         return sorted(self._finished, key=lambda hypothesis: -hypothesis.score)[: self._params.n]
 
     def take(self, update: RequestUpdate) -> bool:
-        """One beam's result. When all have come the beams move on; True when the search is over."""
+        """Take one beam's result; when every beam has one, advance them. Returns whether the search is over."""
         for beam in self._beams:
             if beam.request.request_id == update.request_id and update.logprobs:
                 beam.latest = update.logprobs[-1]
@@ -112,7 +112,7 @@ class BeamSearch:
         self._move(going)
 
     def _candidates(self) -> list[_Candidate]:
-        """Every beam's best tokens, best first, as far as the W-th that goes on."""
+        """The best tokens of all beams, best first, up to the W-th that does not end."""
         found: list[_Candidate] = []
         for index, beam in enumerate(self._beams):
             assert beam.latest is not None
@@ -153,17 +153,17 @@ class BeamSearch:
         return bound > best[-1].score
 
     def _move(self, going: Sequence[_Candidate]) -> None:
-        """Make the chosen candidates the beams: fork first, while parents are as their children need them."""
-        heirs: set[int] = set()
+        """Make the chosen candidates the beams. Fork before any parent is extended."""
+        continued: set[int] = set()
         moved: list[tuple[_Beam, _Candidate]] = []
         for candidate in going:
             parent = self._beams[candidate.beam]
             request = parent.request
-            if candidate.beam in heirs:
+            if candidate.beam in continued:
                 request = self._fork(request)
-            heirs.add(candidate.beam)
+            continued.add(candidate.beam)
             moved.append((_Beam(request, [*parent.logprobs, candidate.record]), candidate))
-        self._stop([beam for index, beam in enumerate(self._beams) if index not in heirs], "stop")
+        self._stop([beam for index, beam in enumerate(self._beams) if index not in continued], "stop")
         for beam, candidate in moved:
             self._scheduler.extend(beam.request.request_id, [candidate.record.token_id], candidate.total)
         self._beams = [beam for beam, _ in moved]

@@ -14,9 +14,8 @@ __all__ = ["EditState"]
 class EditState:
     """Penalties, biases and bans of one request, one entry for each token id concerned.
 
-    A new output token costs O(1). `current` returns the live lists: the runner reads them in `submit`. What
-    `allowed_token_ids` forbids is not here, it would be most of the vocabulary: the runner makes a mask of
-    it.
+    A new output token costs O(1). `current` returns the live lists: the runner reads them in `submit`.
+    `allowed_token_ids` bans most of the vocabulary, so the runner makes a mask of it instead.
     """
 
     __slots__ = ("_at", "_banned", "_counts", "_edits", "_params", "_stop_ids")

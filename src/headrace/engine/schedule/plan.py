@@ -1,4 +1,4 @@
-"""What crosses between the scheduler and the runner: plain data, no tensors.
+"""The data that scheduler and runner exchange: plain numbers, no tensors.
 
 A step grants each request some of the difference between its *known* tokens and its *computed* ones. A `Slice` is
 one such grant; chunked prefill, decode, a resumed request and a cached prefix all look the same here.
@@ -84,7 +84,7 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class SliceResult:
-    """What one slice gave: sampled tokens (0..k) and, where asked, log-probabilities of sampled and scored ones."""
+    """A slice's result: sampled tokens (0..k) and, where asked, log-probabilities of sampled and scored ones."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)

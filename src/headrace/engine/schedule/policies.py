@@ -1,4 +1,4 @@
-"""Who is served first: one small class per scheduling policy."""
+"""Scheduling policies, which say what request is served first: one small class each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Policy(Protocol):
     """An order over requests. Running ones are served, and in reverse preempted, by `key`."""
 
     preempts: bool
-    """Whether a waiting request may push out a running one that it precedes."""
+    """Whether a waiting request may preempt a running one that it precedes."""
 
     def key(self, request: Request) -> tuple[int, ...]:
         """Fixed rank of a request; lower is served first."""
@@ -29,7 +29,7 @@ class Policy(Protocol):
         ...
 
     def overtaken(self, waiting: Sequence[Request], newest: int) -> Sequence[Request]:
-        """Of those that still wait after a step, the ones it passed over; `newest` is the latest arrival it seated."""
+        """The waiting requests that a step passed over; `newest` is the latest arrival that it seated."""
         ...
 
 
@@ -51,8 +51,8 @@ class FirstCome:
 class LongestPrefix(FirstCome):
     """Longest cached prefix first (SGLang §3), among the first `WINDOW` that wait.
 
-    A request overtaken in more than `patience` steps goes before all others, and nothing passes it any more;
-    so does a preempted one, which already had its turn.
+    A request overtaken in `patience` steps goes before all others, and so does a preempted one, which has been
+    admitted before.
     """
 
     def __init__(self, patience: int) -> None:
@@ -71,7 +71,7 @@ class LongestPrefix(FirstCome):
 
 
 class Priority(FirstCome):
-    """Lower `priority` first, then arrival; a running request of a higher number gives way."""
+    """Lower `priority` first, then arrival; a running request of a higher number may be preempted."""
 
     preempts = True
 

@@ -29,7 +29,7 @@ Grant = tuple[Request, int, int, int, int]
 class RequestPool:
     """The request pool of Orca §3.2: two queues in policy order, and the moves between them.
 
-    What a move does to KV blocks it asks of `cache`; what it counts goes to `counters`.
+    `cache` changes the KV blocks; `counters` has the statistics.
     """
 
     def __init__(self, cache: CacheManager, policy: Policy, limits: RequestLimits, seats: int, swap: bool) -> None:
@@ -61,7 +61,7 @@ class RequestPool:
         request.reserve = self.limits.reservation(request)
         request.stop_ids = self.limits.stop_ids(request)
         if request.is_beam:
-            # W candidates that go on exist even if every end token is among the best.
+            # Enough for W candidates that do not end, even if every end token is among the best.
             candidates = params.beam_width + max(params.beam_width, len(request.stop_ids))
             request.top = max(candidates, request.top or 0)
         elif EditState.wanted(params):
@@ -81,11 +81,11 @@ class RequestPool:
             del request.token_ids[request.num_prompt_tokens + keep_tokens :]
             request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens)
         (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
-        self.cache.commit(request.kv, request.token_ids, request.num_tokens)  # planned ahead, known only now
+        self.cache.commit(request.kv, request.token_ids, request.num_tokens)  # tokens planned before they were known
         self.cache.release(request.kv)
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
-        if not request.is_beam:  # beams come and go within their search
+        if not request.is_beam:  # a beam is part of a search, which is the request
             self.counters.finished[reason] += 1
         del self.requests[request.request_id]
 
@@ -102,7 +102,7 @@ class RequestPool:
             self._run(child)
 
     def extend(self, request_id: int, token_ids: Sequence[int], cumulative_logprob: float) -> None:
-        """Append tokens that were chosen outside the sampler, by a beam search: they become known."""
+        """Append tokens that a beam search has chosen; `cumulative_logprob` is that of the whole output."""
         request = self.requests[request_id]
         request.token_ids.extend(token_ids)
         request.cumulative_logprob = cumulative_logprob
@@ -112,14 +112,14 @@ class RequestPool:
         """Set the tokens that are computed behind the known ones, and kept as far as they are accepted."""
         self.requests[request_id].spec_token_ids = list(token_ids)
 
-    # ---- a seat, and the way back
+    # ---- seats
 
     def parent(self, request: Request) -> Request | None:
-        """The unfinished request that computes this one's prompt; its prefix is in the tree if that has ended."""
+        """The unfinished request that computes this one's prompt. Once that has ended, its prefix is in the tree."""
         return None if request.parent_id is None else self.requests.get(request.parent_id)
 
     def seat(self, request: Request) -> None:
-        """Let a waiting request, which holds its cached prefix, run."""
+        """Give a waiting request, whose `kv` holds its cached prefix, a seat."""
         kv, stats = request.kv, self.counters
         if request.status is Status.WAITING:
             cached = kv.num_tokens
@@ -137,7 +137,7 @@ class RequestPool:
         self._run(request)
 
     def preempt(self, request: Request, plan: Plan) -> None:
-        """Take a running request's seat and blocks, which go to the host or are computed again later."""
+        """Take a running request's seat and blocks; its KV moves to the host or is computed again later."""
         if self._swap and self.cache.swap_out(request.kv):
             request.num_computed_tokens = request.kv.host_tokens
             self.counters.swapped_blocks += len(request.kv.host)
@@ -159,7 +159,7 @@ class RequestPool:
             request.overtaken += 1
 
     def change_weights(self, version: int) -> None:
-        """Forget everything computed: running requests wait, in their order, and compute all they know again."""
+        """Forget all KV: running requests wait, in their order, and compute all their tokens again."""
         for request in tuple(self.running):
             self._unseat(request)
         for request in self.waiting:
@@ -262,7 +262,7 @@ class RequestPool:
         self.counters.generated_tokens += len(update.token_ids)
         if update.finish_reason is not None:
             self.finish(request, update.finish_reason, update.stop_reason)
-        elif samples > 1:  # drafts: what was not accepted is taken back
+        elif samples > 1:  # take back the drafts that were not accepted
             request.spec_token_ids = []
             self.cache.rewind(request.kv, len(tokens) - 1)
             request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)

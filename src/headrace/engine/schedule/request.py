@@ -1,4 +1,4 @@
-"""`Request`: one sequence being generated. The scheduler alone changes it."""
+"""`Request`: one sequence being generated. Only the `RequestPool` changes it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Status(Enum):
 
 @dataclass(slots=True)
 class RequestUpdate:
-    """What one step brought to one request: new output tokens, and `finish_reason` when it was the last.
+    """One step's result for one request: new output tokens, and `finish_reason` when it was the last.
 
-    `logprobs` belong to `token_ids`; `scores` to prompt tokens, in order from prompt token 1. A beam brings
+    `logprobs` belong to `token_ids`; `scores` to prompt tokens, in order from prompt token 1. A beam has
     only `logprobs`: its search chooses the tokens.
     """
 
@@ -45,7 +45,7 @@ class RequestUpdate:
 
 
 class Request:
-    """A prompt, what was generated so far, and how far both are computed.
+    """A prompt, its output so far, and how much of both is computed.
 
     The n choices of one prompt are n requests with one `group_id`; `parent_id` names the one that computes
     the prompt, from which the others fork. Positions: `token_ids` are known; `num_computed_tokens` of them
@@ -102,7 +102,7 @@ class Request:
         output_token_ids: Sequence[int] = (),
         num_scored: int = 0,
     ) -> None:
-        """`output_token_ids` and `num_scored` are what another engine had given."""
+        """`output_token_ids` and `num_scored` are what another engine has computed of the request."""
         if not prompt_token_ids:
             raise RequestError("the prompt has no tokens: there is nothing to continue")
         self.request_id = request_id
@@ -114,7 +114,7 @@ class Request:
         self.group_id = request_id if group_id is None else group_id
         self.cache_key = cache_key
         self.token_ids = [*prompt_token_ids, *output_token_ids]
-        """Prompt, then output. Grows; never edited in place."""
+        """Prompt, then output."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.spec_token_ids: list[int] = []
         """Drafts after the known tokens: computed with them, kept only as far as they are accepted."""
@@ -133,14 +133,19 @@ class Request:
         self.cumulative_logprob = 0.0
         self.arrival = -1
         self.epoch = 0
-        """Preemptions so far: a result planned in an earlier epoch brings tokens, but its KV is gone."""
+        """Preemptions so far. A result planned in an earlier epoch still has valid tokens, but its KV is gone."""
         self.parked = False
         """A beam whose search has its log-probabilities and has not chosen its next token."""
         self.overtaken = 0
+        """Steps in which later requests were seated before it."""
         self.prefix_waits = 0
+        """Steps in which it waited for a prefix that another request computes."""
         self.max_output = 0
+        """Output tokens after which it ends by length."""
         self.reserve = 0
+        """Tokens for which it takes blocks at admission; 0 without a reservation."""
         self.serial = params.follows_output
+        """Whether each token must be known before the next is planned."""
         self.stop_ids: dict[int, int | None] = {}
         """Token ids that end the request, with the `stop_reason` they give."""
         self.edits: EditState | None = None
@@ -155,7 +160,7 @@ class Request:
 
     @property
     def output_token_ids(self) -> list[int]:
-        """What was generated so far (a copy)."""
+        """The tokens generated so far (a copy)."""
         return self.token_ids[self.num_prompt_tokens :]
 
     @property

@@ -13,7 +13,7 @@ __all__ = ["SamplingParams", "named_parameter"]
 
 MAX_LOGPROBS = 20
 MOST = 2**31 - 1
-"""What a count can be: kernels take 64-bit integers, and nobody means more."""
+"""The largest count that a parameter may have."""
 
 
 def _check(ok: bool, message: str) -> None:

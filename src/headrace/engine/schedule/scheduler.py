@@ -29,8 +29,8 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """Plans steps over a `RequestPool`, the one place where a `Request` changes.
 
-    Iteration-level scheduling as in Orca §3.2; preemption as in PagedAttention §4.5: the last to be served gives
-    way, so the first always goes on.
+    Iteration-level scheduling as in Orca §3.2; preemption as in PagedAttention §4.5: the request served last is
+    preempted first, so the one served first always progresses.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Scheduler:
         self.pool.add(request)
 
     def abort(self, request_id: int) -> None:
-        """Stop a request now and free what it holds; nothing happens if it is gone already."""
+        """Stop a request now and free what it holds; a no-op if it has finished."""
         self.finish(request_id, "abort")
 
     def finish(
@@ -87,7 +87,7 @@ class Scheduler:
         self.pool.fork(parent_id, child)
 
     def extend(self, request_id: int, token_ids: Sequence[int], cumulative_logprob: float) -> None:
-        """Append tokens that were chosen outside the sampler, by a beam search: they become known."""
+        """Append tokens that a beam search has chosen; `cumulative_logprob` is that of the whole output."""
         self.pool.extend(request_id, token_ids, cumulative_logprob)
 
     def draft(self, request_id: int, token_ids: Sequence[int]) -> None:
@@ -140,9 +140,9 @@ class Scheduler:
         return self.cache.reset()
 
     def change_weights(self, version: int) -> None:
-        """From here on the model has other weights: what was computed counts no more, and nothing matches it.
+        """Forget all KV, as the model has other weights now; `version` is theirs.
 
-        Running requests keep their seats' order and compute all they know again. No plan may be in flight.
+        Running requests wait, in their order, and compute all their tokens again. No plan may be in flight.
         """
         if self._in_flight:
             raise ValueError("weights cannot change while a plan is in flight: take its results first")
@@ -151,15 +151,15 @@ class Scheduler:
     # ---- one step
 
     def schedule(self) -> Plan:
-        """The next plan. One without slices carries nothing and is not in flight: results are due first."""
+        """Make the next plan. One without slices is not in flight: nothing can be computed before a result comes."""
         pool = self.pool
         pool.counters.steps += 1
         plan = Plan(pool.counters.steps)
         if pool.policy.preempts and pool.waiting:
-            self._admission.make_way(plan)
+            self._admission.preempt_for_priority(plan)
         crowded = self._grant_running(plan)
         if pool.waiting and not crowded:
-            self._admission.run(plan, len(self._in_flight))
+            self._admission.admit(plan, len(self._in_flight))
         return self._seal(plan)
 
     def _grant_running(self, plan: Plan) -> bool:
@@ -180,7 +180,7 @@ class Scheduler:
         return crowded
 
     def update(self, plan: Plan, result: StepResult) -> list[RequestUpdate]:
-        """Take the result of the oldest plan in flight; returns what it brought, by request."""
+        """Take the result of the oldest plan in flight; returns an update for each request that got anything."""
         if not plan.slices:
             return []
         if not self._in_flight or self._in_flight[0][0] is not plan or result.step != plan.step:
@@ -191,7 +191,7 @@ class Scheduler:
         return [update for update in updates if update is not None]
 
     def _make_space(self, need: int, request: Request, plan: Plan) -> bool:
-        """Preempt until `need` blocks are available; False when `request` itself had to go.
+        """Preempt until `need` blocks are available; False where `request` itself was preempted.
 
         Blocks are granted in policy order, so those behind `request` have nothing in this plan yet.
         """
@@ -203,7 +203,7 @@ class Scheduler:
         return True
 
     def _seal(self, plan: Plan) -> Plan:
-        if not plan.slices:  # blocks swapped out in it leave with the next plan: nothing writes before that
+        if not plan.slices:  # its swap-outs go with the next plan: no block is written before that
             return plan
         moves = self.cache.end_step()
         plan.swap_out, plan.swap_in, plan.copies = moves.swap_out, moves.swap_in, moves.copies

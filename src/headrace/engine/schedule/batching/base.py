@@ -25,7 +25,7 @@ class Batching(Protocol):
         ...
 
     def first(self, remaining: int) -> int:
-        """Tokens for a request that joins in this step; 0 when it must wait for the next. Takes nothing."""
+        """Tokens for a request that joins in this step; 0 when it must wait for the next. Grants nothing."""
         ...
 
     def take(self, tokens: int) -> None:

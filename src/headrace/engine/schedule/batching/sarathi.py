@@ -26,7 +26,7 @@ class Sarathi:
 
     def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
         left = self.budget - sum(remaining)
-        if left >= 0:  # the common step: everybody gets everything
+        if left >= 0:  # the common step: every request gets all it can use
             self._left = left
             return list(remaining)
         granted = [0] * len(remaining)
@@ -55,5 +55,5 @@ class Sarathi:
 
     def take(self, tokens: int) -> None:
         self._left -= tokens
-        if self._left == self._spare:  # the step is a whole number of tiles: leave it so
+        if self._left == self._spare:  # keep the step a whole number of tiles
             self._left = 0

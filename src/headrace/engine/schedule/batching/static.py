@@ -10,9 +10,9 @@ __all__ = ["Static"]
 
 
 class Static(Orca):
-    """Nobody joins until every request of the batch has finished.
+    """No request joins until every request of the batch has finished.
 
-    The batch is whoever can be admitted in the step that finds nothing running; its prompts then run whole,
+    The batch is every request that can be admitted in a step in which none runs; its prompts then run whole,
     over as many steps as the token budget needs. Other choices of a running prompt belong to its batch.
     """
 
