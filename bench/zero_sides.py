@@ -56,7 +56,7 @@ def snapshots(stage: str, folder: Path, dtype: str, rank: int, size: int, port: 
     mesh, ops = launched(1, torch.device("cpu")), load_ops("cpu", threads=1)
     torch.set_num_threads(1)
     home = tempfile.TemporaryDirectory(prefix="headrace-") if rank == 0 else None
-    out = mesh.share(home.name.encode() if home is not None else None).decode()
+    out = mesh.broadcast(home.name.encode() if home is not None else None).decode()
     runs = 0
 
     def run(steps: int, resume: bool) -> tuple[list[float], float]:

@@ -1,4 +1,4 @@
-"""Gradients of attention from its log-sum-exp: right, and a sequence's own whatever lies beside it."""
+"""Gradients of attention from its log-sum-exp: right, and independent of other sequences."""
 
 from itertools import accumulate, pairwise
 

@@ -1,4 +1,4 @@
-"""Gradients equal those of plain torch, forward is the base's to the bit."""
+"""Gradients equal those of plain torch; forward has the bits of the base."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What training adds to the row-wise operations: right gradients; an element has the same bits wherever it stands."""
+"""What training adds to the row-wise operations: right gradients, and an element's bits do not depend on its place."""
 
 import math
 from itertools import pairwise

@@ -41,11 +41,11 @@ def test_threads_are_checked():
 
 
 def test_warm_up_compiles_everything_and_tells(ops):
-    heard = []
-    ops.warm_up(torch.bfloat16, torch.float32, lambda done, total, name: heard.append((done, total, name)))
-    total = heard[0][1]
-    assert [done for done, _, _ in heard] == list(range(total + 1))
-    assert heard[-1] == (total, total, "") and all(name for _, _, name in heard[:-1])
+    calls = []
+    ops.warm_up(torch.bfloat16, torch.float32, lambda done, total, name: calls.append((done, total, name)))
+    total = calls[0][1]
+    assert [done for done, _, _ in calls] == list(range(total + 1))
+    assert calls[-1] == (total, total, "") and all(name for _, _, name in calls[:-1])
 
 
 def test_warm_up_for_training_compiles_more(ops):
@@ -123,11 +123,11 @@ def aged(folder, days):
 
 def test_builds_unused_for_a_month_are_removed(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
-    old, half_gone = aged(tmp_path / ("0" * 16), 31), aged(tmp_path / "pruned-abc", 31)
+    old, half_removed = aged(tmp_path / ("0" * 16), 31), aged(tmp_path / "pruned-abc", 31)
     kept = [aged(tmp_path / ("1" * 16), 29), aged(tmp_path / "holiday photos", 400)]
     (tmp_path / ("2" * 16)).symlink_to(kept[1])
     own = launch.cache_folder.__wrapped__()
-    assert not old.exists() and not half_gone.exists()
+    assert not old.exists() and not half_removed.exists()
     assert sorted(tmp_path.iterdir()) == sorted([own, *kept, tmp_path / ("2" * 16)])
     assert all((folder / "of a module" / "kernel.nbc").read_bytes() == b"code" for folder in kept)
 
@@ -142,7 +142,7 @@ def test_use_keeps_a_build(monkeypatch, tmp_path):
 
 
 def test_pruning_survives_another_that_prunes(monkeypatch, tmp_path):
-    """Somebody else has just moved the first folder away, before we could."""
+    """Another process has just moved the first folder away."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
     folders = [aged(tmp_path / (digit * 16), 31) for digit in "01"]
     rename, lost = os.rename, []

@@ -1,4 +1,4 @@
-"""The matrix product: close to float64, and each output the same bits whatever stands beside it."""
+"""The matrix product: close to float64, and each output has the same bits whatever is computed with it."""
 
 import itertools
 import os
@@ -194,7 +194,7 @@ def test_the_threading_layer_changes_no_bits(here):
 
 
 @pytest.mark.parametrize(("alone", "spins"), [(False, launch.SPINS), (True, launch.LONG_SPINS)])
-def test_threads_wait_awake_where_nobody_else_needs_the_cores(alone, spins):
+def test_threads_spin_where_no_other_process_needs_the_cores(alone, spins):
     script = f"from headrace.kernels.load import load_ops; import os; load_ops('cpu', alone={alone})\n"
     script += "load_ops('cpu', alone=True); print(os.environ['GOMP_SPINCOUNT'])"  # the first ops have decided
     done = subprocess.run(

@@ -135,7 +135,7 @@ print(launch.WIDE, *(sum(y.flatten().view(torch.int32).tolist()) for y in found)
 """
 
 
-def said(**environment: str) -> list[str]:
+def run(**environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=os.environ | environment, text=True, capture_output=True, check=True
     )
@@ -144,10 +144,10 @@ def said(**environment: str) -> list[str]:
 
 @pytest.mark.skipif(not launch.WIDE, reason="the CPU has no AVX-512: the other tests take the narrow tiles")
 def test_the_width_of_a_register_changes_no_bits():
-    narrow = said(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c")
-    assert narrow == ["False", *said()[1:]]
+    narrow = run(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c")
+    assert narrow == ["False", *run()[1:]]
 
 
 def test_no_workspace_is_used_once_it_is_freed():
     """glibc fills what is freed with this byte."""
-    assert said(MALLOC_PERTURB_="165") == said()
+    assert run(MALLOC_PERTURB_="165") == run()

@@ -1,4 +1,4 @@
-"""The reference ops against definitions written out: they are what the kernels are judged by."""
+"""The reference ops against definitions written out: the kernels are compared with them."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Sampling on the CPU: the reference's tokens, exact cuts, the right distribution, and rows that stand alone."""
+"""Sampling on the CPU: the reference's tokens, exact cuts, the right distribution, and independent rows."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""A model's loss and gradients on one rank, told by checkpoint tensor and virtual shard."""
+"""A model's loss and gradients on one rank, by checkpoint tensor and virtual shard."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def loss_and_gradients(group, changes, recompute="none"):
     forward = dict(group.traffic.messages)
     grads = torch.autograd.grad(loss, list(model.parameters()))
     by_memory = {p.data_ptr(): g for p, g in zip(model.parameters(), grads)}
-    told = {}
+    found = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data.copy_(by_memory[parameter.data_ptr()])
     for name, piece in model.tensors():
         for shard, view in piece.shards(piece.tensor):
-            told[f"{name} {shard}"] = digest(view)
+            found[f"{name} {shard}"] = digest(view)
     messages = {
         " ".join(key): [forward.get(key, 0), count - forward.get(key, 0)]
         for key, count in group.traffic.messages.items()
@@ -77,7 +77,7 @@ def loss_and_gradients(group, changes, recompute="none"):
     return {
         "loss": loss.item(),
         "logprob": digest(logprob),
-        "gradients": told,
+        "gradients": found,
         "messages": messages,
         "elements": elements,
     }

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class RankPool:
-    """`size` processes that wait for jobs, a line of JSON each; they meet anew for every job."""
+    """`size` processes that wait for jobs, a line of JSON each; they connect again for every job."""
 
     def __init__(self, size: int) -> None:
         self._store = keep_store(size, SECONDS)

@@ -82,7 +82,7 @@ def test_whole_is_every_element_once(data, shape):
     "changes",
     [{}, {"num_kv_heads": 1, "qkv_bias": True, "o_bias": True}, {"tie_word_embeddings": True, "virtual_shards": 4}],
 )
-def test_ranks_of_a_model_speak_for_each_element_once(size, changes):
+def test_ranks_of_a_model_write_each_element_once(size, changes):
     """Also where ranks hold the same kv head, and where a table is tied: it then has no name of its own."""
     spoken, shapes = {}, {}
     for rank in range(size):
@@ -91,9 +91,9 @@ def test_ranks_of_a_model_speak_for_each_element_once(size, changes):
         for name, region in regions_of("model", model.tensors(), group):
             assert isinstance(region, Region) and shapes.setdefault(name, region.shape) == region.shape
             boxes = spoken.setdefault(name, [])
-            if region.speaks:
+            if region.writes:
                 boxes.append(region.box)
-        assert not any(region.speaks for _, region in regions_of("model", model.tensors(), group, speaks=False))
+        assert not any(region.writes for _, region in regions_of("model", model.tensors(), group, writes=False))
     for name, boxes in spoken.items():
         require_whole(name, shapes[name], boxes)
     assert ("model/lm_head.weight" in spoken) == (not changes.get("tie_word_embeddings"))

@@ -107,7 +107,7 @@ def dropped(recipe):
         (4, 2, True, "none"),
     ],
 )
-def test_dropout_drops_the_same_whoever_has_the_rows(recipe, dropped, size, tensor, sequence, recompute):
+def test_dropout_drops_the_same_whichever_rank_has_the_rows(recipe, dropped, size, tensor, sequence, recompute):
     changes = [*DROPOUT, f"parallel.tensor={tensor}", f"train.recompute={recompute}"]
     assert_same(run_mesh(CURVE, size, tensor, recipe, changes, 4, sequence=sequence), dropped)
 
@@ -117,7 +117,7 @@ def test_rows_that_are_numbered_from_a_rank_s_first_are_noticed(recipe, dropped)
     assert all(answer["curve"][0] != dropped["curve"][0] for answer in answers)
 
 
-def test_a_folder_is_whole_whoever_held_its_parts(recipe, tmp_path):
+def test_a_folder_is_whole_whichever_rank_held_its_parts(recipe, tmp_path):
     expected = run_mesh("parallel.trainer_jobs:export", 1, 1, recipe, [], str(tmp_path / "1"))[0]
     run_mesh("parallel.trainer_jobs:export", 4, 4, recipe, [], str(tmp_path / "4"))
     for folder in ("1", "4"):

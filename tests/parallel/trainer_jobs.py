@@ -17,7 +17,7 @@ def trainer_of(mesh, recipe, changes):
     return Trainer(load_recipe(recipe, changes), ops, mesh)
 
 
-def told(trainer):
+def digests(trainer):
     return {
         f"{name} {shard}": digest(view)
         for name, piece in trainer.model.tensors()
@@ -32,7 +32,7 @@ def curve(mesh, recipe, changes, steps):
     return {
         "curve": [[r.loss, r.grad_norm, r.lr, r.tokens, r.flops, r.loss_scale, r.skipped] for r in records],
         "held out": trainer.validation_loss(20),
-        "weights": told(trainer),
+        "weights": digests(trainer),
     }
 
 
@@ -46,4 +46,4 @@ def export(mesh, recipe, changes, folder):
     trainer = trainer_of(mesh, recipe, changes)
     trainer.step()
     trainer.save(Path(folder))
-    return told(trainer)
+    return digests(trainer)

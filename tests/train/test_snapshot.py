@@ -212,7 +212,7 @@ def test_any_cuts_read_what_any_others_have_written(data, shape):
 
 
 def test_a_tensor_that_nobody_speaks_for_is_no_snapshot(tmp_path, record):
-    silent = ("model/c", Region(torch.ones(2), (0,), (2,), speaks=False))
+    silent = ("model/c", Region(torch.ones(2), (0,), (2,), writes=False))
     with pytest.raises(CheckpointError, match="model/c has a hole"), SnapshotWriter(tmp_path) as one:
         one.begin(record, [*regions(some_tensors()), silent])
 

@@ -91,7 +91,7 @@ def test_ranks_together_keep_each_element_of_the_checkpoint_once(layout, stage):
                 seen = found.setdefault(name, np.zeros(part.shape, int))
                 at = tuple(slice(a, a + n) for a, n in zip(part.start, part.tensor.shape))
                 assert seen[at].shape == tuple(part.tensor.shape)
-                seen[at] += part.speaks
+                seen[at] += part.writes
     assert all((seen == 1).all() for seen in found.values())
     names = {"model.embed_tokens.weight", "model.norm.weight"} | (
         set() if config.tie_word_embeddings else {"lm_head.weight"}

@@ -84,7 +84,7 @@ class _ChunkChoice(msgspec.Struct):
 
     @property
     def holds_token(self) -> bool:
-        """An empty text without a finish reason is a token too, whose character is incomplete."""
+        """Whether the chunk carries a token; an empty text is half a character."""
         return bool(self.text or self.token_ids or self.finish_reason is None)
 
 

@@ -121,7 +121,7 @@ class TrainingView:
         A collective over the tensor-parallel ranks of the model's first copy; other copies do nothing.
         """
         mesh = trainer.mesh
-        if mesh.data.rank or mesh.tensor.share(b"1" if self._is_time(trainer) else b"0") == b"0":
+        if mesh.data.rank or mesh.tensor.broadcast(b"1" if self._is_time(trainer) else b"0") == b"0":
             return
         from headrace.engine.run.follower import GroupRanks, follow
         from headrace.engine.schedule.sampling import SamplingParams

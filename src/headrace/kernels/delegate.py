@@ -1,4 +1,4 @@
-"""`DelegatingOps`: an op set that is another one but for the ops it has itself."""
+"""`DelegatingOps`: an op set that replaces some operations of another."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["DelegatingOps"]
 
 
 class DelegatingOps(BaseOps):
-    """`TrainingOps` where what a subclass does not define is `base`'s own, name and device too."""
+    """What a subclass does not define is `base`'s, name and device too."""
 
     def __init__(self, base: TrainingOps) -> None:
         self.base = base
 
     def __getattr__(self, name: str) -> Any:
-        # Only what is missing here comes this way; `base` itself is while an object is copied or unpickled.
+        # Called only for what is missing here, which `base` itself is while an object is copied or unpickled.
         if name.startswith("_") or name == "base":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return getattr(self.base, name)

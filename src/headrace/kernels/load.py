@@ -16,7 +16,7 @@ __all__ = ["load_ops"]
 def load_ops(name: str, alone: bool = False, **options: Any) -> TrainingOps:
     """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there).
 
-    `alone`: nobody else needs the cores, as in training; threads of "cpu" then stay awake between kernels.
+    `alone`: no other process needs the cores, as in training; the threads of "cpu" then spin between kernels.
     """
     if name == "cpu":
         from headrace.kernels.cpu import CpuOps

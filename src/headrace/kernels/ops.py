@@ -5,8 +5,8 @@ Tokens are packed: the first axis is T, the tokens of all sequences of a step in
     T tokens   R rows with logits   D hidden   N outputs   K inputs   V vocabulary   H query heads   G kv heads
     d head_dim   S sequences   M blocks of a block table   I intermediate   P positions of a rotary table
 
-Activations are fp32 on the CPU. A row's result never depends on which rows stand beside it: every reduction has
-one fixed shape, written in the kernel.
+Activations are fp32 on the CPU. A row's result never depends on other rows: every reduction has one fixed shape,
+written in the kernel.
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ class Ops(Protocol):
         progress: Callable[[int, int, str], None] | None = None,
         training: bool = False,
     ) -> None:
-        """Compile ahead what serving a model with these dtypes needs, and training it, where `training` says so.
+        """Compile ahead what serving a model with these dtypes needs, and training it, if `training`.
 
-        progress(done, total, name) is told as it goes. Gradients have the weights' dtype.
+        progress(done, total, name) is called before each kernel, and once more at the end. Gradients have the weights'
+        dtype.
         """
         ...
 

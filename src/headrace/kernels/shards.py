@@ -85,7 +85,7 @@ class OutputShards:
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
-        """As `Ops.linear_backward_input` takes them."""
+        """As `TrainingOps.linear_backward_input` takes them."""
         return tuple(
             (shard, column, row, stop - row)
             for shard, ranges in enumerate(self.rows)

@@ -18,7 +18,7 @@ __all__ = ["TrainingOps"]
 
 
 class TrainingOps(Ops, Protocol):
-    """`Ops` with what a trainer needs besides."""
+    """What a trainer needs in addition."""
 
     def rms_norm_backward(
         self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, bounds: Sequence[int]
@@ -62,8 +62,8 @@ class TrainingOps(Ops, Protocol):
         """(g_q, g_k, g_v) of `attention` over whole sequences, rows `query_start[s] : query_start[s + 1]` each.
 
         k and v, all in fp32, are as the cache holds them, and may be strided views whose last axis is contiguous; out
-        and lse are the forward's. A kv head's gradients in a sequence depend on nothing beside them, and sums have one
-        order: over keys ascending, over query heads of the kv head, then rows, ascending.
+        and lse are the forward's. A kv head's gradients in a sequence depend on no other head or sequence, and sums
+        have one order: over keys ascending, over query heads of the kv head, then rows, ascending.
         """
         ...
 
@@ -74,7 +74,7 @@ class TrainingOps(Ops, Protocol):
     def cross_entropy_backward_(self, logits_RV: Tensor, lse_R: Tensor, targets_R: Tensor, g_R: Tensor) -> None:
         """logits[r, v] ← g[r] · ([v = target] − exp(z − lse)): the gradient of Σ g · log p(target).
 
-        Target -1 says that a row's target is elsewhere, in another vocabulary shard.
+        Target -1: the row's target lies in another rank's part of the vocabulary.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What ranks decide together: an answer or an error, the same on all of them, so that none waits for another."""
+"""Calls whose result or error every rank gets, so that no rank waits for another that has failed."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import headrace.errors
 from headrace.errors import HeadraceError
 from headrace.parallel.mesh import Mesh
 
-__all__ = ["of_all", "of_first"]
+__all__ = ["on_all_ranks", "on_first_rank"]
 
 T = TypeVar("T")
 
 
-def of_all(mesh: Mesh, ask: Callable[[], T]) -> list[T]:
-    """What each rank finds, in rank order, on every rank, as JSON gives it back. Every rank calls it.
+def on_all_ranks(mesh: Mesh, function: Callable[[], T]) -> list[T]:
+    """Call it on each rank: the results in rank order, decoded from JSON. Every rank calls this.
 
-    Where `ask` raises a `HeadraceError` or an `OSError`, every rank raises that of the first rank it happens to.
+    If it raises a `HeadraceError` or an `OSError`, every rank raises the error of the first rank that failed.
     """
-    return [_answer(said) for said in mesh.tell(_said(ask))]
+    return [_result(outcome) for outcome in mesh.all_gather_object(_outcome(function))]
 
 
-def of_first(mesh: Mesh, ask: Callable[[], T]) -> T:
-    """The same, asked of rank 0 alone."""
-    said = json.dumps(_said(ask)).encode() if mesh.rank == 0 else None
-    answer: T = _answer(json.loads(mesh.share(said)))
-    return answer
+def on_first_rank(mesh: Mesh, function: Callable[[], T]) -> T:
+    """The same on rank 0 alone: its result or error, on every rank."""
+    outcome = json.dumps(_outcome(function)).encode() if mesh.rank == 0 else None
+    result: T = _result(json.loads(mesh.broadcast(outcome)))
+    return result
 
 
-def _said(ask: Callable[[], Any]) -> dict[str, Any]:
+def _outcome(function: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return {"answer": ask()}
+        return {"result": function()}
     except HeadraceError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except OSError as error:
         return {"errno": error.errno, "message": error.strerror or str(error), "file": str(error.filename or "")}
 
 
-def _answer(said: Mapping[str, Any]) -> Any:
-    if "error" in said:
-        raise getattr(headrace.errors, said["error"])(said["message"])
-    if "errno" in said:
-        raise OSError(said["errno"], said["message"], said["file"] or None)
-    return said["answer"]
+def _result(outcome: Mapping[str, Any]) -> Any:
+    if "error" in outcome:
+        raise getattr(headrace.errors, outcome["error"])(outcome["message"])
+    if "errno" in outcome:
+        raise OSError(outcome["errno"], outcome["message"], outcome["file"] or None)
+    return outcome["result"]

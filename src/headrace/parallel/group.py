@@ -22,7 +22,7 @@ from headrace.parallel.traffic import Traffic
 __all__ = ["DistributedGroup", "RankGroup"]
 
 LARGE = 1 << 15
-"""Elements from which a sum is split: below, fewer rounds are worth more than fewer bytes."""
+"""Elements from which a sum is split: for smaller ones fewer rounds matter more than fewer bytes."""
 
 
 class RankGroup:
@@ -31,7 +31,7 @@ class RankGroup:
     rank = 0
     size = 1
     device = torch.device("cpu")
-    """Where its messages lie."""
+    """Of its messages."""
 
     def __init__(self, sequence: bool = False) -> None:
         """`sequence`: the stream between blocks is split by rows, which are a multiple of the ranks."""
@@ -40,7 +40,7 @@ class RankGroup:
 
     @classmethod
     def of_size(cls, size: int, rank: int = 0) -> RankGroup:
-        """Rank `rank` of a group of `size`, without the others: for layouts that are only looked at."""
+        """Rank `rank` of a group of `size` that cannot communicate: for computing layouts."""
         group = cls()
         group.rank, group.size = rank, size
         return group
@@ -54,7 +54,10 @@ class RankGroup:
             )
 
     def own(self, pieces: int, rank: int | None = None) -> range:
-        """Which of `pieces` consecutive pieces a rank (None: this one) holds; with fewer than ranks, some share one."""
+        """Which of `pieces` consecutive pieces a rank (None: this one) holds.
+
+        With fewer pieces than ranks, several ranks hold the same one.
+        """
         rank = self.rank if rank is None else rank
         if pieces >= self.size:
             each = pieces // self.size
@@ -75,7 +78,7 @@ class RankGroup:
         return x_RD
 
     def all_gather_uneven(self, x_N: Tensor, purpose: str) -> Tensor:
-        """All ranks' numbers, in rank order; ranks may have different counts, which they tell each other first."""
+        """All ranks' numbers, in rank order; ranks may have different counts, which are gathered first."""
         if self.size == 1:
             return x_N
         counts = self.all_gather(torch.tensor([len(x_N)], device=self.device), purpose).tolist()
@@ -90,16 +93,16 @@ class RankGroup:
     def slot(self) -> int:
         """Which of a divided tensor's `size` slots this rank has: its number's bits in reverse.
 
-        So the halves that `sum_slots_` gives away, the nearest rank's first, are always runs of slots.
+        So the halves that `sum_slots_` sends, to the nearest rank first, are always runs of slots.
         """
         return int(format(self.rank, f"0{self.size.bit_length() - 1}b")[::-1], 2) if self.size > 1 else 0
 
     def sum_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
         """Reduce-scatter in place: this rank's slot of `flat`, flat[cuts[slot] : cuts[slot + 1]], becomes the sum
-        over the ranks. What is left elsewhere in it has no meaning."""
+        over the ranks. The rest of it is undefined."""
 
     def gather_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
-        """All-gather in place: every rank gives its slot of `flat`, and fills the others."""
+        """All-gather in place: every rank sends its slot of `flat` and receives the others."""
 
     def all_reduce_slots_(self, flat: Tensor, cuts: Sequence[int], purpose: str) -> None:
         """All-reduce in place, with the sums of `sum_slots_`."""
@@ -113,7 +116,7 @@ class RankGroup:
         parts = self.gather(x_RV, [(len(x_RV), width) for width in widths], purpose)
         return x_RV if parts is None else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def share(self, data: bytes | None) -> bytes:
+    def broadcast(self, data: bytes | None) -> bytes:
         """Rank 0's `data`, on every rank."""
         assert data is not None
         return data
@@ -130,7 +133,7 @@ def _divisors(shards: int) -> str:
 
 
 class DistributedGroup(RankGroup):
-    """Ranks that talk over a link."""
+    """Ranks that communicate over a link."""
 
     def __init__(self, link: Link, rank: int, size: int, sequence: bool = False) -> None:
         """`size` is a power of two."""
@@ -209,7 +212,7 @@ class DistributedGroup(RankGroup):
         self.traffic.seconds += time.perf_counter() - began
         return parts
 
-    def share(self, data: bytes | None) -> bytes:
+    def broadcast(self, data: bytes | None) -> bytes:
         if self.rank == 0:
             assert data is not None
             for rank in range(1, self.size):
@@ -237,7 +240,7 @@ class DistributedGroup(RankGroup):
     # ---- the butterfly
 
     def _scatter(self, chunks: Sequence[Tensor], width: int) -> Tensor:
-        """Recursive halving: at each distance half of what is left goes to the partner, and the rest is summed."""
+        """Recursive halving: at each distance half of the rest is sent to the partner, and the other half summed."""
         base = self.rank // width * width
         mine = dict(enumerate(chunks))
         distance = 1
@@ -251,7 +254,7 @@ class DistributedGroup(RankGroup):
         return mine[self.rank - base]
 
     def _gather(self, own: Tensor, sizes: Sequence[int], width: int) -> Tensor:
-        """Recursive doubling, back the way that `_scatter` came."""
+        """Recursive doubling: the steps of `_scatter` in reverse."""
         base = self.rank // width * width
         mine = {self.rank - base: own}
         distance = width // 2
@@ -273,7 +276,7 @@ class DistributedGroup(RankGroup):
             kept.add_(self._exchange(flat[cuts[give[0]] : cuts[give[1]]], torch.empty_like(kept), self.rank ^ distance))
 
     def _gather_slots(self, flat: Tensor, cuts: Sequence[int]) -> None:
-        """Doubling, back the way that `_sum_slots` came."""
+        """Doubling: the steps of `_sum_slots` in reverse."""
         for distance, (low, middle, high) in reversed(self._halves()):
             have, lack = (low, middle), (middle, high)
             if self.rank & distance:

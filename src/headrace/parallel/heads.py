@@ -1,8 +1,8 @@
 """How attention's heads lie on ranks and virtual shards.
 
 A virtual shard is a run of query heads with the kv heads they read. Where several shards read one kv head, every rank
-that needs it holds a copy; gradients are taken by shard all the same, so a trainer gives each shard a *virtual* kv
-head of its own, and their gradients meet in one tree whatever the degree.
+that needs it holds a copy; gradients are taken by shard all the same, so in training each shard has a *virtual* kv
+head of its own, and their gradients are added in one tree whatever the degree.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums as the communication library takes them, for those who prefer its speed to the same bits."""
+"""Sums by the communication library: faster, but without the same bits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["LibraryGroup"]
 class LibraryGroup(DistributedGroup):
     """Ranks whose divided tensors are summed by gloo's or NCCL's own all-reduce.
 
-    What is given up: the order of its additions depends on the number of ranks and on the library's version, so another
-    number of copies, or accumulation in their place, trains to other bits. How many bytes it sends, it does not tell.
+    The order of its additions depends on the number of ranks and on the library's version, so another number of copies,
+    or accumulation in their place, trains to other bits. Bytes sent are not counted: the library does not report them.
     """
 
     _link: ProcessGroupLink

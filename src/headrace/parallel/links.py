@@ -1,7 +1,7 @@
 """How two ranks exchange tensors: over sockets on one machine, or through a torch process group.
 
 Measured between two processes of one machine, an exchange of 4 KB takes 16 µs by sockets and 140 µs by gloo; and a
-socket says at once that the other process has ended.
+socket reports at once that the other process has ended.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 __all__ = ["Link", "LinkError", "ProcessGroupLink", "SocketLink"]
 
 BUFFER = 1 << 19
-"""Bytes of a socket's buffer that are asked for: the fewer turns to send and receive, the fewer switches of process."""
+"""Bytes requested for a socket's buffer: the fewer rounds of send and receive, the fewer context switches."""
 
 
 class LinkError(RuntimeError):
-    """A rank has gone, or is silent for too long."""
+    """A rank has ended, or sent nothing within the timeout."""
 
 
 class Link(Protocol):
@@ -36,19 +36,19 @@ class Link(Protocol):
     """Where tensors must be."""
 
     def exchange(self, give: Tensor, take: Tensor, partner: int) -> None:
-        """Send `give` to a rank that does the same, and fill `take` with what it sent."""
+        """Send `give` to `partner`, which calls the same, and fill `take` with what it sent."""
         ...
 
     def send(self, x: Tensor, to: int) -> None:
-        """Send to a rank that receives."""
+        """Send to a rank, which calls `receive`."""
         ...
 
     def receive(self, x: Tensor, source: int) -> None:
-        """Fill x with what a rank sends."""
+        """Fill x with what a rank sends with `send`."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release its sockets or process group."""
         ...
 
 
@@ -68,12 +68,12 @@ class SocketLink:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
             other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
             other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-            # Of what was granted half is the system's own bookkeeping.
+            # Half of the granted size is the system's own bookkeeping.
             self._chunk = min(self._chunk, other.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4)
 
     @classmethod
     def meet(cls, store: Any, rank: int, size: int, timeout: float) -> SocketLink:
-        """Connect all ranks, which call this at the same `store`: each to those below it."""
+        """Connect all ranks, which call this with the same `store`: each to those below it."""
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder, socket.socket(socket.AF_UNIX) as listener:
             path = Path(folder) / "rank"
             listener.bind(str(path))
@@ -107,7 +107,7 @@ class SocketLink:
             other.close()
 
     def _send(self, data: memoryview, to: int) -> None:
-        if not data:  # the other may have had all that it needs, and have left
+        if not data:  # the other may have received all that it needs, and closed
             return
         try:
             self._sockets[to].sendall(data)
@@ -150,7 +150,7 @@ class ProcessGroupLink:
             self._group = gloo(store, rank, size, options)
 
     def exchange(self, give: Tensor, take: Tensor, partner: int) -> None:
-        if self._cuda:  # which would wait for the partner's receive inside the send
+        if self._cuda:  # NCCL would wait for the partner's receive inside the send
             self._group._start_coalescing(self.device)
         works = []
         if give.numel():

@@ -20,7 +20,7 @@ from headrace.parallel.rendezvous import connect, roll_call
 __all__ = ["Mesh", "launched"]
 
 TIMEOUT = 300.0
-"""Seconds for a rank to come, and for an exchange with it."""
+"""Seconds to wait for a rank to connect, and for an exchange with it."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Mesh:
         """Ranks of the run."""
         return self.data.size * self.tensor.size
 
-    def share(self, data: bytes | None) -> bytes:
-        """What rank 0 of the run has, on every rank."""
+    def broadcast(self, data: bytes | None) -> bytes:
+        """The `data` of the run's rank 0, on every rank."""
         if self.tensor.rank == 0:
-            data = self.data.share(data)
-        return self.tensor.share(data)
+            data = self.data.broadcast(data)
+        return self.tensor.broadcast(data)
 
-    def tell(self, value: Any) -> list[Any]:
-        """Every rank's `value`, on every rank, in rank order, as JSON gives it back."""
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank, decoded from JSON."""
         lines = json.dumps(value) + "\n"
         for group in (self.tensor, self.data):
             mine = torch.frombuffer(bytearray(lines, "ascii"), dtype=torch.uint8)
@@ -78,7 +78,7 @@ class Mesh:
     ) -> Mesh:
         """The mesh of `size` ranks that meet at `store`, `tensor` of them to a model.
 
-        With `library`, sums over the copies are the communication library's.
+        With `library`, the communication library sums over the copies.
         """
         if size % tensor:
             raise ConfigError(f"{size} processes are no multiple of parallel.tensor={tensor}")
@@ -103,9 +103,9 @@ class Mesh:
 def launched(
     tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT, library: bool = False
 ) -> Mesh:
-    """The mesh of the processes that torchrun started; of this one alone where it did not. See `Mesh.meet`.
+    """The mesh of the processes that torchrun started, or of this process alone. See `Mesh.meet`.
 
-    Raises `ConfigError` where `tensor` ranks cannot be had, or one does not come.
+    Raises `ConfigError` if there are fewer than `tensor` processes, or one does not connect.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -116,7 +116,7 @@ def launched(
             )
         return Mesh(RankGroup(sequence))
     store, rank, size = next(dist.rendezvous("env://"))
-    # A restart meets at the same store: it must not read what the ranks before it left there.
+    # A restart uses the same store, and must not read what the ranks before it left there.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Mesh.meet(
         dist.PrefixStore(f"attempt {attempt}", store), rank, size, tensor, device, sequence, timeout, library

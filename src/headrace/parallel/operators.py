@@ -4,7 +4,7 @@
     g   all-reduce forward, identity backward: after a row-parallel one
 
 With sequence-parallel norms the stream between blocks is split by rows (Korthikanti et al., 2022, section 4.2), and
-each becomes a pair that moves as much:
+each becomes a pair with the same volume:
 
     f_rows  all-gather forward, reduce-scatter backward       g_rows  reduce-scatter forward, all-gather backward
 """
@@ -23,22 +23,26 @@ __all__ = ["f", "f_rows", "g", "g_rows", "shared"]
 
 def f(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """x, whose gradient is summed over the ranks."""
-    return _F.apply(x, group, purpose)
+    y: Tensor = _F.apply(x, group, purpose)
+    return y
 
 
 def g(x: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """x summed over the ranks."""
-    return _G.apply(x, group, purpose)
+    y: Tensor = _G.apply(x, group, purpose)
+    return y
 
 
 def f_rows(x_RD: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """All ranks' rows in rank order; every rank has as many."""
-    return _FRows.apply(x_RD, group, purpose)
+    y: Tensor = _FRows.apply(x_RD, group, purpose)
+    return y
 
 
 def g_rows(x_TD: Tensor, group: RankGroup, purpose: str) -> Tensor:
     """This rank's rows of the sum over the ranks; T is a multiple of their number."""
-    return _GRows.apply(x_TD, group, purpose)
+    y: Tensor = _GRows.apply(x_TD, group, purpose)
+    return y
 
 
 def shared(weight: Tensor, group: RankGroup, partial: bool, purpose: str) -> Tensor:

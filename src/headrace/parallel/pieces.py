@@ -1,6 +1,6 @@
 """`Piece`: this rank's part of one checkpoint tensor, and how the virtual shards lie in it.
 
-Loading, saving, initialisation, the gradients' norm and snapshots all go by pieces, so none of them knows a layout.
+Loading, saving, initialisation, the gradients' norm and snapshots use pieces, so none of them depends on a layout.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Piece:
             yield i, local.narrow(self.axis, self.bounds[i] - start, self.bounds[i + 1] - self.bounds[i])
 
     def is_first(self, group: RankGroup) -> bool:
-        """Whether this rank is the first of those that hold the same: it speaks for them."""
+        """Whether this rank is the first of those that hold the same: it writes for them."""
         return group.rank % self.replicas == 0
 
 
@@ -93,7 +93,7 @@ def in_place_of(
 class Streams:
     """The random streams of initialisation (Megatron-LM §3): one that all ranks share, and one a virtual shard.
 
-    A rank has the streams of its own shards only, so the same weights come at every degree.
+    A rank has the streams of its own shards only, so the weights are the same at every degree.
     """
 
     def __init__(self, seed: int, shards: int, group: RankGroup) -> None:
@@ -103,7 +103,7 @@ class Streams:
         self._count = shards
 
     def normal_(self, piece: Piece, std: float) -> None:
-        """Fill a piece with normal numbers, drawn in fp32 on the host: a seed means the same on every device."""
+        """Fill a piece with normal numbers, drawn in fp32 on the host, so that they do not depend on the device."""
         if piece.axis is not None and len(piece.bounds) - 1 == self._count:
             for shard, view in piece.shards(piece.tensor):
                 view.copy_(torch.empty(view.shape).normal_(0.0, std, generator=self._inner[shard]))
@@ -125,7 +125,7 @@ def gathered(piece: Piece, group: RankGroup) -> Tensor | None:
     for rank in range(group.size):
         own = group.own(count, rank)
         shape = list(piece.tensor.shape)
-        # Of ranks that hold the same, the first one speaks.
+        # Of ranks that hold the same, the first one sends.
         shape[piece.axis] = piece.bounds[own.stop] - piece.bounds[own.start] if rank % piece.replicas == 0 else 0
         shapes.append(shape)
     mine = piece.tensor if piece.is_first(group) else piece.tensor.new_empty(shapes[group.rank])

@@ -1,7 +1,6 @@
-"""`Region`: what of a checkpoint's tensor lies in this rank's memory; and the geometry of such rectangles.
+"""`Region`: the part of a checkpoint's tensor that lies in this rank's memory; and the geometry of such rectangles.
 
-Snapshots know nothing else of a layout. What some ranks have written any others can read: what a rank holds is cut out
-of what was stored.
+Snapshots use nothing else of a layout, so ranks of any layout can read what others have written.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Region:
     """Where it begins in the whole tensor."""
     shape: tuple[int, ...]
     """Of the whole tensor."""
-    speaks: bool = True
+    writes: bool = True
     """Whether this rank writes it: of ranks that hold the same, the first."""
 
     @property
@@ -43,15 +42,15 @@ class Region:
 
 
 def regions_of(
-    kind: str, pieces: Iterable[tuple[str, Piece]], group: RankGroup, speaks: bool = True
+    kind: str, pieces: Iterable[tuple[str, Piece]], group: RankGroup, writes: bool = True
 ) -> Iterator[tuple[str, Region]]:
-    """("kind/checkpoint name", region) of each piece but empty ones. `speaks`: whether this copy of the model does."""
+    """("kind/checkpoint name", region) of each piece but empty ones. `writes`: whether this copy does."""
     for name, piece in pieces:
         if piece.tensor.numel():
             start = [0] * piece.tensor.ndim
             if piece.axis is not None:
                 start[piece.axis] = piece.bounds[piece.own.start]
-            yield f"{kind}/{name}", Region(piece.tensor, tuple(start), piece.shape, speaks and piece.is_first(group))
+            yield f"{kind}/{name}", Region(piece.tensor, tuple(start), piece.shape, writes and piece.is_first(group))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -86,17 +85,17 @@ def require_whole(name: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> No
     count = 0
     for box in sorted(boxes):
         if len(box) != len(shape) or not all(0 <= first < last <= size for (first, last), size in zip(box, shape)):
-            raise CheckpointError(f"{name} has shape {list(shape)}, and a rank holds {_told(box)} of it")
-        # In the order of their first rows, a rectangle can only meet those whose rows have not ended.
+            raise CheckpointError(f"{name} has shape {list(shape)}, and a rank holds {_text(box)} of it")
+        # In the order of first rows, a rectangle can only overlap those whose rows have not ended.
         open_ = [other for other in open_ if other[0][1] > box[0][0]]
         for other in open_:
             if overlap(box, other):
-                raise CheckpointError(f"{name} is held twice: {_told(other)} and {_told(box)} overlap")
+                raise CheckpointError(f"{name} is held twice: {_text(other)} and {_text(box)} overlap")
         open_.append(box)
         count += volume(box)
     if count != math.prod(shape):
         raise CheckpointError(f"{name} has a hole: ranks hold {count} of its {math.prod(shape)} elements")
 
 
-def _told(box: Box) -> str:
+def _text(box: Box) -> str:
     return "[" + ", ".join(f"{first}:{last}" for first, last in box) + "]"

@@ -1,4 +1,4 @@
-"""How ranks find each other: a store that one of them keeps, then a process group over the loopback or a link."""
+"""How ranks find each other through a store that one of them keeps, to connect by sockets or a process group."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["LOOPBACK", "connect", "join", "keep_store", "roll_call"]
 
 LOOPBACK = "127.0.0.1"
 STORE = 10.0
-"""Seconds that the store itself may take to answer, however soon ranks are to come."""
+"""Seconds that the store itself may take to answer, however short the timeout for ranks."""
 
 
 def keep_store(size: int, timeout: float, port: int = 0) -> dist.TCPStore:
-    """A store on the loopback, at a free port if 0, for `size` ranks of this machine; whoever keeps it is rank 0."""
+    """A store on the loopback, at a free port if 0, for `size` ranks of this machine. Rank 0 keeps it."""
     wait = timedelta(seconds=max(timeout, STORE))
     return dist.TCPStore(LOOPBACK, port, size, is_master=True, timeout=wait, wait_for_workers=False)
 
@@ -42,12 +42,12 @@ def connect(
     link: str = "auto",
     library: bool = False,
 ) -> DistributedGroup:
-    """The group of `size` ranks that meet at `store`. `link` is "socket", "gloo", "nccl" or what suits ("auto").
+    """The group of `size` ranks that connect through `store`. `link` is "socket", "gloo", "nccl" or "auto".
 
     With `library` it is a torch process group, which also takes the sums of divided tensors.
 
-    Every rank says that it is there first, so that one that is missing after `timeout` seconds is named in the
-    `ConfigError`. The same timeout bounds every later exchange.
+    Raises `ConfigError` naming the ranks that have not registered within `timeout` seconds, which also bounds every
+    later exchange.
     """
     near = roll_call(store, rank, size, timeout)
     if link == "auto":
@@ -61,7 +61,10 @@ def connect(
 
 
 def roll_call(store: Any, rank: int, size: int, timeout: float) -> bool:
-    """Wait for every rank; whether all are on one machine. Raises `ConfigError` naming those that do not come."""
+    """Wait for every rank, and return whether all are on one machine.
+
+    Raises `ConfigError` naming ranks that have not registered within `timeout` seconds.
+    """
     wait = timedelta(seconds=timeout)
     store.set(f"here/{rank}", socket.gethostname())
     missing = [i for i in range(size) if not _came(store, f"here/{i}", wait)]

@@ -5,7 +5,7 @@ and sums. The sum has one shape at every tensor-parallel degree: V virtual shard
 balanced tree (`bounds` of `Ops.linear`), whose lower levels lie inside a rank and whose upper ones are the group's.
 
 What computes a linear is its *kernel slot*, `kernel(x) -> y`; quantization replaces it after loading. What writes into
-the residual stream has a slot for its finished output too, `after(y) -> y`, which is the identity; dropout replaces it.
+the residual stream also has a slot for its output, `after(y) -> y`, the identity unless dropout replaces it.
 
     T tokens   K inputs   N outputs   V vocabulary   D hidden
 """
@@ -82,7 +82,7 @@ class ColumnParallelLinear(_ParallelLinear):
         purpose: str,
         outputs: OutputShards | None = None,
     ) -> None:
-        """`outputs` says how the virtual shards lie, where they are not simply the parts' pieces."""
+        """`outputs`: how the virtual shards lie, if they are not the parts' pieces."""
         spans = [_span(bounds, group) for _, bounds in parts]
         super().__init__(ops, inputs, sum(stop - start for start, stop in spans), bias, dtype, group)
         self.parts = tuple(parts)

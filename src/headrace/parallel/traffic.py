@@ -1,4 +1,4 @@
-"""Counting what ranks say to each other: messages, the papers' volume, and the bytes that were really sent."""
+"""Counts of what ranks exchange: messages, the papers' volume, and the bytes that were sent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 __all__ = ["VOLUME", "Traffic"]
 
 VOLUME = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "gather": 1}
-"""By which a collective's message is multiplied in the papers' volume (Megatron-LM §3, ZeRO §7.1)."""
+"""What a collective's message is multiplied by in the papers' volume (Megatron-LM §3, ZeRO §7.1)."""
 
 
 class Traffic:
@@ -34,7 +34,7 @@ class Traffic:
         return sum(VOLUME[kind] * n for (kind, why), n in self.elements.items() if purpose in (None, why))
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all counts to 0."""
         self.messages.clear()
         self.elements.clear()
         self.bytes_sent = 0

@@ -39,7 +39,7 @@ class ServeSettings:
         require(
             bool(self.api_key) or self.allow_remote or _is_loopback(self.host),
             f"host={self.host} lets other machines in, and there is no key: set --api-key, or --allow-remote if "
-            "whoever can reach it may use it",
+            "every client that can reach it may use it",
         )
 
 

@@ -24,7 +24,7 @@ import torch
 from headrace.config import require
 from headrace.errors import ConfigError
 from headrace.kernels.training import TrainingOps
-from headrace.parallel.agreement import of_first
+from headrace.parallel.agreement import on_first_rank
 from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
@@ -86,7 +86,7 @@ def train(
         )
     with _disk(out), _memory(recipe, mesh):
         _require_one_recipe(recipe, mesh)
-        resume = of_first(mesh, lambda: _begin(out, resume))
+        resume = on_first_rank(mesh, lambda: _begin(out, resume))
         run = _TrainingRun(recipe, out, ops, mesh, clock, warn)
         if resume:
             run.restore()
@@ -128,7 +128,7 @@ class _TrainingRun:
         """Load the newest readable snapshot, if there is one."""
         folder = self.out / SNAPSHOTS
         snapshot = newest_whole(folder, self._warn, self._mesh)
-        of_first(self._mesh, lambda: clear_after(folder, snapshot.step if snapshot else -1))
+        on_first_rank(self._mesh, lambda: clear_after(folder, snapshot.step if snapshot else -1))
         if snapshot is None:
             return
         snapshot.require_same(self._record(), "model", "of another model")
@@ -263,7 +263,7 @@ def _listed(layout: Mapping[str, Any]) -> str:
 
 def _require_one_recipe(recipe: Recipe, mesh: Mesh) -> None:
     """Raise `ConfigError` on every rank that names the first key in which their recipes differ."""
-    recipes = mesh.tell(dataclasses.asdict(recipe))
+    recipes = mesh.all_gather_object(dataclasses.asdict(recipe))
     for rank, theirs in enumerate(recipes):
         for section, ours in recipes[0].items():
             keys = ours if isinstance(ours, dict) else {"": ours}

@@ -48,7 +48,7 @@ class Place:
     """(first row, end, first column, end) of every virtual shard of it."""
     chunk: int
     """Rows of a chunk, counted from a shard's first."""
-    primary: bool
+    writes: bool
     """Whether this rank is the first of its tensor-parallel group that holds these elements."""
 
 

@@ -99,7 +99,7 @@ class Sharded:
                             part if len(place.shape) == 2 else part[:, 0],
                             (place.start[0] + low - place.rows[0], *place.start[1:]),
                             place.shape,
-                            first and place.primary,
+                            first and place.writes,
                         ),
                     )
 
@@ -109,7 +109,7 @@ class Sharded:
         `gradients`: a flat tensor for each of `slots`.
         """
         for segment, rows in self._rows(gradients):
-            for place in filter(lambda place: place.primary, segment.member.places):
+            for place in filter(lambda place: place.writes, segment.member.places):
                 for first, last, left, right in place.shards:
                     low, high = max(segment.first, first), min(segment.last, last)
                     if low < high:

@@ -75,7 +75,7 @@ class GroupRanks(Ranks):
         self.send(frame("cache", values))
 
     def send(self, message: bytes) -> None:
-        self.group.share(message)
+        self.group.broadcast(message)
 
     def close(self) -> None:
         """Make `follow` return on the other ranks; the group stays open."""
@@ -85,5 +85,5 @@ class GroupRanks(Ranks):
 def follow(model: Transformer, ops: Ops) -> None:
     """Execute the frames of rank 0's `GroupRanks` until it closes them."""
     follower = Follower(model, ops)
-    while (message := read_frame(io.BytesIO(model.group.share(None)))) is not None and follower.execute(*message):
+    while (message := read_frame(io.BytesIO(model.group.broadcast(None)))) is not None and follower.execute(*message):
         pass

@@ -99,7 +99,7 @@ class Admission:
         return sum(blocks for blocks in short if blocks > 0)
 
     def _cacheable(self, request: Request) -> int:
-        """Tokens that may come from the cache: never the last, and only those whose scores are known."""
+        """How many tokens may come from the cache: never the last one, and none that still needs a score."""
         last = request.num_prompt_tokens - 1
         return request.num_scored if request.num_scored < last else request.num_tokens - 1
 

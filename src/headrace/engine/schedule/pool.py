@@ -90,7 +90,7 @@ class RequestPool:
         del self.requests[request.request_id]
 
     def fork(self, parent_id: int, child: Request) -> None:
-        """Add `child`, whose tokens start with all of the parent's computed ones; see `Scheduler.fork`."""
+        """Add `child`, which shares the blocks of the parent's computed tokens; see `Scheduler.fork`."""
         parent = self.requests[parent_id]
         shared = parent.kv.num_tokens
         if parent.num_pending or child.token_ids[:shared] != parent.token_ids[:shared]:

@@ -79,7 +79,7 @@ class Scheduler:
             self.pool.finish(request, reason, stop_reason, keep_tokens)
 
     def fork(self, parent_id: int, child: Request) -> None:
-        """Add `child`, whose tokens start with all of the parent's computed ones, sharing their blocks.
+        """Add `child`. Its tokens start with the parent's computed ones, and it shares their blocks.
 
         It runs at once where there is a seat and the parent is running; otherwise it waits like any other
         request and finds its prefix in the tree. The parent must have no plan in flight.
@@ -121,7 +121,7 @@ class Scheduler:
 
     @property
     def in_flight(self) -> int:
-        """Plans whose results have not come yet."""
+        """Number of plans without a result yet."""
         return len(self._in_flight)
 
     @property

@@ -12,7 +12,7 @@ _ONE_SAMPLE = [SAMPLE]
 
 
 def make_slice(request: Request, start: int, end: int, samples: int, edits: LogitEdits | None) -> Slice:
-    """The slice for positions [start, end) of `request`, whose blocks are already there.
+    """The slice for positions [start, end) of `request`; its blocks are allocated.
 
     The last `samples` rows, from the last known token on, are sampled: several where there are drafts. Rows of
     the prompt that `prompt_logprobs` has not scored yet are scored. The block table is the live list: runners

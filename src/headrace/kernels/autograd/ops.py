@@ -1,7 +1,7 @@
 """`AutogradOps`: the op set with gradients. Forward by any `Ops`, so the trainer has the server's bits.
 
-Backward owes its bits too: gradients are the same at every degree of tensor parallelism and for every number of
-threads. Shape suffixes are those of `headrace.kernels.ops`; g_… is the gradient of the loss by ….
+Gradients too have the same bits at every degree of tensor parallelism and for every number of threads. Shape suffixes
+are those of `headrace.kernels.ops`; g_… is the gradient of the loss by ….
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class AutogradOps(DelegatingOps):
         return HeadLoss.apply(self.base, x_RD, weight_VD, targets_R, weight_R, part)
 
     def turned_back(self, table_Pd: Tensor) -> Tensor:
-        """The table of the transposed rotation: its sines negated. Kept, as every layer asks for the same."""
+        """The table of the transposed rotation: its sines negated. Kept, since every layer uses the same one."""
         if self._tables is None or self._tables[0] is not table_Pd:
             cos, sin = table_Pd.chunk(2, -1)
             self._tables = table_Pd, torch.cat((cos, -sin), -1)

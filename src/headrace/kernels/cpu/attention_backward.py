@@ -7,7 +7,7 @@ blocks of `KEYS`, both counted from the sequence's start; with i a row, j a key,
     g_q_i = Σ_j s_ij · k_j        g_k_j = Σ_i s_ij · q_i        g_v_j = Σ_i p_ij · g_i
 
 All products are those of `linear_backward`: a block's terms are one chain, blocks add up in order, and for keys and
-values query heads come one after another. So a sequence's gradients depend on nothing that lies beside it.
+values query heads come one after another. So a sequence's gradients do not depend on other sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.linear_backward import HEIGHT, PANEL, Ask, Tiles, chunk, pack
+from headrace.kernels.cpu.linear_backward import HEIGHT, PANEL, Ahead, Tiles, chunk, pack
 from headrace.kernels.cpu.memory import load1, load8, load8n, pointer, store1, store8n
 from headrace.kernels.cpu.simd import fma8, hsum8, zero8
 from headrace.kernels.cpu.simd16 import exp16, load16, mul16, splat16, store16, sub16, zero16
@@ -113,7 +113,7 @@ def _soften(item, lse, at, apart, first_row, rows, first_key, keys, window, scal
 
 @kernel
 def _product(room, a, at, row, step, rows, packed, tall, depth, width, first, to, pitch):
-    """room[to …] gets a product whose A nobody has to ask for."""
+    """`chunk` without prefetching: A is in the cache already."""
     chunk(
         Tiles(a, at, HEIGHT * row, row, step),
         rows,
@@ -125,7 +125,7 @@ def _product(room, a, at, row, step, rows, packed, tall, depth, width, first, to
         first,
         to,
         pitch,
-        Ask(a, at, 0, 0, 0),
+        Ahead(a, at, 0, 0, 0),
     )
 
 
@@ -154,7 +154,7 @@ def _rows(item, q, g, at, row, lse, lse_at, heads, first_row, rows, window, scal
 
 @kernel
 def _write(room, start, width, rows, dim, out, at, row):
-    """A head's rows to where they belong."""
+    """Copy a head's rows to the result."""
     for i in range(rows):
         for c in range(0, dim, 8):
             store8n(out, at + i * row + c, load8(room, start + i * width + c), min(8, dim - c))
@@ -231,7 +231,7 @@ def attention_backward(q, k, v, g, out, lse, starts_S1, heads, kv_heads, dim, g_
 
 @kernel
 def _take_items(q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window, counter):
-    """One thread's work. Its workspace is handed on as an array: with the last mention of it, it is freed."""
+    """One thread's work. Its workspace is passed on as an array, since an array is freed after its last use."""
     size = _workspace(pointer(q), 0, longest, dim)[1]
     room, at = scratch(size)
     _items(

@@ -1,7 +1,7 @@
 """Gradients of the row-wise operations on the CPU, and dropout.
 
-What a training step owes its bits to is here: the sum over rows behind a norm's weight has one shape, everything else
-is element by element, in vectors whose tails do the arithmetic of whole ones. Arrays, offsets and `tasks` are as in
+The sum over rows behind a norm weight's gradient has one shape. Everything else is element by element, and the tail of
+a row does the same arithmetic as whole vectors. Arrays, offsets and `tasks` are as in
 `elementwise`; shape suffixes are those of `headrace.kernels.ops`.
 """
 
@@ -103,7 +103,7 @@ def rms_norm_backward(g, x, width, weight, eps, chunks, shards, out, sums, out_w
 
 @kernel
 def _silu_slopes(gate, up, g):
-    """(gradient by gate, gradient by up). The silu is the forward's, to the bit."""
+    """(gradient by gate, gradient by up). The silu has the forward's bits."""
     one = splat8(np.float32(1))
     below = add8(one, exp8(sub8(zero8(), gate)))
     silu, sigmoid = div8(gate, below), div8(one, below)

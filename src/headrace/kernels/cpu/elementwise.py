@@ -1,7 +1,7 @@
 """The CPU's row-wise operations: embedding, norms, rotary positions, SwiGLU, storing K and V, edits of logits.
 
 A sum over a row has one shape: eight lanes, `hsum8`. Every kernel takes `tasks`: 1 runs on the calling thread, which
-for a few rows is cheaper than waking the others; more cuts the rows into that many ranges. Arrays are addressed by
+for a few rows is cheaper than starting the others; more cuts the rows into that many ranges. Arrays are addressed by
 element offsets (see `simd`); shape suffixes are those of `headrace.kernels.ops`.
 """
 

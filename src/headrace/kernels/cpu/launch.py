@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 SPINS, LONG_SPINS = "1000", "40000"
-"""How often a thread that waits for the next kernel looks before it sleeps: some 0.05 and 2 ms on a Xeon."""
+"""How often a waiting thread polls for the next kernel before it sleeps: some 0.05 and 2 ms on a Xeon."""
 UNUSED_SECONDS = 30 * 24 * 3600.0
 """After so long without use, the folder of another build is removed."""
 OURS = re.compile(r"[0-9a-f]{16}|pruned-\w+")
@@ -60,15 +60,15 @@ VECTOR_FEATURES = ("avx512f", "avx2", "avx", "f16c", "fma", "sse4.2", "neon", "s
 
 
 def cpu_name() -> str:
-    """LLVM's name of this CPU (or what NUMBA_CPU_NAME says)."""
+    """LLVM's name of this CPU (or NUMBA_CPU_NAME, where set)."""
     return numba_config.CPU_NAME or llvm.get_host_cpu_name()
 
 
 @functools.cache
 def cpu_features() -> str:
-    """What this CPU has, in LLVM's words, sorted: "+avx2,+fma,…" (or what NUMBA_CPU_FEATURES says)."""
-    said = numba_config.CPU_FEATURES
-    features = codegen.get_host_cpu_features() if said is None else said
+    """What this CPU has, in LLVM's names, sorted: "+avx2,+fma,…" (or NUMBA_CPU_FEATURES, where set)."""
+    chosen = numba_config.CPU_FEATURES
+    features = codegen.get_host_cpu_features() if chosen is None else chosen
     return ",".join(sorted(name for name in features.split(",") if name.startswith("+")))
 
 
@@ -95,7 +95,7 @@ def cache_folder() -> Path | None:
     """Where compiled kernels are kept: HEADRACE_CACHE_DIR or ~/.cache/headrace/kernels, then `build_key`.
 
     None where that cannot be written: the kernels are then compiled anew in every process. Folders of other builds
-    that no process has asked for in `UNUSED_SECONDS` are removed.
+    that no process has used for `UNUSED_SECONDS` are removed.
     """
     root = os.environ.get("HEADRACE_CACHE_DIR")
     try:
@@ -112,8 +112,8 @@ def cache_folder() -> Path | None:
 def _prune(used: Path) -> None:
     """Remove the unused neighbours of `used`.
 
-    Each is moved away whole before it is emptied, so nobody reads half a cache: for Numba its kernels are then not
-    compiled yet, and it makes the folder anew. Of two processes that prune at once, one moves and the other goes on.
+    Each is moved away whole before it is emptied, so no process reads half a cache: Numba finds no kernels there and
+    compiles them again. Of two processes that prune at once, one moves a folder and the other skips it.
     """
     oldest = time.time() - UNUSED_SECONDS
     with contextlib.suppress(OSError), os.scandir(used.parent) as neighbours:
@@ -198,7 +198,7 @@ _calling = threading.local()
 def start_threads(alone: bool = False) -> None:
     """Load the layer that threads come from: OpenMP if there is one, else workqueue. The first call decides.
 
-    `alone`: nobody else needs the cores, so threads wait for the next kernel awake: to be woken takes longer than most
+    `alone`: no other process needs the cores, so threads spin until the next kernel: waking one takes longer than most
     kernels. NUMBA_THREADING_LAYER, where set, has been read by Numba already.
     """
     if numba_config.THREADING_LAYER not in ("default", "omp"):

@@ -1,14 +1,14 @@
 """y = x @ W.T + bias on the CPU: one order of summation for every row count, output count and weight dtype.
 
 An output is a sum over K in eight lanes (see `simd`). With `bounds` (0, …, K) each virtual shard is summed alone,
-from lane 0 at its first input, and a balanced binary tree adds the shards' sums; the bias comes last. `tiles` has
-the tiles: whichever computes an output, it makes the same sum. Two ways to lay them out:
+from lane 0 at its first input, and a balanced binary tree adds the shards' sums; the bias comes last. All
+`tiles` make the same sum. Two ways to lay them out:
 
-    few rows     W passes by once, straight from memory, in its own dtype
+    few rows     W is read once, straight from memory, in its own dtype
     many rows    x is cut into panels that stay in the second-level cache. Eight outputs at a time, a chunk of K at a
-                 time, W (widened to fp32, which is exact) stays in the first-level cache while the panel passes by
+                 time, W (widened to fp32, which is exact) stays in the first-level cache while the panel is read
 
-Tasks of one panel by 32 outputs are dealt to the threads in equal runs. A thread keeps the sums of its panel in
+Each thread takes an equal run of the tasks, which are one panel by 32 outputs. A thread keeps the sums of its panel in
 `sums` [shard, eight outputs, row of the panel, output of the eight].
 """
 
@@ -58,10 +58,10 @@ def _finish(sums, shards, slab, row, rows, first, last, width, bias, y):
 
 
 @kernel
-def _ask(w, start, stride, count, tile, tiles):
-    """Before `tile` of `tiles`: ask memory for its part of the next eight outputs' chunk, which starts at w[start].
+def _prefetch(w, start, stride, count, tile, tiles):
+    """Before `tile` of `tiles`: prefetch its part of the next eight outputs' chunk, which starts at w[start].
 
-    Tiles read too many short streams for the hardware to guess what comes next.
+    Tiles read too many short streams for the hardware to predict.
     """
     part = (8 + tiles - 1) // tiles
     line = 32 if narrow(w) else 16
@@ -108,7 +108,7 @@ def _few(x, row, rows, inputs, w, first, last, width, bias, bounds, room, y):
                     )
                 else:
                     for j in range(0, 8, 2):
-                        _ask(w, w0 + 8 * inputs + k, inputs, count, j // 2, 4)
+                        _prefetch(w, w0 + 8 * inputs + k, inputs, count, j // 2, 4)
                         u, v = min(w0 + j * inputs, end), min(w0 + (j + 1) * inputs, end)
                         tile4x2(
                             x,
@@ -203,10 +203,10 @@ def _chunk4x3(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, su
     for row in range(0, rows, 4):
         r0 = x0 + row * inputs
         r1, r2, r3 = min(r0 + inputs, end), min(r0 + 2 * inputs, end), min(r0 + 3 * inputs, end)
-        _ask(w, next_w, inputs, count, tile, tiles)
+        _prefetch(w, next_w, inputs, count, tile, tiles)
         tile4x3(x, r0, r1, r2, r3, v, v0, v0 + o1, v0 + o2, count, first, last, carry, row * 64, sums, to + row * 8, 8)
         if outputs > 3:
-            _ask(w, next_w, inputs, count, tile + 1, tiles)
+            _prefetch(w, next_w, inputs, count, tile + 1, tiles)
             tile4x3(
                 x,
                 r0,
@@ -227,7 +227,7 @@ def _chunk4x3(x, x0, rows, v, v0, stride, outputs, count, first, last, carry, su
                 8,
             )
         if outputs > 6:
-            _ask(w, next_w, inputs, count, tile + 2, tiles)
+            _prefetch(w, next_w, inputs, count, tile + 2, tiles)
             tile4x2(
                 x,
                 r0,

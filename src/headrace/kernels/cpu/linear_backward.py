@@ -5,7 +5,7 @@
 Vectors lie along n, so nothing is ever summed across lanes. The s are given as spans, runs of a virtual shard: a span
 is cut into chunks of `DEPTH` from its start; an element of a chunk is a chain of FMAs from 0, s ascending; a shard's
 chunks are added in order to 0, and the shards in a balanced tree. How outputs are cut into tasks, blocks and tiles
-touches no sum, and neither does the width of the registers.
+changes no sum, and neither does the width of the registers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from headrace.kernels.cpu.memory import load1, load8, load8n, pointer, prefetch,
 from headrace.kernels.cpu.simd16 import add16, fma16, high8, load16, low8, splat16, store16, zero16
 from headrace.kernels.cpu.work import scratch, take
 
-__all__ = ["COLUMNS", "DEPTH", "HEIGHT", "PANEL", "ROWS", "Ask", "Tiles", "chunk", "pack", "product", "product_part"]
+__all__ = ["COLUMNS", "DEPTH", "HEIGHT", "PANEL", "ROWS", "Ahead", "Tiles", "chunk", "pack", "product", "product_part"]
 
 DEPTH = 256
 """Terms of one chain."""
@@ -37,7 +37,7 @@ def _add(c, to, sums, first):
 
 
 @kernel
-def _ask8(far, at, apart):
+def _prefetch8(far, at, apart):
     """Prefetch eight lines."""
     prefetch(far, at), prefetch(far, at + apart), prefetch(far, at + 2 * apart), prefetch(far, at + 3 * apart)
     at += 4 * apart
@@ -48,7 +48,7 @@ def _ask8(far, at, apart):
 def _tile8x32(a, r0, r1, r2, r3, r4, r5, r6, r7, step, b, at, depth, first, c, to, pitch, far, ask, further, apart):
     """c[8, 32] at `to` = (after the first chunk: +=) the chains of `depth` terms from b[at], sixteen for AVX-512.
 
-    Every sixteen terms, eight lines of `far` are asked for, `apart` from each other, then those `further` on.
+    Every sixteen terms, eight lines of `far` are prefetched, `apart` from each other, from `ask` on, then `further` on.
     """
     a0, a1, a2, a3 = zero16(), zero16(), zero16(), zero16()
     a4, a5, a6, a7 = zero16(), zero16(), zero16(), zero16()
@@ -56,7 +56,7 @@ def _tile8x32(a, r0, r1, r2, r3, r4, r5, r6, r7, step, b, at, depth, first, c, t
     b4, b5, b6, b7 = zero16(), zero16(), zero16(), zero16()
     s, end = 0, at + depth * 32
     for start in range(at, end, 512):
-        _ask8(far, ask, apart)
+        _prefetch8(far, ask, apart)
         ask += further
         for k in range(start, min(start + 512, end), 32):
             u, v = load16(b, k), load16(b, k + 16)
@@ -96,7 +96,7 @@ def _tile6x16(a, r0, r1, r2, r3, r4, r5, step, b, at, depth, first, c, to, pitch
     a0, a1, a2, a3, a4, a5 = zero16(), zero16(), zero16(), zero16(), zero16(), zero16()
     s, end = 0, at + depth * 16
     for start in range(at, end, 256):
-        _ask8(far, ask, apart)
+        _prefetch8(far, ask, apart)
         ask += further
         for k in range(start, min(start + 256, end), 16):
             u = load16(b, k)
@@ -153,8 +153,8 @@ class Tiles(NamedTuple):
     step: int
 
 
-class Ask(NamedTuple):
-    """Tile j asks for eight lines `apart` before every sixteen terms, from a[at + j·tile], then `step` further."""
+class Ahead(NamedTuple):
+    """What tile j prefetches before every sixteen terms: eight lines `apart` from a[at + j·tile], then `step` on."""
 
     a: Any
     at: int
@@ -177,7 +177,7 @@ def chunk(tiles, rows, room, packed, tall, depth, width, first, c, pitch, ask):
             last = r0 + (min(rows - j * HEIGHT, HEIGHT) - 1) * row
             r1, r2, r3 = min(r0 + row, last), min(r0 + 2 * row, last), min(r0 + 3 * row, last)
             r4, r5 = min(r0 + 4 * row, last), min(r0 + 5 * row, last)
-            # The first panel brings what comes next into the second-level cache; the others find it there.
+            # The first panel prefetches the next data into the second-level cache, for all panels.
             apart, far = (ask.apart, ask.at + j * ask.tile) if n == 0 else (0, ask.at)
             if WIDE:
                 r6, r7 = min(r0 + 6 * row, last), min(r0 + 7 * row, last)
@@ -215,7 +215,7 @@ def _block(a, at, rows, row, step, b, left, inputs, width, spans, adds, room, pa
                         first,
                         top,
                         pitch,
-                        Ask(a, start + depth * step, 16 * step, step, 16),
+                        Ahead(a, start + depth * step, 16 * step, step, 16),
                     )
                 else:
                     chunk(
@@ -229,7 +229,7 @@ def _block(a, at, rows, row, step, b, left, inputs, width, spans, adds, room, pa
                         first,
                         top,
                         pitch,
-                        Ask(a, start + HEIGHT * row, HEIGHT * row, 16, row),
+                        Ahead(a, start + HEIGHT * row, HEIGHT * row, 16, row),
                     )
                 first = False
             i += 1
@@ -262,7 +262,7 @@ def _write(room, sums, pitch, rows, width, out, at, inputs):
 
 @kernel
 def product_part(a, rows, row, step, b, inputs, spans, out, adds, height, counter):
-    """Tasks of `height` rows by `COLUMNS` columns, as long as there are any: see `product`."""
+    """One thread of `product`: takes tasks of `height` rows by `COLUMNS` columns until none is left."""
     levels, shards = 1, spans[len(spans) - 1, 0] + 1
     while shards >> levels:
         levels += 1

@@ -88,9 +88,9 @@ def _known(array: Any) -> bool:
 
 @intrinsic
 def pointer(tyctx: Any, array: Any) -> Any:
-    """The array's data pointer, which is not reference-counted: somebody else keeps the array.
+    """The array's data pointer, which is not reference-counted: the caller keeps the array alive.
 
-    A local array is freed with its last mention: hand it on as an array, and take the pointer of an argument.
+    A local array is freed after its last use: pass it on as an array, and take the pointer of an argument.
     """
     if not _known(array) or isinstance(array, types.CPointer):
         return None
@@ -180,7 +180,7 @@ def widest(tyctx: Any, array: Any, wide: Any) -> Any:
 
 @intrinsic
 def prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
-    """Ask for the cache line of an element, which may lie past the end, into the second-level cache."""
+    """Prefetch the cache line of an element, which may lie past the end, into the second-level cache."""
     if not _known(array):
         return None
 

@@ -51,7 +51,7 @@ def _adamw_range(master, grad, first, second, stored, factors, start, stop):
 
 @kernel(parallel=True)
 def adamw(master, grad, first, second, stored, factors, tasks):
-    """See `Ops.adamw_`; an empty `stored` receives nothing.
+    """See `TrainingOps.adamw_`; an empty `stored` receives nothing.
 
     factors, fp32: scale, 1 − β1, β2, 1 − β2, 1/√(1 − β2ᵗ), eps, 1 − rate·decay, −rate/(1 − β1ᵗ).
     """

@@ -2,7 +2,7 @@
 
 Scores, softmax weights and weighted values of one row, or of four or eight that share every read of K and V. A score
 is an output of the same `tiles` that make a product, with a key as the weight. All heights make the same sums in the
-same order (see `attention.py` for the law), so a row does not know beside whom it stood. Positions are absolute;
+same order (see `attention.py` for the law), so a row's bits do not depend on its neighbours. Positions are absolute;
 `blocks`, queries and `scratch` are addressed by element offsets.
 """
 
@@ -34,7 +34,7 @@ __all__ = ["NODES", "ROWS", "Paged", "locate", "partial"]
 
 ROWS = 8 if WIDE else 4
 AHEAD = 16
-"""How many keys before it is read a key is asked for: those of a split lie in blocks, which nothing foresees."""
+"""How many keys ahead a key is prefetched: blocks lie anywhere, so the hardware cannot predict the next one."""
 
 PITCH = SPLIT + 16
 """Scores of a row in scratch, position j at j mod 256; the last tile may write past the split."""
@@ -76,17 +76,17 @@ def _key(paged, position):
 
 
 @kernel
-def _ask(kv, offset, count):
+def _prefetch(kv, offset, count):
     """Prefetch `count` elements."""
     for i in range(0, count, 32 if narrow(kv) else 16):
         prefetch(kv, offset + i)
 
 
 @kernel
-def _ask_both(kv, paged, position, count, last):
+def _prefetch_both(kv, paged, position, count, last):
     """Prefetch the values of `count` positions, and the keys of those that come AHEAD of them."""
-    _ask(kv, _key(paged, min(position + AHEAD, last - 1)), count * paged.dim)
-    _ask(kv, _key(paged, position) + paged.values, count * paged.dim)
+    _prefetch(kv, _key(paged, min(position + AHEAD, last - 1)), count * paged.dim)
+    _prefetch(kv, _key(paged, position) + paged.values, count * paged.dim)
 
 
 # ---- scores: keys past the end of a tile repeat the last one; what they write is masked later -------------------
@@ -97,7 +97,7 @@ def _scores8(packed, kv, paged, first, last, fresh, scratch):
     """Of eight rows: see `tile8x4` for the order in which they are packed."""
     for j in range(first, last, 4):
         if fresh:
-            _ask_both(kv, paged, j, 4, last)
+            _prefetch_both(kv, paged, j, 4, last)
         k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
         k2, k3 = _key(paged, min(j + 2, last - 1)), _key(paged, min(j + 3, last - 1))
         tile8x4(
@@ -128,20 +128,20 @@ def _scores4(q, q0, q1, q2, q3, kv, paged, first, last, fresh, scratch):
     """Of four rows."""
     for j in range(first, last, 2):
         if fresh:
-            _ask_both(kv, paged, j, 2, last)
+            _prefetch_both(kv, paged, j, 2, last)
         k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
         tile4x2(q, q0, q1, q2, q3, kv, k0, k1, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH)
 
 
 @kernel
 def _scores1(q, q0, kv, paged, first, last, scratch):
-    """Of one row, which always is the first to read them. The tile asks for keys, a line at a time."""
+    """Of one row, which is always the first to read these keys. The tile prefetches keys, a line at a time."""
     end = last - 1
     for j in range(first, last, 8):
         k0, k1, k2 = _key(paged, j), _key(paged, min(j + 1, end)), _key(paged, min(j + 2, end))
         k3, k4, k5 = _key(paged, min(j + 3, end)), _key(paged, min(j + 4, end)), _key(paged, min(j + 5, end))
         k6, k7, ahead = _key(paged, min(j + 6, end)), _key(paged, min(j + 7, end)), _key(paged, min(j + AHEAD, end))
-        _ask(kv, k0 + paged.values, 8 * paged.dim)
+        _prefetch(kv, k0 + paged.values, 8 * paged.dim)
         tile1x8(q, q0, kv, k0, k1, k2, k3, k4, k5, k6, k7, paged.dim, ahead, scratch, j & (SPLIT - 1))
 
 

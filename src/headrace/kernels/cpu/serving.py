@@ -44,7 +44,7 @@ class CpuServingOps(BaseOps):
     name = "cpu"
 
     def __init__(self, threads: int | None = None, alone: bool = False) -> None:
-        """`alone`: the cores are this process's, so threads stay awake between kernels. The first ops decide."""
+        """`alone`: no other process needs the cores, so threads spin between kernels. The first ops decide."""
         launch.start_threads(alone)
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)

@@ -1,6 +1,6 @@
 """Two eight-lane accumulators in one 512-bit register, for CPUs with AVX-512: twice the rate, the same sums.
 
-Lanes 0–7 belong to one row and lanes 8–15 to another; nothing ever crosses between them. So an output computed here
+Lanes 0–7 belong to one row and lanes 8–15 to another; no operation mixes them. So an output computed here
 has the bits that eight lanes of `simd` give it. What is done to each element alone (`exp16`, a value's `fma16`) may
 take sixteen elements of one row; without AVX-512 LLVM makes two 256-bit instructions of one.
 """

@@ -21,8 +21,8 @@ __all__ = ["tile1x8", "tile4x2", "tile4x3", "tile8x4"]
 def tile1x8(x, x0, w, w0, w1, w2, w3, w4, w5, w6, w7, count, ahead, sums, to):
     """One row, eight outputs, never cut: it reads every weight once, at the memory's bandwidth.
 
-    The hardware sees eight streams too short to follow, so what lies from w[ahead], eight times `count`, is asked
-    for meanwhile.
+    Eight short streams are too many for the hardware to predict, so eight times `count` elements from w[ahead] are
+    prefetched meanwhile.
     """
     a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
     a4, a5, a6, a7 = zero8(), zero8(), zero8(), zero8()
@@ -88,7 +88,7 @@ def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to
 
 @kernel
 def tile4x3(x, x0, x1, x2, x3, w, w0, w1, w2, count, first, last, carry, c, sums, to, pitch):
-    """Four rows, three outputs: twelve accumulators hide the latency of an FMA, and ask for fewer loads each.
+    """Four rows, three outputs: twelve accumulators hide the latency of an FMA, and need fewer loads each.
 
     Of each row a fourth element of `sums` is written too: the tile of the outputs from there comes after this one.
     """
@@ -144,7 +144,7 @@ def _carry(carry, c, a0, a1, a2, a3):
 
 
 @kernel
-def _ask(far, at):
+def _prefetch(far, at):
     """Prefetch what eight inputs of up to four streams span: one line, or two of fp32."""
     prefetch(far, at)
     if not narrow(far):
@@ -156,8 +156,8 @@ def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to, pi
     """Eight rows, four outputs, for AVX-512: sixteen accumulators of two rows each.
 
     x is packed: for every eight inputs, eight rows of eight elements, a tail filled with 0. Meanwhile `count` elements
-    from each of far[ask], far[ask + stride], … (as many as `streams`) are asked for, a line at a time: a burst of
-    requests would hold up the tile's own loads.
+    from each of far[ask], far[ask + stride], … (as many as `streams`) are prefetched, a line at a time: a burst of
+    requests would delay the tile's own loads.
     """
     if first:
         a0, a1, a2, a3 = zero16(), zero16(), zero16(), zero16()
@@ -175,7 +175,7 @@ def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to, pi
         start = stream * stretch
         stop = start + stretch if stream + 1 < streams else whole
         for k in range(start, stop, 8):
-            _ask(far, ask + stream * stride + (k - start) * streams)
+            _prefetch(far, ask + stream * stride + (k - start) * streams)
             p = x0 + 8 * k
             r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
             u = twice8(load8(w, w0 + k))

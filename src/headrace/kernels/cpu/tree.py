@@ -76,7 +76,7 @@ def _level(start, last):
 def insert(scratch, fresh, stack, start, level, first, oldest, levels, node):
     """Count the node at `fresh` into a row's counter, merging it with each left neighbour that is there.
 
-    A neighbour that begins before split `first` belongs to another owner: what lacks it is put in slot levels + l.
+    A neighbour that begins before split `first` belongs to another owner: the node then stays in slot levels + l.
     """
     slot = 0
     while (start >> level) & 1:

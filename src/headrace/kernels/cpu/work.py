@@ -1,4 +1,4 @@
-"""What threads that share work need: the next task, and aligned workspace."""
+"""The next task of a shared counter, and aligned workspace."""
 
 from __future__ import annotations
 

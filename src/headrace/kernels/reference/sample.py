@@ -1,8 +1,8 @@
 """Sampling in torch: which tokens are kept, and the counter-based noise that picks among them.
 
 Everything a draw depends on is in its row: no generator has a state. Sums of probabilities are integers
-(weights relative to the best token, times 2⁴⁰), so they are exact in any order and top-p's cut is the same
-whoever adds.
+(weights relative to the best token, times 2⁴⁰), so they are exact in any order, and top-p's
+cut does not depend on it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from headrace.errors import CheckpointError, ConfigError
 from headrace.model.tensorfiles import read_json
-from headrace.parallel.agreement import of_all, of_first
+from headrace.parallel.agreement import on_all_ranks, on_first_rank
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.regions import Region, box_at, dtype_name, inside, overlap, volume
 from headrace.train.snapshots.disk import RECORD, VERSION, file_hash, is_step, record_hash, snapshots
@@ -58,7 +58,7 @@ class Snapshot:
                 left.discard(name)
             return sorted(left)
 
-        left = set.intersection(*map(set, of_all(mesh or Mesh(), fill)))
+        left = set.intersection(*map(set, on_all_ranks(mesh or Mesh(), fill)))
         if left:
             raise CheckpointError(f"{self.folder} holds {min(left)}, which this run does not have")
 
@@ -102,14 +102,14 @@ def open_snapshot(path: Path, mesh: Mesh | None = None) -> Snapshot:
         for name in sorted(record["files"])[mesh.rank :: mesh.size]:
             _check(path / name, record["files"][name])
 
-    of_all(mesh, check)
+    on_all_ranks(mesh, check)
     return Snapshot(path, found[0])
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None], mesh: Mesh | None = None) -> Snapshot | None:
     """The newest snapshot that can be read, or None. All ranks skip an unreadable one with a warning."""
     mesh = mesh or Mesh()
-    for name in reversed(of_first(mesh, lambda: [path.name for path in snapshots(folder)])):
+    for name in reversed(on_first_rank(mesh, lambda: [path.name for path in snapshots(folder)])):
         try:
             return open_snapshot(folder / name, mesh)
         except CheckpointError as error:

@@ -49,7 +49,7 @@ class Staging:
 
     def fill(self, regions: Iterable[tuple[str, Region]]) -> list[Staged]:
         """Copy the regions that this rank writes, over those of the snapshot before."""
-        mine = [(name, region) for name, region in regions if region.speaks]
+        mine = [(name, region) for name, region in regions if region.writes]
         # The widest dtype first, so that each tensor is aligned to its element size.
         mine.sort(key=lambda one: -one[1].tensor.dtype.itemsize)
         self._reserve(sum(region.tensor.nbytes for _, region in mine), any(r.tensor.is_cuda for _, r in mine))

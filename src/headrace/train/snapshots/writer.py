@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from headrace.errors import CheckpointError, HeadraceError
-from headrace.parallel.agreement import of_all, of_first
+from headrace.parallel.agreement import on_all_ranks, on_first_rank
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.regions import Region, box_at, dtype_name, require_whole
 from headrace.train.snapshots.disk import (
@@ -105,7 +105,7 @@ class SnapshotWriter:
             json.loads(json.dumps(record)),
             {name: {"dtype": dtype_name(region.tensor.dtype), "shape": region.shape} for name, region in held},
         )
-        of_first(self._mesh, lambda: _make_empty(job.partial))
+        on_first_rank(self._mesh, lambda: _make_empty(job.partial))
         staged = self._staging.fill(held)
         # A daemon, so that the process can end while a disk hangs.
         job.thread = threading.Thread(target=self._write, args=(job, staged), name="snapshot", daemon=True)
@@ -115,7 +115,7 @@ class SnapshotWriter:
     def poll(self) -> None:
         """Finish the snapshot if all ranks have written their parts. Exchanges a few bytes between ranks."""
         if self._job is not None:
-            states = set(self._mesh.tell(self._job.state()))
+            states = set(self._mesh.all_gather_object(self._job.state()))
             if "failed" in states or states == {"written"}:
                 self.finish()
 
@@ -129,8 +129,8 @@ class SnapshotWriter:
         job, self._job = self._job, None
         job.thread.join()
         try:
-            of_all(self._mesh, job.require_written)
-            of_first(self._mesh, lambda: self._seal(job))
+            on_all_ranks(self._mesh, job.require_written)
+            on_first_rank(self._mesh, lambda: self._seal(job))
         except (OSError, HeadraceError):
             if self._mesh.rank == 0:
                 shutil.rmtree(job.partial, ignore_errors=True)
