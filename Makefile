@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 PYTHON_CODE := src tests bench examples
 
-.PHONY: demo test soak matrix check format clean
+.PHONY: demo test coverage soak matrix check format clean
 
 # TORCH_INDEX_URL, where set, is the index that PyTorch's install page names for this machine.
 $(VENV)/.installed: pyproject.toml requirements.txt
@@ -18,8 +18,16 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 demo: $(VENV)/.installed
 	$(BIN)/headrace demo $(ARGS)
 
+# Two workers (see tests/two_workers.py). ARGS="-n 0" runs all in one process, as --pdb needs it.
+TEST := -n 2 -m "not matrix and not soak"
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not matrix and not soak" $(ARGS)
+	$(BIN)/python -m pytest $(TEST) $(ARGS)
+
+# Which Python lines `make test` runs, in this process and those that it starts and lets end.
+coverage: $(VENV)/.installed
+	$(BIN)/python -m pytest $(TEST) --cov --cov-report=term $(ARGS)
+	rm -f .coverage
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m soak --write-soak $(ARGS)

@@ -6,10 +6,26 @@ from pathlib import Path
 import pytest
 
 import headrace  # noqa: F401  (before torch: it tells OpenMP's threads not to spin)
+from two_workers import compile_kernels, in_order, once, scheduler
 
 
 def pytest_addoption(parser):
     parser.addoption("--write-soak", action="store_true", help="keep what soak tests tell in docs/results/soak.json")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return scheduler(config, log)
+
+
+def pytest_sessionstart(session):
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        compile_kernels(worker)
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        in_order(items)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -60,8 +76,8 @@ def tinyworld_checkpoint(tmp_path_factory) -> Path:
         "optimizer.warmup_steps": 5,
         "train.sample_every": 0,
     }
-    out = tmp_path_factory.mktemp("tinyworld")
-    return train(load_recipe(recipe, [f"{name}={value}" for name, value in sizes.items()]), out).checkpoint
+    changes = [f"{name}={value}" for name, value in sizes.items()]
+    return once(tmp_path_factory, "tinyworld", lambda out: train(load_recipe(recipe, changes), out)) / "hf"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from headrace.kernels.ops import AttentionMeta, SampleParams
 from headrace.kernels.training import TrainingOps
 
-__all__ = ["warm_up"]
+__all__ = ["warm_up", "warm_up_steps"]
 
 Step = tuple[str, Callable[[], object]]
 """A name, and the call that compiles."""
@@ -27,15 +27,19 @@ def warm_up(
 
     progress(done, total, name) is called before each, and once more when all are done.
     """
-    steps = [*_model_steps(ops, weights, cache), *_logit_steps(ops)]
-    if training:
-        steps += _training_steps(ops, weights)
+    steps = warm_up_steps(ops, weights, cache, training)
     for done, (name, run) in enumerate(steps):
         if progress is not None:
             progress(done, len(steps), name)
         run()
     if progress is not None:
         progress(len(steps), len(steps), "")
+
+
+def warm_up_steps(ops: TrainingOps, weights: torch.dtype, cache: torch.dtype, training: bool) -> list[Step]:
+    """What `warm_up` calls. No step needs another, so several processes may share them out."""
+    steps = [*_model_steps(ops, weights, cache), *_logit_steps(ops)]
+    return [*steps, *_training_steps(ops, weights)] if training else steps
 
 
 def _model_steps(ops: TrainingOps, weights: torch.dtype, cache: torch.dtype) -> Iterator[Step]:
