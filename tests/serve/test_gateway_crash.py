@@ -62,11 +62,17 @@ def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, 
 
     async def scenario():
         gateway, watcher = await start(tinyworld_checkpoint, options={"max_num_batched_tokens": 8, "max_num_seqs": 1})
-        watcher.kill_at = [length - 3, length - 1]
-        held = await gateway.open("stopped", PROMPT, ids, wanted["stopped"])
-        waits = await gateway.open("scored", PROMPT, ids, wanted["scored"])
-        await check_stream(held, expected["stopped"])
+        for _ in range(20):  # an engine that is ahead of its gateway may have sent its last token before it dies
+            watcher.deltas, watcher.kill_at = 0, [length - 3, length - 1]
+            held = await gateway.open("stopped", PROMPT, ids, wanted["stopped"])
+            waits = await gateway.open("scored", PROMPT, ids, wanted["scored"])
+            await check_stream(held, expected["stopped"])
+            watcher.kill_at = []
+            if held.explanation.resumes == 2:
+                break
+            await waits.result()
         assert held.explanation.resumes == 2
+        before = gateway.restarts
         async for delta in waits:
             assert delta.output.prompt_logprobs and not delta.output.outputs, "the prompt comes in chunks"
             break
@@ -75,7 +81,7 @@ def test_two_deaths_in_one_request_and_one_while_it_waits(tinyworld_checkpoint, 
         await waits.result()
         assert waits.output.outputs == expected["scored"].outputs
         assert waits.output.prompt_logprobs == expected["scored"].prompt_logprobs
-        assert gateway.restarts == 3
+        assert gateway.restarts == before + 1
         await gateway.stop()
 
     asyncio.run(scenario())

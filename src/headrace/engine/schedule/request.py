@@ -118,14 +118,12 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.spec_token_ids: list[int] = []
         """Drafts after the known tokens: computed with them, kept only as far as they are accepted."""
-        self.num_computed_tokens = 0
-        self.num_pending = 0
+        self.num_computed_tokens = self.num_pending = 0
         self.num_cached_tokens = 0
         """Prompt tokens that the first admission found computed."""
-        self.num_scored = num_scored
+        scores = params.prompt_logprobs is not None and not choice and not output_token_ids
+        self.num_scored = num_scored if scores else self.num_prompt_tokens - 1
         """Prompt positions whose next token has been scored, where `prompt_logprobs` asks for it."""
-        if params.prompt_logprobs is None or choice or output_token_ids:
-            self.num_scored = self.num_prompt_tokens - 1
         self.kv = CachedSequence(cache_key)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
@@ -149,9 +147,8 @@ class Request:
         self.stop_ids: dict[int, int | None] = {}
         """Token ids that end the request, with the `stop_reason` they give."""
         self.edits: EditState | None = None
-        self.top = params.logprobs
-        if params.prompt_logprobs is not None and choice == 0:
-            self.top = max(params.prompt_logprobs, params.logprobs or 0)
+        asked = [n for n in (params.logprobs, None if choice else params.prompt_logprobs) if n is not None]
+        self.top = max(asked, default=None)
 
     @property
     def prompt_token_ids(self) -> list[int]:
