@@ -114,7 +114,6 @@ class Request:
         self.group_id = request_id if group_id is None else group_id
         self.cache_key = cache_key
         self.token_ids = [*prompt_token_ids, *output_token_ids]
-        """Prompt, then output."""
         self.num_prompt_tokens = len(prompt_token_ids)
         self.spec_token_ids: list[int] = []
         """Drafts after the known tokens: computed with them, kept only as far as they are accepted."""
@@ -128,8 +127,7 @@ class Request:
         self.status = Status.WAITING
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.cumulative_logprob = 0.0
-        self.arrival = -1
+        self.cumulative_logprob, self.arrival = 0.0, -1
         self.epoch = 0
         """Preemptions so far. A result planned in an earlier epoch still has valid tokens, but its KV is gone."""
         self.parked = False
