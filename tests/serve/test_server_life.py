@@ -48,7 +48,8 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(tinyworld_ch
                 pass
             refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT})
             assert refused.status_code == 503 and "retry-after" in refused.headers
-            assert "draining" in refused.json()["error"]["message"]
+            # The stream may have ended meanwhile, and the engine with it.
+            assert any(word in refused.json()["error"]["message"] for word in ("draining", "the engine is stopped"))
             seen += events
         assert len(token_ids(seen)) == 200 and seen[-1]["choices"][0]["finish_reason"] == "length"
         assert server.process.wait(30) == 0
