@@ -2,7 +2,6 @@
 
 import pytest
 import schemathesis
-import schemathesis.specs.openapi.schemas  # else the first test imports it, with pytest's rewriting, under threads
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, StopReason, events, from_schema
 
