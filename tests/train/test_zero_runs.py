@@ -83,8 +83,10 @@ seq_length = 16
 validation_sequences = 4
 peak_flops = 1e12
 """
-LIMIT = 950
-"""MiB of data a process may have: Python, torch and the kernels take some 350, this model's states 16Ψ = 580."""
+LIMIT = 850
+"""MiB of data a process may have: Python, torch and the kernels take some 350, this model's states 16Ψ = 580.
+
+Four ranks at stage 3 need between 750 and 800. With 900, a single process does its step and fails later, elsewhere."""
 
 
 @pytest.mark.parametrize("stage", [0, 3])
