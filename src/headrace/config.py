@@ -7,13 +7,9 @@ from dataclasses import dataclass
 
 from headrace.errors import ConfigError
 
-__all__ = ["CacheConfig", "ModelConfig", "RopeScaling", "SchedulerConfig"]
+__all__ = ["CacheConfig", "ModelConfig", "RopeScaling"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-BATCHING = ("sarathi", "orca", "static")
-POLICIES = ("fcfs", "lpm", "priority")
-RESERVE = ("none", "max", "pow2", "oracle")
-PREEMPTION = ("recompute", "swap")
 
 
 def require(ok: bool, message: str) -> None:
@@ -155,34 +151,3 @@ class CacheConfig:
         one_of("kv_cache_dtype", self.dtype, DTYPES)
         for name in ("memory_bytes", "num_blocks", "swap_bytes"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Which request runs next (`policy`), how a step is filled (`batching`), what admission reserves (`reserve`).
-
-    `reserve` other than "none" imitates the contiguous allocators that the PagedAttention paper compares with.
-    `queue_depth`: plans that may be in flight. `lpm_patience`: steps for which longest-prefix-match may let others
-    overtake a waiting request. `prefix_patience`: steps for which a request waits for a prefix that another request
-    is computing.
-    """
-
-    policy: str = "fcfs"
-    batching: str = "sarathi"
-    reserve: str = "none"
-    preemption: str = "recompute"
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 64
-    queue_depth: int = 1
-    lpm_patience: int = 64
-    prefix_patience: int = 256
-
-    def __post_init__(self) -> None:
-        one_of("scheduling_policy", self.policy, POLICIES)
-        one_of("batching", self.batching, BATCHING)
-        one_of("reserve", self.reserve, RESERVE)
-        one_of("preemption", self.preemption, PREEMPTION)
-        for name in ("max_num_batched_tokens", "max_num_seqs", "queue_depth"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lpm_patience", "prefix_patience"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 
-from headrace.config import CacheConfig, SchedulerConfig
+from headrace.config import CacheConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
 from headrace.engine.schedule.beam import BeamSearch
+from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler

@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from headrace.config import CacheConfig, SchedulerConfig
+from headrace.config import CacheConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
-from headrace.engine.schedule.batching import Orca, Sarathi, Static, make_batching
+from headrace.engine.schedule.batching import BATCHING, Orca, Sarathi, Static
 from headrace.engine.schedule.batching.sarathi import TILE
+from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler
@@ -257,5 +258,5 @@ def test_static_batches_enter_and_leave_together():
 
 
 def test_a_batching_is_made_by_name():
-    assert [type(make_batching(n, 8, 4)) for n in ("orca", "sarathi", "static")] == [Orca, Sarathi, Static]
+    assert [type(BATCHING[n](8, 4)) for n in ("orca", "sarathi", "static")] == [Orca, Sarathi, Static]
     assert Sarathi(8, 64).seats == 8 and Orca(8, 64).seats == 64

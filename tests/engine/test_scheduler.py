@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cache.key import CacheKey
-from headrace.config import CacheConfig, SchedulerConfig
+from headrace.config import CacheConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
 from headrace.engine.schedule.batching import Sarathi
+from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler

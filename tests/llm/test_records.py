@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from headrace.cache.key import CacheKey
-from headrace.config import CacheConfig, SchedulerConfig
+from headrace.config import CacheConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
+from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler
 from headrace.errors import RequestError

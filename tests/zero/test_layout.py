@@ -141,7 +141,7 @@ def test_memory_beside_the_device_is_a_file_without_a_name(tmp_path):
 def test_an_arena_makes_a_buffer_only_when_none_is_free():
     arena = Arena(10, torch.bfloat16, torch.device("cpu"))
     first, second = arena.take(), arena.take()
-    arena.give(first)
+    arena.put_back(first)
     assert arena.take() is first and arena.count == 2 and arena.nbytes == 40
     assert second.dtype == torch.bfloat16
 
@@ -150,10 +150,10 @@ def test_collectives_run_in_order_and_errors_reach_the_one_who_waits():
     said = []
     queue = CollectiveQueue(overlap=True)
     for i in range(5):
-        queue.ask(lambda i=i: said.append(i))
-    queue.leave(1)
+        queue.submit(lambda i=i: said.append(i))
+    queue.wait_until(1)
     assert said[:4] == [0, 1, 2, 3]
-    queue.ask(lambda: SimpleNamespace().missing)
+    queue.submit(lambda: SimpleNamespace().missing)
     with pytest.raises(AttributeError):
-        queue.all()
+        queue.drain()
     queue.close()

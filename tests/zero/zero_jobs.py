@@ -19,7 +19,7 @@ def live(trainer):
     sharded, optimizer = trainer.sharded, trainer._optimizer
     owners = {
         "weights": sharded.weights.tensors(),
-        "gathered weights": list(sharded.weights._open.values())
+        "gathered weights": list(sharded.weights._gathered.values())
         + [free for arena in sharded.weights._arenas.values() for free in arena._free],
         "gradients": sharded.gradients.tensors(),
         "gradient buckets": [b.buffer for b in sharded.gradients._buckets if b.buffer is not None]

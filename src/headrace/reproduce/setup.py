@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.bench.models import SHAPES, random_model
-from headrace.config import CacheConfig, SchedulerConfig
+from headrace.config import CacheConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
 from headrace.engine.run.runner import Runner
+from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.scheduler import Scheduler
 from headrace.kernels.load import load_ops
 from headrace.llm.assemble import assemble

@@ -14,7 +14,7 @@ class CollectiveQueue:
     """A thread that runs collectives with the other copies while this rank computes.
 
     A link carries one message at a time, and all ranks must run their collectives in one order: submit all of them
-    here, and wait for `all` before using the group directly. Without `overlap`, `ask` runs the work at once.
+    here, and `drain` before using the group directly. Without `overlap`, `submit` runs the work at once.
     """
 
     def __init__(self, overlap: bool) -> None:
@@ -23,7 +23,7 @@ class CollectiveQueue:
         self.waited = 0.0
         """Seconds that callers spent waiting."""
 
-    def ask(self, work: Callable[[], None]) -> Future[None]:
+    def submit(self, work: Callable[[], None]) -> Future[None]:
         """Run `work` after all earlier work. `wait` raises its errors."""
         if self._thread is not None:
             self._pending.append(self._thread.submit(work))
@@ -41,13 +41,13 @@ class CollectiveQueue:
         message.result()
         self.waited += time.perf_counter() - began
 
-    def leave(self, pending: int) -> None:
+    def wait_until(self, pending: int) -> None:
         """Wait until at most `pending` are left."""
         while len(self._pending) > pending:
             self.wait(self._pending.popleft())
 
-    def all(self) -> None:
-        self.leave(0)
+    def drain(self) -> None:
+        self.wait_until(0)
 
     def close(self) -> None:
         """End the thread after the running work; work that has not begun is dropped."""

@@ -93,7 +93,7 @@ class Gradients:
         self._taken = True
         loss.backward()
         self._taken = False
-        self._queue.all()
+        self._queue.drain()
         assert not any(bucket.lacks for bucket in self._buckets), "a parameter had no gradient"
 
     def own(self) -> dict[tuple[str, int], Tensor]:
@@ -151,12 +151,12 @@ class Gradients:
                 bucket.lacks -= high - low
         while self._next < len(self._buckets) and not self._buckets[self._next].lacks:
             if self._reduces:
-                self._queue.ask(partial(self._reduce, self._buckets[self._next]))
+                self._queue.submit(partial(self._reduce, self._buckets[self._next]))
             self._next += 1
 
     def _room(self, bucket: _Bucket) -> Tensor:
         if bucket.buffer is None:
-            self._queue.leave(IN_FLIGHT)
+            self._queue.wait_until(IN_FLIGHT)
             bucket.buffer = self._arenas[bucket.unit.dtype].take()
         return bucket.buffer
 
@@ -173,7 +173,7 @@ class Gradients:
             slot = self._copies.slot
             bucket.own.copy_(buffer[cuts[slot] : cuts[slot + 1]])
             bucket.buffer = None
-            self._arenas[bucket.unit.dtype].give(buffer)
+            self._arenas[bucket.unit.dtype].put_back(buffer)
 
 
 def _backwards(units: Sequence[Unit]) -> list[Unit]:

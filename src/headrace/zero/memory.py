@@ -34,7 +34,7 @@ class Arena:
         self.count += 1
         return torch.empty(self.elements, dtype=self._dtype, device=self._device)
 
-    def give(self, buffer: Tensor) -> None:
+    def put_back(self, buffer: Tensor) -> None:
         """Return a buffer to the pool."""
         self._free.append(buffer)
 

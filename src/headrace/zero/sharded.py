@@ -22,9 +22,9 @@ from headrace.model.transformer import Part, Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.regions import Region
 from headrace.zero.collectives import CollectiveQueue
+from headrace.zero.gathering import gathering
 from headrace.zero.gradients import Gradients
 from headrace.zero.layout import RowRange, Unit, lay_out
-from headrace.zero.passage import passage
 from headrace.zero.weights import Weights
 
 __all__ = ["Sharded", "Slot"]
@@ -78,10 +78,10 @@ class Sharded:
     def whole(self) -> Iterator[None]:
         """The context in which every rank holds all weights. All ranks enter and leave it together."""
         for i in range(len(self.units)):
-            self.weights.enter(i)
+            self.weights.gather(i)
         yield
         for i in range(len(self.units)):
-            self.weights.leave(i)
+            self.weights.release(i)
 
     # ---- what is kept, by the checkpoint's names
 
@@ -167,13 +167,13 @@ class Sharded:
     def _open_to_read(self, part: Part) -> Iterator[None]:
         unit = self._unit_of.get(id(part))
         if unit is not None:
-            self.weights.enter(unit)
+            self.weights.gather(unit)
         yield
         if unit is not None:
-            self.weights.leave(unit)
+            self.weights.release(unit)
 
     def _install(self) -> None:
-        """Wrap every part's forward in `passage`. The order of use: embedding, blocks, head, and back."""
+        """Wrap every part's forward in `gathering`. The order of use: embedding, blocks, head, and back."""
         model = self._model
         parts = [model.embed, *model.blocks, model.lm_head]
         units = [self._unit_of.get(id(part)) for part in parts]
@@ -182,7 +182,7 @@ class Sharded:
                 continue
             before = units[i - 1] if i > 1 else None
             after = units[i + 1] if i + 1 < len(units) else None
-            part.forward = passage(
+            part.forward = gathering(
                 part.forward,
                 self.weights,
                 unit,
@@ -191,7 +191,7 @@ class Sharded:
                 backward=part is not model.embed,
             )
         if units[-1] is not None:  # the head computes its gradients in forward
-            model.lm_head.loss = passage(  # type: ignore[method-assign]
+            model.lm_head.loss = gathering(  # type: ignore[method-assign]
                 model.lm_head.loss,
                 self.weights,
                 units[-1],

@@ -49,9 +49,9 @@ class Weights:
         self._usual = mode(sizes) if sizes else 0
         self._stored = []
         """For each unit: all of it, or this rank's slots one after another."""
-        self._open: dict[int, Tensor] = {}
+        self._gathered: dict[int, Tensor] = {}
         """Buffers of the divided units that are whole or being gathered."""
-        self._coming: dict[int, Future[None]] = {}
+        self._running: dict[int, Future[None]] = {}
         self._uses = [0] * len(self._units)
         for parameter in parameters:
             if not parameter.numel():  # of an empty vocabulary shard, which is in no unit
@@ -60,10 +60,10 @@ class Weights:
             size = sum(b - a for a, b in unit.slots(copies.slot)) if self._divided[i] else unit.size
             self._stored.append(torch.empty(size, dtype=unit.dtype, device=device))
             if self._divided[i]:
-                self._let_go(i)
+                self._unbind(i)
             else:
                 values = [parameters[member.parameter].detach() for member in unit.members]
-                self._show(i, self._stored[i])
+                self._bind(i, self._stored[i])
                 for member, value in zip(unit.members, values):
                     parameters[member.parameter].detach().copy_(value)
 
@@ -85,8 +85,8 @@ class Weights:
         for i, unit in enumerate(self._units):
             if self._stage and not self._divided[i]:
                 for cuts in unit.buckets:
-                    self._queue.ask(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
-        self._queue.all()
+                    self._queue.submit(partial(self._copies.gather_slots_, self._stored[i], cuts, "weights"))
+        self._queue.drain()
 
     def tensors(self) -> list[Tensor]:
         """All weight memory that stays."""
@@ -99,25 +99,25 @@ class Weights:
 
     # ---- gather and release
 
-    def enter(self, unit: int, following: int | None = None) -> None:
-        """Wait until `unit` is whole, and prefetch `following`. Nests; `leave` undoes it."""
+    def gather(self, unit: int, following: int | None = None) -> None:
+        """Wait until `unit` is whole, and prefetch `following`. Nests; `release` undoes it."""
         self._uses[unit] += 1
         if self._divided[unit]:
-            self._ask(unit)
-            coming = self._coming.pop(unit, None)
-            if coming is not None:
-                self._queue.wait(coming)
+            self._begin(unit)
+            gather = self._running.pop(unit, None)
+            if gather is not None:
+                self._queue.wait(gather)
             if self._uses[unit] == 1:
-                self._show(unit, self._open[unit])
+                self._bind(unit, self._gathered[unit])
         if following is not None and self._divided[following]:
-            self._ask(following)
+            self._begin(following)
 
-    def leave(self, unit: int) -> None:
+    def release(self, unit: int) -> None:
         """Release a unit; its last user frees the buffer."""
         self._uses[unit] -= 1
         if self._divided[unit] and not self._uses[unit]:
-            self._let_go(unit)
-            self._give(unit)
+            self._unbind(unit)
+            self._free(unit)
 
     @contextmanager
     def filling(self, unit: int) -> Iterator[None]:
@@ -125,21 +125,21 @@ class Weights:
         if not self._divided[unit]:
             yield
             return
-        buffer = self._open[unit] = self._arena(unit).take()
-        self._show(unit, buffer)
+        buffer = self._gathered[unit] = self._arena(unit).take()
+        self._bind(unit, buffer)
         yield
         at, stored = 0, self._stored[unit]
         for a, b in self._units[unit].slots(self._copies.slot):
             stored[at : at + b - a] = buffer[a:b]
             at += b - a
-        self._let_go(unit)
-        self._give(unit)
+        self._unbind(unit)
+        self._free(unit)
 
-    def _ask(self, unit: int) -> None:
-        if unit in self._open:
+    def _begin(self, unit: int) -> None:
+        if unit in self._gathered:
             return
-        buffer = self._open[unit] = self._arena(unit).take()
-        self._coming[unit] = self._queue.ask(partial(self._gather, unit, buffer))
+        buffer = self._gathered[unit] = self._arena(unit).take()
+        self._running[unit] = self._queue.submit(partial(self._gather, unit, buffer))
 
     @torch.no_grad()
     def _gather(self, unit: int, buffer: Tensor) -> None:
@@ -151,24 +151,24 @@ class Weights:
             at += b - a
             self._copies.gather_slots_(buffer, cuts, "weights")
 
-    def _give(self, unit: int) -> None:
+    def _free(self, unit: int) -> None:
         """Keep the blocks' buffers, of which two are in use at a time; free the embedding's, which is used rarely."""
-        arena, buffer = self._arena(unit), self._open.pop(unit)
+        arena, buffer = self._arena(unit), self._gathered.pop(unit)
         if self._units[unit].size == self._usual:
-            arena.give(buffer)
+            arena.put_back(buffer)
         else:
             arena.count -= 1
 
     def _arena(self, unit: int) -> Arena:
         return self._arenas[self._units[unit].size, self._units[unit].dtype]
 
-    def _show(self, unit: int, flat: Tensor) -> None:
+    def _bind(self, unit: int, flat: Tensor) -> None:
         """Make the parameters views of `flat`. Autograd saved the same objects, so it sees the values too."""
         for member in self._units[unit].members:
             parameter = self._parameters[member.parameter]
             parameter.data = flat[member.offset : member.stop].view(parameter.shape)
 
-    def _let_go(self, unit: int) -> None:
+    def _unbind(self, unit: int) -> None:
         """Drop the parameters' memory and keep their shapes."""
         one = torch.empty(1, dtype=self._units[unit].dtype, device=self._stored[unit].device)
         for member in self._units[unit].members:

@@ -12,7 +12,7 @@ class RequestLimits:
     """Limits in tokens. `context` is the model's; `capacity` is what the KV cache holds for one request."""
 
     def __init__(self, context: int, capacity: int, eos_token_ids: tuple[int, ...], reserve: str) -> None:
-        """`reserve` is one of `config.RESERVE`."""
+        """`reserve` is one of `RESERVE`."""
         self.context = context
         self.capacity = capacity
         self.max_model_len = min(context, capacity)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from headrace.engine.schedule.request import Request, Status
 
-__all__ = ["FirstCome", "LongestPrefix", "Policy", "Priority", "make_policy"]
+__all__ = ["POLICIES", "FirstCome", "LongestPrefix", "Policy", "Priority"]
 
 WINDOW = 128
 """Waiting requests looked at in one step, beyond the free seats."""
@@ -79,8 +79,9 @@ class Priority(FirstCome):
         return (request.priority, request.arrival)
 
 
-def make_policy(name: str, lpm_patience: int) -> Policy:
-    """The policy called `name`, one of `config.POLICIES`."""
-    if name == "lpm":
-        return LongestPrefix(lpm_patience)
-    return Priority() if name == "priority" else FirstCome()
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "fcfs": lambda patience: FirstCome(),
+    "lpm": LongestPrefix,
+    "priority": lambda patience: Priority(),
+}
+"""The scheduling policies by name: made of the steps for which a waiting request may be overtaken."""

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from headrace.cache.manager import CacheManager
-from headrace.config import CacheConfig, SchedulerConfig
+from headrace.config import CacheConfig
 from headrace.engine.schedule.admission import Admission
-from headrace.engine.schedule.batching import Batching, make_batching
+from headrace.engine.schedule.batching import BATCHING, Batching
+from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.limits import RequestLimits
 from headrace.engine.schedule.plan import Plan, StepResult
-from headrace.engine.schedule.policies import make_policy
+from headrace.engine.schedule.policies import POLICIES
 from headrace.engine.schedule.pool import Grant, RequestPool
 from headrace.engine.schedule.request import Request, RequestUpdate, Status
 from headrace.engine.schedule.stats import SchedulerStats
@@ -47,11 +48,11 @@ class Scheduler:
         take what `preemption="swap"` moves out. `batching` replaces the policy that `config` names.
         """
         self.cache = CacheManager(num_blocks or cache.num_blocks, cache.block_size, host_slots, cache.prefix_caching)
-        self.batching = batching or make_batching(config.batching, config.max_num_batched_tokens, config.max_num_seqs)
+        self.batching = batching or BATCHING[config.batching](config.max_num_batched_tokens, config.max_num_seqs)
         self.limits = RequestLimits(
             max_model_len, self.cache.pool.num_usable * cache.block_size, eos_token_ids, config.reserve
         )
-        policy = make_policy(config.policy, config.lpm_patience)
+        policy = POLICIES[config.policy](config.lpm_patience)
         swap = config.preemption == "swap"
         self.pool = RequestPool(self.cache, policy, self.limits, self.batching.seats, swap)
         self._admission = Admission(self.pool, self.batching, config.prefix_patience)

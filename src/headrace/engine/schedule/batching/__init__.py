@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from headrace.engine.schedule.batching.base import Batching
 from headrace.engine.schedule.batching.orca import Orca
 from headrace.engine.schedule.batching.sarathi import Sarathi
 from headrace.engine.schedule.batching.static import Static
 
-__all__ = ["Batching", "Orca", "Sarathi", "Static", "make_batching"]
+__all__ = ["BATCHING", "Batching", "Orca", "Sarathi", "Static"]
 
-
-def make_batching(name: str, budget: int, max_num_seqs: int) -> Batching:
-    """The batching called `name`, one of `config.BATCHING`, for `budget` tokens a step."""
-    kinds: dict[str, type[Orca] | type[Sarathi] | type[Static]] = {"orca": Orca, "sarathi": Sarathi, "static": Static}
-    return kinds[name](budget, max_num_seqs)
+BATCHING: dict[str, Callable[[int, int], Batching]] = {"sarathi": Sarathi, "orca": Orca, "static": Static}
+"""The batching policies by name: made of (tokens a step, requests that may run at once)."""
