@@ -16,7 +16,7 @@ from headrace.model.huggingface import load_model
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.config import load_recipe
-from headrace.train.metrics import MetricsFile, draw
+from headrace.train.metrics import MetricsFile
 from headrace.train.run import train
 from train.run_kit import TIMES, lines_of
 
@@ -80,14 +80,6 @@ def test_tensorboard_has_the_metrics(recipe, tmp_path, cpu_ops):
     for event, line in zip(events[2:], lines_of(tmp_path / "run"), strict=True):
         assert event.step == line.pop("step")
         assert {value.tag: value.simple_value for value in event.summary.value} == pytest.approx(line, rel=1e-6)
-
-
-def test_the_loss_is_drawn(tmp_path):
-    lines = [{"step": i, "loss": 5.0 - i} for i in range(4)]
-    draw([*lines, {"step": 4, "loss": 1.0, "val_loss": 1.5}], tmp_path / "with.png")
-    draw(lines, tmp_path / "without.png")
-    pictures = [(tmp_path / name).read_bytes() for name in ("with.png", "without.png")]
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(recipe, tmp_path, cpu_ops):

@@ -1,4 +1,4 @@
-"""The metrics of every step: metrics.jsonl, TensorBoard's event file, and a plot of the loss."""
+"""The metrics of every step: metrics.jsonl and TensorBoard's event file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Events", "MetricsFile", "draw", "memory_bytes", "read_metrics"]
-
-SIZE, DPI = (7.0, 4.0), 120
+__all__ = ["Events", "MetricsFile", "memory_bytes", "read_metrics"]
 
 
 class MetricsFile:
@@ -91,22 +89,6 @@ class Events:
 
     def _add(self, event: Any) -> None:
         self._writer.write(event.SerializeToString())
-
-
-def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Plot the training loss and the held-out loss by step."""
-    from matplotlib.figure import Figure  # here, because it takes a while to import
-
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8, label="training")
-    held = [line for line in lines if "val_loss" in line]
-    if held:
-        axes.plot([line["step"] for line in held], [line["val_loss"] for line in held], "o-", label="held out")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=DPI)
 
 
 def memory_bytes(device: torch.device) -> int:

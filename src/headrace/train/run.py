@@ -29,8 +29,9 @@ from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
-from headrace.train.metrics import Events, MetricsFile, draw, memory_bytes, read_metrics
+from headrace.train.metrics import Events, MetricsFile, memory_bytes, read_metrics
 from headrace.train.plan import RankModel
+from headrace.train.plot import draw
 from headrace.train.snapshots.disk import clear_after, snapshots
 from headrace.train.snapshots.reader import Snapshot, newest_whole
 from headrace.train.snapshots.writer import SnapshotWriter
@@ -152,7 +153,7 @@ class _TrainingRun:
                 if self._due(train.snapshot_every) or trainer.steps == train.steps:
                     if record is not None:  # before the snapshot, so that no line of its steps can be missing
                         record.sync()
-                        draw(read_metrics(self.out / METRICS), self.out / "loss.png")
+                        self._plot()
                     self._snapshots.begin(self._record(), trainer.tensors())
                 if sampler is not None and self._due(train.sample_every):
                     with trainer.sharded.whole():
@@ -168,6 +169,11 @@ class _TrainingRun:
             lines[-1].get("val_loss"),
             sum(line["tokens"] for line in lines),
         )
+
+    def _plot(self) -> None:
+        failed = draw(read_metrics(self.out / METRICS), self.out / "loss.png")
+        if failed:
+            self._warn(failed)
 
     def _step(self) -> dict[str, Any]:
         """Do one step; returns its line of metrics.jsonl."""
