@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -182,7 +182,8 @@ def main() -> None:
     """Serve one side."""
     kind, *arguments = sys.argv[1:]
     out, sys.stdout = sys.stdout, sys.stderr
-    run = {"llm": _llm, "probe": _probe}[kind](*arguments)
+    sides: dict[str, Callable[..., Any]] = {"llm": _llm, "probe": _probe}
+    run = sides[kind](*arguments)
     while line := sys.stdin.readline():  # not an iterator: it would read ahead of the prober's select
         out.write(json.dumps(run(json.loads(line))) + "\n")
         out.flush()

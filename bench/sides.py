@@ -73,7 +73,9 @@ def serve(make: Callable[[], Step]) -> None:
     os.dup2(2, 1)
     step = make()
     for line in sys.stdin:
-        seconds, loss, figures = [], 0.0, {}
+        seconds: list[float] = []
+        loss = 0.0
+        figures: dict[str, Any] = {}
         for _ in range(int(line)):
             began = time.perf_counter()
             loss, figures = step()

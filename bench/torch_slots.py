@@ -6,11 +6,14 @@ through its block table and calls SDPA. Then the bits depend on the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps
+from headrace.kernels.ops import AttentionMeta
 
 __all__ = ["TorchSlots"]
 
@@ -24,10 +27,22 @@ class TorchSlots(CpuOps):
         super().__init__(threads)
         torch.set_num_threads(threads)
 
-    def linear(self, x_TK, weight_NK, bias_N=None, bounds=None):
+    def linear(
+        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+    ) -> Tensor:
         return F.linear(x_TK, weight_NK, bias_N)
 
-    def attention(self, q_THd: Tensor, blocks: Tensor, layer: int, meta, scale: float, window: int = 0) -> Tensor:
+    def attention(
+        self,
+        q_THd: Tensor,
+        blocks: Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        window: int = 0,
+        lse_TH: Tensor | None = None,
+    ) -> Tensor:
+        assert lse_TH is None, "only training asks for the log-sum-exp"
         out = torch.empty_like(q_THd)
         size, group = blocks.shape[4], q_THd.shape[1] // blocks.shape[3]
         starts, contexts = meta.query_start_S1.tolist(), meta.context_len_S.tolist()

@@ -75,11 +75,12 @@ def _clip(parameters: list[Any]) -> None:
 
 def _split(model: Any, rank: int, size: int, port: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     gloo(rank, size, port)
-    plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"} | {"self_attn.o_proj": RowwiseParallel()}
-    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")} | {"mlp.down_proj": RowwiseParallel()}
+    plan: dict[str, ParallelStyle] = {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
+        plan[f"{name}_proj"] = ColwiseParallel()
     mesh = init_device_mesh("cpu", (size,))
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
@@ -88,8 +89,8 @@ def _split(model: Any, rank: int, size: int, port: int) -> None:
 def main() -> None:
     """Serve one rank of one side."""
     kind, folder, data, *numbers = sys.argv[1:]
-    arguments = (folder, data, *map(int, numbers))
-    serve(partial(headrace, *arguments) if kind == "headrace" else partial(torch_side, kind, *arguments))
+    make = headrace if kind == "headrace" else partial(torch_side, kind)
+    serve(lambda: make(folder, data, *map(int, numbers)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Side:
             stdout=subprocess.PIPE,
         )
 
-    def run(self, jobs: list[tuple[list[int], int]], repeat_seed: int = 0, **options: Any) -> dict[str, Any]:
-        """`jobs` are (prompt, output tokens); returns seconds, first-token seconds and token times where known."""
+    def run(self, jobs: Sequence[tuple[Any, ...]], repeat_seed: int = 0, **options: Any) -> dict[str, Any]:
+        """`jobs` are (prompt, output tokens, …); returns seconds, first-token seconds and token times where known."""
         assert self._process.stdin is not None and self._process.stdout is not None
         jobs = [([2 + (t + 977 * repeat_seed) % 31000 for t in prompt], out, *rest) for prompt, out, *rest in jobs]
         self._process.stdin.write(json.dumps({"jobs": jobs, "options": options}) + "\n")

@@ -60,7 +60,7 @@ def policy_gradient_step(trainer: Trainer, logprobs: torch.Tensor) -> None:
     grads = torch.autograd.grad(-logprobs.mean(), trainer.parameters)
     with torch.no_grad():
         for parameter, grad in zip(trainer.parameters, grads):
-            parameter -= RATE * grad
+            parameter.sub_(RATE * grad)
 
 
 def sample_over_http(checkpoint: Path) -> tuple[TrainingBatch, list[float]]:

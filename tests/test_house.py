@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,8 @@ def test_the_engine_s_layers_stand_on_each_other(path):
     own = next((i for i, name in enumerate(LAYERS) if module_name(path).startswith(name)), len(LAYERS))
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("headrace.engine."):
-            assert node.module.startswith(LAYERS[: own + 1]), f"{path.name} imports {node.module}, a layer above it"
+            imported = node.module or ""
+            assert imported.startswith(LAYERS[: own + 1]), f"{path.name} imports {imported}, a layer above it"
 
 
 def test_what_schedules_needs_no_torch():
@@ -144,7 +146,8 @@ def defined_types(path: Path) -> list[str]:
         if isinstance(node, ast.ClassDef):
             names.append(node.name)
         elif is_alias(node):
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None) or node.name
+            alias: Any = node  # `type X = …` is a node of Python 3.12
+            target = alias.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None) or alias.name
             names.append(target.id)
     return [name for name in names if name[0].isupper() and not name.isupper()]
 
@@ -175,7 +178,7 @@ def test_files_and_functions_stay_small(path):
     assert len(text.splitlines()) <= 450, "a room is missing"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
+            assert node.end_lineno is not None and node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -1,5 +1,7 @@
 """Where the rows of packed sequences are, and what the paged context asks of the ops."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +46,8 @@ def test_paged_context_stores_then_attends():
     config = ModelConfig(
         "Qwen2ForCausalLM", 100, 64, 128, 2, 4, 2, 16, 128, sliding_window=6, sliding_layers=(False, True)
     )
-    ctx = PagedContext(Ops(), KVStore(3, 2, 2, 4, 16, torch.float32), packed_meta([2], 4, CPU), config)
+    ops: Any = Ops()
+    ctx = PagedContext(ops, KVStore(3, 2, 2, 4, 16, torch.float32), packed_meta([2], 4, CPU), config)
     q, k = torch.zeros(2, 4, 16), torch.zeros(2, 2, 16)
     for layer in range(2):
         assert ctx.attend(layer, q, k, k) is q

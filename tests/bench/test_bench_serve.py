@@ -38,6 +38,7 @@ def trace(tmp_path):
 
 def bench(capsys, *argv):
     """(exit code, standard output, standard error)."""
+    code: str | int | None
     try:
         code = main(["bench", "serve", *(str(a) for a in argv)])
     except SystemExit as end:

@@ -12,6 +12,7 @@ from headrace.errors import ConfigError
 
 def run(capsys, *argv):
     """(exit code, standard output, standard error) of one command."""
+    code: str | int | None
     try:
         code = main([str(a) for a in argv])
     except SystemExit as end:

@@ -81,7 +81,7 @@ def log_likelihoods(trainer):
 
 
 def generated(llm, prompts):
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, stop=[STOP])
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, stop=(STOP,))
     return [llm.generate(prompt, params)[0].outputs[0].text for prompt in prompts]
 
 

@@ -47,7 +47,8 @@ def search(engine, prompt, params, others=(), limit=2000):
 def by_hand(prompt, params, eos=(3,)):
     """Beam search in ten lines, without caches or early end."""
     runner, width = NullRunner(2, 1, vocab_size=VOCAB), params.beam_width
-    live, finished = [(0.0, [])], []
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished = []
     for length in range(1, params.max_tokens + 1):
         step = []
         for index, (total, tokens) in enumerate(live):

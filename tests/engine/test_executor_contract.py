@@ -46,7 +46,7 @@ class Subject:
 
     def continued(self, tokens, count):
         """`count` tokens after `tokens`, each from a slice of its own over the whole prefix."""
-        out = []
+        out: list[int] = []
         for _ in range(count):
             out += self.after([*tokens, *out]).token_ids
         return out
@@ -143,7 +143,8 @@ def test_previous_is_the_token_of_the_plan_before_at_depth_two(subject):
     prompts = {1: PROMPT, 2: PROMPT[::-1]}
     expected = {i: subject.continued(prompt, 3) for i, prompt in prompts.items()}
     tables = {i: subject.table(23) for i in prompts}
-    submit, got = subject.executor.submit, {1: [], 2: []}
+    submit = subject.executor.submit
+    got: dict[int, list[int]] = {1: [], 2: []}
     handles = [submit(Plan(0, [part(i, 0, prompts[i], tables[i]) for i in (1, 2)]))]
     for step in (1, 2):  # the next plan is submitted before the result of the one before is taken
         order = (2, 1) if step == 1 else (1, 2)

@@ -1,6 +1,7 @@
 """`EngineLoop`: commands from many threads, each called once or refused."""
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -8,9 +9,10 @@ from headrace.llm.loop import EngineLoop, EngineStoppedError
 
 
 def test_commands_come_before_the_next_step_and_in_order():
-    loop, seen = EngineLoop(), []
+    loop = EngineLoop()
+    seen: list[object] = []
     for number in (1, 2):
-        loop.post(lambda number=number: seen.append(number))
+        loop.post(partial(seen.append, number))
 
     def step():
         seen.append("step")
@@ -23,7 +25,9 @@ def test_commands_come_before_the_next_step_and_in_order():
 
 def test_every_command_that_was_taken_is_called_once_though_the_loop_ends():
     for _ in range(50):
-        loop, taken, called, barrier = EngineLoop(), [], [], threading.Barrier(4)
+        loop, barrier = EngineLoop(), threading.Barrier(4)
+        taken: list[tuple[int, int]] = []
+        called: list[tuple[int, int]] = []
 
         def post(name, loop=loop, taken=taken, called=called, barrier=barrier):
             barrier.wait()

@@ -27,7 +27,7 @@ def request(i, prompt, tokens=4, **extra):
 
 
 def finish_order(engine, limit=3000):
-    order = []
+    order: list[int] = []
     for _ in range(limit):
         if not engine.has_work:
             return order
@@ -144,7 +144,7 @@ def test_preemption_takes_the_latest_arrived():
     engine = make(num_blocks=10, context=36)
     for i in range(3):
         engine.scheduler.add(request(i, [i * 9 + k for k in range(9)], 20))
-    preempted = []
+    preempted: list[int] = []
     while engine.has_work and not preempted:
         plan = engine.scheduler.schedule()
         preempted = plan.preempted

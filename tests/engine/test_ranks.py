@@ -16,6 +16,7 @@ from headrace.engine.run.frames import frame, read_frame, read_step, step_frame
 from headrace.engine.run.ranks import RankDiedError, Ranks
 from headrace.engine.run.shard import Inputs
 from headrace.errors import CheckpointError, ConfigError, HeadraceError
+from headrace.parallel.group import DistributedGroup
 from headrace.parallel.links import LinkError, SocketLink
 
 PAIRS = st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), max_size=5)
@@ -42,11 +43,13 @@ def test_a_step_frame_round_trips(out, back, copies, lengths, wanted):
         inputs = Inputs(
             torch.arange(total), torch.arange(total) * 2, packed_meta(lengths, 8, CPU), torch.arange(min(wanted, total))
         )
-    kind, values, arrays = read_frame(io.BytesIO(step_frame(moves, inputs)))
+    read = read_frame(io.BytesIO(step_frame(moves, inputs)))
+    assert read is not None
+    kind, values, arrays = read
     assert kind == "step"
     got_moves, got = read_step(values, arrays, CPU)
     assert got_moves == moves and (got is None) == (inputs is None)
-    if inputs is not None:
+    if inputs is not None and got is not None:
         for name in ("ids_T", "positions_T", "rows_R"):
             assert torch.equal(getattr(got, name), getattr(inputs, name))
         for name in ("block_table_SM", "query_start_S1", "context_len_S", "slots_T"):
@@ -58,7 +61,9 @@ def test_a_step_frame_round_trips(out, back, copies, lengths, wanted):
 def test_a_stream_that_ends_anywhere_is_the_end():
     whole = frame("hidden", {"ids": [1, 2]}, {"x": np.arange(6, dtype=np.int32).reshape(2, 3)})
     assert [read_frame(io.BytesIO(whole[:cut])) for cut in range(len(whole))] == [None] * len(whole)
-    _, values, arrays = read_frame(io.BytesIO(whole))
+    read = read_frame(io.BytesIO(whole))
+    assert read is not None
+    _, values, arrays = read
     assert values == {"ids": [1, 2]} and arrays["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -95,6 +100,7 @@ def test_a_rank_that_is_late_is_named(tinyworld_checkpoint, started):
     with LLM(tinyworld_checkpoint, tensor_parallel_size=2, rank_timeout=99) as llm:
         [rank] = started()
         group = llm.frontend.engine.runner.model.group
+        assert isinstance(group, DistributedGroup) and isinstance(group._link, SocketLink)
         assert group._link._timeout == 99
         group._link = SocketLink(group._link._sockets, 0.2)  # a shorter timeout than the start needs
         rank.suspend()

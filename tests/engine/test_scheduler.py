@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ def make(num_blocks=64, block_size=4, host_slots=0, context=256, caching=True, e
 
 def run(engine, requests=(), limit=1500):
     """Run to the end under integrity checks; returns tokens, finish reasons and scores by request id."""
-    out = {}
+    out: dict[int, tuple[list[int], list[Any], str | None]] = {}
     for request in requests:
         engine.scheduler.add(request)
     for _ in range(limit):
@@ -58,7 +59,8 @@ def no_leak(scheduler):
 def alone(request, context=256, eos=(EOS,)):
     """The null model's output, without a scheduler."""
     runner, params = NullRunner(2, 1, vocab_size=VOCAB), request.params
-    tokens, output = list(request.prompt_token_ids), []
+    tokens = list(request.prompt_token_ids)
+    output: list[int] = []
     last = params.max_tokens or context - len(tokens)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
     while len(output) < last:
@@ -211,7 +213,7 @@ def test_any_mix_of_arrivals_aborts_and_stops(seed, depth, policy, batching, pre
         for r in requests[::3]
     ]
     expected = {r.request_id: alone(r)[0] for r in requests}
-    got = {r.request_id: [] for r in requests}
+    got: dict[int, list[int]] = {r.request_id: [] for r in requests}
     waiting, ended = list(requests), set()
     for _ in range(2500):
         if not waiting and not engine.has_work:
@@ -301,7 +303,8 @@ def test_prompt_logprobs_score_every_position_once_and_touch_no_cached_block(bud
     cached = [node.block for node in engine.scheduler.cache.match(prompt, (), 14)]
     others = [Case(i, [i, *prompt], SamplingParams(max_tokens=18)) for i in (2, 3)]
     request = Case(1, prompt, SamplingParams(max_tokens=20, prompt_logprobs=0), seed=1)
-    submit, written = engine.runner.submit, set()
+    submit = engine.runner.submit
+    written: set[int] = set()
 
     def watch(plan):
         for s in plan.slices:
@@ -425,9 +428,11 @@ def test_edits_are_what_the_formulas_say():
     for token in (5, 6, 5):
         state.append(token)
     ban = state.current(2)
+    assert ban is not None
     table = {t: (d, a) for t, d, a in zip(ban.token_ids, ban.divide, ban.add)}
     assert table == {1: (2.0, 0.0), 5: (2.0, 2.0 - 0.5 - 0.5), 6: (2.0, -0.75), 8: (1.0, -1.0), 3: (1.0, float("-inf"))}
     after = state.current(3)
+    assert after is not None
     assert dict(zip(after.token_ids, after.add))[3] == 0.0
 
 
@@ -436,7 +441,8 @@ def test_drafts_are_kept_as_far_as_they_are_accepted():
     expected = alone(request)[0]
     engine = make(300, 4)
     engine.scheduler.add(request)
-    got, rng = [], random.Random(0)
+    got: list[int] = []
+    rng = random.Random(0)
     while engine.has_work:
         if got and request.status.value == "running":
             right = rng.randrange(4)

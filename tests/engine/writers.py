@@ -44,7 +44,8 @@ def only_the_pool_writes(patch: pytest.MonkeyPatch) -> None:
 
     def setattr_(self: Request, name: str, value: Any) -> None:
         _check(name)
-        guard = {list: LIST, dict: DICT}.get(type(value))
+        guards: dict[type, type] = {list: LIST, dict: DICT}
+        guard = guards.get(type(value))
         object.__setattr__(self, name, value if guard is None else guard(value))
 
     def in_place(method: Any) -> Any:

@@ -1,6 +1,7 @@
 """`Instance`: an engine that executes commands, without its process."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ class Driver:
     """Posts messages and lets the instance run until it would sleep."""
 
     def __init__(self, llm):
-        self.batches = []
+        self.batches: list[Any] = []
         self.instance = Instance(llm, self.batches.append)
 
     def run(self, *commands, steps=10_000):
@@ -110,7 +111,8 @@ def test_embeddings_come_one_a_step_in_their_order_and_may_be_withdrawn(driver):
 def test_preemptions_are_in_the_explanation(driver, llm):
     """Ten that grow past what 39 blocks hold."""
     adds = [Add(str(i), [3 + i] * 40, replace(PARAMS, max_tokens=60)) for i in range(10)]
-    told = {n.name: n.explanation for n in driver.run(*adds) if isinstance(n, Delta) and n.output.finished}
+    ends = [n for n in driver.run(*adds) if isinstance(n, Delta) and n.output.finished]
+    told = {n.name: n.explanation for n in ends if n.explanation is not None}
     assert len(told) == 10 and sum(e.preemptions for e in told.values()) >= 1
     assert any(e.queue_time > 0 for e in told.values())
     preempted = [e for e in told.values() if e.preemptions]
@@ -121,7 +123,8 @@ def test_beams_are_counted_to_their_search(driver):
     params = SamplingParams(beam_width=3, n=2, max_tokens=8, ignore_eos=True, seed=0)
     news = [n for n in driver.run(Add("b", [5, 6, 7], params)) if isinstance(n, Delta)]
     assert len(news) == 1 and news[0].output.finished and len(news[0].output.outputs) == 2
-    assert news[0].explanation.batch_sizes[0] == 1 and max(news[0].explanation.batch_sizes) == 3
+    explanation = news[0].explanation
+    assert explanation is not None and explanation.batch_sizes[0] == 1 and max(explanation.batch_sizes) == 3
 
 
 def test_an_aborted_search_takes_no_neighbour_with_it(driver, llm):

@@ -1,6 +1,7 @@
 """Messages keep their values through encoding, floats to the bit."""
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from headrace.instance.wire import (
     Accepted,
     Add,
     Delta,
+    EngineEvent,
     EventBatch,
     Explanation,
     Resume,
@@ -29,7 +31,7 @@ TABLE = {3: Logprob(-math.pi / 7, 2, "é"), 4: Logprob(-1e-300, 1, "\N{SNOWMAN}"
 def test_events_come_through_with_their_bits():
     choice = CompletionOutput(1, "text", [3, 4], -0.1 - 0.2, [TABLE, TABLE], "stop", "end")
     output = RequestOutput("1", None, [], [choice], True, [None, TABLE], 5, 3)
-    news = [
+    news: list[EngineEvent] = [
         Accepted("1"),
         Delta(output, Explanation(0.1, batch_sizes=[1, 2])),
         Tree("2", [(1, -1, 16, 2, "a")], complete=False),
@@ -56,11 +58,13 @@ RECORD = ResumeRecord.begin(
 
 def test_a_record_comes_through_with_its_bits():
     record = RECORD.snapshot()
+    assert record.output.prompt_logprobs is not None
     record.output.prompt_logprobs.append(TABLE)
     record.output.outputs[1] = CompletionOutput(1, "text", [3], -0.1 - 0.2, [TABLE], "stop", "end")
     again = decode_command(encode(Resume(record)))
     assert again == Resume(record) and again.name == "1"
-    assert list(again.record.output.outputs[1].logprobs[0]) == [3, 4]
+    tables = again.record.output.outputs[1].logprobs
+    assert tables is not None and list(tables[0]) == [3, 4]
 
 
 def changed(command, *path, value):
@@ -90,9 +94,11 @@ def test_what_a_request_cannot_be_is_refused(data, message):
         decode_command(data)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\xc1", b"{}", encode(Accepted("1")), encode(Add("1", [], SamplingParams()))[:-1]]
-)
+LONE_EVENT: Any = Accepted("1")
+"""Events are sent in an `EventBatch`: by itself it is no command."""
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"{}", encode(LONE_EVENT), encode(Add("1", [], SamplingParams()))[:-1]])
 def test_what_is_no_command_is_refused(data):
     with pytest.raises(msgspec.DecodeError):
         decode_command(data)

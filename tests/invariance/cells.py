@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields, make_dataclass
+from dataclasses import Field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from invariance.axis import Axis
 
@@ -24,13 +24,24 @@ def names(cell: Any) -> str:
     return " ".join(f"{f.name}={getattr(cell, f.name)}" for f in fields(cell) if getattr(cell, f.name) != f.default)
 
 
-Cell = make_dataclass(
-    "Cell",
-    [(name, Any, axis.values[0]) for name, axis in AXES.items()],
-    frozen=True,
-    kw_only=True,
-    namespace={"__str__": lambda cell: names(cell) or "plainest"},
-)
+# A type checker cannot see the fields that `make_dataclass` makes.
+if TYPE_CHECKING:
+
+    class Cell:
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+        def __init__(self, **values: Any) -> None: ...
+
+        def __getattr__(self, axis: str) -> Any: ...
+
+else:
+    Cell = make_dataclass(
+        "Cell",
+        [(name, Any, axis.values[0]) for name, axis in AXES.items()],
+        frozen=True,
+        kw_only=True,
+        namespace={"__str__": lambda cell: names(cell) or "plainest"},
+    )
 """One arrangement, a field for each axis. The defaults are the plainest values."""
 
 

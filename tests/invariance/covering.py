@@ -44,10 +44,10 @@ def covering(values: Mapping[str, Sequence[Any]], strength: int) -> list[Row]:
                     missing.pop((*other, (axis, row[axis])), None)
         for wanted in missing:
             fitting = (row for row in rows if all(row.get(a, v) == v for a, v in wanted))
-            row = next(fitting, None)
-            if row is None:
-                rows.append(row := {})
-            row.update(wanted)
+            found = next(fitting, None)
+            if found is None:
+                rows.append(found := {})
+            found.update(wanted)
     draw = random.Random(0)
     return [{axis: row.get(axis, draw.choice(values[axis])) for axis in values} for row in rows]
 

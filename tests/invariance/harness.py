@@ -165,7 +165,8 @@ def run_alone(cell: Cell, folders: Folders, picked: Sequence[int] = range(PROMPT
     setup = setup_of(cell)
     vocab_size = loaded(folders[setup.model], setup.threads)[0].config.vocab_size
     run = Run(cell, folders, [request(i, cell, vocab_size) for i in picked], finish)
-    requests, traces = run.requests, {}
+    requests = run.requests
+    traces: dict[int, Trace] = {}
     for item in requests:
         run.requests = [item]
         traces |= run.drive()

@@ -7,6 +7,7 @@ cache is too small for them, so that they are cut up, preempted and computed aga
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -25,12 +26,12 @@ from serve.http_kit import served
 
 COUNT = 16
 FLAGS = ("--max-num-batched-tokens", "13", "--block-size", "8", "--num-kv-blocks", "44", "--served-model-name", "door")
-SAMPLING = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "seeded": {"temperature": 1.1, "top_p": 0.95, "seed": 11},
     "penalised": {"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "seed": 12},
 }
-ASKED = {"max_tokens": 24, "ignore_eos": True, "logprobs": 3}
+ASKED: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "logprobs": 3}
 
 
 @pytest.fixture(scope="module", params=["tinyworld", "gqa-qknorm", "bf16"])
@@ -53,7 +54,7 @@ def inside(llm, ids, sampling):
     ]
     best = []
     for table in choice.logprobs:
-        by_text = {}
+        by_text: dict[str, float] = {}
         for entry in table.values():
             by_text[entry.decoded_token] = max(entry.logprob, by_text.get(entry.decoded_token, entry.logprob))
         best.append(by_text)

@@ -177,12 +177,14 @@ def by_law(nodes: list[np.ndarray]) -> np.ndarray:
         half = len(part) // 2
         return join(balanced(part[:half]), balanced(part[half:])) if half else part[0]
 
-    total, start = None, 0
+    total: np.ndarray | None = None
+    start = 0
     while start < len(nodes):
         size = 1 << ((len(nodes) - start).bit_length() - 1)
         tree = balanced(nodes[start : start + size])
         total = tree if total is None else join(total, tree)
         start += size
+    assert total is not None
     return total
 
 

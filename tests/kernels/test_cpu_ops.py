@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numba
 import pytest
@@ -145,7 +146,8 @@ def test_pruning_survives_another_that_prunes(monkeypatch, tmp_path):
     """Another process has just moved the first folder away."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
     folders = [aged(tmp_path / (digit * 16), 31) for digit in "01"]
-    rename, lost = os.rename, []
+    rename = os.rename
+    lost: list[Path] = []
 
     def rename_late(source, target):
         if not lost:
@@ -167,7 +169,7 @@ def test_an_unwritable_cache_is_no_cache(monkeypatch, tmp_path):
 def test_numbas_own_cache_folder_is_left_alone(monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", "elsewhere")
     compiled = launch.kernel(lambda x: x + 1)
-    assert numba.config.CACHE_DIR == "elsewhere"
+    assert vars(numba.config)["CACHE_DIR"] == "elsewhere"
     assert str(launch.cache_folder()) in compiled._cache.cache_path
     assert compiled(1) == 2
 
@@ -219,8 +221,12 @@ def test_processes_that_start_at_once_compile_each_kernel_once(tmp_path):
             )
             for _ in range(2)
         ]
-        assert [process.stdout.readline() for process in started] == ["here\n"] * 2
+        pipes = []
         for process in started:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        assert sum(int(process.stdout.readline()) for process in started) == 3
+            assert process.stdin is not None and process.stdout is not None
+            pipes.append((process.stdin, process.stdout))
+        assert [out.readline() for _, out in pipes] == ["here\n"] * 2
+        for into, _ in pipes:
+            into.write("go\n")
+            into.flush()
+        assert sum([int(out.readline()) for _, out in pipes]) == 3

@@ -27,12 +27,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def chained(g_TN: Tensor, b_NK: Tensor) -> Tensor:
     """Chains of FMAs in chunks of DEPTH, the chunks added in order: fp64 makes each FMA of fp32 but for rare ties."""
-    total = None
+    total: Tensor | None = None
     for start in range(0, b_NK.shape[0], DEPTH):
         chunk = torch.zeros(g_TN.shape[0], b_NK.shape[1])
         for s in range(start, min(start + DEPTH, len(b_NK))):
             chunk = (g_TN[:, s, None].double() * b_NK[s].double() + chunk.double()).float()
         total = chunk if total is None else total + chunk
+    assert total is not None
     return total
 
 
@@ -91,7 +92,10 @@ def test_several_spans_of_a_shard_and_rows_that_shards_share():
     spans = ((0, 0, 0, 15), (0, 30, 30, 10), (1, 15, 15, 15), (1, 50, 30, 10))
     wanted = tree(
         [
-            sum(g[:, c : c + n].double() @ weight[r : r + n].double() for s, c, r, n in spans if s == shard)
+            sum(
+                (g[:, c : c + n].double() @ weight[r : r + n].double() for s, c, r, n in spans if s == shard),
+                torch.zeros((), dtype=torch.float64),
+            )
             for shard in range(2)
         ]
     )

@@ -1,6 +1,7 @@
 """AdamW and sums of squares: close to fp64, exact where they can be, the same bits however they are cut."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from headrace.kernels.reference import ReferenceOps
 
 ONE, REFERENCE = CpuOps(threads=1), ReferenceOps()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KNOBS = {"rate": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "scale": 0.37}
+KNOBS: dict[str, Any] = {"rate": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "scale": 0.37}
 examples = settings(max_examples=30, deadline=None, derandomize=True)
 
 
@@ -39,7 +40,8 @@ def test_a_step_of_adamw(cut, data, size, dtype, rounds, step):
     results = []
     for ops in (ONE, cut, REFERENCE):
         tensors = [x.clone() for x in start]
-        ops.adamw_(*tensors[:4], tensors[4] if rounds else None, step=step, **KNOBS)
+        weight, gradient, mean, square, stored = tensors
+        ops.adamw_(weight, gradient, mean, square, stored if rounds else None, step=step, **KNOBS)
         results.append(tensors)
     got, other, slow = results
     assert all(torch.equal(a, b) for a, b in zip(got, other))

@@ -168,6 +168,7 @@ def test_draws_follow_the_distribution(knobs, walk):
         knobs.get("top_p", 1.0),
         knobs.get("min_p", 0.0),
     )
+    assert kept is not None
     weight = torch.exp(z[0].double() / knobs.get("temperature", 1.0))
     weight = torch.where(torch.tensor([i in kept for i in range(12)]), weight, 0.0)
     expected = weight / weight.sum() * draws

@@ -71,6 +71,7 @@ def test_a_record_continues_anywhere_with_equal_tokens(steps):
     add(first, record, 0)
     tokens, scores = run(first, steps)
     record.output.outputs[0].token_ids += tokens
+    assert record.output.prompt_logprobs is not None
     record.output.prompt_logprobs += [{} for _ in scores]
     read = ResumeRecord.from_dict(json.loads(json.dumps(record.to_dict())))
     assert read == record
@@ -103,9 +104,11 @@ def test_json_keeps_every_bit_and_the_order_of_a_table():
     record.output.outputs[1].logprobs.append(table)
     record.output.prompt_logprobs.append(table)
     read = ResumeRecord.from_dict(json.loads(json.dumps(record.to_dict(), sort_keys=True)))
-    assert read == record and read.output.prompt_logprobs[0] is None
-    assert list(read.output.outputs[1].logprobs[0]) == [7, 2]
-    assert isinstance(read.output.outputs[1].logprobs[0][7], Logprob)
+    of_prompt, of_output = read.output.prompt_logprobs, read.output.outputs[1].logprobs
+    assert of_prompt is not None and of_output is not None
+    assert read == record and of_prompt[0] is None
+    assert list(of_output[0]) == [7, 2]
+    assert isinstance(of_output[0][7], Logprob)
 
 
 def test_a_snapshot_does_not_grow():

@@ -138,7 +138,8 @@ class PagedRun:
 
     def step(self, parts: dict[int, list[int]], rows: torch.Tensor | None = None) -> torch.Tensor:
         """Compute `parts[s]` new tokens of each sequence s: logits [T, V], or of `rows`."""
-        starts, contexts, slots, positions = [0], [], [], []
+        starts, contexts, slots = [0], [], []
+        positions: list[int] = []
         for s, tokens in parts.items():
             at = range(self.done[s], self.done[s] + len(tokens))
             starts.append(starts[-1] + len(tokens))
@@ -150,7 +151,10 @@ class PagedRun:
         width = max(-(-c // self.block_size) for c in contexts)
         table = [(self.tables[s][: -(-c // self.block_size)] + [0] * width)[:width] for s, c in zip(parts, contexts)]
         meta = AttentionMeta(
-            *(torch.tensor(x, dtype=torch.int32) for x in (table, starts, contexts, slots)),
+            torch.tensor(table, dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(contexts, dtype=torch.int32),
+            torch.tensor(slots, dtype=torch.int32),
             max_query=max(map(len, parts.values())),
             max_context=max(contexts),
         )

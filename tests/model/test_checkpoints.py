@@ -115,7 +115,10 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
 
 
 def truncate(folder: Path) -> None:

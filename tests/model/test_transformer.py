@@ -57,7 +57,7 @@ def test_dense_is_paged_bit_for_bit(cache_dtype, cpu_ops, dense_logits, paged_lo
 def test_trainer_ops_have_the_same_bits(cpu_ops, dense_logits):
     model = Transformer(CONFIG, cpu_ops)
     model.init_weights(5, std=0.2)
-    assert torch.equal(dense_logits(model, BATCH), dense_logits(model.with_ops(AutogradOps(model.ops)), BATCH))
+    assert torch.equal(dense_logits(model, BATCH), dense_logits(model.with_ops(AutogradOps(cpu_ops)), BATCH))
 
 
 def forward(model, rows=None):

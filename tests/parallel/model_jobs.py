@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from unittest.mock import patch
 
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -91,12 +92,10 @@ def recomputed_to_the_end(group, changes):
 
 def adds_left_to_right(group, changes):
     """A wrong trainer: gradients of shards are added one after another, not in a tree."""
-    right = OutputShards.spans
-    OutputShards.spans = property(lambda self: tuple((0, *span[1:]) for span in right.func(self)))
-    try:
+    right = vars(OutputShards)["spans"]
+    wrong = property(lambda self: tuple((0, *span[1:]) for span in right.func(self)))
+    with patch.object(OutputShards, "spans", wrong):
         return loss_and_gradients(group, changes)
-    finally:
-        OutputShards.spans = right
 
 
 def rounds_before_it_adds(group, changes):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -44,18 +44,24 @@ class RankPool:
 
     def run(self, job: dict[str, Any]) -> list[Any]:
         self._jobs += 1
-        for process in self._processes:
-            process.stdin.write(json.dumps({**job, "number": self._jobs}) + "\n")
-            process.stdin.flush()
-        answers = [process.stdout.readline() for process in self._processes]
+        pipes = [self._pipes(process) for process in self._processes]
+        for into, _ in pipes:
+            into.write(json.dumps({**job, "number": self._jobs}) + "\n")
+            into.flush()
+        answers = [out.readline() for _, out in pipes]
         assert all(answers), "a rank failed: see standard error"
         return [json.loads(answer) for answer in answers]
 
     def close(self) -> None:
         for process in self._processes:
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in self._pipes(process):
+                pipe.close()
             process.wait()
+
+    @staticmethod
+    def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+        assert process.stdin is not None and process.stdout is not None
+        return process.stdin, process.stdout
 
 
 pool = lru_cache(RankPool)

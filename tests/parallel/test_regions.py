@@ -1,5 +1,7 @@
 """Rectangles: what two have in common, and whether some are a tensor's every element just once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -84,7 +86,8 @@ def test_whole_is_every_element_once(data, shape):
 )
 def test_ranks_of_a_model_write_each_element_once(size, changes):
     """Also where ranks hold the same kv head, and where a table is tied: it then has no name of its own."""
-    spoken, shapes = {}, {}
+    spoken: dict[str, list[Any]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for rank in range(size):
         group = RankGroup.of_size(size, rank)
         model = build(group, changes)

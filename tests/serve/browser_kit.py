@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from typing import Any
 from urllib.parse import urlsplit
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -68,7 +69,9 @@ class Visit:
 
         self.expect = expect
         self.page = context.new_page()
-        self.problems, self.asked, self.bodies = [], [], []
+        self.problems: list[str] = []
+        self.asked: list[Any] = []
+        self.bodies: list[Any] = []
         self.page.on("console", self._told)
         self.page.on("pageerror", lambda error: self.problems.append(f"thrown: {error}"))
         self.page.on("request", self._requested)

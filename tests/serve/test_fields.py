@@ -1,6 +1,7 @@
 """Every field that clients send is honoured or refused by name, checked on a real server."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ EXTRAS = """top_k min_p repetition_penalty stop_token_ids include_stop_str_in_ou
 CHAT_EXTRAS = "add_generation_prompt continue_final_message chat_template chat_template_kwargs"
 COMPLETION_EXTRAS = "prompt echo logprobs best_of suffix"
 
-BASE = {
+BASE: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Once upon", "max_tokens": 3, "temperature": 0},
     CHAT: {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0},
     EMBEDDINGS: {"input": "Mia lives at the market"},
@@ -38,7 +39,7 @@ BASE = {
 }
 TEMPLATE = "{{ messages[0].content }}{{ reasoning_effort }}{{ mood }}"
 # A value that a server honours, with the fields that it needs.
-VALUES = {
+VALUES: dict[str | tuple[str, str], Any] = {
     "model": "tiny",
     "prompt": [5, 6, 7],
     "n": 2,

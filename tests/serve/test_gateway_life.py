@@ -136,7 +136,8 @@ def test_requests_that_come_while_an_instance_starts_wait_for_it(tinyworld_check
         leaves.cancel()
         stream = await gateway.open("waits", None, IDS, SamplingParams(max_tokens=3, ignore_eos=True))
         assert gateway.info.pid != first and gateway.state == "ready"
-        assert len((await stream.result()).outputs[0].token_ids) == 3 and stream.explanation.resumes == 0
+        assert len((await stream.result()).outputs[0].token_ids) == 3
+        assert stream.explanation is not None and stream.explanation.resumes == 0
         assert len((await vector).vector) == gateway.info.hidden_size
         ends = await asyncio.gather(leaves, bad, return_exceptions=True)
         assert isinstance(ends[0], asyncio.CancelledError) and isinstance(ends[1], HeadraceError)

@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from serve.http_kit import ORDINARY, PATIENCE, served, until
 
 MIB = 1 << 20
 MESSAGES = [{"role": "user", "content": "Where does Mia live?"}]
-LONG = {"prompt": "Once upon a time, Mia", "n": 16, "seed": 1, "max_tokens": 480, "ignore_eos": True}
+LONG: dict[str, Any] = {"prompt": "Once upon a time, Mia", "n": 16, "seed": 1, "max_tokens": 480, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_millions_of_mistakes_cost_no_more_than_one(attacked, path, field, item)
 
 
 def test_more_than_can_be_served(attacked):
-    for fields in (
+    bodies: tuple[dict[str, Any], ...] = (
         {"prompt": ["a"] * 10_000},
         {"prompt": ["a"] * 1_000_000},
         {"prompt": [5] * 2_000_000},
@@ -211,7 +212,8 @@ def test_more_than_can_be_served(attacked):
         {"n": 257},
         {"n": 256, "use_beam_search": True},
         {"x" * MIB: 1},
-    ):
+    )
+    for fields in bodies:
         field = next(iter(fields))
         param = refused(attacked.post(COMPLETIONS, **{"prompt": "a", **fields}))
         assert param in (field, field[:60] + "…", "beam_width"), param
@@ -384,7 +386,7 @@ def at_rest(server):
 @pytest.mark.parametrize("half", [False, True])
 def test_a_client_that_leaves_frees_its_blocks_and_disturbs_no_other(attacked, stream, half):
     """By closing, or by closing its half: a half-closed connection counts as a disconnect."""
-    sibling = {**ORDINARY, "n": 2, "seed": 3, "temperature": 1, "max_tokens": 200, "ignore_eos": True}
+    sibling: dict[str, Any] = {**ORDINARY, "n": 2, "seed": 3, "temperature": 1, "max_tokens": 200, "ignore_eos": True}
     alone = [c["token_ids"] for c in attacked.post(COMPLETIONS, **sibling).json()["choices"]]
     at_rest(attacked)
     before, made, beside = aborts(attacked), generated(attacked), []
@@ -473,7 +475,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
     ],
 )
 def test_a_hostile_template_ends_and_chats_go_on_beside_it(attacked, template):
-    chats = []
+    chats: list[Any] = []
     chat = threading.Thread(
         target=lambda: chats.extend(
             attacked.post(CHAT, messages=MESSAGES, temperature=0, max_tokens=4) for _ in range(3)

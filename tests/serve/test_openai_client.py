@@ -4,6 +4,7 @@ import asyncio
 import base64
 import itertools
 import struct
+from typing import Any
 
 import openai
 import pytest
@@ -110,10 +111,11 @@ def test_echo_gives_the_prompt_and_its_log_probabilities(client, llm):
 
 def test_an_echo_is_whole_for_choices_that_are_ahead_of_its_computation(client):
     """The prompt is cached, so that the other choices begin before the first has computed it again for its scores."""
-    fields = {"model": "tiny", "prompt": [5 + i % 40 for i in range(200)], "max_tokens": 3, "n": 3, "seed": 1}
+    prompt = [5 + i % 40 for i in range(200)]
+    fields: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 3, "n": 3, "seed": 1}
     client.completions.create(**fields)
     whole = client.completions.create(**fields, echo=True, logprobs=1)
-    scores = [[] for _ in whole.choices]
+    scores: list[list[float | None]] = [[] for _ in whole.choices]
     for chunk in client.completions.create(**fields, echo=True, logprobs=1, stream=True):
         scores[chunk.choices[0].index] += chunk.choices[0].logprobs.token_logprobs
     assert scores == [choice.logprobs.token_logprobs for choice in whole.choices]
@@ -201,10 +203,12 @@ def test_stop_strings_and_tokens(client, llm):
 def test_errors_have_openais_shape(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="another", prompt=PROMPT)
-    assert missing.value.body["param"] == "model" and missing.value.body["code"] == 404
+    body: Any = missing.value.body
+    assert body["param"] == "model" and body["code"] == 404
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="tiny", prompt=PROMPT, temperature=-1)
-    assert wrong.value.body["param"] == "temperature" and wrong.value.body["type"] == "invalid_request_error"
+    body = wrong.value.body
+    assert body["param"] == "temperature" and body["type"] == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="context"):
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6)
     with pytest.raises(openai.BadRequestError, match="constrained decoding"):

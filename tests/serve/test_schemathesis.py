@@ -79,13 +79,16 @@ def test_answers_are_as_documented(server, tinyworld_checkpoint):
             return {**body, "path": str(tinyworld_checkpoint)}
         return body
 
-    wrong, statuses, ended = [], {}, None
+    wrong: list[str] = []
+    statuses: dict[str, set[int]] = {}
+    ended = None
     for event in from_schema(api).execute():
         assert not isinstance(event, events.FatalError | events.NonFatalError), event
         if isinstance(event, events.ScenarioFinished | events.FuzzScenarioFinished):
             for checks in event.recorder.checks.values():
                 wrong += [f"{event.recorder.label}: {c.failure_info}" for c in checks if c.status == Status.FAILURE]
             for interaction in event.recorder.interactions.values():
+                assert interaction.response is not None
                 statuses.setdefault(event.recorder.label, set()).add(interaction.response.status_code)
         if isinstance(event, events.EngineFinished):
             ended = event.stop_reason

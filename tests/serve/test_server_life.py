@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -95,7 +96,9 @@ def test_an_engine_that_dies_often(tinyworld_checkpoint, llm):
 def _kill_rounds(folder, llm, rounds):
     draw = random.Random(rounds)
     sampling = [{"temperature": 0.8, "seed": i} if i % 2 else {"temperature": 0} for i in range(32)]
-    asked = [{**fields, "max_tokens": draw.randrange(20, 60), "logprobs": 1} for fields in sampling]
+    asked: list[dict[str, Any]] = [
+        {**fields, "max_tokens": draw.randrange(20, 60), "logprobs": 1} for fields in sampling
+    ]
     expected = [llm.generate(PROMPT, SamplingParams(ignore_eos=True, **fields))[0].outputs[0] for fields in asked]
     total = sum(fields["max_tokens"] for fields in asked)
     with served(folder) as server:
@@ -206,7 +209,7 @@ def test_a_signal_while_it_starts_ends_it(tinyworld_checkpoint):
             pass
         [engine] = psutil.Process(process.pid).children()
         process.terminate()
-        assert process.wait(30) == 130 and not process.stdout.read()
+        assert process.wait(30) == 130 and process.stdout is not None and not process.stdout.read()
         psutil.wait_procs([engine], timeout=10)
         assert not engine.is_running()
 

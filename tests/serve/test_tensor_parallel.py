@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,11 @@ from serve.http_kit import served, until
 
 PROMPT = "Once upon a time, Mia"
 ASKED = {"prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True, "logprobs": 2}
-SAMPLING = [{"temperature": 0}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.2, "seed": 6, "top_k": 9}]
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 5},
+    {"temperature": 1.2, "seed": 6, "top_k": 9},
+]
 
 
 def ranks(server):
@@ -47,7 +52,7 @@ def test_two_ranks_give_the_bits_of_one_and_survive_the_death_of_one(tinyworld_c
     with served(tinyworld_checkpoint, "--tensor-parallel-size", "2") as server:
         [rank] = ranks(server)
         assert "headrace.engine.run.rank" in rank.cmdline()
-        killed = []
+        killed: list[int] = []
 
         def kill_once():
             if not killed:

@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from headrace import LLM, SamplingParams
 from headrace.serve.errors import UnavailableError
@@ -76,7 +78,7 @@ def test_every_answer_uses_the_new_weights_and_has_their_version(server, fresh, 
             whole = client.completions.create(
                 model="tiny", prompt=PROMPT, temperature=0, max_tokens=40, extra_body=more
             )
-            messages = [{"role": "user", "content": "Where is Mia?"}]
+            messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Where is Mia?"}]
             chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
             chunks = list(
                 client.chat.completions.create(
@@ -84,8 +86,11 @@ def test_every_answer_uses_the_new_weights_and_has_their_version(server, fresh, 
                 )
             )
             vector = client.embeddings.create(model="tiny", input=PROMPT)
-            seen = {answer.weights_version for answer in (whole, chat, *chunks, vector, client.models.retrieve("tiny"))}
-            return whole.choices[0].token_ids, vector.data[0].embedding, seen, whole.usage.prompt_tokens_details
+            answers: list[Any] = [whole, chat, *chunks, vector, client.models.retrieve("tiny")]
+            seen = {answer.weights_version for answer in answers}
+            choice: Any = whole.choices[0]
+            assert whole.usage is not None
+            return choice.token_ids, vector.data[0].embedding, seen, whole.usage.prompt_tokens_details
 
         before = told()
         assert before[0] == tokens(llms, "first") and before[2] == {fresh}
@@ -98,7 +103,9 @@ def test_every_answer_uses_the_new_weights_and_has_their_version(server, fresh, 
 
 
 def test_a_stream_goes_on_under_the_new_weights(server, fresh, folders, llms):
-    known, rest, versions = [], [], []
+    known: list[int] = []
+    rest: list[int] = []
+    versions = []
     for event in events(server, max_tokens=400):
         versions.append(event["weights_version"])
         (known if event["weights_version"] == fresh else rest).extend(event["choices"][0]["token_ids"])

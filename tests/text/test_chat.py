@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,8 @@ TEMPLATES = (
     "vicuna",
     "zephyr",
 )
-SYSTEM = {"role": "system", "content": "  Be brief. "}
-TURNS = [
+SYSTEM: dict[str, Any] = {"role": "system", "content": "  Be brief. "}
+TURNS: list[dict[str, Any]] = [
     {"role": "user", "content": " Hi <there> & 'you'\n"},
     {"role": "assistant", "content": "Hello é漢😀 "},
     {"role": "user", "content": 'And "now"?', "name": None},
@@ -43,7 +44,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
     },
 }
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "turns": (TURNS, {}),
     "system": ([SYSTEM, *TURNS], {}),
     "one": (TURNS[:1], {}),

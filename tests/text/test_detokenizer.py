@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from headrace.text.detokenizer import PieceTable, StopChecker, TextStream
+from headrace.text.detokenizer import Detokenizer, PieceTable, StopChecker, TextStream
 from headrace.text.tokenizer import Tokenizer
 
 FOLDERS = ("checkpoints/stories260K", "tokenizers/ort_ext/phi-2", "tokenizers/ort_ext/phi-3-mini")
@@ -42,7 +42,7 @@ def token_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 def test_pushes_and_flush_add_up_to_decoding_everything(tokenizer, data, skip):
     ids = data.draw(token_ids(tokenizer))
     stream = tokenizer.detokenizer(skip)
-    parts = []
+    parts: list[list[int]] = []
     while ids[sum(map(len, parts)) :]:
         done = sum(map(len, parts))
         parts.append(ids[done : done + data.draw(st.integers(1, 5))])
@@ -149,13 +149,12 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     assert checker.push("x") == "<ex"
     assert checker.push("<end") == ""
     assert checker.push(">tail") == ""
+    assert checker.match is not None
     assert (checker.match.start, checker.match.end) == (6, 11)
 
 
-def letters() -> TextStream:
+def letters() -> Detokenizer:
     table = PieceTable("bytes", lambda i: chr(i), lambda ids: "".join(map(chr, ids)), frozenset())
-    from headrace.text.detokenizer import Detokenizer
-
     return Detokenizer(table)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -46,9 +48,14 @@ def die_at(instant, folder):
             one()
 
     sys.addaudithook(audit)
-    fsync, disk.CHUNK = os.fsync, 64
-    disk.hashlib = Counted(disk.hashlib, one)
-    os.fsync = lambda descriptor: (one(), fsync(descriptor))
+    fsync = os.fsync
+
+    def counted(descriptor):
+        one()
+        fsync(descriptor)
+
+    patch.multiple(disk, CHUNK=64, hashlib=Counted(hashlib, one)).start()
+    os.fsync = counted
 
 
 class Counted:
@@ -87,14 +94,16 @@ def main(root):
         folder = root / str(instant)
         write(folder, 1)
         ended = child(instant, folder)
-        warnings = []
+        warnings: list[str] = []
         found = newest_whole(folder, warnings.append)
+        assert found is not None
         read = [(name, Region(torch.zeros(4, 8), (0, 0), (4, 8))) for name in ("model/a", "first/a")]
         found.read(read)
-        right = all(bool((region.tensor == found.step).all()) for _, region in read)
+        right = all(bool(torch.eq(region.tensor, found.step).all()) for _, region in read)
         clear_after(folder, found.step)
         write(folder, 3)
         whole = newest_whole(folder, print)
+        assert whole is not None
         assert [path.name for path in folder.iterdir()] == ["step-00000003"]
         print(
             json.dumps({"ended": ended, "step": found.step, "right": right, "then": whole.step, "warnings": warnings})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -55,7 +56,7 @@ def measured(mesh, file, changes):
     recipe = load_recipe(file, changes)
     trainer = Trainer(recipe, load_ops("cpu", threads=1), mesh)
     batch = full_batch(recipe)
-    saved = {}
+    saved: dict[str, Any] = {}
 
     def pack(x):
         if x.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in trainer.parameters}:

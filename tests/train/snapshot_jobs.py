@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import safetensors
 
 from headrace.errors import HeadraceError
 from headrace.kernels.load import load_ops
 from headrace.train.config import load_recipe
 from headrace.train.run import train
-from headrace.train.snapshots import reader, writer
+from headrace.train.snapshots import disk, reader, writer
 from headrace.train.snapshots.disk import snapshots
 from headrace.train.snapshots.reader import newest_whole
 from headrace.train.snapshots.writer import SnapshotWriter
@@ -71,12 +75,11 @@ def load(mesh, recipe, changes, folder):
     trainer = trainer_of(mesh, recipe, [*changes, "train.seed=7"])  # other weights, which must all give way
     for _, region in trainer.tensors():
         region.tensor.fill_(float("nan"))
-    reader.safetensors = spy = Spy(reader.safetensors)
-    try:
+    spy = Spy(safetensors)
+    with patch.object(reader, "safetensors", spy):
         snapshot = newest_whole(Path(folder), print, mesh)
+        assert snapshot is not None
         snapshot.read(trainer.tensors(), mesh)
-    finally:
-        reader.safetensors = spy._real
     held = [[name, region.box, digest(region.tensor)] for name, region in trainer.tensors()]
     size = sum(region.tensor.nbytes for _, region in trainer.tensors())
     trainer.restore(dict(snapshot.record["state"]))
@@ -93,7 +96,7 @@ def load(mesh, recipe, changes, folder):
 def full(mesh, recipe, changes, folder, rank):
     """What every rank is told when the disk takes nothing from one; and whether the next snapshot is whole."""
     trainer = trainer_of(mesh, recipe, changes)
-    write, said = writer.write_file, []
+    said: list[Any] = []
 
     def refuse(path, parts):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -103,21 +106,23 @@ def full(mesh, recipe, changes, folder, rank):
     one.finish()
     trainer.steps = 1
     for end in (one.poll, one.finish, lambda: begin(mesh, trainer, one)):
-        writer.write_file = refuse if mesh.rank == rank else write
-        try:
-            begin(mesh, trainer, one)
-            one._job.thread.join()
-            end()
-            said.append("nothing")
-        except OSError as error:
-            said.append([error.errno, Path(error.filename).name])
-        writer.write_file = write
+        with patch.object(writer, "write_file", refuse if mesh.rank == rank else disk.write_file):
+            try:
+                begin(mesh, trainer, one)
+                assert one._job is not None
+                one._job.thread.join()
+                end()
+                said.append("nothing")
+            except OSError as error:
+                said.append([error.errno, Path(error.filename).name])
         mesh.barrier()
         said.append(sorted(path.name for path in Path(folder).iterdir()))
         mesh.barrier()
     begin(mesh, trainer, one)
     one.finish()
-    return [*said, newest_whole(Path(folder), print, mesh).step]
+    last = newest_whole(Path(folder), print, mesh)
+    assert last is not None
+    return [*said, last.step]
 
 
 def no_folder(mesh, recipe, changes, file):
@@ -132,7 +137,7 @@ def no_folder(mesh, recipe, changes, file):
 
 def damaged(mesh, folder):
     """The step that ranks take, and what they are warned of."""
-    warnings = []
+    warnings: list[str] = []
     snapshot = newest_whole(Path(folder), warnings.append, mesh)
     return [snapshot.step if snapshot else None, warnings]
 

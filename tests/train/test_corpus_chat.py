@@ -78,7 +78,9 @@ def tokenizers(with_template):
 
 def said(tokenizer, messages, **options):
     """(all tokens' text, the stretches that count, as texts)."""
-    ids, counts = encode_chat(tokenizer, messages, "x:1", **options)
+    found = encode_chat(tokenizer, messages, "x:1", **options)
+    assert found is not None
+    ids, counts = found
     runs, run = [], []
     for token, counted in zip([*ids.tolist(), 0], [*counts.tolist(), False]):
         if counted:
@@ -130,8 +132,9 @@ def test_what_follows_the_last_reply_is_left_out(tokenizers):
 )
 def test_tokens_are_those_that_the_server_is_asked_with(tokenizers, contents, name, system):
     tokenizer, messages = tokenizers[name], chat(*contents, system=system)
-    ids, counts = encode_chat(tokenizer, messages, "x:1")
-    ids, counts = ids.tolist(), counts.tolist()
+    found = encode_chat(tokenizer, messages, "x:1")
+    assert found is not None
+    ids, counts = (part.tolist() for part in found)
     end = tokenizer.eos_token_id
     expected = [False] * len(ids)
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):

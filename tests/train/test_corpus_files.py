@@ -167,7 +167,7 @@ def test_a_hub_dataset_is_streamed(tmp_path, monkeypatch):
         return iter([{"text": "one"}, {"text": "two"}])
 
     fake = types.ModuleType("datasets")
-    fake.load_dataset = load_dataset
+    monkeypatch.setattr(fake, "load_dataset", load_dataset, raising=False)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     _, corpus = built(tmp_path, "hub:owner/name@test")
     assert corpus.index.documents == 2 and corpus.index.made_from == ("hub:owner/name@test",)

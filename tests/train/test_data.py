@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_resumed_anywhere_the_same_batches_come(source, steps, batch_size, seq_l
 
 def test_a_state_goes_on_with_another_batch_size(source):
     def pieces(stream, n):
-        found = []
+        found: list[Any] = []
         while len(found) < n:
             found += [(ids, counted) for _, ids, counted in sequences(stream.next())]
         return found[:n]

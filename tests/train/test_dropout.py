@@ -123,11 +123,11 @@ def test_only_a_step_drops(recipe_file, load, cpu_ops):
         theirs.data.copy_(ours.detach())
     batch = plain.source.validation(96, 4, 8)[0]
     assert trainer.validation_loss(8) == plain.validation_loss(8)
-    ours, theirs = trainer.log_probabilities(batch), plain.log_probabilities(batch)
-    assert torch.equal(ours, theirs)
+    got, expected = trainer.log_probabilities(batch), plain.log_probabilities(batch)
+    assert torch.equal(got, expected)
     for a, b in zip(
-        torch.autograd.grad(ours.sum(), trainer.parameters),
-        torch.autograd.grad(theirs.sum(), plain.parameters),
+        torch.autograd.grad(got.sum(), trainer.parameters),
+        torch.autograd.grad(expected.sum(), plain.parameters),
         strict=True,
     ):
         assert torch.equal(a, b)

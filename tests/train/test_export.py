@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from headrace.cli import main
 from headrace.errors import CheckpointError, ConfigError
-from headrace.model.huggingface import load_model
+from headrace.model.huggingface import load_model, save_model
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import export
 from headrace.train.config import load_recipe
@@ -72,10 +72,8 @@ def test_what_ranks_have_written_is_one_model(tmp_path, cpu_ops, recipe_text):
 
 
 def test_a_folder_that_computes_something_else_is_not_left_behind(runs, tmp_path, cpu_ops, monkeypatch):
-    save = export.save_model
-
     def wrong(model, folder):
-        save(model, folder)
+        save_model(model, folder)
         tensors = load_file(folder / "model.safetensors")
         tensors["model.norm.weight"][3] *= 1 + 2.0**-20
         save_file(tensors, folder / "model.safetensors")
@@ -105,7 +103,7 @@ def test_a_source_without_a_whole_snapshot_is_refused(runs, tmp_path, cpu_ops):
         (tmp_path / "snapshots" / f"step-{step:08d}" / "rank-00000-of-00001.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"step-00000003/rank-.* is damaged"):
         export_snapshot(tmp_path / "snapshots" / "step-00000003", tmp_path / "out", cpu_ops, pytest.fail)
-    warnings = []
+    warnings: list[str] = []
     with pytest.raises(CheckpointError, match="holds no whole snapshot: give a step-… folder"):
         export_snapshot(tmp_path, tmp_path / "out", cpu_ops, warnings.append)
     assert len(warnings) == 2

@@ -67,6 +67,7 @@ def test_updates_too_small_for_sixteen_bits_add_up_in_the_master(cpu_ops, dtype)
         optimizer.step([torch.ones(40, dtype=dtype)], rate=1e-5)
         assert step > 10 or weight.eq(1).all()
     [master] = optimizer.tensors()["master"]
+    assert master is not None
     assert master.mean().item() == pytest.approx(0.99, abs=1e-4)
     assert torch.equal(weight.view(-1), master.to(dtype))
 

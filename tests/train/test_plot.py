@@ -20,7 +20,7 @@ def test_held_out_losses_are_drawn_where_there_are_any(tmp_path):
 
 
 def test_a_plot_that_cannot_be_written_is_a_message(tmp_path):
-    assert "No such file" in draw(LINES, tmp_path / "missing" / "loss.png")
+    assert "No such file" in str(draw(LINES, tmp_path / "missing" / "loss.png"))
 
 
 def test_a_library_that_ends_its_process_does_not_end_the_run(tmp_path, monkeypatch):
@@ -28,4 +28,4 @@ def test_a_library_that_ends_its_process_does_not_end_the_run(tmp_path, monkeypa
     (tmp_path / "matplotlib").mkdir()
     (tmp_path / "matplotlib" / "__init__.py").write_text("import os\nos._exit(1)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert "loss.png could not be drawn: exit status 1" in draw(LINES, tmp_path / "loss.png")
+    assert "loss.png could not be drawn: exit status 1" in str(draw(LINES, tmp_path / "loss.png"))

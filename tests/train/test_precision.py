@@ -60,7 +60,8 @@ def test_gradients_that_overflow_float16_are_skipped_and_training_recovers(recip
         skipped += 1
         assert record.grad_norm is None and trainer.state()["updates"] == 0
         assert all(torch.equal(before[name], after[name]) for name in before)
-    assert skipped >= 3 and trainer.state()["updates"] == 1 and record.grad_norm > 0
+    assert skipped >= 3 and trainer.state()["updates"] == 1
+    assert record.grad_norm is not None and record.grad_norm > 0
     assert not all(torch.equal(before[name], after[name]) for name in before)
     losses = [trainer.step().loss for _ in range(30)]
     assert sum(losses[-5:]) / 5 < 0.7 * record.loss

@@ -6,6 +6,8 @@ import math
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from train.run_kit import TIMES, lines_of
 
 def test_a_run_leaves_metrics_and_a_folder(recipe_file, tmp_path, cpu_ops):
     recipe = load_recipe(recipe_file, ["train.sample_every=4", "train.validate_every=2"])
-    seen, sampled, ticks = [], [], itertools.count(0, 0.5)
+    seen: list[Mapping[str, Any]] = []
+    sampled, ticks = [], itertools.count(0, 0.5)
     out = tmp_path / "run"
     result = train(
         recipe,
@@ -41,7 +44,7 @@ def test_a_run_leaves_metrics_and_a_folder(recipe_file, tmp_path, cpu_ops):
         assert line["tokens_per_second"] == line["tokens"] / 0.5 and line["memory_bytes"] > 2**26
         assert 0 < line["mfu"] < 1
     assert (result.first_loss, result.final_loss) == (lines[0]["loss"], lines[-1]["loss"])
-    assert result.validation_loss == lines[-1]["val_loss"] and math.isfinite(result.validation_loss)
+    assert result.validation_loss == lines[-1]["val_loss"] and math.isfinite(lines[-1]["val_loss"])
     assert result.tokens == sum(line["tokens"] for line in lines)
     assert sampled == [(4, tinyworld.prompts(1))]
     assert result.checkpoint == out / "hf" and {f.name for f in out.iterdir()} == {

@@ -20,7 +20,7 @@ from headrace.model.tensorfiles import TensorFiles
 from headrace.parallel.regions import Region, inside
 from headrace.train.config import load_recipe
 from headrace.train.run import train
-from headrace.train.snapshots import writer
+from headrace.train.snapshots import disk, writer
 from headrace.train.snapshots.disk import RECORD, prune, record_hash, snapshots
 from headrace.train.snapshots.reader import newest_whole, open_snapshot
 from headrace.train.snapshots.writer import SnapshotWriter
@@ -76,7 +76,7 @@ def test_what_is_written_is_read(tmp_path, record):
 def test_what_was_copied_may_change_at_once(tmp_path, record, monkeypatch):
     """The thread stands still until the live tensors are others; the next snapshot fills the same buffer."""
     gate, live = threading.Event(), some_tensors()
-    write = writer.write_file
+    write = disk.write_file
     monkeypatch.setattr(writer, "write_file", lambda *args: (gate.wait(), write(*args))[1])
     with SnapshotWriter(tmp_path, keep=9) as both:
         both.begin(record, regions(live))
@@ -109,7 +109,11 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, record, mon
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "rename", move)
-    with SnapshotWriter(tmp_path, tokenizer=lambda into: (into / "tokenizer.json").write_text("{}")) as one:
+
+    def tokenizer(into):
+        (into / "tokenizer.json").write_text("{}")
+
+    with SnapshotWriter(tmp_path, tokenizer=tokenizer) as one:
         one.begin(record, regions(some_tensors()))
     final, partial = tmp_path / "step-00000007", tmp_path / ".step-00000007.partial"
     files = [str(partial / file.relative_to(final)) for file in final.rglob("*")]
@@ -119,6 +123,7 @@ def test_all_is_on_the_disk_before_the_folder_has_its_name(tmp_path, record, mon
 def test_a_poll_after_the_writing_makes_it_whole(tmp_path, record):
     with SnapshotWriter(tmp_path) as one:
         one.begin(record, regions(some_tensors()))
+        assert one._job is not None
         one._job.thread.join()
         assert snapshots(tmp_path) == []
         one.poll()
@@ -285,7 +290,8 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(recipe_file, tmp_pat
 
 
 def test_a_damaged_snapshot_gives_way_to_the_one_before_it(recipe_file, tmp_path, cpu_ops, undisturbed):
-    recipe, out, warnings = load_recipe(recipe_file, OVERRIDES), tmp_path / "run", []
+    recipe, out = load_recipe(recipe_file, OVERRIDES), tmp_path / "run"
+    warnings: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe, out, stop_after(7), ops=cpu_ops)
     newest = out / "snapshots" / "step-00000006"
@@ -323,7 +329,7 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run_only(recipe_file, tmp_pa
 
 
 def test_a_run_that_is_over_may_be_asked_for_more(recipe_file, tmp_path, cpu_ops, undisturbed):
-    warnings = []
+    warnings: list[str] = []
     recipe = load_recipe(recipe_file, [*OVERRIDES, "train.steps=6"])
     result = train(recipe, tmp_path / "run", ops=cpu_ops)
     again = train(recipe, tmp_path / "run", ops=cpu_ops, resume=True, warn=warnings.append)
@@ -334,7 +340,8 @@ def test_a_run_that_is_over_may_be_asked_for_more(recipe_file, tmp_path, cpu_ops
 
 
 def test_a_snapshot_of_other_hardware_is_used_with_a_warning(recipe_file, tmp_path, cpu_ops, monkeypatch):
-    recipe, warnings = load_recipe(recipe_file, OVERRIDES), []
+    recipe = load_recipe(recipe_file, OVERRIDES)
+    warnings: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "run", stop_after(4), ops=cpu_ops)
     monkeypatch.setattr(type(cpu_ops), "fingerprint", lambda self: "elsewhere")
@@ -377,7 +384,7 @@ def test_a_half_written_line_of_metrics_is_cut_off(recipe_file, tmp_path, cpu_op
 def test_training_goes_on_while_a_snapshot_is_written(recipe_file, tmp_path, cpu_ops, monkeypatch):
     """The first snapshot's file waits until two more steps are done; what it holds is its own step's state."""
     recipe = load_recipe(recipe_file, [*OVERRIDES, "train.steps=6", "train.keep_snapshots=9"])
-    gate, seen, write = threading.Event(), {}, writer.write_file
+    gate, seen, write = threading.Event(), {}, disk.write_file
     monkeypatch.setattr(writer, "write_file", lambda *args: (gate.wait(), write(*args))[1])
 
     def on_step(line):
@@ -409,7 +416,7 @@ def test_a_snapshot_is_whole_as_soon_as_it_is_written(recipe_file, tmp_path, cpu
 
 
 def test_what_the_disk_refuses_in_the_thread_ends_the_run(recipe_file, tmp_path, cpu_ops, undisturbed, monkeypatch):
-    recipe, steps, write = load_recipe(recipe_file, OVERRIDES), [], writer.write_file
+    recipe, steps, write = load_recipe(recipe_file, OVERRIDES), [], disk.write_file
 
     def full(path, parts):
         if "step-00000006" in str(path):

@@ -65,7 +65,9 @@ def test_stories_tell_of_no_held_out_combination(texts):
     stories = [text.turns[0][1] for text in texts if text.turns[0][0] == ""]
     assert len(stories) > 500
     for story in stories:
-        who, place, other = re.search(r"(\w+) went to the (\w+) and met (\w+)\.", story).groups()
+        found = re.search(r"(\w+) went to the (\w+) and met (\w+)\.", story)
+        assert found is not None
+        who, place, other = found.groups()
         assert not tinyworld.held_out((who, "to", place))
         assert not tinyworld.held_out((who, tinyworld.THING_OF[who], other))
 

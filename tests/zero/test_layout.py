@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -106,7 +107,7 @@ def test_chunks_of_the_norm_are_the_same_for_every_layout(layout):
     config, tensor, copies, bucket = layout
 
     def marks(tensor, copies, stage):
-        numbers = {}
+        numbers: dict[str, torch.Tensor] = {}
         found = []
         for rank in range(tensor):
             for copy in range(copies):
@@ -147,10 +148,10 @@ def test_an_arena_makes_a_buffer_only_when_none_is_free():
 
 
 def test_collectives_run_in_order_and_errors_reach_the_one_who_waits():
-    said = []
+    said: list[int] = []
     queue = CollectiveQueue(overlap=True)
     for i in range(5):
-        queue.submit(lambda i=i: said.append(i))
+        queue.submit(partial(said.append, i))
     queue.wait_until(1)
     assert said[:4] == [0, 1, 2, 3]
     queue.submit(lambda: SimpleNamespace().missing)

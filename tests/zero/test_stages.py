@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 
 from headrace.parallel.group import DistributedGroup
@@ -90,12 +92,8 @@ def far_first(mesh, recipe, changes, steps):
     """The curve of the mutant, whose slots lie in the ranks' own order."""
     from parallel.trainer_jobs import curve as real
 
-    halves, slot = DistributedGroup._halves, DistributedGroup.slot
-    DistributedGroup._halves, DistributedGroup.slot = _far_first, property(lambda self: self.rank)
-    try:
+    with patch.multiple(DistributedGroup, _halves=_far_first, slot=property(lambda self: self.rank)):
         return real(mesh, recipe, changes, steps)
-    finally:
-        DistributedGroup._halves, DistributedGroup.slot = halves, slot
 
 
 def test_a_tree_of_another_shape_is_seen(recipe):
@@ -196,8 +194,8 @@ def test_micro_steps_reduce_each_time_unless_told_otherwise(wide):
 
 def test_divided_activations_cost_less_than_a_tenth_more(wide):
     def told(*changes):
-        changes = ["parallel.tensor=2", "train.recompute=full", *changes]
-        return run_mesh("zero.zero_jobs:volumes", 2, 2, wide, changes)[0]
+        full = ["parallel.tensor=2", "train.recompute=full", *changes]
+        return run_mesh("zero.zero_jobs:volumes", 2, 2, wide, full)[0]
 
     plain, divided = told(), told("parallel.partition_activations=true")
     assert divided["checkpoints"] > 0

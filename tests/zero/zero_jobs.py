@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -27,12 +28,12 @@ def live(trainer):
         "fp32 masters": [m.master for m in optimizer.state if m.stored is not None],
         "optimizer moments": [t for m in optimizer.state for t in (m.first, m.second)],
     }
-    whose = {}
+    whose: dict[Any, str] = {}
     for name, tensors in owners.items():
         for storage in _storages(tensors):
             whose.setdefault(storage, name)
     alive = _storages(t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu")
-    found = Counter()
+    found: Counter[str] = Counter()
     for storage, size in alive.items():
         found[whose.get(storage, "rest")] += size
     return dict(found)
@@ -43,7 +44,7 @@ def sampled(mesh, recipe, changes):
     gc.collect()  # of the jobs before this one
     trainer = trainer_of(mesh, recipe, changes)
     trainer.step()
-    samples = {"forward": [], "backward": []}
+    samples: dict[str, list[dict[str, int]]] = {"forward": [], "backward": []}
 
     def watched(forward):
         def call(*arguments):

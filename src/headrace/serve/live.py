@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from headrace.serve.errors import UnavailableError
@@ -59,7 +59,7 @@ class Live:
         self._reports = 0
         self._changed = asyncio.Event()
 
-    async def frames(self) -> AsyncIterator[dict[str, Any]]:
+    async def frames(self) -> AsyncGenerator[dict[str, Any], None]:
         """The whole state, then what changed since the previous frame. Ends when the gateway stops."""
         self._add_watcher()
         try:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import litellm
 
@@ -46,7 +47,8 @@ def refusal(**fields):
     try:
         litellm.completion(messages=asked["messages"], **greedy | fields)
     except Exception as error:
-        return [type(error).__name__, error.status_code, str(error)]
+        told: Any = error  # one of litellm's classes, which have a status
+        return [type(error).__name__, told.status_code, str(error)]
 
 
 def content(choice):
