@@ -21,7 +21,7 @@ KEY_VARIABLE = "HEADRACE_API_KEY"
 def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser("bench", help="measure a server under real traffic", description="Measure a server.")
-    kinds = parser.add_subparsers(title="what", required=True, metavar="WHAT")
+    kinds = parser.add_commands("what", "WHAT")
     serve = kinds.add_parser(
         "serve",
         help="send a trace's requests to an OpenAI-compatible server",
