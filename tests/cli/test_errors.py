@@ -92,7 +92,7 @@ def test_values_that_look_like_flags_are_values(capsys):
         ("plan RECIPE --measured EMPTY", "no whole snapshot"),
         ("export /nowhere OUT", "/nowhere holds no whole snapshot"),
         ("export /nowhere/step-00000001 OUT", "snapshot.json is missing"),
-        ("bench serve --url http://127.0.0.1:1 --trace /nowhere --rate 1 --duration 1", "/nowhere cannot be read"),
+        ("bench serve --url http://127.0.0.1:1 --trace /nowhere", "/nowhere cannot be read"),
         ("data build /nowhere.txt --out OUT", "no such file"),
     ],
 )
