@@ -224,3 +224,21 @@ def test_the_async_client_streams_many_at_once(server):
             assert await asyncio.gather(*(one(client, seed) for seed in range(12))) == alone
 
     asyncio.run(scenario())
+
+
+def test_tokens_of_a_text_as_the_vocabulary_writes_them(server, llm):
+    text = "Mia met Finn at the market."
+    plain = server.post("/tokenize", prompt=text).json()
+    assert plain == {
+        "count": len(plain["tokens"]),
+        "max_model_len": 512,
+        "tokens": llm.tokenizer.encode(text),
+        "token_strs": None,
+    }
+    shown = server.post("/tokenize", prompt=text, return_token_strs=True).json()
+    assert shown["tokens"] == plain["tokens"] and "".join(shown["token_strs"]) == text.replace(" ", "Ġ")
+
+
+def test_an_embeddings_answer_has_the_fields_of_vllms(client):
+    answer = client.embeddings.create(model="tiny", input="Mia").model_dump()
+    assert answer["id"].startswith("embd-") and answer["created"] > 0 and answer["usage"]["completion_tokens"] == 0

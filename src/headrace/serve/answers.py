@@ -6,7 +6,6 @@ open one stream a prompt ──> deltas ──> parts ──> a form's choices �
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +75,8 @@ class Answers:
 
         `echo` is the text to begin with, where it is not the prompt's own.
         """
-        job = await unless_gone(request, self._open(generation, form, prompts, echo))
+        identity = form.prefix + (generation.request_id or request.state.request_id)
+        job = await unless_gone(request, self._open(generation, form, prompts, echo, identity))
         if generation.stream:
             return EventStream(self._chunks(job), job.abandon)
         try:
@@ -100,10 +100,14 @@ class Answers:
     # ---- opening
 
     async def _open(
-        self, generation: GenerationRequest, form: Form, prompts: Sequence[TokenizedPrompt], echo: str | None
+        self,
+        generation: GenerationRequest,
+        form: Form,
+        prompts: Sequence[TokenizedPrompt],
+        echo: str | None,
+        identity: str,
     ) -> _Job:
         """Open a stream for every prompt, or for none if one fails or this is cancelled."""
-        identity = form.prefix + (generation.request_id or secrets.token_hex(12))
         echoes = [await self._echo(generation, prompt, echo) for prompt in prompts] if generation.echo else []
         streams: list[Stream] = []
         try:

@@ -371,8 +371,9 @@ class Gateway:
         now = time.monotonic()
         self._ends.append(now)
         if self.observer is not None:
+            params, seconds = stream.transcript.params, now - stream.opened
             self.observer.finished(
-                stream.instance, stream.name, reason, stream.output, stream.explanation, now - stream.opened
+                stream.instance, stream.name, reason, params, stream.output, stream.explanation, seconds
             )
         self._note_idle()
 

@@ -127,6 +127,10 @@ class Tokenizer:
             detokenizer = detokenizer.restore({"text": "", "bytes": "", "strip": False})
         return detokenizer.push((token_id,)) + detokenizer.flush()
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary, as its file has them; "" for an id without one."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
+
     def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """An incremental decoder of what follows `prompt_ids`."""
         return Detokenizer(self._table, skip_special_tokens, prompt_ids)

@@ -70,14 +70,18 @@ CHAT_ANSWER = object_with(
 )
 VECTOR = any_of(array_of({"type": "number"}), STRING)
 EMBEDDED = object_with(
+    id=STRING,
     object=STRING,
+    created=INTEGER,
     model=STRING,
     weights_version=INTEGER,
     usage=USAGE,
     data=array_of(object_with(object=STRING, index=INTEGER, embedding=VECTOR)),
 )
 UPDATED = object_with(weights_version=INTEGER)
-TOKENIZED = object_with(count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER))
+TOKENIZED = object_with(
+    count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER), token_strs=any_of(array_of(STRING), NULL)
+)
 DETOKENIZED = object_with(prompt=STRING)
 CARD = object_with(
     id=STRING,

@@ -212,7 +212,7 @@ TABLE: tuple[Field, ...] = (
     honoured("encoding_format", Literal["float", "base64"], "numbers, or base64 of little-endian fp32", (EMBEDDINGS,)),
     honoured("prompt", str, "the text", (TOKENIZE,)),
     honoured("messages", MessagesValue, "a conversation, rendered by the chat template", (TOKENIZE,)),
-    honoured("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
+    honoured("return_token_strs", bool, "the tokens as the vocabulary writes them, as well", (TOKENIZE,)),
     honoured("tokens", Annotated[list[Id], Constraint(fail_fast=True)], "token ids", (DETOKENIZE,), required=True),
     # Weights.
     honoured(

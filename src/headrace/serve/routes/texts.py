@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -61,14 +62,16 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
         count = sum(len(prompt.token_ids) for prompt in prompts)
         return JSON(
             {
+                "id": f"embd-{request.state.request_id}",
                 "object": "list",
+                "created": int(time.time()),
                 "model": model.name,
                 "weights_version": made[-1].weights_version,
                 "data": [
                     {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
                     for i, e in enumerate(made)
                 ],
-                "usage": {"prompt_tokens": count, "total_tokens": count},
+                "usage": {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count},
             }
         )
 
@@ -97,9 +100,10 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
             "count": len(prompt.token_ids),
             "max_model_len": model.gateway.info.max_model_len,
             "tokens": prompt.token_ids,
+            "token_strs": None,
         }
         if body.get("return_token_strs", False):
-            answer["token_strs"] = await model.text.token_texts(prompt.token_ids)
+            answer["token_strs"] = await asyncio.to_thread(model.text.tokenizer.pieces, prompt.token_ids)
         return JSON(answer)
 
 
