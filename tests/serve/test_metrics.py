@@ -29,6 +29,7 @@ COUNTERS = (
     "prefix_cache_hits",
     "num_preemptions",
     "prompt_tokens",
+    "prompt_tokens_cached",
     "generation_tokens",
     "request_success",
     "spec_decode_num_drafts",
@@ -49,6 +50,9 @@ HISTOGRAMS = (
     "request_num_preemptions",
     "request_params_n",
     "request_params_max_tokens",
+    "request_max_num_generation_tokens",
+    "request_prefill_kv_computed_tokens",
+    "request_time_per_output_token_seconds",
     "iteration_tokens_total",
 )
 INFO = Ready(
@@ -235,15 +239,20 @@ def test_a_report_without_tokens_is_no_step(metrics):
 def test_a_request_is_measured_part_by_part(metrics):
     metrics.first_token("0", "a", 0.003)
     metrics.token_gap("0", "a", 0.02)
-    output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6])])
-    times = Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2, preemptions=3)
+    output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6]), CompletionOutput(1, "y", [7])])
+    times = Explanation(
+        queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2, preemptions=3, num_cached_tokens=3
+    )
     metrics.finished("0", "a", "length", SamplingParams(max_tokens=7, n=3), output, times, 8.0)
     assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.003
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 1
     sums = [value(metrics, f"vllm:request_{k}_time_seconds_sum") for k in ("queue", "prefill", "decode", "inference")]
     assert sums == [1.0, 2.0, 4.0, 6.0]
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 8
-    assert value(metrics, "vllm:request_generation_tokens_sum") == 2
+    assert value(metrics, "vllm:request_generation_tokens_sum") == 3
+    assert value(metrics, "vllm:request_max_num_generation_tokens_sum") == 2
+    assert value(metrics, "vllm:request_prefill_kv_computed_tokens_sum") == 4 - 3
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_sum") == 4.0
     assert value(metrics, "vllm:request_prompt_tokens_sum") == 4
     assert value(metrics, "vllm:request_success_total", finished_reason="length") == 1
     assert value(metrics, "headrace:resumed_requests_total") == 2
@@ -256,6 +265,7 @@ def test_a_request_without_max_tokens_counts_with_what_its_context_leaves(metric
     output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5])])
     metrics.finished("0", "a", "stop", SamplingParams(max_tokens=None), output, Explanation(), 8.0)
     assert value(metrics, "vllm:request_params_max_tokens_sum") == INFO.max_model_len - 4
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_count") == 0  # of one token
 
 
 def test_a_refused_request_is_no_success_and_has_no_latency(metrics):

@@ -61,6 +61,7 @@ STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ENGINE_COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
+    "vllm:prompt_tokens_cached": ("prefix_hits", "Prompt tokens that were not computed, as the cache had them."),
     "vllm:num_preemptions": ("preemptions", "Times a running request gave way and was computed again later."),
     "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices, those that the cache had included."),
     "vllm:generation_tokens": ("generated_tokens", "Tokens generated, those of clients that left included."),
@@ -201,8 +202,13 @@ class _InstanceMetrics:
         self._max_tokens.observe(
             self._max_model_len - prompt_tokens if params.max_tokens is None else params.max_tokens
         )
-        self._generated_tokens.observe(sum(len(choice.token_ids) for choice in output.outputs))
+        lengths = [len(choice.token_ids) for choice in output.outputs]
+        self._generated_tokens.observe(sum(lengths))
+        self._longest.observe(max(lengths, default=0))
         if explanation is not None:
+            self._computed.observe(prompt_tokens - explanation.num_cached_tokens)
+            if max(lengths) > 1:
+                self._per_token.observe(explanation.decode_time / (max(lengths) - 1))
             parts = explanation.prefill_time, explanation.decode_time
             for kind, seconds in zip(REQUEST_TIMES, (explanation.queue_time, sum(parts), *parts)):
                 self._times[kind].observe(seconds)
@@ -344,6 +350,17 @@ class _InstanceMetrics:
         self._choices = self._histogram("vllm:request_params_n", "A request's n.", CHOICES)
         self._max_tokens = self._histogram(
             "vllm:request_params_max_tokens", "A request's max_tokens, or what its context leaves.", sizes
+        )
+        self._longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of a request's longest choice.", sizes
+        )
+        self._computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a request that the cache did not have.", sizes
+        )
+        self._per_token = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Seconds a token of a request, after its first.",
+            BETWEEN_TOKENS,
         )
         self._preempted = self._histogram(
             "vllm:request_num_preemptions", "Times that a request gave way and was computed again later.", PREEMPTIONS
