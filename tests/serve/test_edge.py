@@ -111,6 +111,16 @@ def test_ids_of_the_application_are_replaced():
     assert sent[0]["headers"] == [(b"a", b"b"), (b"x-request-id", b"mine")] and sent[1]["body"] == b"mine"
 
 
+def test_an_error_of_the_server_is_logged_with_the_id():
+    async def app(scope, receive, send):
+        raise KeyError("a bug")
+
+    scope = {"type": "http", "method": "HEAD", "path": "/models/", "headers": [(b"x-request-id", b"mine")]}
+    with pytest.raises(KeyError) as failed:
+        asyncio.run(Edge(app)(scope, None, None))
+    assert failed.value.__notes__ == ["request mine: HEAD /v1/models"]
+
+
 # ---- HEAD
 
 

@@ -51,7 +51,11 @@ class Edge:
             "path": _routed(scope["path"]),
             "state": {**scope.get("state", {}), "request_id": name},
         }
-        await self._app(inner, receive, respond)
+        try:
+            await self._app(inner, receive, respond)
+        except Exception as error:
+            error.add_note(f"request {name}: {scope['method']} {inner['path'][:100]}")  # in the log, by the traceback
+            raise
 
 
 def _request_id(scope: Scope) -> str:
