@@ -201,12 +201,14 @@ def test_stop_strings_and_tokens(client, llm):
 def test_errors_have_openais_shape(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="another", prompt=PROMPT)
-    assert missing.value.body["param"] == "model" and missing.value.body["code"] == 404
+    assert missing.value.body["param"] == "model" and missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="tiny", prompt=PROMPT, temperature=-1)
     assert wrong.value.body["param"] == "temperature" and wrong.value.body["type"] == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="context"):
+    assert wrong.value.code == "invalid_value"
+    with pytest.raises(openai.BadRequestError, match="context") as overflow:
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6)
+    assert overflow.value.code == "context_length_exceeded" and overflow.value.param == "max_tokens"
     with pytest.raises(openai.BadRequestError, match="constrained decoding"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, response_format={"type": "json_object"})
 

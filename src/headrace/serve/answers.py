@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headrace.errors import renamed_fields
 from headrace.instance.wire import Delta, Explanation
 from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.errors import RefusedError
@@ -112,8 +113,8 @@ class Answers:
         streams: list[Stream] = []
         try:
             for prompt in prompts:
-                streams.append(
-                    await self._gateway.open(
+                with renamed_fields({**generation.names, "prompt": prompt.place}):
+                    stream = await self._gateway.open(
                         identity,
                         prompt.text,
                         prompt.token_ids,
@@ -121,7 +122,7 @@ class Answers:
                         priority=generation.priority,
                         cache_key=generation.cache_key,
                     )
-                )
+                streams.append(stream)
         except BaseException:
             for stream in streams:
                 stream.abandon()

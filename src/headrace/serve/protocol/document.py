@@ -44,7 +44,9 @@ def any_of(*kinds: Schema) -> Schema:
 STRING, INTEGER, BOOLEAN, NULL = ({"type": kind} for kind in ("string", "integer", "boolean", "null"))
 MAPPING: Schema = {"type": "object"}
 
-ERROR = object_with(error=object_with(message=STRING, type=STRING, param=any_of(STRING, NULL), code=INTEGER))
+ERROR = object_with(
+    error=object_with(message=STRING, type=STRING, param=any_of(STRING, NULL), code=any_of(STRING, NULL))
+)
 USAGE = object_with(prompt_tokens=INTEGER, total_tokens=INTEGER)
 SPENT = object_with(
     prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details=MAPPING
