@@ -145,3 +145,12 @@ def test_what_is_not_text_is_refused(data_dir, text):
     ours = Tokenizer.from_folder(data_dir / "checkpoints/stories260K")
     with pytest.raises(RequestError, match="prompt"):
         ours.encode(text)
+
+
+def test_pieces_are_the_vocabularys_entries(data_dir):
+    ours = Tokenizer.from_folder(data_dir / "checkpoints" / "stories260K")
+    assert ours.pieces([*ours.encode("a the", add_special_tokens=False), 3 + 0xC3, 10**6])[-3:] == [
+        "▁the",
+        "<0xC3>",
+        "",
+    ]
