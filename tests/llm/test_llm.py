@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from headrace import LLM, AsyncLLM, Logprob, RequestError, ResumeRecord, SamplingParams
+from headrace import LLM, AsyncLLM, CheckpointError, Logprob, RequestError, ResumeRecord, SamplingParams
 from headrace.engine.engine import EngineFailedError
 from headrace.llm.async_llm import EngineStoppedError
 
@@ -288,3 +288,25 @@ def test_defaults_are_those_of_the_model(folder, tmp_path, given, expected):
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     llm = LLM(tmp_path, num_kv_blocks=60)
     assert llm.default_sampling_params() == expected
+
+
+def test_chat_takes_every_form_of_a_message(llm):
+    plain = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "a\nb"},
+    ]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    other = [plain[0], {"role": "assistant", "content": None}, {"role": "user", "content": parts}]
+    assert llm.chat_prompt(other) == llm.chat_prompt(plain)
+    assert llm.chat(other, GREEDY).outputs[0].token_ids == llm.chat(plain, GREEDY).outputs[0].token_ids
+
+
+def test_chat_stops_a_template_that_does_not_end(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(endless)
+    with LLM(tmp_path / "model", num_kv_blocks=20) as llm:
+        with pytest.raises(CheckpointError, match="the chat template took longer than 2 s and was stopped"):
+            llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+        assert llm.generate("One day", GREEDY)[0].finished

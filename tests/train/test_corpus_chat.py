@@ -174,7 +174,16 @@ def test_a_conversation_that_the_assistant_begins_is_refused(tokenizers):
             {"messages": [{"role": "judge", "content": ""}, *chat("a", "b")[1:]]},
             r"c\.jsonl:2: .*role judge is not one of",
         ),
-        ({"messages": [{"role": "user"}, *chat("a", "b")[1:]]}, r"c\.jsonl:2: messages: the model's chat template"),
+        (
+            {"messages": [{"role": "user", "content": 5}, *chat("a", "b")[1:]]},
+            r":2: messages\[0\]\.content must",
+        ),
+        ({"messages": chat("a", "b"), "tools": "look"}, r"c\.jsonl:2: tools must be a JSON list"),
+        ({"messages": chat("a", "b"), "tools": {"name": "look"}}, r"c\.jsonl:2: tools must be a list of tools"),
+        (
+            {"messages": [*chat("a"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            r"c\.jsonl:2: messages\[1\]\.tool_calls\[0\]\.arguments must be a JSON object, .*: not JSON",
+        ),
     ],
 )
 def test_a_corrupt_conversation_is_named(tmp_path, record, message):

@@ -106,7 +106,7 @@ def test_a_cut_off_character_is_named(tmp_path):
         ("[1]", r"x\.jsonl:3: each line must be a JSON object, not list"),
         ("null", r"x\.jsonl:3: .*NoneType"),
         ("[" * 100_000, r"x\.jsonl:3: not JSON"),
-        ('{"text": null}', r"x\.jsonl:3: text must be a string, not NoneType"),
+        ('{"text": 5}', r"x\.jsonl:3: text must be a string, not int"),
         ('{"text": "\\ud800"}', r"x\.jsonl:3: holds a lone surrogate"),
         ("{}", r"x\.jsonl:3: has no field 'text'"),
     ],
@@ -122,6 +122,8 @@ def test_another_field_a_mark_at_the_start_and_windows_lines(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"body": "one"}\r\n{"body": "two"}')
     _, corpus = built(tmp_path, tmp_path / "x.jsonl", text_field="body")
     assert [corpus.tokenizer.decode(whole_document(corpus, i)[0]) for i in (0, 1)] == ["one", "two"]
+    (tmp_path / "y.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"text": "one"}\r\n')
+    assert [record.value for record in read_records(str(tmp_path / "y.jsonl"), ("text",))] == [{"text": "one"}]
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     assert documents(read_parts(str(tmp_path / "x.txt"), "")) == ["one\r\ntwo"]
 
@@ -136,6 +138,22 @@ def test_packed_files_read_like_others(tmp_path):
     for name in ("y.jsonl.gz", "z.txt.gz"):
         with pytest.raises(ConfigError, match=f"{name} is damaged"):
             built(tmp_path, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.TXT", "x.Txt.GZ", "x.JSONL", "x.NdJson.Gz", "x.MD"])
+def test_the_case_of_a_name_does_not_matter(tmp_path, name):
+    text = json.dumps({"text": "so it goes"}) if "J" in name else "so it goes"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.lower().endswith(".gz") else text.encode())
+    _, corpus = built(tmp_path, tmp_path / name)
+    assert corpus.tokenizer.decode(whole_document(corpus, 0)[0]) == "so it goes"
+
+
+def test_rows_without_text_are_skipped_and_counted(tmp_path):
+    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": None}, {"text": ""}, {"text": "abc def"}])
+    result, corpus = built(tmp_path, file)
+    assert (result.skipped, corpus.index.documents) == (2, 2)
+    with pytest.raises(ConfigError, match="there is no text in it"):
+        built(tmp_path, write_jsonl(tmp_path / "y.jsonl", [{"text": None}] * 3), name="other")
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x", "x.json", "x.gz", "x.parquet.gz"])
@@ -155,6 +173,65 @@ def test_a_library_that_is_not_there_is_named(tmp_path, monkeypatch, name, packa
     source = name if name.startswith("hub:") else tmp_path / name
     with pytest.raises(ConfigError, match=f"{name}: reading it needs {package}: pip install {package}"):
         built(tmp_path, source)
+
+
+def test_lines_do_not_depend_on_blocks(tmp_path, monkeypatch):
+    rows = [{"text": "ab" * length} for length in (0, 1, 30, 200, 3)]
+    file = write_jsonl(tmp_path / "x.jsonl", rows)
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    for block in (1, 2, 7, 64, 1000):
+        monkeypatch.setattr(files, "BLOCK", block)
+        assert [record.value for record in read_records(str(file), ("text",))] == rows
+
+
+def test_a_long_line_is_copied_once(tmp_path, monkeypatch):
+    class Counted(bytes):
+        def __radd__(self, before):
+            copied.append(len(before))
+            return before + bytes(self)
+
+    copied: list[int] = []
+    blocks = files._blocks
+    monkeypatch.setattr(files, "BLOCK", 100)
+    monkeypatch.setattr(files, "_blocks", lambda *arguments: map(Counted, blocks(*arguments)))
+    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "so it goes " * 1000}])
+    assert len(list(read_records(str(file), ("text",)))) == 1
+    assert sum(copied) <= len(file.read_bytes()), "each block is put behind all that came before it"
+
+
+def test_short_documents_are_copied_once():
+    class Counted(str):
+        def __getitem__(self, where):
+            found = super().__getitem__(where)
+            copied.append(len(found))
+            return Counted(found)
+
+        def __add__(self, after):
+            return Counted(str(self) + after)
+
+    copied: list[int] = []
+    block = b"ab\n" * 1000
+    reader = files._TextReader("x", "\n")
+    reader._buffer = Counted("")
+    assert len([part for _ in range(3) for part in reader.push(block)]) == 3000
+    assert sum(copied) <= 2 * 3 * len(block), "all that follows is copied for each document"
+
+
+def test_a_long_text_of_a_record_comes_in_parts(tmp_path, monkeypatch, learnt):
+    text = "so it goes, on and on " * 400 + "x" * 5000 + " end"
+    file = write_jsonl(tmp_path / "x.jsonl", [{"text": text}, {"text": "short"}])
+    learnt.save(tmp_path)
+    _, whole = built(tmp_path, file, tokenizer=tmp_path, name="whole")
+    monkeypatch.setattr(files, "BLOCK", 1000)
+    monkeypatch.setattr(files, "FORCED", 8000)
+    parts = list(files.cut_text("x:1", text))
+    assert len(parts) > 8 and "".join(part.text for part in parts) == text
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+    _, cut = built(tmp_path, file, tokenizer=tmp_path, name="cut")
+    assert [whole_document(cut, i) for i in (0, 1)] == [whole_document(whole, i) for i in (0, 1)]
+    monkeypatch.setattr(files, "FORCED", 2000)
+    assert "".join(part.text for part in files.cut_text("x:1", "y" * 9000)) == "y" * 9000
+    assert max(len(part.text) for part in files.cut_text("x:1", "y" * 9000)) == 2000
 
 
 def test_a_hub_dataset_is_streamed(tmp_path, monkeypatch):
@@ -187,8 +264,11 @@ def test_parquet_is_read_by_rows(tmp_path):
     with pytest.raises(ConfigError, match=r"x\.parquet: has no column 'body'; it has text, n"):
         built(tmp_path, file, text_field="body", name="other")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "y.parquet")
-    with pytest.raises(ConfigError, match=r"y\.parquet: row 2: text must be a string, not NoneType"):
-        built(tmp_path, tmp_path / "y.parquet", name="other")
+    result, corpus = built(tmp_path, tmp_path / "y.parquet", name="with a null")
+    assert (result.skipped, corpus.index.documents) == (1, 1)
+    parquet.write_table(pyarrow.table({"text": [b"a"]}), tmp_path / "z.PARQUET")
+    with pytest.raises(ConfigError, match=r"z\.PARQUET: row 1: text must be a string, not bytes"):
+        built(tmp_path, tmp_path / "z.PARQUET", name="other")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"x\.parquet: cannot be read after row 0"):
         built(tmp_path, file, name="other")

@@ -17,6 +17,7 @@ from headrace.llm.outputs import RequestOutput
 from headrace.llm.records import ResumeRecord
 from headrace.model.folder import resolve
 from headrace.model.transformer import Transformer
+from headrace.text.template_process import TemplateProcess
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
@@ -62,6 +63,7 @@ class LLM:
         self.tokenizer = frontend.tokenizer
         self.fingerprint = frontend.fingerprint
         self._defaults = defaults
+        self._templates = TemplateProcess()
 
     def update_weights(self, source: WeightSource, version: int | None = None) -> int:
         """Load other weights of the same shape into the running model; returns their version (None: the next one).
@@ -73,7 +75,8 @@ class LLM:
         return self.frontend.update_weights(source, version)
 
     def close(self) -> None:
-        """End the processes that tensor parallelism started. No step can run afterwards."""
+        """End the processes of the chat template and of tensor parallelism. No step can run afterwards."""
+        self._templates.close()
         self.frontend.close()
 
     def __enter__(self) -> LLM:
@@ -128,8 +131,12 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The prompt of a conversation. The template adds the special tokens."""
-        text = self.tokenizer.apply_chat_template(messages)
+        """The prompt of a conversation. The template adds the special tokens.
+
+        Messages have the forms that `read_messages` takes. The template runs in a process of its own, which is stopped
+        after two seconds. Raises `RequestError` where the messages do not suit it, `CheckpointError` at its limits.
+        """
+        text = self._templates.render(self.tokenizer.chat_template, messages)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def resume(self, records: Sequence[ResumeRecord]) -> list[RequestOutput]:

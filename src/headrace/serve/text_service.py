@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from headrace.errors import renamed_fields
 from headrace.serve.errors import RefusedError
 from headrace.serve.templates import TemplateWorker
+from headrace.text.messages import read_messages
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["TextService", "TokenizedPrompt", "several"]
@@ -54,7 +55,7 @@ class TextService:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._short, self._long = ThreadPoolExecutor(1, "text"), ThreadPoolExecutor(1, "long-text")
-        self._model_templates, self._request_templates = TemplateWorker(), TemplateWorker()
+        self._model_templates, self._request_templates = TemplateWorker(field="messages"), TemplateWorker()
         """Templates sent with a request have a worker of their own, so that they cannot delay the model's."""
 
     async def start(self) -> None:
@@ -121,18 +122,17 @@ class TextService:
             source: Any = dict(self.tokenizer.chat_template.sources)
         else:
             source = chat_template
-        plain = [_flat(message, i) for i, message in enumerate(messages)]
-        mark = _mark(plain) if continue_final_message else ""
+        messages, mark = _marked(messages) if continue_final_message else (messages, "")
         worker = self._model_templates if chat_template is None else self._request_templates
-        job = {
-            "source": source,
-            "special": dict(self.tokenizer.special_tokens),
-            "messages": plain,
-            "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            "variables": variables,
-        }
-        with renamed_fields({} if chat_template is not None else {"chat_template": "messages"}):
-            text = await worker.render(job)
+        text = await worker.render(
+            {
+                "source": source,
+                "special": dict(self.tokenizer.special_tokens),
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                "variables": variables,
+            }
+        )
         if mark:
             text = _cut(text, mark)
         return TokenizedPrompt(text, await self.encode(text, add_special_tokens, "messages"), "messages")
@@ -142,30 +142,11 @@ class TextService:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _flat(message: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """Join content that is a list of text parts into one text, as templates expect."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        if content is not None and not isinstance(content, str):
-            raise RefusedError(f"messages[{i}].content must be text or a list of text parts", "messages")
-        return dict(message)
-    parts = []
-    for j, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise RefusedError(f"messages[{i}].content[{j}] is not a text part, and only text is served", "messages")
-        parts.append(text)
-    return {**message, "content": "\n".join(parts)}
-
-
-def _mark(messages: list[dict[str, Any]]) -> str:
-    """Append a random marker to the last message, so that its end can be found in the rendered text; returns it."""
-    last = messages[-1]
-    if not isinstance(last.get("content"), str):
-        raise RefusedError("continue_final_message needs a last message with text", "continue_final_message")
+def _marked(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The messages, of which the last ends with a random marker, so that its end can be found in the rendered text."""
+    *before, last = read_messages(messages)
     mark = secrets.token_hex(16)
-    messages[-1] = {**last, "content": last["content"] + mark}
-    return mark
+    return [*before, {**last, "content": last["content"] + mark}], mark
 
 
 def _cut(text: str, mark: str) -> str:

@@ -20,6 +20,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from headrace.errors import CheckpointError, HeadraceError, RequestError
+from headrace.text.messages import read_messages, read_tools
 
 __all__ = ["ChatTemplate"]
 
@@ -28,8 +29,6 @@ MAX_CHARACTERS = 16 * 1024 * 1024
 
 MAX_BITS = 4096
 """Longest integer that a template may build by powers."""
-
-REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 class _RefusedMessages(jinja2.TemplateError):
@@ -111,6 +110,11 @@ class ChatTemplate:
         """The templates by name; one alone is called "default"."""
         return self._sources
 
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """The special tokens that templates may name."""
+        return self._variables
+
     def uses(self, name: str) -> bool:
         """Whether the template for requests without tools reads a variable that is not set in it."""
         self._template("default")
@@ -121,22 +125,23 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | str | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt text of a conversation.
+        """The prompt text of a conversation, in any form that `read_messages` and `read_tools` take.
 
-        Raises `RequestError` where the messages do not suit the template, `CheckpointError` where the
-        template itself is broken or tries to leave the sandbox.
+        The template runs in this process, without a limit of time: `TemplateProcess` has one. Raises `RequestError`
+        where the messages do not suit the template, `CheckpointError` where the template itself is broken or tries to
+        leave the sandbox.
         """
-        chat = _plain(_checked(messages))
-        template = self._template("tool_use" if tools and "tool_use" in self._sources else "default")
+        chat, given_tools = _plain(read_messages(messages)), _plain(read_tools(tools))
+        template = self._template("tool_use" if given_tools and "tool_use" in self._sources else "default")
         names = {
             **self._variables,
             **_plain(variables),
             "messages": chat,
-            "tools": _plain(tools),
+            "tools": given_tools,
             "documents": _plain(documents),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -179,22 +184,6 @@ def _bounded(template: jinja2.Template, names: Mapping[str, Any]) -> str:
         if total > MAX_CHARACTERS:
             raise jinja2.exceptions.SecurityError(f"it writes more than {MAX_CHARACTERS} characters")
     return "".join(pieces)
-
-
-def _checked(messages: Any) -> list[Mapping[str, Any]]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages must be a non-empty list of objects with role and content", "messages")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{i}] must be an object with a role (a string) and content", "messages")
-    return [_without_none(message) for message in messages]
-
-
-def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop null values, as templates test whether a key is there, and give reasoning under both names in use."""
-    kept = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((kept[name] for name in REASONING_NAMES if name in kept), None)
-    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 def _plain(value: Any) -> Any:

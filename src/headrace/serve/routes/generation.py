@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from headrace.errors import RequestError
 from headrace.serve.answers import Answers
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import unless_gone
@@ -16,6 +17,7 @@ from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
 from headrace.serve.protocol.requests import read_generation_request
 from headrace.serve.text_service import TokenizedPrompt, several
+from headrace.text.messages import read_messages
 
 __all__ = ["generation_router", "read_chat", "truncated"]
 
@@ -90,7 +92,9 @@ def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> Tokeni
 
 
 def _last_message(body: Body) -> str:
-    content = body["messages"][-1].get("content")
-    if not body.get("continue_final_message", False) or not isinstance(content, str):
-        raise RefusedError("echo needs continue_final_message: true and a last message with text", "echo")
-    return content
+    if not body.get("continue_final_message", False):
+        raise RefusedError("echo needs continue_final_message: true", "echo")
+    try:
+        return str(read_messages(body["messages"])[-1]["content"])
+    except RequestError as error:
+        raise RefusedError(str(error), "messages") from None

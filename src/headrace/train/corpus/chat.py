@@ -7,54 +7,69 @@ generation prompt, and the messages up to and with it without one. The tokens be
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from headrace.config import require
 from headrace.errors import CheckpointError, ConfigError, RequestError
+from headrace.text.messages import read_messages
+from headrace.text.template_process import TemplateProcess
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["encode_chat", "messages_of"]
 
 
-def messages_of(where: str, value: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
-    """The messages of a record. Raises `ConfigError` that names the record and what is wrong with them."""
+def messages_of(where: str, value: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    """The messages of a record in templates' form; none where they are null, as a table writes a row without them.
+
+    Raises `ConfigError` that names the record and what is wrong with them.
+    """
     require(
         field in value,
         f"{where}: has no field {field!r}; it has {', '.join(map(str, value)) or 'none'}: name the "
         "right one with --messages-field",
     )
-    messages: list[Mapping[str, Any]] = value[field]
-    require(isinstance(messages, list) and bool(messages), f"{where}: {field} must be a list of messages")
-    for number, message in enumerate(messages):
-        require(
-            isinstance(message, Mapping) and isinstance(message.get("role"), str),
-            f"{where}: {field}[{number}] must be an object with a role (a string) and content",
-        )
-    return messages
+    try:
+        return [] if value[field] is None else read_messages(value[field], field)
+    except RequestError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], where: str, tools: Any = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    where: str,
+    tools: Any = None,
+    templates: TemplateProcess | None = None,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(ids int64, counts bool) of a conversation: the assistant's turns and the token that ends each count.
 
     Text after the last of them is left out; without one the result is None. An end token is added where the template
-    ends the last turn without one. Raises `ConfigError` that names the record where the messages do not suit the
-    template, or where the template renders a prefix of the conversation differently within the whole.
+    ends the last turn without one. `templates`: where the template runs; None for this process. Raises `ConfigError`
+    that names the record where the messages do not suit the template, or where the template renders a prefix of the
+    conversation differently within the whole.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         return None
     require(turns[0] > 0, f"{where}: the conversation begins with the assistant: there is nothing to reply to")
     messages = messages[: turns[-1] + 1]
-    whole = _render(tokenizer, messages, False, tools, where)
+    run = tokenizer.apply_chat_template if templates is None else partial(templates.render, tokenizer.chat_template)
+
+    def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        try:
+            return run(messages, add_generation_prompt, tools=tools)
+        except (RequestError, CheckpointError) as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    whole = render(messages, False)
     ids = _encode(tokenizer, whole, where)
     counts = np.zeros(len(ids), dtype=bool)
     for turn in turns:
-        asked = _render(tokenizer, messages[:turn], True, tools, where)
-        answered = _render(tokenizer, messages[: turn + 1], False, tools, where)
+        asked = render(messages[:turn], True)
+        answered = render(messages[: turn + 1], False)
         require(
             whole.startswith(answered) and answered.startswith(asked),
             f"{where}: message {turn}: the chat template renders the conversation up to here differently within "
@@ -65,13 +80,6 @@ def encode_chat(
     last = int(np.flatnonzero(counts)[-1]) + 1 if counts[1:].any() else 0
     require(last > 0, f"{where}: the chat template leaves out the assistant's text: use another template")
     return _ended(tokenizer, ids[:last], counts[:last])
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], prompt: bool, tools: Any, where: str) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tools=tools)
-    except (RequestError, CheckpointError) as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def _encode(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import numpy as np
 
 from headrace.config import require
 from headrace.errors import ConfigError, RequestError
+from headrace.text.template_process import TemplateProcess
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.corpus.chat import encode_chat, messages_of
-from headrace.train.corpus.files import Record, TextPart, kind_of, read_parts, read_records
+from headrace.train.corpus.files import Record, TextPart, cut_text, kind_of, read_parts, read_records
 from headrace.train.corpus.world import WHOLE_EXAM, encode_document
 
 __all__ = ["CorpusInput", "Encoded", "cuts_cleanly"]
@@ -76,8 +76,7 @@ class CorpusInput:
         elif self.chat:
             for record in self._records(name):
                 for message in messages_of(record.where, record.value, self.messages_field):
-                    if isinstance(message.get("content"), str):
-                        yield _characters(message["content"], record.where)
+                    yield _characters(message["content"], record.where)
         else:
             for part in self._parts(name):
                 yield _characters(part.text, part.where)
@@ -87,14 +86,25 @@ class CorpusInput:
         if self.generated:
             yield from self._world(tokenizer)
             return
-        encode = _chat_encoder(tokenizer, self.messages_field) if self.chat else None
+        if self.chat:
+            yield from self._chats(tokenizer)
+            return
         cut = cuts_cleanly(tokenizer)
         for name in self.inputs:
-            if encode is not None:
-                yield from map(encode, self._records(name))
-            else:
-                parts = self._parts(name)
-                yield from _encode_parts(parts if cut else _joined(parts), tokenizer, eos)
+            parts = self._parts(name)
+            yield from _encode_parts(parts if cut else _joined(parts), tokenizer, eos)
+
+    def _chats(self, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        try:
+            tokenizer.chat_template.uses("messages")
+        except RequestError as error:
+            raise ConfigError(f"--chat: {error}") from None
+        with TemplateProcess() as templates:
+            for name in self.inputs:
+                for record in self._records(name):
+                    messages = messages_of(record.where, record.value, self.messages_field)
+                    found = encode_chat(tokenizer, messages, record.where, record.value.get("tools"), templates)
+                    yield SKIPPED if found is None else Encoded(*found)
 
     def _world(self, tokenizer: Tokenizer) -> Iterator[Encoded]:
         for document in islice(tinyworld.documents(self.seed), self.documents):
@@ -113,10 +123,11 @@ class CorpusInput:
                 f"{', '.join(map(str, record.value)) or 'none'}: name the right one with --text-field",
             )
             text = record.value[self.text_field]
+            text = "" if text is None else text  # a row without text, as a table writes it
             require(
                 isinstance(text, str), f"{record.where}: {self.text_field} must be a string, not {type(text).__name__}"
             )
-            yield TextPart(record.where, text)
+            yield from cut_text(record.where, text)
 
     def _records(self, name: str) -> Iterator[Record]:
         require(kind_of(name) != "text", f"{name}: --chat needs records with messages: JSON lines, parquet or hub:…")
@@ -128,20 +139,6 @@ def cuts_cleanly(tokenizer: Tokenizer) -> bool:
     return all(
         tokenizer.encode(one + other) == tokenizer.encode(one) + tokenizer.encode(other, False) for one, other in PROBES
     )
-
-
-def _chat_encoder(tokenizer: Tokenizer, field: str) -> partial[Encoded]:
-    try:
-        tokenizer.chat_template.uses("messages")
-    except RequestError as error:
-        raise ConfigError(f"--chat: {error}") from None
-    return partial(_encode_record, tokenizer, field)
-
-
-def _encode_record(tokenizer: Tokenizer, field: str, record: Record) -> Encoded:
-    messages = messages_of(record.where, record.value, field)
-    found = encode_chat(tokenizer, messages, record.where, record.value.get("tools") or None)
-    return SKIPPED if found is None else Encoded(*found)
 
 
 def _joined(parts: Iterator[TextPart]) -> Iterator[TextPart]:

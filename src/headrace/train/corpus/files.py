@@ -15,7 +15,7 @@ from typing import IO, Any
 from headrace.config import require
 from headrace.errors import ConfigError
 
-__all__ = ["HUB", "Record", "TextPart", "kind_of", "read_parts", "read_records"]
+__all__ = ["HUB", "Record", "TextPart", "cut_text", "kind_of", "read_parts", "read_records"]
 
 KINDS = {".txt": "text", ".text": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")
@@ -56,9 +56,10 @@ def kind_of(name: str) -> str:
     path = Path(name)
     require(not path.is_dir(), f"{name} is a folder: name its files")
     require(path.is_file(), f"{name}: there is no such file")
-    suffix = (path.with_suffix("") if path.suffix in PACKED else path).suffix
+    packed = path.suffix.lower() in PACKED
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
     require(
-        suffix in KINDS and (path.suffix not in PACKED or suffix != ".parquet"),
+        suffix in KINDS and not (packed and suffix == ".parquet"),
         f"{name}: the name of a file must end with one of {', '.join(KINDS)}, text and JSON lines also with "
         f"{' or '.join(PACKED)} after that",
     )
@@ -90,12 +91,31 @@ def read_parts(name: str, split_on: str) -> Iterator[TextPart]:
         yield from reader.end()
 
 
+def cut_text(where: str, text: str) -> Iterator[TextPart]:
+    """A document in parts of about a million characters, as `read_parts` cuts those of text files."""
+    begin = 0
+    while len(text) - begin > BLOCK:
+        ends = (_cut(text, begin, begin + size) for size in range(BLOCK, min(FORCED, len(text) - begin) + 1, BLOCK))
+        end = next(filter(None, ends), min(begin + FORCED, len(text)))
+        if end == len(text):
+            break
+        yield TextPart(where, text[begin:end], last=False)
+        begin = end
+    yield TextPart(where, text[begin:])
+
+
+def _cut(text: str, begin: int, limit: int) -> int:
+    """Where to cut between `begin` and `limit`: before white space, which the next part begins with; 0 if nowhere."""
+    near = BEFORE_SPACE.finditer(text, max(begin, limit - NEAR), limit)
+    return max((match.end() for match in near), default=0)
+
+
 def _opened(name: str) -> IO[bytes]:
     path = Path(name)
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             return gzip.open(path, "rb")  # type: ignore[return-value]
-        if path.suffix == ".zst":
+        if path.suffix.lower() == ".zst":
             stream: IO[bytes] = _library("zstandard", name).open(path, "rb")
             return stream
         return path.open("rb")
@@ -131,42 +151,42 @@ class _TextReader:
         self._split_on = split_on
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._buffer = ""
-        self._line = 1
+        self._at = 0
+        """Where the text in the buffer begins that has not been handed out."""
         self._searched = 0
+        """Before this no separator begins."""
+        self._line = 1
         self._begun = False
         self._first = True
 
     def push(self, block: bytes) -> Iterator[TextPart]:
         self._decode(block, final=False)
         yield from self._split()
-        if len(self._buffer) < BLOCK:
+        if len(self._buffer) - self._at < BLOCK:
             return
-        # Do not cut within a separator, and leave white space to the text after it.
-        near = BEFORE_SPACE.finditer(self._buffer, max(0, self._limit() - NEAR), self._limit())
-        cut = max((match.end() for match in near), default=0)
-        if cut:
-            yield from self._take(cut, last=False)
-        elif self._limit() >= FORCED:
-            yield from self._take(self._limit(), last=False)
+        limit = self._limit()  # before a separator that may go on in the next block
+        if cut := _cut(self._buffer, self._at, limit):
+            yield self._take(cut, last=False)
+        elif limit - self._at >= FORCED:
+            yield self._take(limit, last=False)
 
     def end(self) -> Iterator[TextPart]:
         self._decode(b"", final=True)
         yield from self._split()
-        yield from self._take(len(self._buffer), last=True)
+        yield self._take(len(self._buffer), last=True)
 
     def _limit(self) -> int:
         return len(self._buffer) - max(0, len(self._split_on) - 1)
 
     def _split(self) -> Iterator[TextPart]:
         while self._split_on and (at := self._buffer.find(self._split_on, self._searched)) >= 0:
-            yield from self._take(at, last=True)
-            self._buffer = self._buffer[len(self._split_on) :]
-            self._searched = 0
-        self._searched = max(0, self._limit())
+            yield self._take(at, last=True)
+            self._at = self._searched = at + len(self._split_on)
+        self._searched = max(self._at, self._limit())
 
-    def _take(self, end: int, last: bool) -> Iterator[TextPart]:
-        text, self._buffer = self._buffer[:end], self._buffer[end:]
-        self._searched = 0
+    def _take(self, end: int, last: bool) -> TextPart:
+        text = self._buffer[self._at : end]
+        self._at = self._searched = end
         line = self._line
         self._line += text.count("\n")
         if not self._begun:
@@ -175,15 +195,17 @@ class _TextReader:
             text = bare
         self._begun = (self._begun or bool(text)) and not last
         text = text.rstrip("\r\n") if last else text
-        yield TextPart(f"{self._name}:{line}", text, last)
+        return TextPart(f"{self._name}:{line}", text, last)
 
     def _decode(self, block: bytes, final: bool) -> None:
         try:
             text = self._decoder.decode(block, final)
         except UnicodeDecodeError as error:
-            line = self._line + self._buffer.count("\n") + error.object[: error.start].count(b"\n")
+            line = self._line + self._buffer.count("\n", self._at) + error.object[: error.start].count(b"\n")
             raise _not_utf8(f"{self._name}:{line}", error) from None
-        self._buffer += text.removeprefix("\ufeff") if self._first else text
+        self._buffer = self._buffer[self._at :] + (text.removeprefix("\ufeff") if self._first else text)
+        self._searched -= self._at
+        self._at = 0
         self._first = self._first and not text
 
 
@@ -192,22 +214,27 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> ConfigError:
 
 
 def _lines(name: str) -> Iterator[bytes]:
-    rest = b""
+    begun: list[bytes] = []
+    """The blocks of a line that goes on; joined once, as a line may be as long as the file."""
     with _opened(name) as stream:
         for block in _blocks(stream, name):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from lines
-    if rest:
-        yield rest
+            first, *others = block.split(b"\n")
+            begun.append(first)
+            if others:
+                yield b"".join(begun)
+                yield from others[:-1]
+                begun = others[-1:]
+    yield b"".join(begun)
 
 
 def _json_lines(name: str) -> Iterator[Record]:
     for number, line in enumerate(_lines(name), 1):
         where = f"{name}:{number}"
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            value = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise _not_utf8(where, error) from None
         except (ValueError, RecursionError) as error:
@@ -227,11 +254,29 @@ def _parquet(name: str, fields: tuple[str, ...]) -> Iterator[Record]:
             for rows in file.iter_batches(batch_size=ROWS, columns=columns):
                 for row in rows.to_pylist():
                     number += 1
-                    yield Record(f"{name}: row {number}", row)
+                    found = {field: _as_written(row[field], rows.schema.field(field).type) for field in columns}
+                    yield Record(f"{name}: row {number}", found)
     except ConfigError:
         raise
     except Exception as error:  # pyarrow raises many classes
         raise ConfigError(f"{name}: cannot be read after row {number}: {error}") from None
+
+
+def _as_written(value: Any, kind: Any = None) -> Any:
+    """A value of an Arrow column of type `kind` without the nulls that Arrow invents.
+
+    Every record of a column has the same keys, so a key that a record was written without is null in it. Nulls in lists
+    and in maps were written.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _as_written(item, kind and kind.field(key).type) for key, item in value.items() if item is not None
+        }
+    if isinstance(value, list) and kind is not None and hasattr(kind, "item_type"):
+        return {key: _as_written(item, kind.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [_as_written(item, kind and kind.value_type) for item in value]
+    return value
 
 
 def _hub(name: str) -> Iterator[Record]:
@@ -239,7 +284,7 @@ def _hub(name: str) -> Iterator[Record]:
     dataset, _, split = name.removeprefix(HUB).partition("@")
     try:
         for number, row in enumerate(datasets.load_dataset(dataset, split=split or "train", streaming=True), 1):
-            yield Record(f"{name}: row {number}", row)
+            yield Record(f"{name}: row {number}", {field: _as_written(value) for field, value in row.items()})
     except ConfigError:
         raise
     except Exception as error:  # of the network, or of the dataset's files
