@@ -9,7 +9,10 @@ import pytest
 
 from headrace import LLM, AsyncLLM, CheckpointError, Logprob, RequestError, ResumeRecord, SamplingParams
 from headrace.engine.engine import EngineFailedError
+from headrace.engine.schedule.request import RequestUpdate
 from headrace.llm.async_llm import EngineStoppedError
+from headrace.llm.outputs import CompletionOutput
+from headrace.llm.processor import Choice
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -310,3 +313,27 @@ def test_chat_stops_a_template_that_does_not_end(folder, tmp_path):
         with pytest.raises(CheckpointError, match="the chat template took longer than 2 s and was stopped"):
             llm.chat([{"role": "user", "content": "hi"}], GREEDY)
         assert llm.generate("One day", GREEDY)[0].finished
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_that_is_a_special_token_stops(llm, skip):
+    token = llm.tokenizer.token_id("<|assistant|>")
+    params = {"stop": "<|assistant|>", "logit_bias": {token: 100.0}, "skip_special_tokens": skip, "max_tokens": 9}
+    choice = llm.generate("One day", SamplingParams(**params))[0].outputs[0]
+    assert (choice.text, choice.token_ids, choice.finish_reason, choice.stop_reason) == (
+        "",
+        [token],
+        "stop",
+        "<|assistant|>",
+    )
+    kept = llm.generate("One day", SamplingParams(**params, include_stop_str_in_output=True, min_tokens=3))[0]
+    shown = "" if skip else "<|assistant|>" * 3
+    assert kept.outputs[0].text == shown + "<|assistant|>" and len(kept.outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(("stop", "text", "reason"), [("a<|end|>", "a", "a<|end|>"), ("b<|end|>", "aa", None)])
+def test_a_stop_string_may_end_in_the_token_that_ends_the_output(llm, stop, text, reason):
+    [a] = llm.tokenizer.encode("a", add_special_tokens=False)
+    choice = Choice(CompletionOutput(0), [], SamplingParams(stop=stop), llm.tokenizer)
+    choice.take(RequestUpdate(1, 1, [a, a, llm.tokenizer.eos_token_id], [], finish_reason="stop"))
+    assert (choice.output.text, choice.output.finish_reason, choice.output.stop_reason) == (text, "stop", reason)

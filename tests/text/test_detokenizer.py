@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from headrace.text.detokenizer import Detokenizer, PieceTable, StopChecker, TextStream
+from headrace.text.detokenizer import Detokenizer, PieceTable
+from headrace.text.stopping import StopChecker, TextStream
 from headrace.text.tokenizer import Tokenizer
 
 FOLDERS = ("checkpoints/stories260K", "tokenizers/ort_ext/phi-2", "tokenizers/ort_ext/phi-3-mini")

@@ -10,7 +10,7 @@ from headrace.engine.schedule.request import RequestUpdate
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.llm.records import ResumeRecord
-from headrace.text.detokenizer import TextStream
+from headrace.text.stopping import TextStream
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Choice", "Group"]
@@ -39,7 +39,10 @@ class Choice:
         out, before = self.output, len(self.output.token_ids)
         out.token_ids += update.token_ids
         hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
-        self._stream.push(update.token_ids[:-1] if hidden else update.token_ids)
+        ids = update.token_ids
+        if hidden and ids and not self._stream.names(ids[-1]):  # one that it names may complete a stop string
+            ids = ids[:-1]
+        self._stream.push(ids)
         if update.finish_reason is not None and self._stream.stop is None:
             self._stream.finish()
         if out.logprobs is not None:

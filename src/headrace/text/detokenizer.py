@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Detokenizer", "PieceTable", "StopChecker", "StopMatch", "TextStream"]
+__all__ = ["Detokenizer", "PieceTable", "piece_bytes"]
 
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 8
@@ -40,9 +40,13 @@ class PieceTable:
 
 
 class _Decoder(Protocol):
-    """One way of decoding. `feed` a token and `finish` give final text; `settle` ends the prompt's tokens."""
+    """One way of decoding. `feed` a token and `finish` give final text; `settle` ends the prompt's tokens.
+
+    `gap` is the number of characters between the final text and the one in which a next token would begin.
+    """
 
     def feed(self, token_id: int) -> str: ...
+    def gap(self, token_id: int) -> int: ...
     def finish(self) -> str: ...
     def settle(self) -> None: ...
     def state(self) -> dict[str, Any]: ...
@@ -59,20 +63,48 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 
 
+def piece_bytes(table: PieceTable, token_id: int) -> bytes:
+    """The bytes that a token stands for in the middle of a text; none if there is no such id."""
+    piece = table.piece(token_id)
+    if piece is None:
+        return b""
+    if table.kind == "bytes":
+        return _alphabet_bytes(piece)
+    byte = _fallback_byte(piece)
+    if table.kind == "fallback":
+        return piece.replace("▁", " ").encode() if byte is None else bytes([byte])
+    once, twice = table.decode([token_id]), table.decode([token_id, token_id])
+    added = twice[len(once) :]  # what a token adds after another: a first space too
+    if REPLACEMENT not in added:
+        return added.encode()
+    return _alphabet_bytes(piece) if byte is None else bytes([byte])
+
+
+def _alphabet_bytes(piece: str) -> bytes:
+    try:
+        return bytes([BYTE_OF[character] for character in piece])
+    except KeyError:  # an added token with characters outside the alphabet stands for its own text
+        return piece.encode()
+
+
+def _characters_before(known: bytes, token: bytes) -> int:
+    """Characters of `known` + `token` as UTF-8 before the one in which the token begins."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    count = len(decoder.decode(known)) + len(decoder.decode(token[:1]))
+    return count - (not decoder.getstate()[0])
+
+
 class _ByteLevel:
     def __init__(self, table: PieceTable) -> None:
-        self._piece = table.piece
+        self._table = table
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        piece = self._piece(token_id)
-        if piece is None:
-            return ""
-        try:
-            raw = bytes([BYTE_OF[character] for character in piece])
-        except KeyError:  # an added token with characters outside the alphabet stands for its own text
-            raw = piece.encode()
-        return self._utf8.decode(raw)
+        return self._utf8.decode(piece_bytes(self._table, token_id))
+
+    def gap(self, token_id: int) -> int:
+        raw = piece_bytes(self._table, token_id)
+        return _characters_before(self._utf8.getstate()[0], raw) if raw else 0
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -104,15 +136,20 @@ class _ByteFallback:
             return ""
         return self._out(self._close_run() + piece.replace("▁", " "))
 
+    def gap(self, token_id: int) -> int:
+        byte = _fallback_byte(self._piece(token_id) or "")
+        if byte is None:
+            count = len(_decoded_run(self._run))
+        else:
+            count = _characters_before(bytes(self._run), bytes([byte]))
+        return max(0, count - (self._strip and self._run[:1] == b" "))
+
     def finish(self) -> str:
         return self._out(self._close_run())
 
     def _close_run(self) -> str:
-        run, self._run = bytes(self._run), bytearray()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return REPLACEMENT * len(run)
+        run, self._run = self._run, bytearray()
+        return _decoded_run(run)
 
     def _out(self, text: str) -> str:
         if text and self._strip:
@@ -130,6 +167,13 @@ class _ByteFallback:
         # Complete characters of the run belong to the prompt: later bytes cannot change them.
         self._run = bytearray(_incomplete_tail(bytes(self._run)))
         self._strip = False
+
+
+def _decoded_run(run: bytearray) -> str:
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        return REPLACEMENT * len(run)
 
 
 def _fallback_byte(piece: str) -> int | None:
@@ -161,6 +205,14 @@ class _Window:
 
     def finish(self) -> str:
         return self._advance(final=True)
+
+    def gap(self, token_id: int) -> int:
+        before, held = self._decode(self._ids[: self._read]), self._decode(self._ids)
+        after = self._decode([*self._ids, token_id]).rstrip(REPLACEMENT)
+        if len(held) <= len(before):
+            return 0
+        same = next((i for i, (a, b) in enumerate(zip(held, after)) if a != b), min(len(held), len(after)))
+        return max(0, same - len(before))
 
     def settle(self) -> None:
         """Keep the ids as context."""
@@ -194,9 +246,12 @@ class Detokenizer:
     """
 
     def __init__(self, table: PieceTable, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+        self._table = table
         self._skipped = table.special_ids if skip_special_tokens else frozenset()
         self._decoder = _KINDS[table.kind](table)
         self._texts: list[str] = []
+        self._length = self._latest = 0
+        self._opens = True
         self._read_prompt(table, prompt_ids)
 
     def _read_prompt(self, table: PieceTable, prompt_ids: Sequence[int]) -> None:
@@ -209,7 +264,22 @@ class Detokenizer:
         for token_id in reversed(visible):
             self._decoder.feed(token_id)
         if visible:
+            self._opens = False
             self._decoder.settle()
+
+    def place(self, token_id: int) -> tuple[int, bool]:
+        """Where the next token would begin: at which character of the text, and whether it opens the whole text.
+
+        Of a token that is left out it is where the following one begins, as far as is known.
+        """
+        gap = 0 if token_id in self._skipped else self._decoder.gap(token_id)
+        self._latest = max(self._latest, self._length + gap)
+        return self._latest, self._opens
+
+    def skipped_tokens(self) -> dict[int, str]:
+        """The ids that are left out of the text, with the text of each."""
+        pieces = {token_id: self._table.piece(token_id) for token_id in sorted(self._skipped)}
+        return {token_id: piece for token_id, piece in pieces.items() if piece}
 
     @property
     def text(self) -> str:
@@ -220,178 +290,26 @@ class Detokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """Add generated ids; returns the text that is now final, perhaps empty."""
-        text = "".join([self._decoder.feed(token_id) for token_id in ids if token_id not in self._skipped])
-        if text:
-            self._texts.append(text)
-        return text
+        visible = [token_id for token_id in ids if token_id not in self._skipped]
+        self._opens = self._opens and not visible
+        return self._add("".join([self._decoder.feed(token_id) for token_id in visible]))
 
     def flush(self) -> str:
         """End the sequence; returns the text held back, with U+FFFD for an incomplete character."""
-        text = self._decoder.finish()
+        return self._add(self._decoder.finish())
+
+    def _add(self, text: str) -> str:
         if text:
             self._texts.append(text)
+            self._length += len(text)
         return text
 
     def state(self) -> dict[str, Any]:
         """Plain data from which `restore` continues, here or in another process."""
-        return {"text": self.text, **self._decoder.state()}
+        return {"text": self.text, "opens": self._opens, **self._decoder.state()}
 
     def restore(self, state: Mapping[str, Any]) -> Detokenizer:
         """Continue from a `state()`; returns self."""
-        self._texts = [state["text"]]
+        self._texts, self._length, self._opens = [state["text"]], len(state["text"]), bool(state["opens"])
         self._decoder.restore(state)
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class StopMatch:
-    """A stop string was found: it is `text[start:end]` of the generated text."""
-
-    stop: str
-    start: int
-    end: int
-
-
-class StopChecker:
-    """Finds stop strings in text that arrives in pieces, and holds back text that may begin one.
-
-    The match is the first one to be complete, character by character, and the longest of those, so it does not
-    depend on how the text was cut into pieces.
-    """
-
-    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
-        self._stops = tuple(stop)
-        self._include = include
-        self._held = ""
-        self._position = 0
-        """Index in the whole text of the first character held."""
-        self._search_from = 0
-        self.match: StopMatch | None = None
-
-    def push(self, text: str, check: bool = True) -> str:
-        """Add text; returns what may be shown. With `check=False` no match may begin in this text."""
-        if self.match is not None:
-            return ""
-        if not self._stops:
-            self._position += len(text)
-            return text
-        self._held += text
-        if not check:
-            self._search_from = self._position + len(self._held)
-            return self._release(len(self._held))
-        self.match = self._find()
-        if self.match is not None:
-            return self._release((self.match.end if self._include else self.match.start) - self._position)
-        return self._release(len(self._held) - self._open_suffix())
-
-    def flush(self) -> str:
-        """End the text; returns what was held back, or nothing after a match."""
-        return "" if self.match is not None else self._release(len(self._held))
-
-    def _find(self) -> StopMatch | None:
-        begin = max(0, self._search_from - self._position)
-        found = []
-        for stop in self._stops:
-            at = self._held.find(stop, begin)
-            if at >= 0:
-                found.append((at + len(stop), -len(stop), stop))
-        if not found:
-            return None
-        end, negative_length, stop = min(found)
-        return StopMatch(stop, self._position + end + negative_length, self._position + end)
-
-    def _open_suffix(self) -> int:
-        """Length of the longest suffix of the held text that begins a stop string."""
-        longest = min(
-            len(self._held), max(map(len, self._stops)) - 1, self._position + len(self._held) - self._search_from
-        )
-        for length in range(longest, 0, -1):
-            tail = self._held[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
-
-    def _release(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
-        self._position += count
-        return text
-
-    def state(self) -> dict[str, Any]:
-        """Plain data from which `restore` continues."""
-        return {"held": self._held, "position": self._position, "search_from": self._search_from}
-
-    def restore(self, state: Mapping[str, Any]) -> StopChecker:
-        """Continue from a `state()`; returns self."""
-        self._held, self._position = state["held"], int(state["position"])
-        self._search_from = int(state["search_from"])
-        return self
-
-
-class TextStream:
-    """One sequence's output as text: detokenizer, then stop strings.
-
-    `push` goes token by token, so the text, where it stops and how many tokens are kept do not depend on how many
-    tokens a step brought. The first `min_tokens` tokens cannot begin a stop string.
-    """
-
-    def __init__(
-        self, detokenizer: Detokenizer, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
-    ) -> None:
-        self._detokenizer = detokenizer
-        self._checker = StopChecker(stop, include_stop)
-        self._min_tokens = min_tokens
-        self._shown: list[str] = []
-        self.num_tokens = 0
-        """Tokens used: all that were pushed, or those up to the one that completed the stop string, included."""
-
-    @property
-    def stop(self) -> str | None:
-        """The stop string that ended the text, if one did."""
-        return self._checker.match.stop if self._checker.match else None
-
-    @property
-    def text(self) -> str:
-        """All text returned so far."""
-        if len(self._shown) > 1:
-            self._shown = ["".join(self._shown)]
-        return self._shown[0] if self._shown else ""
-
-    def push(self, ids: Sequence[int]) -> str:
-        """Add generated ids; returns the text to show now. After a stop string, further ids are ignored."""
-        out = []
-        for token_id in ids:
-            if self._checker.match is not None:
-                break
-            self.num_tokens += 1
-            piece = self._detokenizer.push((token_id,))
-            if piece:
-                out.append(self._checker.push(piece, check=self.num_tokens > self._min_tokens))
-        return self._show("".join(out))
-
-    def finish(self) -> str:
-        """End the sequence; returns the last text to show. A stop string may be found in it."""
-        if self._checker.match is not None:
-            return ""
-        text = self._checker.push(self._detokenizer.flush(), check=self.num_tokens > self._min_tokens)
-        return self._show(text + self._checker.flush())
-
-    def _show(self, text: str) -> str:
-        if text:
-            self._shown.append(text)
-        return text
-
-    def state(self) -> dict[str, Any]:
-        """Plain data from which `restore` continues."""
-        return {
-            "num_tokens": self.num_tokens,
-            "shown": self.text,
-            "detokenizer": self._detokenizer.state(),
-            "checker": self._checker.state(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> TextStream:
-        """Continue from a `state()`; returns self."""
-        self.num_tokens, self._shown = int(state["num_tokens"]), [state["shown"]]
-        self._detokenizer.restore(state["detokenizer"])
-        self._checker.restore(state["checker"])
         return self

@@ -7,16 +7,16 @@ tokenizer.json's post-processor adds the special tokens; `add_bos_token` in toke
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import AddedToken, Encoding, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from headrace.errors import CheckpointError, RequestError
 from headrace.text.chat import ChatTemplate
-from headrace.text.detokenizer import Detokenizer, PieceTable
+from headrace.text.detokenizer import Detokenizer, PieceTable, piece_bytes
 
 __all__ = ["Tokenizer"]
 
@@ -105,11 +105,19 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the tokenizer's start and end tokens where `add_special_tokens`."""
+        # encode holds the interpreter's lock, for seconds with a long text; encode_batch_fast releases it.
+        return self._encoded(self._backend.encode_batch_fast, text, add_special_tokens).ids
+
+    def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode`, and for each the range of characters of `text` that the tokenizer made it of."""
+        encoding = self._encoded(self._backend.encode_batch, text, add_special_tokens)
+        return encoding.ids, encoding.offsets
+
+    def _encoded(self, encode_batch: Callable[..., list[Encoding]], text: str, add_special_tokens: bool) -> Encoding:
         if not isinstance(text, str):
             raise RequestError.about("prompt", "{prompt} must be a string, not {}", type(text).__name__)
         try:
-            # encode holds the interpreter's lock, for seconds with a long text; encode_batch_fast releases it.
-            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeEncodeError):  # lone surrogates cannot cross into the library
             reason = "{prompt} holds a lone surrogate, which is not a character: send valid Unicode"
             raise RequestError.about("prompt", reason) from None
@@ -119,15 +127,19 @@ class Tokenizer:
         [text] = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return text
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token in the middle of a text, to show beside its log-probability.
+    def token_bytes(self, token_id: int, opens: bool = False) -> bytes:
+        """The bytes that a token stands for in the middle of a text, or where it `opens` a whole text.
 
-        Part of a character shows as U+FFFD.
+        The bytes of a text's tokens add up to the text.
         """
-        detokenizer = Detokenizer(self._table, skip_special_tokens=False)
-        if self._table.kind == "fallback":
-            detokenizer = detokenizer.restore({"text": "", "bytes": "", "strip": False})
-        return detokenizer.push((token_id,)) + detokenizer.flush()
+        raw = piece_bytes(self._table, token_id)
+        if not opens or self._table.kind == "bytes" or not raw.startswith(b" "):
+            return raw
+        return raw if self._table.decode([token_id]) == raw.decode(errors="replace") else raw[1:]
+
+    def token_text(self, token_id: int, opens: bool = False) -> str:
+        """The text of `token_bytes`, to show beside a log-probability. Part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id, opens).decode(errors="replace")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The entries of the vocabulary, as its file has them; "" for an id without one."""

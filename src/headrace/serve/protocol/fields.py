@@ -160,7 +160,7 @@ TABLE: tuple[Field, ...] = (
         sets="length_penalty",
     ),
     # Stopping.
-    honoured("stop", StopText | StopTexts, "strings that end it; at most 64"),
+    honoured("stop", StopText | StopTexts, "strings that end it, special tokens too, shown or not; at most 64"),
     honoured("stop_token_ids", StopIds, "tokens that end it; at most 1024", sets="stop_token_ids"),
     honoured("include_stop_str_in_output", bool, "keep the stop string", sets="include_stop_str_in_output"),
     honoured("ignore_eos", bool, "do not end at the model's end token", sets="ignore_eos"),
