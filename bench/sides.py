@@ -1,7 +1,8 @@
 """The sides of the training comparisons: their processes, the protocol between them, and our trainer as a side.
 
 A side is a script that is called with its own arguments and then RANK SIZE PORT. It reads lines with a number of steps,
-does them, and answers with a JSON line: the seconds of each, the loss, the peak of memory. Between lines it waits.
+does them, and answers with a JSON line: the seconds of each, the CPU's seconds of all, the loss, the peak of
+memory. Between lines it waits.
 This module imports headrace only in `trainer`, so that a peer can run in an environment of its own.
 """
 
@@ -74,13 +75,20 @@ def serve(make: Callable[[], Step]) -> None:
     step = make()
     for line in sys.stdin:
         seconds: list[float] = []
-        loss = 0.0
+        loss, cpu = 0.0, time.process_time()
         figures: dict[str, Any] = {}
         for _ in range(int(line)):
             began = time.perf_counter()
             loss, figures = step()
             seconds.append(time.perf_counter() - began)
-        out.write(json.dumps({"seconds": seconds, "loss": loss, "memory": peak_memory(), **figures}) + "\n")
+        answer = {
+            "seconds": seconds,
+            "loss": loss,
+            "memory": peak_memory(),
+            "cpu": time.process_time() - cpu,
+            **figures,
+        }
+        out.write(json.dumps(answer) + "\n")
         out.flush()
 
 
@@ -98,7 +106,7 @@ def trainer(recipe: Path, changes: Sequence[str], threads: int, tensor: int, ran
     if size > 1:
         store = keep_store(size, 60, port) if rank == 0 else join(port, size, 60)
         mesh = Mesh.meet(store, rank, size, tensor, torch.device("cpu"))
-    ops = load_ops("cpu", alone=size == 1, threads=threads)
+    ops = load_ops("cpu", threads=threads)
     ours = Trainer(load_recipe(recipe, [*changes, f"parallel.tensor={tensor}"]), ops, mesh)
     torch.set_num_threads(threads)
     traffic = (mesh.tensor if tensor > 1 else mesh.data).traffic

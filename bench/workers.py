@@ -125,8 +125,9 @@ def main() -> None:
         "transformers": lambda: transformers(checkpoint, threads),
     }[kind]()
     for line in sys.stdin:
-        job = json.loads(line)
+        job, cpu = json.loads(line), time.process_time()
         answer = run(job["jobs"], job["options"])
+        answer["cpu"] = time.process_time() - cpu
         gc.collect()
         out.write(json.dumps(answer) + "\n")
         out.flush()

@@ -20,7 +20,6 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_sessionstart(session):
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        os.environ.setdefault("HEADRACE_SPINS", "1000")  # trainers in tests do not have the cores alone
         compile_kernels(worker)
 
 

@@ -193,24 +193,6 @@ def test_the_threading_layer_changes_no_bits(here):
     assert (layer, digest) == ("workqueue", here)
 
 
-@pytest.mark.parametrize(("alone", "spins"), [(False, launch.SPINS), (True, launch.LONG_SPINS)])
-def test_threads_spin_where_no_other_process_needs_the_cores(alone, spins):
-    script = f"from headrace.kernels.load import load_ops; import os; load_ops('cpu', alone={alone})\n"
-    script += "load_ops('cpu', alone=True); print(os.environ['GOMP_SPINCOUNT'])"  # the first ops have decided
-    inherited = {name: value for name, value in os.environ.items() if name != "HEADRACE_SPINS"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=inherited | {"OMP_DISPLAY_ENV": "verbose"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("no libgomp here")
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
-    assert done.stdout.split() == [os.environ.get("GOMP_SPINCOUNT", "1000")]  # torch's, whose workers seldom compute
-
-
 @pytest.mark.skipif(not linear.WIDE, reason="the CPU has no AVX-512: the other tests take the narrow tiles")
 def test_the_width_of_a_register_changes_no_bits(here):
     features = "+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"

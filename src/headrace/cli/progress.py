@@ -44,7 +44,7 @@ def kernels(name: str, ranks: int = 1, device: Any = None) -> Any:
         from headrace.kernels.load import load_ops
 
         own: dict[str, Any] = {"threads": max(1, (os.cpu_count() or 1) // ranks)} if ranks > 1 else {}
-        ops = load_ops(name, alone=ranks == 1, **(own if name == "cpu" else {"device": device} if device else {}))
+        ops = load_ops(name, **(own if name == "cpu" else {"device": device} if device else {}))
         ops.warm_up(progress=compiling(line))
         return ops
 

@@ -13,15 +13,12 @@ from headrace.kernels.training import TrainingOps
 __all__ = ["load_ops"]
 
 
-def load_ops(name: str, alone: bool = False, **options: Any) -> TrainingOps:
-    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there).
-
-    `alone`: no other process needs the cores, as in training; the threads of "cpu" then spin between kernels.
-    """
+def load_ops(name: str, **options: Any) -> TrainingOps:
+    """The implementation called `name`: "cpu" (Numba), "reference" (torch) or "cuda" (torch, and Triton if there)."""
     if name == "cpu":
         from headrace.kernels.cpu import CpuOps
 
-        return CpuOps(alone=alone, **options)
+        return CpuOps(**options)
     if name == "reference":
         from headrace.kernels.reference import ReferenceOps
 

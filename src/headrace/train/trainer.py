@@ -82,7 +82,7 @@ class Trainer:
         mesh.tensor.require_shards(shards)
         local = shards // mesh.tensor.size
         self.ops = DeferredOps(
-            ops or load_ops(recipe.train.kernels, alone=True),
+            ops or load_ops(recipe.train.kernels),
             local,
             local if mesh.tensor.sequence else shards,
         )

@@ -4,9 +4,9 @@
 cache looks at the file of a kernel but not at the files it calls into, so the cache lives in a folder named after
 *everything* the machine code depends on: `build_key`.
 
-Threads: OpenMP where libgomp is found, else Numba's workqueue, which must be driven by one thread at a time. Kernels
-split outputs over threads, never a sum, so neither the layer nor the count changes a bit. Start further processes
-with "spawn" only: a child forked after the first parallel kernel dies in its OpenMP runtime.
+Threads: our own `pool` on Linux, elsewhere a layer of Numba's. Kernels split outputs over threads, never a sum, so
+neither the layer nor the count changes a bit. A forked child
+computes with its one thread; start processes with "spawn" where they shall have more.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -39,6 +37,7 @@ __all__ = [
     "WIDE",
     "build_key",
     "cache_folder",
+    "cached",
     "cpu_features",
     "cpu_name",
     "kernel",
@@ -49,8 +48,6 @@ __all__ = [
     "vector_features",
 ]
 
-SPINS, LONG_SPINS = "1000", "40000"
-"""How often a waiting thread polls for the next kernel before it sleeps: some 0.05 and 2 ms on a Xeon."""
 UNUSED_SECONDS = 30 * 24 * 3600.0
 """After so long without use, the folder of another build is removed."""
 OURS = re.compile(r"[0-9a-f]{16}|pruned-\w+")
@@ -133,18 +130,26 @@ def kernel(function: Callable[..., Any] | None = None, *, parallel: bool = False
     """Compile `function` on first use, or take it from the cache. `parallel` allows `prange`."""
     if function is None:
         return functools.partial(kernel, parallel=parallel)
+    with cached() as cache:
+        made = numba.njit(
+            nogil=True, fastmath=False, error_model="numpy", boundscheck=False, parallel=parallel, cache=cache
+        )(function)
     folder = cache_folder()
-    jit = numba.njit(
-        nogil=True, fastmath=False, error_model="numpy", boundscheck=False, parallel=parallel, cache=folder is not None
-    )
-    # Numba reads its cache folder when it decorates. It is put back, so other users of Numba keep theirs.
-    before = numba_config.CACHE_DIR
+    return made if folder is None else _compiled_once(made, folder / f"{function.__module__}.{function.__name__}.lock")
+
+
+@contextlib.contextmanager
+def cached() -> Iterator[bool]:
+    """The context in which Numba decorates our functions: it reads then where its cache is. Whether there is one.
+
+    Afterwards the folder is what it was, so other users of Numba keep theirs.
+    """
+    folder, before = cache_folder(), numba_config.CACHE_DIR
     numba_config.CACHE_DIR = str(folder or before)
     try:
-        made = jit(function)
+        yield folder is not None
     finally:
         numba_config.CACHE_DIR = before
-    return made if folder is None else _compiled_once(made, folder / f"{function.__module__}.{function.__name__}.lock")
 
 
 def _compiled_once(made: Any, lock: Path) -> Any:
@@ -195,28 +200,10 @@ def set_threads(threads: int) -> None:
 _calling = threading.local()
 
 
-def start_threads(alone: bool = False) -> None:
-    """Load the layer that threads come from: OpenMP if there is one, else workqueue. The first call decides.
+@functools.cache
+def start_threads() -> None:
+    """Start the kernels' threads, once: our own pool on Linux, elsewhere Numba's layer, which needs no start."""
+    from headrace.kernels.cpu import pool  # here, since its code is built of intrinsics that import this module
 
-    `alone`: no other process needs the cores, so threads spin until the next kernel: waking one takes longer than most
-    kernels. NUMBA_THREADING_LAYER, where set, has been read by Numba already.
-    """
-    if numba_config.THREADING_LAYER not in ("default", "omp"):
-        return
-    # libgomp spins for milliseconds by default, which on a busy machine is what every kernel then takes. It reads how
-    # long when it is loaded, so we need one of our own: DEEPBIND keeps Numba's layer from the one that torch brought.
-    before = os.environ.get("GOMP_SPINCOUNT")
-    flags = sys.getdlopenflags()
-    os.environ["GOMP_SPINCOUNT"] = os.environ.get("HEADRACE_SPINS", LONG_SPINS if alone else SPINS)
-    try:
-        sys.setdlopenflags(flags | getattr(os, "RTLD_DEEPBIND", 0))
-        importlib.import_module("numba.np.ufunc.omppool")
-    except ImportError:
-        numba_config.THREADING_LAYER = "workqueue"
-    else:
-        numba_config.THREADING_LAYER = "omp"
-    finally:
-        sys.setdlopenflags(flags)
-        os.environ.pop("GOMP_SPINCOUNT")
-        if before is not None:
-            os.environ["GOMP_SPINCOUNT"] = before
+    if numba_config.THREADING_LAYER == "default" and pool.works_here():
+        pool.start_pool(numba_config.NUMBA_NUM_THREADS)

@@ -43,9 +43,8 @@ class CpuServingOps(BaseOps):
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, alone: bool = False) -> None:
-        """`alone`: no other process needs the cores, so threads spin between kernels. The first ops decide."""
-        launch.start_threads(alone)
+    def __init__(self, threads: int | None = None) -> None:
+        launch.start_threads()
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)
         self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}

@@ -112,6 +112,7 @@ def operator(name: str, arity: int, emit: Callable[..., ir.Value], arg: types.Ty
         1: lambda tyctx, a: (signature, codegen),
         2: lambda tyctx, a, b: (signature, codegen),
         3: lambda tyctx, a, b, c: (signature, codegen),
+        5: lambda tyctx, a, b, c, d, e: (signature, codegen),
         8: lambda tyctx, a, b, c, d, e, f, g, h: (signature, codegen),
     }
     form = forms[arity]
