@@ -294,13 +294,10 @@ def test_defaults_are_those_of_the_model(folder, tmp_path, given, expected):
 
 
 def test_chat_takes_every_form_of_a_message(llm):
-    plain = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": ""},
-        {"role": "user", "content": "a\nb"},
-    ]
+    ask = {"role": "user", "content": "hi"}
+    plain = [ask, {"role": "assistant", "content": ""}, {"role": "user", "content": "a\nb"}]
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    other = [plain[0], {"role": "assistant", "content": None}, {"role": "user", "content": parts}]
+    other = [ask, {"role": "assistant", "content": None}, {"role": "user", "content": parts}]
     assert llm.chat_prompt(other) == llm.chat_prompt(plain)
     assert llm.chat(other, GREEDY).outputs[0].token_ids == llm.chat(plain, GREEDY).outputs[0].token_ids
 

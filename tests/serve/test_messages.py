@@ -7,6 +7,7 @@ import pytest
 TOKENIZE, CHAT = "/tokenize", "/v1/chat/completions"
 ASK = {"role": "user", "content": "hi"}
 CALLS = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rome"}'}}]
+CONTINUED = {"continue_final_message": True}
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
     "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
@@ -43,7 +44,7 @@ def test_a_message_has_one_text_in_all_its_forms(server, message, text):
 
 def test_a_final_message_in_parts_is_continued_and_echoed(server):
     parts = [{"type": "text", "text": "once "}, {"type": "text", "text": "upon"}]
-    fields = {"continue_final_message": True, "max_tokens": 4, "temperature": 0, "echo": True}
+    fields = {**CONTINUED, "max_tokens": 4, "temperature": 0, "echo": True}
     texts = [
         server.post(CHAT, messages=[ASK, {"role": "assistant", "content": content}], **fields).json()["choices"]
         for content in ("once \nupon", parts)

@@ -154,7 +154,7 @@ def test_parquet_gives_what_json_lines_give(tmp_path, tokenizer):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     by_rows = of_rows(tmp_path, tokenizer, rows)
     assert len(by_rows) == 4 and of(tmp_path, tokenizer, tmp_path / "x.parquet") == by_rows
-    packed = [{**row, "tools": row["tools"] and json.dumps(row["tools"])} for row in rows]
+    packed = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
     parquet.write_table(pyarrow.Table.from_pylist(packed), tmp_path / "y.parquet")
     assert of(tmp_path, tokenizer, tmp_path / "y.parquet", "packed") == by_rows
 
