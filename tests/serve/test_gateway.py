@@ -9,7 +9,6 @@ import torch
 from headrace import LLM, ConfigError, RequestError, SamplingParams
 from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
-from headrace.serve.errors import RefusedError
 from headrace.serve.gateway import Gateway, QueueFullError
 from serve.gateway_kit import KINDS, OPTIONS, PROMPT, begun, check_stream, kinds, same, start
 
@@ -135,7 +134,7 @@ def test_a_caller_that_is_cancelled_while_it_waits_leaves_nothing(runner, gatewa
 )
 def test_what_can_never_be_served_is_refused(runner, gateway, monkeypatch, prompt, params, message, param):
     monkeypatch.setattr(gateway, "_max_logprobs", 5)
-    with pytest.raises(RefusedError, match=message) as caught:
+    with pytest.raises(RequestError, match=message) as caught:
         runner.run(gateway.open("bad", None, prompt, params))
     assert caught.value.param == param
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -16,16 +16,28 @@ from starlette.responses import Response
 
 from headrace.errors import renamed_fields
 from headrace.instance.wire import Delta, Explanation
-from headrace.llm.outputs import CompletionOutput, RequestOutput
+from headrace.llm.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.serve.errors import RefusedError
 from headrace.serve.gateway import Stream
 from headrace.serve.http import JSON, EventStream, unless_gone
 from headrace.serve.models import ServedModel
-from headrace.serve.protocol.forms import Form, echo_part, own_entry, prompt_tables, usage
+from headrace.serve.protocol.forms import Form, prompt_tables, usage
+from headrace.serve.protocol.logprobs import PlacedToken, TokenQueue, TokenShapes
 from headrace.serve.protocol.requests import GenerationRequest
 from headrace.serve.text_service import TokenizedPrompt
+from headrace.text.places import Place
+from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Answers"]
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """A prompt's text, which an answer begins with."""
+
+    text: str
+    places: Sequence[Place] = ()
+    """Of each token in it, where their log-probabilities are shown."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +47,16 @@ class _Job:
     generation: GenerationRequest
     form: Form
     streams: Sequence[Stream]
-    echoes: Sequence[tuple[str, str]]
-    """For each prompt, its text and its first token's; empty where nothing is echoed."""
+    echoes: Sequence[_Echo]
+    """Of each prompt; empty where nothing is echoed."""
+    tokenizer: Tokenizer
     head: Mapping[str, Any] = field(default_factory=dict)
     """The first fields of every chunk and answer."""
 
     @property
-    def best(self) -> int:
-        """Alternatives to show for each token."""
-        return self.generation.logprobs or 0
+    def shapes(self) -> TokenShapes:
+        """How tokens are written beside their log-probabilities."""
+        return TokenShapes(self.tokenizer, self.generation.logprobs or 0, self.generation.tokens_as_ids)
 
     @property
     def weights_version(self) -> int:
@@ -109,7 +122,7 @@ class Answers:
         identity: str,
     ) -> _Job:
         """Open a stream for every prompt, or for none if one fails or this is cancelled."""
-        echoes = [await self._echo(generation, prompt, echo) for prompt in prompts] if generation.echo else []
+        echoes = [await self._echo(generation, form, prompt, echo) for prompt in prompts] if generation.echo else []
         streams: list[Stream] = []
         try:
             for prompt in prompts:
@@ -132,16 +145,18 @@ class Answers:
             "object": form.chunk_object if generation.stream else form.object,
             "created": int(time.time()),
             "model": self._model_name,
+            "service_tier": None,
             "system_fingerprint": self._gateway.info.fingerprint,
         }
-        return _Job(generation, form, streams, echoes, head)
+        return _Job(generation, form, streams, echoes, self._text.tokenizer, head)
 
-    async def _echo(self, generation: GenerationRequest, prompt: TokenizedPrompt, echo: str | None) -> tuple[str, str]:
+    async def _echo(
+        self, generation: GenerationRequest, form: Form, prompt: TokenizedPrompt, echo: str | None
+    ) -> _Echo:
         text = echo if echo is not None else prompt.text
-        if text is None:
-            text = await self._text.decode(prompt.token_ids)
-        first = prompt.token_ids[:1] if generation.logprobs is not None else []
-        return text, "".join(await self._text.token_texts(first))
+        if text is not None and (generation.logprobs is None or not form.echoes_logprobs):
+            return _Echo(text)
+        return _Echo(*await self._text.placed(prompt, goes_on=not generation.only_echo))
 
     # ---- one answer at the end
 
@@ -149,25 +164,29 @@ class Answers:
         return [await stream.result() for stream in job.streams]
 
     def _whole(self, job: _Job, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        choices = []
+        generation, form = job.generation, job.form
+        choices, on_top = [], {}
         for i, output in enumerate(outputs):
+            of_prompt = {
+                "prompt_logprobs": prompt_tables(output) if generation.prompt_tables else None,
+                "prompt_token_ids": output.prompt_token_ids if generation.token_ids else None,
+            }
             for choice in output.outputs:
-                part = CompletionOutput(0, finish_reason="length") if job.generation.only_echo else choice
-                if job.echoes:
-                    part = _echoed(job, i, part)
-                shape = job.form.answer_choice(i * len(output.outputs) + choice.index, part, job.best)
-                if job.generation.token_ids:
-                    shape |= {
-                        "token_ids": [] if job.generation.only_echo else choice.token_ids,
-                        "prompt_token_ids": output.prompt_token_ids,
-                    }
-                if job.generation.prompt_tables:
-                    shape["prompt_logprobs"] = prompt_tables(output)
-                choices.append(shape)
-        generated = 0 if job.generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
+                part = CompletionOutput(0, finish_reason="length") if generation.only_echo else choice
+                text = _ChoiceText(job, i)
+                part, tokens = text.take(part)
+                logprobs = None if text.queue is None else form.logprobs(job.shapes, tokens)
+                shape = form.answer_choice(i * len(output.outputs) + choice.index, part, logprobs)
+                shape["token_ids"] = None
+                if generation.token_ids:
+                    shape["token_ids"] = [] if generation.only_echo else choice.token_ids
+                choices.append(shape if form.prompt_on_top else shape | of_prompt)
+            on_top = of_prompt if form.prompt_on_top else {}
+        generated = 0 if generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
         spent = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
         answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": spent}
-        if job.generation.explain:
+        answer |= {"kv_transfer_params": None, **on_top}
+        if generation.explain:
             answer["explanation"] = _explanation(job.streams[0])
         return answer
 
@@ -187,24 +206,69 @@ class Answers:
             yield [{**job.head, "weights_version": job.weights_version, "choices": [], "usage": chunker.usage()}]
 
 
+class _ChoiceText:
+    """A choice of prompt `i` as it is returned: after the echo, with tokens that wait for their text."""
+
+    def __init__(self, job: _Job, i: int) -> None:
+        self._echo = job.echoes[i] if job.echoes else None
+        self._output = job.streams[i].output
+        self._job = job
+        self._tokenizer = job.tokenizer
+        self.queue: TokenQueue | None = None
+        """Where log-probabilities are shown, once the text has begun."""
+        self._echoed = 0
+        """Tokens of the echo, which come with the first part."""
+        self.begun = False
+
+    def take(self, part: CompletionOutput) -> tuple[CompletionOutput, list[PlacedToken]]:
+        """Add a part; returns it as it is to be sent, and the tokens to send with it."""
+        if not self.begun:
+            self.begun = True
+            if self._job.generation.logprobs is not None:
+                self.queue = self._new_queue()
+            if self._echo is not None:
+                part = replace(part, text=self._echo.text + part.text)
+        if self.queue is None:
+            return part, []
+        tokens = self.queue.take(part)
+        echoed, self._echoed = self._echoed, 0
+        return replace(part, token_ids=[token.token_id for token in tokens[echoed:]]), tokens
+
+    def _new_queue(self) -> TokenQueue:
+        ids, skip = self._output.prompt_token_ids, self._job.generation.params.skip_special_tokens
+        echo = self._echo or _Echo("")
+        prompt = self._prompt_tokens(echo)
+        self._echoed = len(prompt)
+        return TokenQueue(self._tokenizer.detokenizer(skip, ids), echo.text, prompt)
+
+    def _prompt_tokens(self, echo: _Echo) -> list[PlacedToken]:
+        """The tokens of the echo. The first one is not predicted: its rank is 0."""
+        tables: list[Mapping[int, Logprob]] = [
+            {token: Logprob(0.0, 0, self._tokenizer.token_text(token))} for token in self._output.prompt_token_ids[:1]
+        ]
+        tables += [table for table in self._output.prompt_logprobs or () if table is not None]
+        return [PlacedToken(table, place) for table, place in zip(tables, echo.places)]
+
+
 class _Chunker:
     """Turns deltas into chunks; keeps the progress of each choice."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        count = len(job.streams) * job.generation.params.n
-        self._offsets = [0] * count
-        """Characters of each choice's tokens so far: `text_offset` of the next."""
-        self._begun = [False] * count
+        self._choices = [_ChoiceText(job, i) for i in range(len(job.streams)) for _ in range(job.generation.params.n)]
+        self._shapes = job.shapes
         self._generated = 0
         self._cached = [0] * len(job.streams)
         self._held: list[list[Delta]] = [[] for _ in job.streams]
 
     def opening(self) -> list[Mapping[str, Any]]:
-        """The chunks before any token: a chat's role."""
-        shapes = [self._job.form.opening_choice(i) for i in range(len(self._offsets))]
-        version = self._job.weights_version
-        return [self._chunk(shape, version) for shape in shapes if shape is not None]
+        """The chunks before any token: a chat's role, and in the first one what is said of its prompt."""
+        job, version = self._job, self._job.weights_version
+        shapes = [job.form.opening_choice(i) for i in range(len(self._choices))]
+        chunks = [self._chunk(shape, version) for shape in shapes if shape is not None]
+        if chunks and job.generation.token_ids:
+            chunks[0]["prompt_token_ids"] = job.streams[0].output.prompt_token_ids
+        return list(chunks)
 
     def chunks(self, i: int, delta: Delta) -> list[Mapping[str, Any]]:
         """Chunks of a delta of prompt `i`. An echo's log-probabilities come first: deltas wait for them."""
@@ -233,18 +297,16 @@ class _Chunker:
         if job.generation.only_echo:
             part = CompletionOutput(0, finish_reason=part.finish_reason)
         self._generated += len(part.token_ids)
-        token_ids, first = part.token_ids, not self._begun[index]
-        self._begun[index] = True
-        if first and job.echoes:
-            part = _echoed(job, i, part)
-        if not (part.text or part.finish_reason or part.logprobs or (job.generation.token_ids and token_ids)):
+        choice, first = self._choices[index], not self._choices[index].begun
+        sent, tokens = choice.take(part)
+        token_ids = sent.token_ids if job.generation.token_ids else []
+        if not (sent.text or sent.finish_reason or tokens or token_ids):
             return None
-        shape = job.form.chunk_choice(index, part, job.best, self._offsets[index])
-        for table in part.logprobs or ():
-            self._offsets[index] += len(own_entry(table).decoded_token)
+        logprobs = None if choice.queue is None else job.form.logprobs(self._shapes, tokens)
+        shape = job.form.chunk_choice(index, sent, logprobs)
         if job.generation.token_ids:
             shape["token_ids"] = token_ids
-            if first:
+            if first and not job.form.prompt_on_top:
                 shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
         return shape
 
@@ -260,15 +322,6 @@ class _Chunker:
         elif generation.include_usage:
             chunk["usage"] = None
         return chunk
-
-
-def _echoed(job: _Job, i: int, part: CompletionOutput) -> CompletionOutput:
-    """The first part of a choice of prompt `i`, after the prompt."""
-    text, first = job.echoes[i]
-    shown = job.generation.logprobs is not None and job.form.echoes_logprobs
-    whole = echo_part(text, job.streams[i].output, first, shown)
-    whole.extend(part)
-    return whole
 
 
 def _prompt_tokens(job: _Job) -> int:

@@ -17,6 +17,7 @@ from headrace.errors import renamed_fields
 from headrace.serve.errors import RefusedError
 from headrace.serve.templates import TemplateWorker
 from headrace.text.messages import read_messages
+from headrace.text.places import Place, places_of_ids, places_of_text
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["TextService", "TokenizedPrompt", "several"]
@@ -78,6 +79,20 @@ class TextService:
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
         return await self._off_loop(len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    async def placed(self, prompt: TokenizedPrompt, goes_on: bool) -> tuple[str, list[Place]]:
+        """The text of a prompt, after which a text `goes_on` or not, and where each of its tokens stands in it."""
+
+        def work() -> tuple[str, list[Place]]:
+            text, ids = prompt.text, prompt.token_ids
+            if text is None:
+                return places_of_ids(self.tokenizer, ids, goes_on)
+            made, spans = self.tokenizer.encode_with_spans(text)
+            if made != ids:  # the request asked for no special tokens
+                _, spans = self.tokenizer.encode_with_spans(text, add_special_tokens=False)
+            return text, places_of_text(self.tokenizer, text, ids, spans)
+
+        return await self._off_loop(16 * len(prompt.token_ids), work)
 
     async def token_texts(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, as in the middle of a longer text."""

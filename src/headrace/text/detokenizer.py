@@ -40,7 +40,8 @@ class PieceTable:
 
 
 class _Decoder(Protocol):
-    """One way of decoding. `feed` a token and `finish` give final text; `settle` ends the prompt's tokens.
+    """One way of decoding. `feed` a token and `finish` give final text; `settle` ends the prompt's tokens, and
+    gives the text of its complete characters.
 
     `gap` is the number of characters between the final text and the one in which a next token would begin.
     """
@@ -48,7 +49,7 @@ class _Decoder(Protocol):
     def feed(self, token_id: int) -> str: ...
     def gap(self, token_id: int) -> int: ...
     def finish(self) -> str: ...
-    def settle(self) -> None: ...
+    def settle(self) -> str: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
@@ -109,8 +110,9 @@ class _ByteLevel:
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
-    def settle(self) -> None:
+    def settle(self) -> str:
         """Keep what the decoder holds: part of a character, which the output may complete."""
+        return ""
 
     def state(self) -> dict[str, Any]:
         return {"bytes": self._utf8.getstate()[0].hex()}
@@ -163,10 +165,14 @@ class _ByteFallback:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._run, self._strip = bytearray.fromhex(state["bytes"]), bool(state["strip"])
 
-    def settle(self) -> None:
+    def settle(self) -> str:
         # Complete characters of the run belong to the prompt: later bytes cannot change them.
-        self._run = bytearray(_incomplete_tail(bytes(self._run)))
+        tail = _incomplete_tail(bytes(self._run))
+        whole = self._run[: len(self._run) - len(tail)]
+        self._run = bytearray(tail)
+        text = self._out(_decoded_run(whole))
         self._strip = False
+        return text
 
 
 def _decoded_run(run: bytearray) -> str:
@@ -214,8 +220,9 @@ class _Window:
         same = next((i for i, (a, b) in enumerate(zip(held, after)) if a != b), min(len(held), len(after)))
         return max(0, same - len(before))
 
-    def settle(self) -> None:
+    def settle(self) -> str:
         """Keep the ids as context."""
+        return ""
 
     def _advance(self, final: bool) -> str:
         before, after = self._decode(self._ids[: self._read]), self._decode(self._ids)
@@ -297,6 +304,10 @@ class Detokenizer:
     def flush(self) -> str:
         """End the sequence; returns the text held back, with U+FFFD for an incomplete character."""
         return self._add(self._decoder.finish())
+
+    def settle(self) -> str:
+        """End a prompt, whose last character the output may complete; returns the text of the characters before."""
+        return self._add(self._decoder.settle())
 
     def _add(self, text: str) -> str:
         if text:

@@ -21,14 +21,20 @@ class Place(NamedTuple):
     opens: bool
 
 
-def places_of_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[Place]]:
-    """The text of ids, special tokens included, and each one's place in it."""
+def places_of_ids(tokenizer: Tokenizer, ids: Sequence[int], goes_on: bool = False) -> tuple[str, list[Place]]:
+    """The text of ids, special tokens included, and each one's place in it.
+
+    Where the text `goes_on`, a character that is not complete is left to what follows.
+    """
     stream = tokenizer.detokenizer(skip_special_tokens=False)
     places = []
     for token_id in ids:
         places.append(Place(*stream.place(token_id)))
         stream.push((token_id,))
-    stream.flush()
+    if goes_on:
+        stream.settle()
+    else:
+        stream.flush()
     return stream.text, places
 
 

@@ -21,6 +21,7 @@ from headrace.text.detokenizer import Detokenizer, PieceTable, piece_bytes
 __all__ = ["Tokenizer"]
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILE_NAMES = frozenset({"vocab_file", "merges_file", "tokenizer_file", "name_or_path"})
 
 
 class Tokenizer:
@@ -32,12 +33,15 @@ class Tokenizer:
         special: Mapping[str, str] | None = None,
         chat_template: str | Mapping[str, str] | None = None,
         source: str = "the tokenizer",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        """`config` is tokenizer_config.json's."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._special = dict(special or {})
         self._source = source
+        self._config = dict(config or {})
         self._chat = ChatTemplate(chat_template, self._special) if chat_template else None
         self._table = _piece_table(backend)
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -61,7 +65,7 @@ class Tokenizer:
         _add_missing_tokens(backend, config, special)
         if _rebuilt_as_llama(backend, config, _read_json(folder / "config.json")):
             _rebuild_as_llama(backend, config)
-        return cls(backend, special, _chat_template(folder, config), source=str(folder))
+        return cls(backend, special, _chat_template(folder, config), source=str(folder), config=config)
 
     @property
     def vocab_size(self) -> int:
@@ -98,6 +102,14 @@ class Tokenizer:
     def special_tokens(self) -> Mapping[str, str]:
         """bos_token, eos_token, … as text, for chat templates."""
         return self._special
+
+    def info(self) -> dict[str, Any]:
+        """tokenizer_config.json as it applies: with the special tokens and the chat template, without file names."""
+        config = {name: value for name, value in self._config.items() if name not in FILE_NAMES}
+        config |= self._special
+        if self._chat is not None:
+            config["chat_template"] = self._chat.source
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **config}
 
     def token_id(self, token: str | None) -> int | None:
         """The id of a token by its text in the vocabulary, None if there is none."""

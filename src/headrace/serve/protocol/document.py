@@ -14,6 +14,7 @@ __all__ = [
     "HEALTH",
     "MODELS",
     "TOKENIZED",
+    "TOKENIZER",
     "UNHEALTHY",
     "UPDATED",
     "VERSION",
@@ -84,6 +85,7 @@ UPDATED = object_with(weights_version=INTEGER)
 TOKENIZED = object_with(
     count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER), token_strs=any_of(array_of(STRING), NULL)
 )
+TOKENIZER = object_with(tokenizer_class=STRING)
 DETOKENIZED = object_with(prompt=STRING)
 CARD = object_with(
     id=STRING,

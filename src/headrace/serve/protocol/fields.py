@@ -220,7 +220,13 @@ TABLE: tuple[Field, ...] = (
     honoured("echo", bool, "the last message's content first. Needs continue_final_message", (CHAT,)),
     honoured("skip_special_tokens", bool, "leave special tokens out of the text", sets="skip_special_tokens"),
     honoured("return_token_ids", bool, "prompt_token_ids, and token_ids in each choice"),
+    honoured(
+        "return_tokens_as_token_ids",
+        bool,
+        'write tokens as "token_id:5" beside their log-probabilities. Needs logprobs',
+    ),
     honoured("explain", bool, "why it took its time: queue, cached tokens, chunks, preemptions, batch sizes, resumes"),
+    honoured("normalize", bool, "scale the vector to length 1; true by default", (EMBEDDINGS,)),
     honoured("encoding_format", Literal["float", "base64"], "numbers, or base64 of little-endian fp32", (EMBEDDINGS,)),
     honoured("prompt", str, "the text", (TOKENIZE,)),
     honoured("messages", MessagesValue, "a conversation, rendered by the chat template", (TOKENIZE,)),

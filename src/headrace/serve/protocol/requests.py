@@ -39,6 +39,8 @@ class GenerationRequest:
     prompt_tables: bool = False
     """Show `prompt_logprobs`, which an echo computes too."""
     token_ids: bool = False
+    tokens_as_ids: bool = False
+    """Write tokens as "token_id:5" beside their log-probabilities."""
     explain: bool = False
     request_id: str | None = None
     priority: int = 0
@@ -68,6 +70,7 @@ def read_generation_request(
         logprobs=_logprobs(body, endpoint),
         prompt_tables="prompt_logprobs" in body,
         token_ids=body.get("return_token_ids", False),
+        tokens_as_ids=body.get("return_tokens_as_token_ids", False),
         explain=body.get("explain", False),
         request_id=body.get("request_id"),
         priority=body.get("priority", 0),
@@ -104,6 +107,11 @@ def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
     )
     _need(
         priorities or not body.get("priority"), "priority needs a server with --scheduling-policy priority", "priority"
+    )
+    _need(
+        not body.get("return_tokens_as_token_ids") or _logprobs(body, endpoint) is not None,
+        "return_tokens_as_token_ids needs logprobs",
+        "return_tokens_as_token_ids",
     )
     if endpoint == CHAT:
         _need(

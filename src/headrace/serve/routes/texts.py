@@ -1,11 +1,13 @@
-"""/v1/embeddings, /tokenize and /detokenize."""
+"""/v1/embeddings, /tokenize, /detokenize and /tokenizer_info."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import struct
 import time
+from array import array
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +18,15 @@ from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
 from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.protocol.bodies import Reader
-from headrace.serve.protocol.document import DETOKENIZED, EMBEDDED, GENERATING, TOKENIZED, WITH_MODEL, responses
+from headrace.serve.protocol.document import (
+    DETOKENIZED,
+    EMBEDDED,
+    GENERATING,
+    TOKENIZED,
+    TOKENIZER,
+    WITH_MODEL,
+    responses,
+)
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
 from headrace.serve.routes.generation import read_chat, truncated
 from headrace.serve.text_service import TokenizedPrompt, several
@@ -24,8 +34,8 @@ from headrace.serve.text_service import TokenizedPrompt, several
 __all__ = ["texts_router"]
 
 EMBEDDING_HELP = (
-    "The mean over a text's tokens of the served model's last hidden states, fp32 and not normalised. "
-    "A model that was trained to generate gives embeddings of modest worth for search."
+    "The mean over a text's tokens of the served model's last hidden states, fp32, scaled to length 1 unless normalize "
+    "is false. A model that was trained to generate gives embeddings of modest worth for search."
 )
 
 
@@ -35,6 +45,7 @@ def texts_router(models: ModelDirectory) -> APIRouter:
     _add_embeddings(router, models)
     _add_tokenize(router, models)
     _add_detokenize(router, models)
+    _add_tokenizer_info(router, models)
     return router
 
 
@@ -60,6 +71,7 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
         prompts = await unless_gone(request, model.text.prompts("input", body["input"], special))
         prompts = [truncated(prompt, body, model) for prompt in prompts]
         made = await unless_gone(request, _embed(model, prompts))
+        vectors = [_unit(one.vector) if body.get("normalize", True) else one.vector for one in made]
         as_base64 = body.get("encoding_format") == "base64"
         count = sum(len(prompt.token_ids) for prompt in prompts)
         return JSON(
@@ -70,8 +82,8 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
                 "model": model.name,
                 "weights_version": made[-1].weights_version,
                 "data": [
-                    {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
-                    for i, e in enumerate(made)
+                    {"object": "embedding", "index": i, "embedding": _packed(vector) if as_base64 else vector}
+                    for i, vector in enumerate(vectors)
                 ],
                 "usage": {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count},
             }
@@ -127,6 +139,12 @@ def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
         return JSON({"prompt": await model.text.decode(body["tokens"])})
 
 
+def _add_tokenizer_info(router: APIRouter, models: ModelDirectory) -> None:
+    @router.get("/tokenizer_info", summary="The tokenizer's configuration", responses=responses(TOKENIZER))
+    async def tokenizer_info() -> Response:
+        return JSON(models.default.text.tokenizer.info())
+
+
 async def _embed(model: ServedModel, prompts: list[TokenizedPrompt]) -> list[Embedding]:
     """The embeddings of all prompts, or the first error."""
 
@@ -140,6 +158,12 @@ async def _embed(model: ServedModel, prompts: list[TokenizedPrompt]) -> list[Emb
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _unit(vector: list[float]) -> list[float]:
+    """The vector scaled to length 1, of fp32 numbers. One of zeros stays as it is."""
+    length = math.sqrt(math.fsum(x * x for x in vector)) or 1.0
+    return array("f", [x / length for x in vector]).tolist()
 
 
 def _packed(vector: list[float]) -> str:
