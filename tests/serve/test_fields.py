@@ -65,6 +65,7 @@ VALUES: dict[str | tuple[str, str], Any] = {
     "ignore_eos": True,
     "add_special_tokens": False,
     "truncate_prompt_tokens": 1,
+    "truncation_side": ("right", {"truncate_prompt_tokens": 1}),
     "add_generation_prompt": False,
     "chat_template": "{{ messages[0].content }}!",
     "skip_special_tokens": False,

@@ -300,7 +300,7 @@ def test_every_text_is_readable(browser, server, scheme):
             assert visit.page.evaluate(FAINT) == []
         visit.ask_for(model="another")
         visit.say()
-        visit.expect(visit.at("#notice-text")).to_contain_text("is not served here")
+        visit.expect(visit.at("#notice-text")).to_contain_text("does not exist")
         assert visit.page.evaluate(FAINT) == []
         visit.expect(visit.at("#prompt")).to_have_value(QUESTION)
 

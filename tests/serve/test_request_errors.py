@@ -193,7 +193,6 @@ def test_errors_of_requests_are_raised_with_their_field(room):
         *((on, {"stream_options": {}}) for on in BASE),
         *((on, {"stream_options": {"include_usage": False}}) for on in BASE),
         *((on, {"stream_options": {"include_usage": False, "continuous_usage_stats": False}}) for on in BASE),
-        *((on, {"stream_options": {"include_usage": None}, "stream": False}) for on in BASE),
         *((on, {"stream_options": {"include_usage": False}, "stream": True}) for on in BASE),
         *(
             (on, {"stream_options": {"include_usage": None, "continuous_usage_stats": None}, "stream": True})
@@ -204,6 +203,7 @@ def test_errors_of_requests_are_raised_with_their_field(room):
         *((on, {"priority": 0, "min_tokens": 0, "top_k": -1, "min_p": 0, "repetition_penalty": 1}) for on in BASE),
         *((on, {"stop": [], "stop_token_ids": [], "logit_bias": {}, "echo": False}) for on in BASE),
         *((on, {"seed": -1}) for on in BASE),
+        *((on, {"truncation_side": "left"}) for on in BASE),
         *((on, {"seed": -5}) for on in BASE),
         *((on, {"top_p": 0}) for on in BASE),
         (CHAT, {"chat_template_kwargs": {}}),
@@ -228,6 +228,12 @@ def test_what_asks_for_nothing_passes(server, endpoint, fields):
         (CHAT, {"best_of": True}, "best_of"),
         (COMPLETIONS, {"best_of": 3, "n": 2}, "best_of"),
         (COMPLETIONS, {"stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+        (COMPLETIONS, {"stream_options": {"continuous_usage_stats": None}}, "stream_options"),
+        (CHAT, {"stream_options": {"include_usage": None}, "stream": False}, "stream_options"),
+        (COMPLETIONS, {"seed": 2**63}, "seed"),
+        (CHAT, {"truncation_side": "right"}, "truncation_side"),
+        (COMPLETIONS, {"truncation_side": "both", "truncate_prompt_tokens": 1}, "truncation_side"),
+        (COMPLETIONS, {"truncate_prompt_tokens": 513}, "truncate_prompt_tokens"),
         (COMPLETIONS, {"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options"),
         (COMPLETIONS, {"stream_options": {"other": False}, "stream": True}, "stream_options"),
         (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
@@ -287,3 +293,53 @@ def test_a_body_may_begin_with_a_byte_order_mark(server):
     assert server.client.post(COMPLETIONS, content=b"\xef\xbb\xbf" * 2 + body).status_code == 400
     for endpoint, fields in ((TOKENIZE, {"prompt": "a"}), (EMBEDDINGS, {"input": "a"}), (DETOKENIZE, {"tokens": [5]})):
         assert server.client.post(endpoint, content=b"\xef\xbb\xbf" + json.dumps(fields).encode()).status_code == 200
+
+
+# ---- what other servers' clients look for in a message
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        (COMPLETIONS, {"prompt": [5, 100_000]}),
+        (EMBEDDINGS, {"input": [[5], [100_000]]}),
+        (DETOKENIZE, {"tokens": [5, 100_000]}),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"100000": 1}}),
+        (CHAT, {"messages": HI, "stop_token_ids": [100_000]}),
+        (CHAT, {"messages": HI, "allowed_token_ids": [100_000]}),
+    ],
+)
+def test_a_token_id_that_does_not_exist_is_named_with_the_vocabularys_size(server, llm, endpoint, fields):
+    message = refused(server.post(endpoint, **fields))["message"]
+    assert "100000" in message and "out of vocabulary" in message and str(llm.tokenizer.vocab_size) in message
+
+
+def test_a_model_that_does_not_exist_is_named_as_such(server):
+    for answer in (server.post(COMPLETIONS, prompt="a", model="other"), server.client.get("/v1/models/other")):
+        error = refused(answer, 404)
+        assert "'other' does not exist" in error["message"] and "'tiny'" in error["message"]
+
+
+def test_every_key_of_logit_bias_that_is_no_id_is_named(server):
+    message = refused(server.post(COMPLETIONS, prompt="a", logit_bias={"bad1": 50, "7": 1, "bad2": 20}))["message"]
+    assert "'bad1'" in message and "'bad2'" in message and "'7'" not in message
+    many = {f"bad{i}" + "x" * 100: 1 for i in range(1000)}
+    assert len(refused(server.post(COMPLETIONS, prompt="a", logit_bias=many))["message"]) < 800
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", [8, 9, 10, 11]), ("right", [5, 6, 7, 8]), (None, [8, 9, 10, 11])])
+def test_a_prompt_is_cut_at_either_end(server, side, kept):
+    fields = {"truncate_prompt_tokens": 4, "truncation_side": side, "max_tokens": 1, "return_token_ids": True}
+    ids = server.post(COMPLETIONS, prompt=list(range(5, 12)), **fields).json()["choices"][0]["prompt_token_ids"]
+    assert ids == kept
+    vector, expected = (
+        server.post(EMBEDDINGS, input=ids, **more).json()["data"][0]["embedding"]
+        for ids, more in ((list(range(5, 12)), {"truncate_prompt_tokens": 4, "truncation_side": side}), (kept, {}))
+    )
+    assert vector == expected
+
+
+def test_a_prompt_cannot_be_cut_to_more_than_the_context(server):
+    for endpoint, fields in ((EMBEDDINGS, {"input": "a"}), (CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": "a"})):
+        error = refused(server.post(endpoint, **fields, truncate_prompt_tokens=513))
+        assert error["param"] == "truncate_prompt_tokens" and "513" in error["message"] and "512" in error["message"]

@@ -252,5 +252,5 @@ class Frontend:
         vocabulary = self.model_config.vocab_size
         for token in ids:
             if not 0 <= token < vocabulary:
-                reason = f"{{{field}}} has token id {{}}, and the vocabulary ends at {{}}"
-                raise RequestError.about(field, reason, token, vocabulary - 1)
+                reason = f"{{{field}}} has token id {{}}, which is out of vocabulary: there are {{}} tokens, from 0"
+                raise RequestError.about(field, reason, token, vocabulary)

@@ -43,11 +43,12 @@ class TokenizedPrompt:
     place: str
     """In the request: a field, or one entry of it."""
 
-    def last(self, count: int) -> TokenizedPrompt:
-        """The last `count` tokens."""
+    def cut(self, count: int, from_start: bool = False) -> TokenizedPrompt:
+        """The last `count` tokens, or the first ones."""
         if len(self.token_ids) <= count:
             return self
-        return TokenizedPrompt(None, self.token_ids[-count:] if count else [], self.place)
+        kept = self.token_ids[:count] if from_start else self.token_ids[len(self.token_ids) - count :]
+        return TokenizedPrompt(None, kept, self.place)
 
 
 class TextService:

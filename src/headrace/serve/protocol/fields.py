@@ -40,6 +40,7 @@ MOST_BIASES = 1024
 Count = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Constraint(ge=1, le=2**31 - 1)]
 Id = Annotated[int, Constraint(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Constraint(ge=-(2**63), le=2**63 - 1)]
 Version = Annotated[int, Constraint(ge=0, le=2**53 - 1)]
 WholeOrMinusOne = Annotated[int, Constraint(ge=-1, le=2**31 - 1)]
 Text = Annotated[str, Constraint(min_length=1)]
@@ -141,7 +142,7 @@ TABLE: tuple[Field, ...] = (
     ),
     honoured("top_k", WholeOrMinusOne, "sample among the k best; 0 or -1 is all", sets="top_k"),
     honoured("min_p", float, "drop tokens below this share of the best one's probability", sets="min_p"),
-    honoured("seed", int, "the same seed gives the same tokens, whatever else runs; -1 is a random one", sets="seed"),
+    honoured("seed", Seed, "the same seed gives the same tokens, whatever else runs; -1 is a random one", sets="seed"),
     honoured(
         "frequency_penalty",
         float,
@@ -175,6 +176,12 @@ TABLE: tuple[Field, ...] = (
         "truncate_prompt_tokens",
         WholeOrMinusOne,
         "keep the last so many tokens of a prompt; -1 is as many as the context holds",
+        PROMPTS,
+    ),
+    honoured(
+        "truncation_side",
+        Literal["left", "right"],
+        "where truncate_prompt_tokens cuts: left, the start, by default; right keeps the first tokens",
         PROMPTS,
     ),
     honoured(
@@ -269,7 +276,6 @@ TABLE: tuple[Field, ...] = (
     refused("vllm_xargs", "there are no extensions to take them", {}),
     refused("watermarking", "text is not marked", False),
     refused("spaces_between_special_tokens", "special tokens are written as the tokenizer does", True),
-    refused("truncation_side", "prompts are cut at their start", "left", on=PROMPTS),
     refused("logprob_token_ids", "log-probabilities are of the best tokens: ask for logprobs"),
     refused("return_tokens_as_token_ids", "return_token_ids gives the ids beside the text", False),
     refused("return_prompt_token_ids", "return_token_ids gives the prompt's too", False),

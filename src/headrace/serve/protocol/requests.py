@@ -16,6 +16,7 @@ from headrace.serve.protocol.fields import CHAT, TABLE
 __all__ = ["GenerationRequest", "read_generation_request"]
 
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
+MOST_SHOWN = 8
 PADDING = "include_obfuscation"
 """A stream option of OpenAI's that may be false."""
 SAMPLING = {field.name: field.sampling for field in TABLE if field.sampling is not None}
@@ -131,7 +132,7 @@ def _check_stream_options(options: Mapping[str, Any], stream: bool) -> None:
         )
         _need(value is None or isinstance(value, bool), f"{field} must be true or false", "stream_options")
         _need(not value or name != PADDING, f"{field} cannot be honoured: chunks are not padded", "stream_options")
-    _need(stream or True not in options.values(), "stream_options needs stream: true", "stream_options")
+    _need(stream or not set(options.values()) - {False}, "stream_options needs stream: true", "stream_options")
 
 
 def _logprobs(body: Body, endpoint: str) -> int | None:
@@ -145,7 +146,7 @@ def _sampling_params(
 ) -> SamplingParams:
     """The model's defaults, overridden by OpenAI's for the endpoint, then by the request's."""
     given = {SAMPLING[name]: value for name, value in body.items() if name in SAMPLING}
-    given["logit_bias"] = {_token_id(key): value for key, value in body.get("logit_bias", {}).items()}
+    given["logit_bias"] = _biases(body.get("logit_bias", {}))
     given["n"] = body.get("n", 1)
     given["stop"] = body.get("stop", ())
     if body.get("use_beam_search", False):
@@ -166,8 +167,12 @@ def _sampling_params(
         return SamplingParams(**{**defaults, **({"max_tokens": None} if endpoint == CHAT else {}), **given})
 
 
-def _token_id(key: str) -> int:
+def _biases(sent: Mapping[str, float]) -> dict[int, float]:
+    wrong = [key for key in sent if not (key.isascii() and key.isdecimal() and len(key) < 11)]
+    shown = ", ".join(repr(key[:60]) for key in wrong[:MOST_SHOWN]) + ", …" * (len(wrong) > MOST_SHOWN)
     _need(
-        key.isascii() and key.isdecimal() and len(key) < 11, f"logit_bias: {key[:60]!r} is not a token id", "logit_bias"
+        not wrong,
+        f"logit_bias: {shown} {'is not a token id' if len(wrong) == 1 else 'are not token ids'}",
+        "logit_bias",
     )
-    return int(key)
+    return {int(key): value for key, value in sent.items()}

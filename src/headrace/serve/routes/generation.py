@@ -83,12 +83,18 @@ async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
 
 
 def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> TokenizedPrompt:
-    """The prompt, cut at its start as `truncate_prompt_tokens` asks."""
-    count = body.get("truncate_prompt_tokens")
+    """The prompt, cut as `truncate_prompt_tokens` and `truncation_side` ask."""
+    count, side = body.get("truncate_prompt_tokens"), body.get("truncation_side", "left")
+    most = model.gateway.info.max_model_len
     if count is None:
+        if side == "right":
+            raise RefusedError("truncation_side: right needs truncate_prompt_tokens", "truncation_side")
         return prompt
+    if count > most:
+        reason = f"truncate_prompt_tokens={count} is more than the context of {most} tokens"
+        raise RefusedError(reason, "truncate_prompt_tokens")
     # With -1, one place is left for a token to be generated.
-    return prompt.last(model.gateway.info.max_model_len - 1 if count < 0 else count)
+    return prompt.cut(most - 1 if count < 0 else count, side == "right")
 
 
 def _last_message(body: Body) -> str:

@@ -132,10 +132,11 @@ def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
     async def detokenize(request: Request) -> Response:
         body = reader.read(await request.body())
         model = models.of(body)
-        last = model.gateway.info.vocab_size - 1
+        size = model.gateway.info.vocab_size
         for token in body["tokens"]:
-            if token > last:
-                raise RefusedError(f"tokens has id {token}, and the vocabulary ends at {last}", "tokens")
+            if token >= size:
+                reason = f"tokens has token id {token}, which is out of vocabulary: there are {size} tokens, from 0"
+                raise RefusedError(reason, "tokens")
         return JSON({"prompt": await model.text.decode(body["tokens"])})
 
 
