@@ -73,6 +73,7 @@ VALUES: dict[str | tuple[str, str], Any] = {
     "explain": True,
     "encoding_format": "base64",
     "normalize": False,
+    "use_activation": False,
     ("return_tokens_as_token_ids", COMPLETIONS): (True, {"logprobs": 1}),
     ("return_tokens_as_token_ids", CHAT): (True, {"logprobs": True}),
     "return_token_strs": True,

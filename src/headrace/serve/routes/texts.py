@@ -71,7 +71,8 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
         prompts = await unless_gone(request, model.text.prompts("input", body["input"], special))
         prompts = [truncated(prompt, body, model) for prompt in prompts]
         made = await unless_gone(request, _embed(model, prompts))
-        vectors = [_unit(one.vector) if body.get("normalize", True) else one.vector for one in made]
+        unit = body.get("normalize", body.get("use_activation", True))
+        vectors = [_unit(one.vector) if unit else one.vector for one in made]
         as_base64 = body.get("encoding_format") == "base64"
         count = sum(len(prompt.token_ids) for prompt in prompts)
         return JSON(
