@@ -295,6 +295,13 @@ def test_a_body_may_begin_with_a_byte_order_mark(server):
         assert server.client.post(endpoint, content=b"\xef\xbb\xbf" + json.dumps(fields).encode()).status_code == 200
 
 
+@pytest.mark.parametrize("endpoint", BASE)
+def test_usage_that_is_not_wanted_is_in_no_chunk(server, endpoint):
+    options = {"include_usage": False, "continuous_usage_stats": True}
+    answer = server.client.post(endpoint, json={**BASE[endpoint], "stream": True, "stream_options": options})
+    assert answer.status_code == 200 and '"usage":{' not in answer.text
+
+
 # ---- what other servers' clients look for in a message
 
 

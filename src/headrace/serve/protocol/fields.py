@@ -133,7 +133,7 @@ TABLE: tuple[Field, ...] = (
         "stream_options",
         dict[str, Any],
         "include_usage: a last chunk with usage and no choices; "
-        "continuous_usage_stats: usage in every chunk. True needs stream",
+        "continuous_usage_stats: usage in every chunk, unless include_usage is false. True needs stream",
     ),
     # Sampling.
     honoured("temperature", float, "0 is greedy", sets="temperature"),

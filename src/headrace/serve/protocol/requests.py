@@ -65,7 +65,7 @@ def read_generation_request(
         params=_sampling_params(body, endpoint, defaults, only_echo, names),
         stream=body.get("stream", False),
         include_usage=options.get("include_usage") is True,
-        continuous_usage=options.get("continuous_usage_stats") is True,
+        continuous_usage=options.get("continuous_usage_stats") is True and options.get("include_usage") is not False,
         echo=body.get("echo", False),
         only_echo=only_echo,
         logprobs=_logprobs(body, endpoint),
