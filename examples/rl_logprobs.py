@@ -25,7 +25,7 @@ from headrace.train.data import TrainingBatch, batch_of
 from headrace.train.run import train
 from headrace.train.trainer import Trainer
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
+RECIPE = "demo"
 PROMPTS = ["Once upon a time, Mia", "One day, Tom went to", "Once upon a time, there"]
 RATE = 1e-3
 

@@ -40,6 +40,20 @@ def test_commands_are_understood(page):
         build_parser().parse_args(words)
 
 
+@pytest.mark.parametrize("file", ["Dockerfile", "headrace.service"])
+def test_a_deployment_s_command_is_understood(file):
+    lines = (ROOT / "deploy" / file).read_text().splitlines()
+    found = [shlex.split(line.partition("headrace serve ")[2]) for line in lines if "headrace serve " in line]
+    assert [build_parser().parse_args(["serve", *words]).model[-5:] for words in found] == ["MODEL"]
+
+
+def test_the_dockerfile_copies_what_is_there():
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in copied) and {name.split("/")[0] for name in copied} == allowed
+
+
 def test_the_readme_has_commands():
     assert len(list(commands(ROOT / "README.md"))) > 12
 

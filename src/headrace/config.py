@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from headrace.errors import ConfigError
@@ -18,7 +19,7 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raise `ConfigError` unless `value` is one of `allowed`."""
     require(value in allowed, f"{name}={value!r} is not one of {', '.join(allowed)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ RANK_TIMEOUT = 120.0
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def option(default: Any, text: str, why: str, choices: Iterable[str] = (), **extra: Any) -> Any:
+def option(default: Any, text: str, why: str, choices: Collection[str] = (), **extra: Any) -> Any:
     """A dataclass field with its help text for the command line and the reason for its default."""
-    return field(default=default, metadata={"help": text, "why": why, "choices": tuple(choices), **extra})
+    return field(default=default, metadata={"help": text, "why": why, "choices": choices, **extra})
 
 
 def parse_bytes(value: str | int) -> int:
