@@ -20,7 +20,7 @@ CONFIG = {
     "checks": {"positive_data_acceptance": {"enabled": False}},
 }
 MOST_TOKENS = 8
-OPERATIONS = 11
+OPERATIONS = 12
 UNLIKELY = {field.name for field in TABLE if field.handling == "refused"} | {
     "reasoning_effort",
     "chat_template",

@@ -225,7 +225,7 @@ def test_chat_talks_to_a_server(server):
     messages = [{"role": "user", "content": "Where does Mia live?"}]
     answer = server.post("/v1/chat/completions", messages=messages, temperature=0, max_tokens=12).json()
     assert first == second == answer["choices"][0]["message"]["content"] and said.returncode == 0
-    assert "not served" in chat("hi\n", "another").stderr
+    assert "does not exist" in chat("hi\n", "another").stderr
     assert "--block-size does not apply with --url" in chat("hi\n", "--block-size", "8").stderr
     gone = subprocess.run(
         [sys.executable, "-m", "headrace", "chat", "--url", "http://127.0.0.1:9"],

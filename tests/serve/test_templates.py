@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from headrace.serve.errors import RefusedError
+from headrace.errors import RequestError
 from headrace.serve.templates import TemplateWorker
 from serve.gateway_kit import begun
 
@@ -68,7 +68,7 @@ def test_it_renders_what_it_is_given():
 def test_a_hostile_template_is_refused_and_the_next_one_works(source, says):
     async def scenario(worker):
         await worker.start()
-        with pytest.raises(RefusedError, match=says) as refused:
+        with pytest.raises(RequestError, match=says) as refused:
             await worker.render(job(source))
         assert refused.value.param in ("messages", "chat_template")
         assert await worker.render(job()) == "<user>hello"
@@ -78,7 +78,7 @@ def test_a_hostile_template_is_refused_and_the_next_one_works(source, says):
 
 def test_a_variable_that_the_template_does_not_use_is_refused():
     async def scenario(worker):
-        with pytest.raises(RefusedError, match="does not use enable_thinking") as refused:
+        with pytest.raises(RequestError, match="does not use enable_thinking") as refused:
             await worker.render(job(enable_thinking=True))
         assert refused.value.param == "chat_template_kwargs"
         shown = await worker.render(job("{{ 'on' if enable_thinking else 'off' }}", enable_thinking=True))
@@ -94,7 +94,7 @@ def test_a_worker_that_dies_is_replaced():
         os.kill(pid, signal.SIGKILL)
         try:  # it may be noticed before the job is sent, or by its answer that never comes
             assert await worker.render(job()) == "<user>hello"
-        except RefusedError:
+        except RequestError:
             assert await worker.render(job()) == "<user>hello"
         assert worker.pid != pid
 

@@ -25,7 +25,7 @@ from headrace.serve.protocol.forms import Form, prompt_tables, usage
 from headrace.serve.protocol.logprobs import PlacedToken, TokenQueue, TokenShapes
 from headrace.serve.protocol.requests import GenerationRequest
 from headrace.serve.text_service import TokenizedPrompt
-from headrace.text.places import Place
+from headrace.text.places import TokenPlace
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Answers"]
@@ -36,7 +36,7 @@ class _Echo:
     """A prompt's text, which an answer begins with."""
 
     text: str
-    places: Sequence[Place] = ()
+    places: Sequence[TokenPlace] = ()
     """Of each token in it, where their log-probabilities are shown."""
 
 

@@ -17,7 +17,7 @@ from headrace.errors import renamed_fields
 from headrace.serve.errors import RefusedError
 from headrace.serve.templates import TemplateWorker
 from headrace.text.messages import read_messages
-from headrace.text.places import Place, places_of_ids, places_of_text
+from headrace.text.places import TokenPlace, places_of_ids, places_of_text
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["TextService", "TokenizedPrompt", "several"]
@@ -81,10 +81,10 @@ class TextService:
         """The text of token ids, special tokens included."""
         return await self._off_loop(len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens=False))
 
-    async def placed(self, prompt: TokenizedPrompt, goes_on: bool) -> tuple[str, list[Place]]:
+    async def placed(self, prompt: TokenizedPrompt, goes_on: bool) -> tuple[str, list[TokenPlace]]:
         """The text of a prompt, after which a text `goes_on` or not, and where each of its tokens stands in it."""
 
-        def work() -> tuple[str, list[Place]]:
+        def work() -> tuple[str, list[TokenPlace]]:
             text, ids = prompt.text, prompt.token_ids
             if text is None:
                 return places_of_ids(self.tokenizer, ids, goes_on)

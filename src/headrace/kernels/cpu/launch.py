@@ -43,7 +43,6 @@ __all__ = [
     "kernel",
     "set_threads",
     "source_key",
-    "start_threads",
     "thread_count",
     "vector_features",
 ]
@@ -198,12 +197,3 @@ def set_threads(threads: int) -> None:
 
 
 _calling = threading.local()
-
-
-@functools.cache
-def start_threads() -> None:
-    """Start the kernels' threads, once: our own pool on Linux, elsewhere Numba's layer, which needs no start."""
-    from headrace.kernels.cpu import pool  # here, since its code is built of intrinsics that import this module
-
-    if numba_config.THREADING_LAYER == "default" and pool.works_here():
-        pool.start_pool(numba_config.NUMBA_NUM_THREADS)

@@ -16,12 +16,14 @@ task, which the owner waits for: so no thread sees half a job.
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import cfunc, njit
 from numba.core import cgutils, types
@@ -30,7 +32,7 @@ from numba.np.ufunc import parallel
 from headrace.kernels.cpu.launch import cached
 from headrace.kernels.cpu.simd import operator
 
-__all__ = ["start_pool", "works_here"]
+__all__ = ["start_threads", "works_here"]
 
 PATIENCE, SHORT = 2_000_000, 50_000
 """Nanoseconds for which a thread polls before it sleeps, while the cores are ours and while others need them."""
@@ -241,8 +243,18 @@ def works_here() -> bool:
     return platform.system() == "Linux" and platform.machine() in FUTEX
 
 
-def start_pool(threads: int) -> None:
-    """Run the parallel loops of kernels that are compiled or loaded from now on with this pool of `threads` threads."""
+@functools.cache
+def start_threads() -> None:
+    """Start the pool, once: it runs the loops of all kernels that are compiled or loaded from now on.
+
+    Where it does not work, or NUMBA_THREADING_LAYER names a layer, Numba's layer starts with the first loop.
+    """
+    config: Any = numba.config
+    if config.THREADING_LAYER == "default" and works_here():
+        _start(config.NUMBA_NUM_THREADS)
+
+
+def _start(threads: int) -> None:
     libc = ctypes.CDLL(None)
     libc.calloc.restype = ctypes.c_void_p
     # Never freed: threads use it until the process ends.

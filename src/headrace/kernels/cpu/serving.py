@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headrace.kernels.base import BaseOps
 from headrace.kernels.cpu import attention as paged
-from headrace.kernels.cpu import elementwise, launch
+from headrace.kernels.cpu import elementwise, launch, pool
 from headrace.kernels.cpu import sample as sampling
 from headrace.kernels.cpu.linear import linear, linear_part
 from headrace.kernels.cpu.tree import fold, most_nodes
@@ -44,7 +44,7 @@ class CpuServingOps(BaseOps):
     name = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        launch.start_threads()
+        pool.start_threads()
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)
         self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}

@@ -278,7 +278,6 @@ TABLE: tuple[Field, ...] = (
     refused("watermarking", "text is not marked", False),
     refused("spaces_between_special_tokens", "special tokens are written as the tokenizer does", True),
     refused("logprob_token_ids", "log-probabilities are of the best tokens: ask for logprobs"),
-    refused("return_tokens_as_token_ids", "return_token_ids gives the ids beside the text", False),
     refused("return_prompt_token_ids", "return_token_ids gives the prompt's too", False),
     refused("return_token_offsets", "places of tokens in the text are not computed", False),
     refused("return_prompt_text", "echo gives a prompt's text", False),

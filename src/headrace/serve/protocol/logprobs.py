@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from headrace.llm.outputs import CompletionOutput, Logprob
 from headrace.text.detokenizer import Detokenizer
-from headrace.text.places import Place
+from headrace.text.places import TokenPlace
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["PlacedToken", "TokenQueue", "TokenShapes"]
@@ -19,7 +19,7 @@ class PlacedToken(NamedTuple):
 
     table: Mapping[int, Logprob]
     """Itself first. The first token of a prompt has rank 0: it is not predicted."""
-    place: Place
+    place: TokenPlace
 
     @property
     def token_id(self) -> int:
@@ -44,7 +44,7 @@ class TokenQueue:
         for token_id, table in zip(part.token_ids, part.logprobs or ()):
             offset, opens = self._detokenizer.place(token_id)
             self._detokenizer.push((token_id,))
-            self._waiting.append(PlacedToken(table, Place(self._begin + offset, opens)))
+            self._waiting.append(PlacedToken(table, TokenPlace(self._begin + offset, opens)))
         ready = []
         while self._waiting and (part.finish_reason or self._waiting[0].place.offset <= self._length):
             token = self._waiting.popleft()
