@@ -95,15 +95,6 @@ class TextService:
 
         return await self._off_loop(16 * len(prompt.token_ids), work)
 
-    async def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token, as in the middle of a longer text."""
-
-        def work() -> list[str]:
-            known = {i: self.tokenizer.token_text(i) for i in set(ids)}
-            return [known[i] for i in ids]
-
-        return await self._off_loop(16 * len(ids), work)
-
     async def prompts(self, field: str, given: Any, add_special_tokens: bool) -> list[TokenizedPrompt]:
         """Tokenize the prompts of a field: a text, token ids, or a list of either."""
         many = several(given)
