@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import random
 import shlex
 import statistics
 import sys
@@ -28,7 +27,7 @@ from headrace.bench.measure import interleave, rates, write_results
 from headrace.bench.models import SHAPES, random_checkpoint
 from headrace.bench.serving import RequestRow, find_model, make_calls, run_calls
 from headrace.bench.summary import spread, summarise
-from headrace.bench.traces import Prompts, TraceRow, read_trace, schedule
+from headrace.bench.traces import Prompts, TraceRow, read_trace, schedule, synthetic
 from serve_sides import RunningServer, Worker, headrace, peer
 
 STREAMS, PROMPT, OUTPUT = 32, 128, 128
@@ -80,7 +79,7 @@ def at_once(
 ) -> list[RequestRow]:
     """`count` requests, all at once without a rate."""
     plan = [(i / rate, TraceRow(0.0, prompt, output)) for i in range(count)]
-    calls = make_calls(plan, Prompts(VOCAB, seed), find_model(server.url))
+    calls = make_calls(plan, Prompts(VOCAB, seed), find_model(server.url).name)
     return asyncio.run(run_calls(server.url, calls, limit))
 
 
@@ -172,7 +171,7 @@ def answers(b: Bench) -> None:
 def trace(b: Bench) -> None:
     """The same requests at the same times to each server, in turn, each started anew."""
     a = b.arguments
-    rows = read_trace(Path(a.trace)) if a.trace else _made_up()
+    rows = read_trace(Path(a.trace)) if a.trace else synthetic(2000)
     duration = 4.0 if b.quick else a.duration
     plan = schedule(rows, a.rate, duration)
     longest = max(sum(Prompts(VOCAB, 0, a.scale).lengths(row)) for _, row in plan) + 8
@@ -202,7 +201,7 @@ def trace(b: Bench) -> None:
         seed = b.fresh()
         for name in names:
             with sides[name]() as server:
-                model = find_model(server.url)
+                model = find_model(server.url).name
                 at_once(server, 2, 16, 4, 10_000 + seed)
                 calls = make_calls(plan, Prompts(VOCAB, seed, a.scale), model)
                 done = asyncio.run(run_calls(server.url, calls, duration + a.grace))
@@ -245,17 +244,6 @@ def _ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
                 low, high = min(pairs), max(pairs)
                 parts.append(f"{name[:-3]} {k} {statistics.median(pairs):.2f}× ({low:.2f}–{high:.2f}{tie})")
     return "  ".join(parts) + "  (less is better)"
-
-
-def _made_up() -> list[TraceRow]:
-    """Poisson arrivals with the lengths of conversations, for runs without a trace."""
-    from headrace.bench.load import conversation_lengths
-
-    draw, now, rows = random.Random(0), 0.0, []
-    for prompt, output in conversation_lengths(2000, 1.0)[1]:
-        now += draw.expovariate(1.0)
-        rows.append(TraceRow(now, prompt, output))
-    return rows
 
 
 def memory(b: Bench) -> None:

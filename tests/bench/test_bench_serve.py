@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import http.server
 import json
 import re
 import socket
+import threading
 
 import pytest
 
@@ -77,6 +79,72 @@ def test_a_run_from_the_command_line(capsys, server, trace, tmp_path):
         assert len(row["tokens_at"]) == row["output_tokens"]
         assert row["scheduled"] <= row["sent"] <= row["tokens_at"][0] <= row["tokens_at"][-1] <= row["end"]
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("ttft", "gaps", "in_flight"))
+
+
+def test_without_a_trace_the_load_fits_the_server(capsys, server, tmp_path):
+    """The model has 512 tokens and 512 positions: a load that ignores either gets 400."""
+    out = tmp_path / "out"
+    code, text, error = bench(capsys, "--url", server.url, "--rate", 100, "--duration", 0.2, "--out", out)
+    assert (code, error) == (0, "") and "20 of 20 requests answered" in text and "synthetic requests" in text
+    found = json.loads((out / "serve.json").read_text())
+    assert found["settings"]["vocab_size"] == server.client.get("/v1/models").json()["data"][0]["vocab_size"]
+    assert len({row["prompt_tokens"] for row in found["requests"]}) > 5
+
+
+def test_requests_that_cannot_fit_are_announced(capsys, server, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": i, "input_length": n, "output_length": 2} for i, n in enumerate((600, 900, 8))]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load = ("--url", server.url, "--trace", trace, "--rate", 50, "--duration", 1)
+    code, text, error = bench(capsys, *load)
+    assert code == 0 and "1 of 3 requests answered" in text and "2 × HTTP 400" in text
+    assert error.strip() == (
+        "headrace: warning: 2 of 3 requests are longer than the server's 512 tokens, and will be refused: "
+        "--scale 0.56 makes them fit"
+    )
+    code, text, error = bench(capsys, *load, "--scale", 0.56)
+    assert (code, error) == (0, "") and "3 of 3 requests answered" in text
+    code, text, error = bench(capsys, *load, "--max-requests", 2)
+    assert (code, text) == (2, "") and "all 2 requests are longer than the server's 512 tokens: --scale 0.56" in error
+
+
+def test_a_vocabulary_that_the_server_does_not_have_is_refused(capsys, server):
+    code, out, error = bench(capsys, "--url", server.url, "--vocab-size", 513)
+    assert (code, out) == (2, "") and "--vocab-size 513 is more than the server's 512" in error
+
+
+@pytest.mark.parametrize("answers, expected", [([400] * 3, 1), ([400, 200, 400], 0), ([200] * 3, 0)])
+def test_a_run_in_which_every_request_failed_fails(capsys, answers, expected):
+    """Against a server that names neither its vocabulary nor its longest sequence."""
+    left = list(answers)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.answer(200, b'{"data": [{"id": "other"}, {"id": "m", "max_model_len": null}]}')
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status = left.pop()
+            self.answer(status, event("a") + b"data: [DONE]\n\n" if status == 200 else b'{"error": {"message": "no"}}')
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            code, text, error = bench(capsys, "--url", url, "--model", "m", "--rate", 100, "--duration", 0.03)
+        finally:
+            server.shutdown()
+    assert code == expected and f"{answers.count(200)} of 3 requests answered" in text
+    assert error == ("headrace: every request failed\n" if expected else "")
 
 
 def test_prompts_that_share_blocks_are_found_in_the_cache(server):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.bench.traces import BLOCK_TOKENS, Prompts, TraceRow, read_trace, schedule
+from headrace.bench.traces import BLOCK_TOKENS, Prompts, TraceRow, fitting_scale, read_trace, schedule, synthetic
 from headrace.errors import ConfigError
 
 VOCAB = 1000
@@ -48,6 +48,19 @@ def test_a_block_that_is_cut_short_is_the_beginning_of_the_whole_one(short, long
     a, b = (prompts.make(i, TraceRow(0.0, n, 1, (7, 8))) for i, n in enumerate((short, long)))
     common = min(short, long)
     assert a[:common] == b[:common]
+
+
+def test_a_synthetic_load_has_the_trace_s_lengths_and_fits():
+    rows = synthetic(3000, seed=1)
+    assert rows == synthetic(3000, seed=1) != synthetic(3000, seed=2)
+    middle = sorted(row.input_tokens for row in rows)[1500]
+    assert 950 < middle < 1100 and rows[-1].time == pytest.approx(3000, rel=0.1)
+    assert all(a.time < b.time for a, b in zip(rows, rows[1:]))
+    for longest in (2, 3, 17, 512, 5000):
+        prompts = Prompts(scale=fitting_scale(rows, longest))
+        assert all(sum(prompts.lengths(row)) <= longest for row in rows)
+    assert max(sum(Prompts(scale=fitting_scale(rows, 512)).lengths(row)) for row in rows) > 0.85 * 512
+    assert fitting_scale(rows, 10**6) == 1.0
 
 
 def test_prompts_are_a_function_of_the_seed_and_rows_without_hashes_share_nothing():

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 
 from headrace.errors import CheckpointError, HeadraceError
-from headrace.model.huggingface import load_model, read_config, resolve, save_model
+from headrace.model.folder import read_config, resolve
+from headrace.model.huggingface import load_model, save_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import random
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace.bench.traces import lengths
 from headrace.engine.engine import Engine
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
@@ -19,9 +19,6 @@ from headrace.engine.schedule.sampling import SamplingParams
 __all__ = ["Job", "Outcome", "conversation_lengths", "random_jobs", "run_jobs"]
 
 TRACE = "traces/azure2023"
-PROMPT_P50, PROMPT_P99 = 1020, 4142
-OUTPUT_P50, OUTPUT_P99 = 129, 601
-Z99 = 2.3263
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +63,8 @@ def conversation_lengths(count: int, scale: float, seed: int = 0) -> tuple[str, 
             rows = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in csv.DictReader(lines)]
         source, picked = "Azure 2023 conversations", draw.sample(rows, count)
     else:
-        source = "lognormal with the medians of Azure 2023 conversations"
-        picked = [
-            (_lognormal(draw, PROMPT_P50, PROMPT_P99), _lognormal(draw, OUTPUT_P50, OUTPUT_P99)) for _ in range(count)
-        ]
+        source, picked = "lognormal with the medians of Azure 2023 conversations", lengths(count, draw)
     return f"{source} × {scale:g}", [(max(1, round(p * scale)), max(1, round(o * scale))) for p, o in picked]
-
-
-def _lognormal(draw: random.Random, p50: float, p99: float) -> int:
-    return round(draw.lognormvariate(math.log(p50), math.log(p99 / p50) / Z99))
 
 
 def random_jobs(lengths: Iterable[tuple[int, int]], vocab_size: int, seed: int = 0, prefix: int = 0) -> list[Job]:

@@ -22,7 +22,7 @@ from headrace.bench.wire import Endpoint, WireError, post
 from headrace.config import require
 from headrace.errors import RequestError
 
-__all__ = ["Call", "RequestRow", "find_model", "make_calls", "run_calls"]
+__all__ = ["Call", "RequestRow", "Target", "find_model", "make_calls", "run_calls"]
 
 PATH = "/v1/completions"
 PROBE_SECONDS = 10.0
@@ -77,6 +77,15 @@ class RequestRow:
         return self.end - self.sent if self.end is not None and self.sent is not None else None
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model to measure, and what its server says of it (headrace says both, vLLM the first)."""
+
+    name: str
+    max_model_len: int | None = None
+    vocab_size: int | None = None
+
+
 class _ChunkChoice(msgspec.Struct):
     text: str | None = None
     finish_reason: str | None = None
@@ -101,7 +110,7 @@ class _Chunk(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 
-def find_model(url: str, key: str | None = None, model: str | None = None) -> str:
+def find_model(url: str, key: str | None = None, model: str | None = None) -> Target:
     """`model`, or the first that the server lists. Raises `RequestError` if it is unreachable or refuses the key."""
     base = url.rstrip("/").removesuffix("/v1")
     Endpoint.of(base, PATH, key)
@@ -114,12 +123,18 @@ def find_model(url: str, key: str | None = None, model: str | None = None) -> st
         raise RequestError(f"{base} cannot be reached: {error}") from None
     if answer.status_code in (401, 403):
         raise RequestError(f"{base} refuses the key ({answer.status_code}): give --api-key or HEADRACE_API_KEY")
-    if model:
-        return model
     try:
-        return str(answer.json()["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise RequestError(f"{base} lists no model (/v1/models answers {answer.status_code}): give --model") from None
+        cards = {str(card["id"]): card for card in answer.json()["data"]}
+    except (ValueError, KeyError, TypeError):
+        cards = {}
+    name = model or next(iter(cards), None)
+    if name is None:
+        raise RequestError(f"{base} lists no model (/v1/models answers {answer.status_code}): give --model")
+    return Target(name, *(_count(cards.get(name, {}).get(key)) for key in ("max_model_len", "vocab_size")))
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def make_calls(

@@ -1,4 +1,4 @@
-"""Traces of real traffic: arrival times, lengths, and shared prefixes of requests.
+"""Traces of real traffic, and a synthetic one: arrival times, lengths, and shared prefixes of requests.
 
 Two formats, recognised by their content: Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) and Mooncake's JSONL
 (timestamp in ms, input_length, output_length, and hash_ids: one for each block of 512 tokens).
@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,17 @@ import numpy as np
 from headrace.config import require
 from headrace.errors import ConfigError
 
-__all__ = ["BLOCK_TOKENS", "Prompts", "TraceRow", "read_trace", "schedule"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "Prompts",
+    "TraceRow",
+    "fitting_scale",
+    "lengths",
+    "read_trace",
+    "request_count",
+    "schedule",
+    "synthetic",
+]
 
 BLOCK_TOKENS = 512
 """Tokens that one hash id of a Mooncake trace stands for."""
@@ -28,6 +39,10 @@ FIRST_ID = 3
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
 SHARED, OWN = 0, 1
+PROMPT_P50, PROMPT_P99 = 1020, 4142
+OUTPUT_P50, OUTPUT_P99 = 129, 601
+"""Of Azure's conversations of 2023."""
+Z99 = 2.3263
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,24 @@ def read_trace(path: Path) -> list[TraceRow]:
         )
     require(bool(rows), f"the trace {path} holds no requests")
     return sorted(rows, key=lambda row: row.time)
+
+
+def synthetic(count: int, seed: int = 0) -> list[TraceRow]:
+    """Requests that arrive one a second on average (Poisson), with the lengths of `lengths`."""
+    draw, now, rows = random.Random(seed), 0.0, []
+    for prompt, output in lengths(count, draw):
+        now += draw.expovariate(1.0)
+        rows.append(TraceRow(now, prompt, output))
+    return rows
+
+
+def lengths(count: int, draw: random.Random) -> list[tuple[int, int]]:
+    """(prompt, output) lengths, from lognormals with the medians and 99th percentiles of Azure's conversations."""
+    return [(_lognormal(draw, PROMPT_P50, PROMPT_P99), _lognormal(draw, OUTPUT_P50, OUTPUT_P99)) for _ in range(count)]
+
+
+def _lognormal(draw: random.Random, p50: float, p99: float) -> int:
+    return round(draw.lognormvariate(math.log(p50), math.log(p99 / p50) / Z99))
 
 
 def _azure(path: Path, lines: Sequence[str]) -> list[TraceRow]:
@@ -94,6 +127,22 @@ def _row(time: float, prompt: int, output: int, ids: tuple[int, ...] = ()) -> Tr
     return TraceRow(time, prompt, output, ids)
 
 
+def request_count(rate: float, duration: float, max_requests: int | None = None) -> int:
+    """The number of requests at `rate` a second for `duration` seconds: at least one, at most `max_requests`."""
+    require(0 < rate < math.inf, f"rate={rate:g} must be a number of requests a second above 0")
+    require(0 < duration < math.inf, f"duration={duration:g} must be a time in seconds above 0")
+    require(max_requests is None or max_requests > 0, f"max_requests={max_requests} must be above 0")
+    count = math.floor(rate * duration + 1e-9)
+    return max(1, count if max_requests is None else min(count, max_requests))
+
+
+def fitting_scale(rows: Iterable[TraceRow], longest: int) -> float:
+    """A factor on all lengths, at most 1 and of two digits, with which prompt and output together are `longest`."""
+    exact = max(longest - 2, 1e-6) / max(row.input_tokens + row.output_tokens for row in rows)  # both may be rounded up
+    digit = 10.0 ** (math.floor(math.log10(exact)) - 1)
+    return min(1.0, float(f"{math.floor(exact / digit) * digit:.2g}"))
+
+
 def schedule(
     rows: Sequence[TraceRow], rate: float, duration: float, max_requests: int | None = None
 ) -> list[tuple[float, TraceRow]]:
@@ -102,10 +151,7 @@ def schedule(
     They are the trace's first rate · duration requests, with the trace's distances scaled by one factor, so bursts stay
     bursts. A shorter trace is sent once, and ends earlier.
     """
-    require(0 < rate < math.inf, f"rate={rate:g} must be a number of requests a second above 0")
-    require(0 < duration < math.inf, f"duration={duration:g} must be a time in seconds above 0")
-    require(max_requests is None or max_requests > 0, f"max_requests={max_requests} must be above 0")
-    count = max(1, min(math.floor(rate * duration + 1e-9), len(rows), max_requests or len(rows)))
+    count = min(request_count(rate, duration, max_requests), len(rows))
     if count == 1:
         return [(0.0, rows[0])]
     start = rows[0].time

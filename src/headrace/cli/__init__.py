@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from headrace import __version__
 from headrace.cli import bench, chat, data, demo, export, generate, plan, reproduce, serve, train
+from headrace.cli.parser import BAD_INPUT, Parser
 from headrace.errors import HeadraceError
 
 __all__ = ["main"]
 
-BAD_INPUT = 2
 INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Prints one line for a bad flag, without the usage."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
-    parser = _Parser(prog="headrace", description="Trains and serves language models, with the same bits everywhere.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+    """Run one command; returns its exit code: 0, 1 for failed requests, 2 for bad input, 130 for Ctrl-C."""
+    parser = Parser(prog="headrace", description="Trains and serves language models, with the same bits everywhere.")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    commands = parser.add_commands("commands", "COMMAND")
     for module in (demo, serve, generate, chat, data, train, export, plan, bench, reproduce):
         module.add(commands)
     arguments = parser.parse_args(argv)

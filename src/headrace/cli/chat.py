@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
+from headrace.cli.extras import require_extra
 from headrace.cli.options import add_engine_options, engine_options
 from headrace.cli.progress import load
 from headrace.cli.sampling import add_sampling_options, given_sampling, sampling_params
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _local(arguments: argparse.Namespace) -> Answer:
     """A model in this process."""
+    sampling_params(arguments, {})
     llm = load(arguments.model, engine_options(arguments))
     if not llm.tokenizer.has_chat_template:
         raise RequestError(f"{arguments.model} has no chat template: use headrace generate")
@@ -84,6 +86,7 @@ def _local(arguments: argparse.Namespace) -> Answer:
 
 def _remote(arguments: argparse.Namespace) -> Answer:
     """A model behind a server."""
+    require_extra("chat --url", "serve")
     from headrace.cli.remote import Remote
 
     for item in fields(EngineOptions):

@@ -18,7 +18,7 @@ END = "<|endoftext|>"
 def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser("data", help="build a folder to train on from files", description="Training data.")
-    kinds = parser.add_subparsers(title="what", required=True, metavar="WHAT")
+    kinds = parser.add_commands("what", "WHAT")
     build = kinds.add_parser(
         "build",
         help="tokenize files into a folder",

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from headrace.cli.extras import require_extra
 from headrace.cli.progress import kernels
 from headrace.cli.train import TrainingView, add_overrides
 from headrace.errors import ConfigError
@@ -46,6 +47,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, test and serve; the figures are in `runs/demo/summary.json`."""
+    for extra in ("train", "serve"):
+        require_extra("demo", extra)
     _recover()
     trained = {} if _keep(arguments) else _train(arguments.overrides)
     from headrace.llm.llm import LLM
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         "\nTry later:\n"
         f'  headrace generate {checkpoint} --prompt "Once upon a time, Mia" --max-tokens 60 --temperature 0\n'
         f"  headrace chat {checkpoint}\n"
-        f"  headrace train recipes/demo.toml --out runs/mine --set train.steps=900\n"
+        f"  headrace train demo --out runs/mine --set train.steps=900\n"
         f"  headrace reproduce paged"
     )
     _serve(checkpoint, summary, arguments.once)
@@ -105,19 +108,11 @@ def _earlier() -> dict[str, Any]:
     return summary
 
 
-def _recipe() -> Path:
-    """recipes/demo.toml of the checkout that this package is installed from."""
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[3]):
-        if (folder / "recipes" / "demo.toml").is_file():
-            return folder / "recipes" / "demo.toml"
-    raise ConfigError("recipes/demo.toml is not here: run headrace demo in a checkout of headrace")
-
-
 def _train(overrides: list[str]) -> dict[str, Any]:
     """Train into `NEW`, then replace `OUT`; a run that fails or is stopped leaves `OUT` unchanged."""
     from headrace.train.config import load_recipe
 
-    recipe = load_recipe(_recipe(), ["train.sample_every=5", *overrides])
+    recipe = load_recipe("demo", ["train.sample_every=5", *overrides])
     ops = kernels(recipe.train.kernels)
     print("Training on tinyworld: stories of a made-up small world, questions about them, sums, lists as JSON.")
     shutil.rmtree(NEW, ignore_errors=True)

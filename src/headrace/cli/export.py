@@ -27,6 +27,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export, and print a command that uses the folder."""
+    from headrace.train.paths import require_empty, require_snapshots
+
+    require_snapshots(arguments.snapshot)
+    require_empty(arguments.out)
     from headrace.train.export import export_snapshot
 
     snapshot = export_snapshot(arguments.snapshot, arguments.out, kernels("cpu"), warn)

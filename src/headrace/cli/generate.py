@@ -47,6 +47,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def run(arguments: argparse.Namespace) -> None:
     """One prompt streams; several run at once and are printed in order."""
     prompts = _prompts(arguments)
+    sampling_params(arguments, {})
     llm = load(arguments.model, engine_options(arguments))
     params = sampling_params(arguments, llm.default_sampling_params())
     if len(prompts) == 1 and params.n == 1 and not params.beam_width and not arguments.json:

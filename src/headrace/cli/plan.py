@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
         help="bytes per device that a recipe needs, and what would fit",
         description="Compute the memory that a recipe needs on each device, without allocating it.",
     )
-    parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/7b.toml")
+    parser.add_argument(
+        "recipe", type=Path, help="a TOML file, or the name of a recipe that comes with headrace, such as 7b"
+    )
     add_overrides(parser)
     parser.add_argument(
         "--devices", type=int, metavar="N", help="number of devices (default: those of one copy of the model)"
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     from headrace.config import require
     from headrace.llm.options import parse_bytes
     from headrace.train.config import load_recipe
-    from headrace.train.plan import Planner
+    from headrace.train.paths import require_snapshots
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     tensor, devices = recipe.parallel.tensor, arguments.devices
@@ -58,11 +60,13 @@ def run(arguments: argparse.Namespace) -> None:
         devices is None or devices >= tensor,
         f"--devices {devices} are fewer than parallel.tensor={tensor}: --set parallel.tensor=… to a smaller degree",
     )
-    memory = _machine(recipe.train.kernels)
-    if arguments.memory is not None:
-        size = parse_bytes(arguments.memory)
-        require(size > 0, f"--memory {arguments.memory} must be more than 0")
-        memory = _Memory(size, "--memory")
+    size = None if arguments.memory is None else parse_bytes(arguments.memory)
+    require(size is None or size > 0, f"--memory {arguments.memory} must be more than 0")
+    if arguments.measured is not None:
+        require_snapshots(arguments.measured)
+    from headrace.train.plan import Planner  # imports torch, which takes seconds
+
+    memory = _machine(recipe.train.kernels) if size is None else _Memory(size, "--memory")
     planner = Planner(recipe)
     plan = planner.over(tensor, devices or tensor)[recipe.train.recompute]
     for line in (

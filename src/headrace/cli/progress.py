@@ -28,8 +28,10 @@ def compiling(status: Any) -> Any:
 def load(model: str, options: dict[str, Any]) -> Any:
     """An `LLM`; a status line on standard error shows the compilation of kernels."""
     from headrace.llm.options import EngineOptions
+    from headrace.model.folder import check_folder
 
     EngineOptions(**options)
+    check_folder(model)
     with status("loading the model …") as line:
         from headrace.llm.llm import LLM
 

@@ -8,6 +8,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
+from headrace.cli.extras import require_extra
 from headrace.cli.options import add_engine_options, engine_options
 from headrace.cli.progress import compiling, status
 from headrace.llm.options import EngineOptions
@@ -125,11 +126,11 @@ def _add_limits(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve until a signal ends the server."""
-    options = engine_options(arguments)
-    EngineOptions(**options)
-    from headrace.serve.server import Server
+    from headrace.model.folder import check_folder
     from headrace.serve.settings import ServeSettings
 
+    options = engine_options(arguments)
+    EngineOptions(**options)
     given = {f.name: getattr(arguments, f.name) for f in fields(ServeSettings)}
     keys = [*arguments.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)])]
     given |= {
@@ -137,7 +138,12 @@ def run(arguments: argparse.Namespace) -> None:
         "served_model_name": tuple(arguments.served_model_name),
         "generation_config": arguments.generation_config == "auto",
     }
-    server = Server(arguments.model, options, ServeSettings(**given))
+    settings = ServeSettings(**given)
+    check_folder(arguments.model)
+    require_extra("serve", "serve")
+    from headrace.serve.server import Server  # imports FastAPI, which takes a second
+
+    server = Server(arguments.model, options, settings)
     waiting = status(f"loading {arguments.model} …")
 
     def ready(info: Any) -> None:

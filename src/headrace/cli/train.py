@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headrace.cli.extras import require_extra
 from headrace.cli.progress import kernels
 from headrace.errors import HeadraceError
 
@@ -25,7 +26,9 @@ def add(commands: Any) -> None:
         help="train a model by a recipe",
         description="Train by a TOML recipe. Writes DIR/metrics.jsonl, a line a step, DIR/snapshots/ and DIR/hf/.",
     )
-    parser.add_argument("recipe", type=Path, help="a TOML file, such as recipes/demo.toml")
+    parser.add_argument(
+        "recipe", type=Path, help="a TOML file, or the name of a recipe that comes with headrace, such as demo"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write; it must not hold a run"
     )
@@ -51,11 +54,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train with a progress bar and samples; under torchrun, rank 0 alone shows them."""
     from headrace.train.config import load_recipe
-    from headrace.train.run import own_device, train
+    from headrace.train.paths import goes_on
 
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        goes_on(arguments.out, arguments.resume)
+        require_extra("train", "train")
+        from headrace.train.run import own_device, train  # imports torch, which takes seconds
+
         ops = kernels(recipe.train.kernels, local, own_device(recipe))
         with TrainingView(recipe, ops, shown=rank == 0) as view:
             result = train(

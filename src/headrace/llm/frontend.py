@@ -25,7 +25,8 @@ from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.processor import Group
 from headrace.llm.records import ResumeRecord
-from headrace.model.huggingface import load_model, read_config, resolve
+from headrace.model.folder import read_config, resolve
+from headrace.model.huggingface import load_model
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup

@@ -15,7 +15,7 @@ from headrace.llm.frontend import Frontend, Prompt, WeightSource
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.records import ResumeRecord
-from headrace.model.huggingface import resolve
+from headrace.model.folder import resolve
 from headrace.model.transformer import Transformer
 from headrace.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders in Hugging Face layout: find one, read it into a `Transformer`, write one."""
+"""Checkpoint folders in Hugging Face layout: read one into a `Transformer`, write one."""
 
 from __future__ import annotations
 
@@ -13,61 +13,20 @@ import torch
 from torch import Tensor
 
 from headrace.config import DTYPES, ModelConfig, one_of
-from headrace.errors import CheckpointError, ConfigError
+from headrace.errors import CheckpointError
 from headrace.kernels.ops import Ops
-from headrace.model.families import config_from_json, config_to_json
-from headrace.model.tensorfiles import SINGLE, TensorFiles, read_json, write_tensors
+from headrace.model.families import config_to_json
+from headrace.model.folder import CONFIG, GENERATION, read_config
+from headrace.model.tensorfiles import SINGLE, TensorFiles, write_tensors
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.parallel.pieces import Piece, gathered
 
-__all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "read_config", "resolve", "save_model"]
+__all__ = ["check_weights", "fill_weights", "load_model", "load_weights", "save_model"]
 
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-WANTED = ["*.json", "*.safetensors", "*.jinja"]
-UNWANTED = ["*/*", "consolidated*"]
 FREE = ("architecture", "max_position_embeddings", "bos_token_id", "eos_token_ids", "dtype", "dropout")
 """Fields in which the config.json of new weights may differ from the running model's: no product depends on them."""
-
-
-def resolve(path_or_id: str | os.PathLike[str]) -> Path:
-    """A local checkpoint folder as it is, a hub id ("org/name") as the folder it is downloaded to.
-
-    Raises `CheckpointError` where there is no such folder and the download fails.
-    """
-    path = Path(os.path.expanduser(path_or_id))
-    if path.is_dir():
-        return path
-    name = os.fspath(path_or_id)
-    if path.exists():
-        raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG}")
-    if name.startswith((".", "/", "~", os.sep)) or name.count("/") != 1 or not all(name.split("/")):
-        raise CheckpointError(f"{name} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-0.6B")
-    import huggingface_hub  # here, because only a download needs it and it takes a while to import
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except Exception as error:  # the hub raises its own errors and those of its transport
-        raise CheckpointError(
-            f"{name} is no local folder, and the download from the Hugging Face hub failed "
-            f"({type(error).__name__}): give the path of a checkpoint folder"
-        ) from error
-
-
-def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The model that a folder's config.json (and generation_config.json, for stop ids) describes.
-
-    Raises `CheckpointError` naming the file and the field.
-    """
-    path, generation_path = Path(folder) / CONFIG, Path(folder) / GENERATION
-    config = read_json(path)
-    generation = read_json(generation_path) if generation_path.exists() else {}
-    try:
-        return config_from_json(config, generation)
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_model(

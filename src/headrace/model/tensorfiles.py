@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError
+from headrace.model.folder import read_json
 
-__all__ = ["TensorFiles", "file_header", "read_json", "write_tensors"]
+__all__ = ["TensorFiles", "file_header", "write_tensors"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,19 +25,6 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Tables in old checkpoints that every reader computes itself.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.self_attn\.masked_bias$")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: give a folder in Hugging Face layout") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 class TensorFiles:

@@ -13,8 +13,9 @@ from typing import Any
 
 from headrace.config import DTYPES, ModelConfig, one_of, require
 from headrace.errors import ConfigError
-from headrace.model.huggingface import read_config, resolve
+from headrace.model.folder import read_config, resolve
 from headrace.train.corpus.index import read_index
+from headrace.train.recipes import find_recipe
 
 __all__ = ["DataConfig", "OptimizerConfig", "ParallelConfig", "Recipe", "TrainConfig", "load_recipe", "recipe_keys"]
 
@@ -284,13 +285,15 @@ def recipe_keys() -> dict[str, list[str]]:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe. An override is `section.key=value`, the value as in TOML; a bare word is a string.
+    """Read a recipe: a file, or by its name one that comes with headrace.
 
-    With `model.init`, the model is the one in that folder. Raises `ConfigError` that names the file, the key and the
-    nearest known one, and `CheckpointError` for a folder that cannot be read.
+    An override is `section.key=value`, the value as in TOML; a bare word is a string. With `model.init`, the model is
+    the one in that folder. Raises `ConfigError` that names the file, the key and the nearest known one, and
+    `CheckpointError` for a folder that cannot be read.
     """
+    path = find_recipe(path)
     try:
-        sections: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        sections: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

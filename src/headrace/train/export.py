@@ -12,12 +12,13 @@ from torch import Tensor
 
 from headrace.attention.context import packed_positions
 from headrace.attention.dense import DenseContext
-from headrace.config import ModelConfig, RopeScaling, require
+from headrace.config import ModelConfig, RopeScaling
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels.ops import Ops
 from headrace.model.huggingface import load_model, save_model
 from headrace.model.transformer import Transformer
 from headrace.parallel.regions import regions_of
+from headrace.train.paths import require_empty
 from headrace.train.snapshots.disk import TOKENIZER
 from headrace.train.snapshots.reader import Snapshot, find_snapshot
 
@@ -33,8 +34,7 @@ def export_snapshot(source: Path, out: Path, ops: Ops, warn: Callable[[str], Non
     The written folder is loaded and its logits compared with the snapshot's, by ==, before it is renamed to `out`.
     Raises `CheckpointError` where they differ, and `ConfigError` where `out` is not empty or cannot be written.
     """
-    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    require(empty, f"{out} is not an empty folder: give a new one")
+    require_empty(out)
     snapshot = find_snapshot(source, warn)
     model = _model_of(snapshot, ops)
     out = out.resolve()

@@ -30,6 +30,7 @@ from headrace.parallel.mesh import Mesh, launched
 from headrace.train.config import Recipe
 from headrace.train.flops import matrix_rate
 from headrace.train.metrics import Events, MetricsFile, memory_bytes, read_metrics
+from headrace.train.paths import METRICS, SNAPSHOTS, begin
 from headrace.train.plan import RankModel
 from headrace.train.plot import draw
 from headrace.train.snapshots.disk import clear_after, snapshots
@@ -38,8 +39,6 @@ from headrace.train.snapshots.writer import SnapshotWriter
 from headrace.train.trainer import StepRecord, Trainer
 
 __all__ = ["Sampler", "TrainResult", "own_device", "train"]
-
-METRICS, SNAPSHOTS, RUN = "metrics.jsonl", "snapshots", "run.json"
 
 Sampler = Callable[[Trainer], None]
 """Called with the trainer, to generate from its current weights; see `Transformer.with_ops`."""
@@ -87,7 +86,7 @@ def train(
         )
     with _disk(out), _memory(recipe, mesh):
         _require_one_recipe(recipe, mesh)
-        resume = on_first_rank(mesh, lambda: _begin(out, resume))
+        resume = on_first_rank(mesh, lambda: begin(out, resume))
         run = _TrainingRun(recipe, out, ops, mesh, clock, warn)
         if resume:
             run.restore()
@@ -282,14 +281,6 @@ def _require_one_recipe(recipe: Recipe, mesh: Mesh) -> None:
                 )
 
 
-def _begin(out: Path, resume: bool) -> bool:
-    """Whether to resume the run in `out`; writes the launcher's name into run.json."""
-    resume = _goes_on(out, resume)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RUN).write_text(json.dumps({"launcher": _launcher()}) + "\n", encoding="utf-8")
-    return resume
-
-
 @contextlib.contextmanager
 def _disk(out: Path) -> Iterator[None]:
     """Turn a failed write or a lost rank into a `ConfigError` of one line."""
@@ -334,29 +325,3 @@ def _last(out: Path) -> str:
     """The newest snapshot, for an error message."""
     found = snapshots(out / SNAPSHOTS)
     return f"the last good snapshot is {found[-1]}" if found else "there is no snapshot yet"
-
-
-def _goes_on(out: Path, resume: bool) -> bool:
-    """Whether to resume the run in `out`. Raises `ConfigError` where there is one and `resume` is False."""
-    require(not out.exists() or out.is_dir(), f"--out {out} is a file: name a folder")
-    metrics = out / METRICS
-    measured = metrics.exists() and metrics.stat().st_size > 0
-    if not measured and not any((out / name).exists() for name in (SNAPSHOTS, "hf")):
-        return False  # a run that ended before its first step left nothing to resume
-    require(resume or _restarted(out), f"{out} holds a run: continue it with --resume, or give another --out")
-    return True
-
-
-def _restarted(out: Path) -> bool:
-    """Whether torchrun restarted this process, and the same torchrun began the run."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return False
-    try:
-        return bool(json.loads((out / RUN).read_text(encoding="utf-8"))["launcher"] == _launcher())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _launcher() -> str:
-    """An identity of the parent torchrun, the same for all processes and restarts under it."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}:{os.getppid()}"

@@ -11,7 +11,8 @@ from typing import Any
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 from headrace.kernels.autograd import AutogradOps
-from headrace.model.huggingface import load_weights, resolve
+from headrace.model.folder import resolve
+from headrace.model.huggingface import load_weights
 from headrace.model.transformer import Transformer
 from headrace.parallel.group import RankGroup
 from headrace.text.tokenizer import Tokenizer

@@ -86,6 +86,7 @@ CARD = object_with(
     owned_by=STRING,
     root=STRING,
     max_model_len=INTEGER,
+    vocab_size=INTEGER,
     fingerprint=STRING,
     weights_version=INTEGER,
     chat_template=BOOLEAN,

@@ -86,6 +86,7 @@ def _card(name: str, model: ServedModel) -> dict[str, Any]:
         "root": model.name,
         "parent": None,
         "max_model_len": info.max_model_len,
+        "vocab_size": info.vocab_size,
         "fingerprint": info.fingerprint,
         "weights_version": model.gateway.weights_version,
         "chat_template": model.text.tokenizer.has_chat_template,

@@ -12,11 +12,12 @@ import safetensors
 import torch
 
 from headrace.errors import CheckpointError, ConfigError
-from headrace.model.tensorfiles import read_json
+from headrace.model.folder import read_json
 from headrace.parallel.agreement import on_all_ranks, on_first_rank
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.regions import Region, box_at, dtype_name, inside, overlap, volume
-from headrace.train.snapshots.disk import RECORD, VERSION, file_hash, is_step, record_hash, snapshots
+from headrace.train.paths import SNAPSHOTS, no_snapshot, require_snapshots
+from headrace.train.snapshots.disk import RECORD, VERSION, file_hash, record_hash, snapshots
 
 __all__ = ["Snapshot", "find_snapshot", "newest_whole", "open_snapshot"]
 
@@ -122,15 +123,13 @@ def find_snapshot(path: Path, warn: Callable[[str], None]) -> Snapshot:
 
     Raises `CheckpointError` where there is none.
     """
-    if is_step(path) or (path / RECORD).exists():
+    require_snapshots(path)
+    if (path / RECORD).exists():
         return open_snapshot(path)
-    inner = path / "snapshots"
+    inner = path / SNAPSHOTS
     snapshot = newest_whole(inner if inner.is_dir() else path, warn)
     if snapshot is None:
-        raise CheckpointError(
-            f"{path} holds no whole snapshot: give a step-… folder, the folder of snapshots, or the "
-            "--out of a run that has written one"
-        )
+        raise no_snapshot(path)
     return snapshot
 
 
