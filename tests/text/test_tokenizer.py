@@ -199,3 +199,12 @@ def test_byte_order_marks_are_passed_over(tmp_path, small_tokenizer):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
     assert Tokenizer.from_folder(tmp_path).encode("a cat") == small_tokenizer.encode("a cat")
+
+
+def test_pieces_are_the_vocabularys_entries(data_dir):
+    ours = Tokenizer.from_folder(data_dir / "checkpoints" / "stories260K")
+    assert ours.pieces([*ours.encode("a the", add_special_tokens=False), 3 + 0xC3, 10**6])[-3:] == [
+        "▁the",
+        "<0xC3>",
+        "",
+    ]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.errors import RequestError
+from headrace.errors import RequestError, renamed_fields
 from headrace.kernels.ops import Ops
 from headrace.llm.defaults import sampling_defaults
 from headrace.llm.frontend import Frontend, Prompt, WeightSource
@@ -94,15 +94,20 @@ class LLM:
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. `params` is one for all, or one
         for each; None means the model's defaults. Raises `RequestError` if a prompt is refused; then none runs.
         """
-        many = _as_list(prompts)
+        many = cast(list[Prompt], [prompts] if _is_one(prompts) else list(prompts))
         each = (
             list(params) if isinstance(params, Sequence) else [params or SamplingParams(**self._defaults)] * len(many)
         )
         ranks = list(priority) if isinstance(priority, Sequence) else [priority] * len(many)
         for what, values in (("params", each), ("priority", ranks)):
             if len(values) != len(many):
-                raise RequestError(f"{len(values)} {what} for {len(many)} prompts: give one for all, or one each")
-        return self._run(lambda i: self.frontend.add(many[i], each[i], priority=ranks[i]), len(many))
+                raise RequestError(f"{len(values)} {what} for {len(many)} prompts: give one for all, or one each", what)
+
+        def add(i: int) -> str:
+            with renamed_fields({} if _is_one(prompts) else {"prompt": f"prompts[{i}]"}):
+                return self.frontend.add(many[i], each[i], priority=ranks[i])
+
+        return self._run(add, len(many))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
         """Continue one prompt; yields the output after every step that changed it."""
@@ -141,7 +146,5 @@ class LLM:
         return [outputs[name] for name in names]
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))

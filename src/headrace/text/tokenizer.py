@@ -96,7 +96,8 @@ class Tokenizer:
         if self._chat is None:
             raise RequestError(
                 f"{self._source} has no chat template: send a plain prompt instead, or put a "
-                "chat_template.jinja beside its tokenizer.json"
+                "chat_template.jinja beside its tokenizer.json",
+                "messages",
             )
         return self._chat
 
@@ -112,12 +113,13 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the tokenizer's start and end tokens where `add_special_tokens`."""
         if not isinstance(text, str):
-            raise RequestError(f"prompt must be a string, not {type(text).__name__}")
+            raise RequestError.about("prompt", "{prompt} must be a string, not {}", type(text).__name__)
         try:
             # encode holds the interpreter's lock, for seconds with a long text; encode_batch_fast releases it.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):  # lone surrogates cannot cross into the library
-            raise RequestError("prompt holds a lone surrogate, which is not a character: send valid Unicode") from None
+            reason = "{prompt} holds a lone surrogate, which is not a character: send valid Unicode"
+            raise RequestError.about("prompt", reason) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids` on their own. Unknown ids give no text."""
@@ -133,6 +135,10 @@ class Tokenizer:
         if self._table.kind == "fallback":
             detokenizer = detokenizer.restore({"text": "", "bytes": "", "strip": False})
         return detokenizer.push((token_id,)) + detokenizer.flush()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary, as its file has them; "" for an id without one."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
     def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """An incremental decoder of what follows `prompt_ids`."""
