@@ -24,7 +24,7 @@ def run(capsys, *argv):
     try:
         code: Any = main([str(a) for a in argv])
     except SystemExit as end:
-        code = end.code
+        return end.code, *capsys.readouterr()
     return code, *capsys.readouterr()
 
 

@@ -65,13 +65,6 @@ def _add_server(group: Any) -> None:
         "stay the same)",
     )
     group.add_argument(
-        "--generation-config",
-        choices=("auto", "none"),
-        default="auto",
-        help="auto: take sampling defaults from the model's generation_config.json; none: do not (default: auto, "
-        "as its authors chose them; /v1/models shows them)",
-    )
-    group.add_argument(
         "--drain-timeout",
         type=float,
         default=10.0,
@@ -174,7 +167,6 @@ def run(arguments: argparse.Namespace) -> None:
     given |= {
         "api_key": tuple(keys),
         "served_model_name": tuple(arguments.served_model_name),
-        "generation_config": arguments.generation_config == "auto",
     }
     settings = ServeSettings(**given)
     check_folder(arguments.model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ from headrace.engine.run.ranks import Ranks
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError, renamed_fields
 from headrace.kernels.ops import Ops
+from headrace.llm.defaults import sampling_defaults
 from headrace.llm.frontend import Frontend, Prompt, WeightSource
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
@@ -21,10 +21,6 @@ from headrace.text.template_process import TemplateProcess
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
-
-DRAWING = ("temperature", "top_k", "top_p", "min_p")
-PENALTIES = ("repetition_penalty",)
-"""The fields that are read from generation_config.json. Penalties also apply to greedy decoding."""
 
 
 class LLM:
@@ -41,8 +37,9 @@ class LLM:
         self, model: str | Path, *, progress: Callable[[int, int, str], None] | None = None, **options: Any
     ) -> None:
         folder = resolve(model)
-        frontend = Frontend.from_folder(folder, EngineOptions(**options), progress)
-        self._start(frontend, _sampling_defaults(folder), folder)
+        settings = EngineOptions(**options)
+        defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
+        self._start(Frontend.from_folder(folder, settings, progress), defaults, folder)
 
     @classmethod
     def from_model(
@@ -158,14 +155,3 @@ class LLM:
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def _sampling_defaults(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    given = json.loads(file.read_text())
-    defaults = {name: given[name] for name in (*DRAWING, *PENALTIES) if given.get(name) is not None}
-    if given.get("do_sample") is False:
-        return {"temperature": 0.0, **{name: defaults[name] for name in PENALTIES if name in defaults}}
-    return defaults

@@ -37,8 +37,6 @@ class ServeSettings:
     max_queue: int = 1024
     drain_timeout: float = 10.0
     restart: bool = True
-    generation_config: bool = True
-    """Whether sampling defaults come from the model's generation_config.json."""
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, f"port={self.port} must be from 0 (any that is free) to 65535")
