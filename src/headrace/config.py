@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from headrace.errors import ConfigError
+from headrace.typed import Amount, Bounds, Natural, OneOf, PositiveInteger, PositiveNumber, check
 
 __all__ = ["CacheConfig", "ModelConfig", "RopeScaling"]
 
@@ -31,21 +33,28 @@ class RopeScaling:
     longrope) would make a token depend on more than its prefix, and are refused at load.
     """
 
-    kind: str
-    factor: float
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
+    kind: Annotated[str, OneOf(("linear", "llama3", "yarn"))]
+    factor: Annotated[float, Bounds(1)]
+    original_max_position_embeddings: Natural = 0
+    low_freq_factor: PositiveNumber = 1.0
+    high_freq_factor: PositiveNumber = 4.0
+    beta_fast: PositiveNumber = 32.0
+    beta_slow: PositiveNumber = 1.0
+    attention_factor: PositiveNumber | None = None
+    mscale: Amount = 0.0
+    mscale_all_dim: Amount = 0.0
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        one_of("rope scaling", self.kind, ("linear", "llama3", "yarn"))
-        require(self.factor >= 1.0, f"rope scaling factor={self.factor} must be at least 1")
+        check(self)
+        require(
+            self.kind == "linear" or self.original_max_position_embeddings > 0,
+            f"kind={self.kind!r} needs original_max_position_embeddings, the positions that the model was trained with",
+        )
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,62 +68,37 @@ class ModelConfig:
     """
 
     architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: PositiveInteger
+    hidden_size: PositiveInteger
+    intermediate_size: PositiveInteger
+    num_layers: PositiveInteger
+    num_heads: PositiveInteger
+    num_kv_heads: PositiveInteger
+    head_dim: PositiveInteger
+    max_position_embeddings: PositiveInteger
+    rms_norm_eps: PositiveNumber = 1e-6
+    rope_theta: Annotated[float, Bounds(1, open_low=True)] = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int = 0
+    sliding_window: Natural = 0
     sliding_layers: tuple[bool, ...] = ()
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    dtype: str = "float32"
-    virtual_shards: int = 4
-    dropout: float = 0.0
+    bos_token_id: Natural | None = None
+    eos_token_ids: tuple[Natural, ...] = ()
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    virtual_shards: Annotated[int, OneOf((1, 2, 4, 8, 16))] = 4
+    dropout: Annotated[float, Bounds(0, 1, open_high=True)] = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive integer")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(number and 0.0 < value < math.inf, f"{name}={value!r} must be a positive number")
+        check(self)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
-        one_of("dtype", self.dtype, DTYPES)
-        rate = self.dropout
-        require(
-            isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < 1,
-            f"dropout={rate!r} must be a number, at least 0 and less than 1",
-        )
-        require(
-            self.virtual_shards in (1, 2, 4, 8, 16), f"virtual_shards={self.virtual_shards} must be a power of two ≤ 16"
-        )
-        require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative")
         require(
             len(self.sliding_layers) in (0, self.num_layers),
             f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers",
@@ -137,17 +121,15 @@ class CacheConfig:
     """The paged KV cache. `memory_bytes` 0 lets the engine choose; `num_blocks` overrides it (tests)."""
 
     block_size: int = 16
-    memory_bytes: int = 0
-    num_blocks: int = 0
-    swap_bytes: int = 0
-    dtype: str = "float32"
+    memory_bytes: Natural = 0
+    num_blocks: Natural = 0
+    swap_bytes: Natural = 0
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        check(self)
         require(
             self.block_size in (1, 2, 4, 8, 16, 32, 64, 128, 256),
             f"block_size={self.block_size} must be a power of two from 1 to 256 (splits are 256 tokens)",
         )
-        one_of("kv_cache_dtype", self.dtype, DTYPES)
-        for name in ("memory_bytes", "num_blocks", "swap_bytes"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,9 @@ SLOW = ("torch", "numba", "fastapi", "matplotlib", "huggingface_hub")
 def run(capsys, *argv):
     """(exit code, standard output, standard error) of one command."""
     try:
-        code = main([str(a) for a in argv])
+        code: Any = main([str(a) for a in argv])
     except SystemExit as end:
-        code = end.code
+        return end.code, *capsys.readouterr()
     return code, *capsys.readouterr()
 
 

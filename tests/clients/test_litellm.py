@@ -52,3 +52,7 @@ def test_errors_keep_their_classes_and_their_words(told):
     assert (name, status) == ("NotFoundError", 404) and "'another' is not served here" in text
     name, status, text = told["wrong"]
     assert (name, status) == ("BadRequestError", 400) and "temperature" in text
+
+
+def test_a_request_longer_than_the_context_is_litellms_own_error(told):
+    assert told["overflows"] == ["ContextWindowExceededError"] * 3

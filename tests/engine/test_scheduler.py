@@ -479,7 +479,7 @@ def test_results_come_in_order():
     "prompt,params,message",
     [
         (list(range(90)), {"max_tokens": 20}, "90 tokens and max_tokens=20 make 110, more than the context of 100"),
-        (list(range(100)), {"max_tokens": None}, "prompt of 100 tokens leaves no room in the context of 100"),
+        (list(range(100)), {"max_tokens": None}, "prompt has 100 tokens, which leaves no room in the context of 100"),
         ([1], {"max_tokens": 9, "min_tokens": 4, "allowed_token_ids": (EOS,)}, "min_tokens=4 bans every"),
     ],
 )

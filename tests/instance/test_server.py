@@ -90,7 +90,7 @@ def test_an_abort_frees_all_blocks_before_the_next_step(driver):
 @pytest.mark.parametrize(
     ("command", "message", "param"),
     [
-        (Add("bad", [5], SamplingParams(max_tokens=10**6)), "max_tokens=1000000 make 1000001", "prompt"),
+        (Add("bad", [5], SamplingParams(max_tokens=10**6)), "max_tokens=1000000 make 1000001", "max_tokens"),
         (Add("bad", [], SamplingParams()), "no tokens", "prompt"),
         (Add("bad", [5], SamplingParams(logit_bias={10**6: 1.0})), "logit_bias has token id", "logit_bias"),
         (Resume(ResumeRecord.begin("bad", None, [5], PARAMS, fingerprint="other")), "its tokens could differ", None),

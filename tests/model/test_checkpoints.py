@@ -139,7 +139,7 @@ BROKEN = {
     "config not text": (write("config.json", b"\xff\xfe\x00"), r"config\.json is not valid JSON"),
     "config a list": (write("config.json", b"[1]"), r"config\.json must hold a JSON object, not list"),
     "bad generation config": (write("generation_config.json", b"{"), r"n_config\.json is not valid JSON"),
-    "architecture": (edit_config(architectures=["GPT2LMHeadModel"]), r"config\.json: architecture 'GPT2LMHead"),
+    "architecture": (edit_config(architectures=["GPT2LMHeadModel"]), r"config\.json: architectures=\['GPT2LMHead"),
     "dynamic rope": (
         edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
         r"config\.json: rope scaling 'dynamic'",

@@ -78,4 +78,4 @@ def test_the_model_of_a_machine():
 def test_a_rank_that_fails_is_told(capfd):
     with pytest.raises(RuntimeError, match="a rank of 1 failed"):
         run_ranks(1, 1, {**SETTING, "layers": 0})
-    assert "num_layers=0 must be a positive integer" in capfd.readouterr().err
+    assert "num_layers=0 must be an integer of at least 1" in capfd.readouterr().err

@@ -89,7 +89,7 @@ class Watcher:
     def token_gap(self, instance: str, name: str, seconds: float) -> None:
         self._count()
 
-    def finished(self, instance: str, name: str, reason: str, output: Any, explanation: Any, seconds: float) -> None:
+    def finished(self, instance: str, name: str, reason: str, *details: Any) -> None:
         self.told.append(("finished", name, reason))
 
     def stepped(self, report: Any) -> None:

@@ -123,8 +123,8 @@ def test_a_caller_that_is_cancelled_while_it_waits_leaves_nothing(runner, gatewa
 @pytest.mark.parametrize(
     ("prompt", "params", "message", "param"),
     [
-        ([1, 2, 3], SamplingParams(max_tokens=100_000), "max_tokens=100000 make 100003, more than", "prompt"),
-        ([], SamplingParams(), "the prompt has no tokens", "prompt"),
+        ([1, 2, 3], SamplingParams(max_tokens=100_000), "max_tokens=100000 make 100003, more than", "max_tokens"),
+        ([], SamplingParams(), "prompt has no tokens", "prompt"),
         ([10**6], SamplingParams(), "prompt has token id 1000000", "prompt"),
         ([1], SamplingParams(stop_token_ids=(10**6,)), "stop_token_ids has token id", "stop_token_ids"),
         ([1], SamplingParams(stop=("\ud800",)), "cannot be sent", None),

@@ -44,7 +44,8 @@ def refused(answer, status=400):
     """Check an error in OpenAI's shape; returns the field at fault."""
     assert answer.status_code == status, answer.text[:300]
     error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["code"] == status
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"].endswith("_error") and (error["code"] is None or isinstance(error["code"], str))
     assert 0 < len(error["message"]) < 1200
     return error["param"]
 
@@ -230,7 +231,7 @@ def test_much_that_can_be_served(attacked):
     ):
         assert attacked.post(COMPLETIONS, prompt="a", **fields).status_code == 200
     told = attacked.post(TOKENIZE, prompt="word " * 20_000, return_token_strs=True).json()
-    assert "".join(told["token_strs"]).strip() == ("word " * 20_000).strip()
+    assert "".join(told["token_strs"]).replace("Ġ", " ").strip() == ("word " * 20_000).strip()
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_clients_that_send_everything_before_they_read(attacked, size):
         except OSError:  # what is far too large is cut off
             assert size > 64 * MIB
         else:
-            assert status == 413 and json.loads(body)["error"]["code"] == 413
+            assert status == 413 and json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_bodies_in_chunks_without_a_length(attacked, expected):
@@ -263,7 +264,8 @@ def test_bodies_in_chunks_without_a_length(attacked, expected):
 def test_paths_and_methods_that_are_not_served(attacked):
     for path in (
         "/v2",
-        "/v1/completions/",
+        "/v1/completions/x",
+        "/v1//completions",
         "/%2e%2e/etc/passwd",
         "/%ff%00",
         "/v1/models/%0d%0aSet-Cookie:x",
@@ -273,6 +275,7 @@ def test_paths_and_methods_that_are_not_served(attacked):
         refused(attacked.client.get(path), 404)
     for method, path in (
         ("GET", COMPLETIONS),
+        ("GET", f"{COMPLETIONS}/"),
         ("DELETE", "/health"),
         ("PUT", "/"),
         ("TRACE", "/metrics"),

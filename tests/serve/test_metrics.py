@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.llm.outputs import CompletionOutput, RequestOutput
@@ -18,6 +19,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 GAUGES = (
     "num_requests_running",
     "num_requests_waiting",
+    "num_requests_waiting_by_reason",
     "kv_cache_usage_perc",
     "cache_config_info",
     "lora_requests_info",
@@ -27,6 +29,7 @@ COUNTERS = (
     "prefix_cache_hits",
     "num_preemptions",
     "prompt_tokens",
+    "prompt_tokens_cached",
     "generation_tokens",
     "request_success",
     "spec_decode_num_drafts",
@@ -44,6 +47,12 @@ HISTOGRAMS = (
     "request_decode_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "request_num_preemptions",
+    "request_params_n",
+    "request_params_max_tokens",
+    "request_max_num_generation_tokens",
+    "request_prefill_kv_computed_tokens",
+    "request_time_per_output_token_seconds",
     "iteration_tokens_total",
 )
 INFO = Ready(
@@ -100,7 +109,8 @@ def test_labels_are_vllms(metrics):
         for sample in family.samples:
             assert sample.labels.items() >= MINE.items(), name
     info = families(metrics)["vllm:cache_config_info"].samples
-    assert [s.labels for s in info] == [{**MINE, "block_size": "16", "num_gpu_blocks": "40"}]
+    cache = {"block_size": "16", "num_gpu_blocks": "40", "kv_cache_size_tokens": "640"}
+    assert [s.labels for s in info] == [{**MINE, **cache, "kv_cache_max_concurrency": "2.13"}]
     assert {s.labels["finished_reason"] for s in families(metrics)["vllm:request_success"].samples} == {
         "stop",
         "length",
@@ -166,7 +176,7 @@ def test_counters_go_on_where_a_new_instance_begins_anew(metrics):
     assert value(metrics, "headrace:restarts_total") == 1
     assert value(metrics, "headrace:step_tokens_total", kind="prefill") == 8
     assert value(metrics, "headrace:step_tokens_total", kind="decode") == 11
-    assert value(metrics, "vllm:iteration_tokens_total_sum") == 19
+    assert value(metrics, "vllm:iteration_tokens_total_sum") == 8 + 15
     assert value(metrics, "vllm:iteration_tokens_total_count") == 3
 
 
@@ -193,6 +203,33 @@ def test_gauges_are_of_the_last_step_and_fall_when_the_instance_dies(metrics):
     assert value(metrics, "headrace:kv_blocks", state="free") == 40
 
 
+def waiting(metrics):
+    reasons = [value(metrics, "vllm:num_requests_waiting_by_reason", reason=r) for r in ("capacity", "deferred")]
+    assert sum(reasons) == value(metrics, "vllm:num_requests_waiting")
+    return reasons
+
+
+def test_requests_wait_for_a_place_or_for_a_prefix(metrics):
+    assert waiting(metrics) == [0, 0]
+    metrics.stepped(report(decode=1, num_waiting=5, prefix_waits=2))
+    assert waiting(metrics) == [3, 2]
+    metrics.stepped(report(decode=1, num_waiting=4, prefix_waits=2))
+    assert waiting(metrics) == [4, 0]
+    metrics.stepped(report(decode=1, num_waiting=1, prefix_waits=5))
+    assert waiting(metrics) == [0, 1]
+    metrics.restarted("0")
+    assert waiting(metrics) == [0, 0]
+
+
+def test_a_step_counts_prompt_tokens_computed_and_tokens_generated(metrics):
+    metrics.stepped(report(prefill=48))  # a part of a prompt
+    metrics.stepped(report(prefill=2, decode=3, generated_tokens=4))
+    metrics.stepped(report(decode=4, generated_tokens=4))  # all computed again after a preemption
+    assert value(metrics, "vllm:iteration_tokens_total_sum") == 48 + 2 + 4
+    assert value(metrics, "vllm:iteration_tokens_total_count") == 2
+    assert value(metrics, "headrace:step_time_seconds_count") == 3
+
+
 def test_a_report_without_tokens_is_no_step(metrics):
     metrics.stepped(report(abort=1))
     assert value(metrics, "vllm:iteration_tokens_total_count") == 0
@@ -202,24 +239,38 @@ def test_a_report_without_tokens_is_no_step(metrics):
 def test_a_request_is_measured_part_by_part(metrics):
     metrics.first_token("0", "a", 0.003)
     metrics.token_gap("0", "a", 0.02)
-    output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6])])
-    metrics.finished(
-        "0", "a", "length", output, Explanation(queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2), 8.0
+    output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5, 6]), CompletionOutput(1, "y", [7])])
+    times = Explanation(
+        queue_time=1.0, prefill_time=2.0, decode_time=4.0, resumes=2, preemptions=3, num_cached_tokens=3
     )
+    metrics.finished("0", "a", "length", SamplingParams(max_tokens=7, n=3), output, times, 8.0)
     assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.003
     assert value(metrics, "vllm:inter_token_latency_seconds_count") == 1
     sums = [value(metrics, f"vllm:request_{k}_time_seconds_sum") for k in ("queue", "prefill", "decode", "inference")]
     assert sums == [1.0, 2.0, 4.0, 6.0]
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 8
-    assert value(metrics, "vllm:request_generation_tokens_sum") == 2
+    assert value(metrics, "vllm:request_generation_tokens_sum") == 3
+    assert value(metrics, "vllm:request_max_num_generation_tokens_sum") == 2
+    assert value(metrics, "vllm:request_prefill_kv_computed_tokens_sum") == 4 - 3
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_sum") == 4.0
     assert value(metrics, "vllm:request_prompt_tokens_sum") == 4
     assert value(metrics, "vllm:request_success_total", finished_reason="length") == 1
     assert value(metrics, "headrace:resumed_requests_total") == 2
+    assert value(metrics, "vllm:request_params_n_sum") == 3
+    assert value(metrics, "vllm:request_params_max_tokens_sum") == 7
+    assert value(metrics, "vllm:request_num_preemptions_sum") == 3
+
+
+def test_a_request_without_max_tokens_counts_with_what_its_context_leaves(metrics):
+    output = RequestOutput("a", "p", [1, 2, 3, 4], [CompletionOutput(0, "x", [5])])
+    metrics.finished("0", "a", "stop", SamplingParams(max_tokens=None), output, Explanation(), 8.0)
+    assert value(metrics, "vllm:request_params_max_tokens_sum") == INFO.max_model_len - 4
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_count") == 0  # of one token
 
 
 def test_a_refused_request_is_no_success_and_has_no_latency(metrics):
     metrics.arrived("0", "a", 4)
-    metrics.finished("0", "a", "refused", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
+    metrics.finished("0", "a", "refused", SamplingParams(), RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
     assert value(metrics, "headrace:requests_total") == 1
     assert value(metrics, "headrace:refused_requests_total") == 1
     assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 0
@@ -227,7 +278,7 @@ def test_a_refused_request_is_no_success_and_has_no_latency(metrics):
 
 
 def test_a_request_that_was_aborted_has_a_latency_and_no_parts(metrics):
-    metrics.finished("0", "a", "abort", RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
+    metrics.finished("0", "a", "abort", SamplingParams(), RequestOutput("a", None, [1, 2, 3, 4], []), None, 0.5)
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
     assert value(metrics, "vllm:e2e_request_latency_seconds_sum") == 0.5
     assert value(metrics, "vllm:request_queue_time_seconds_count") == 0
@@ -246,6 +297,32 @@ def test_each_instance_has_samples_of_its_own(metrics):
         assert tuple(value(metrics, sample, engine=engine) for engine in "01") == values
     assert value(metrics, "vllm:cache_config_info", engine="0", num_gpu_blocks="40") == 1
     assert value(metrics, "headrace:kv_blocks", engine="1", state="free") == 8
+
+
+def test_requests_move_the_samples_of_a_server_as_they_move_vllms(server):
+    count, ids, most = 3, list(range(5, 14)), 6
+    expected = {
+        "vllm:time_to_first_token_seconds_count": count,
+        "vllm:inter_token_latency_seconds_count": count * (most - 1),
+        "vllm:e2e_request_latency_seconds_count": count,
+        "vllm:request_queue_time_seconds_count": count,
+        "vllm:request_decode_time_seconds_count": count,
+        "vllm:request_num_preemptions_count": count,
+        "vllm:request_num_preemptions_sum": 0,
+        "vllm:request_params_n_sum": count,
+        "vllm:request_params_max_tokens_sum": count * most,
+        "vllm:request_prompt_tokens_sum": count * len(ids),
+        "vllm:request_generation_tokens_sum": count * most,
+        "vllm:iteration_tokens_total_sum": count * (len(ids) + most),
+        "vllm:iteration_tokens_total_count": count * most,
+        "vllm:prompt_tokens_total": count * len(ids),
+        "vllm:generation_tokens_total": count * most,
+        "vllm:request_success_total": count,
+    }
+    before = {name: server.metric(name) for name in expected}
+    for _ in range(count):
+        assert server.post("/v1/completions", prompt=ids, max_tokens=most, ignore_eos=True).status_code == 200
+    assert {name: server.metric(name) - before[name] for name in expected} == expected
 
 
 def test_two_servers_in_one_process_share_nothing(metrics):

@@ -204,13 +204,15 @@ def test_errors_have_openais_shape(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="another", prompt=PROMPT)
     body: Any = missing.value.body
-    assert body["param"] == "model" and body["code"] == 404
+    assert body["param"] == "model" and missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as wrong:
         client.completions.create(model="tiny", prompt=PROMPT, temperature=-1)
     body = wrong.value.body
     assert body["param"] == "temperature" and body["type"] == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="context"):
+    assert wrong.value.code == "invalid_value"
+    with pytest.raises(openai.BadRequestError, match="context") as overflow:
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6)
+    assert overflow.value.code == "context_length_exceeded" and overflow.value.param == "max_tokens"
     with pytest.raises(openai.BadRequestError, match="constrained decoding"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, response_format={"type": "json_object"})
 
@@ -228,3 +230,21 @@ def test_the_async_client_streams_many_at_once(server):
             assert await asyncio.gather(*(one(client, seed) for seed in range(12))) == alone
 
     asyncio.run(scenario())
+
+
+def test_tokens_of_a_text_as_the_vocabulary_writes_them(server, llm):
+    text = "Mia met Finn at the market."
+    plain = server.post("/tokenize", prompt=text).json()
+    assert plain == {
+        "count": len(plain["tokens"]),
+        "max_model_len": 512,
+        "tokens": llm.tokenizer.encode(text),
+        "token_strs": None,
+    }
+    shown = server.post("/tokenize", prompt=text, return_token_strs=True).json()
+    assert shown["tokens"] == plain["tokens"] and "".join(shown["token_strs"]) == text.replace(" ", "Ġ")
+
+
+def test_an_embeddings_answer_has_the_fields_of_vllms(client):
+    answer = client.embeddings.create(model="tiny", input="Mia").model_dump()
+    assert answer["id"].startswith("embd-") and answer["created"] > 0 and answer["usage"]["completion_tokens"] == 0

@@ -3,10 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from headrace.errors import CheckpointError, RequestError
 from headrace.text.tokenizer import Tokenizer
@@ -145,3 +148,63 @@ def test_what_is_not_text_is_refused(data_dir, text):
     ours = Tokenizer.from_folder(data_dir / "checkpoints/stories260K")
     with pytest.raises(RequestError, match="prompt"):
         ours.encode(text)
+
+
+@pytest.fixture
+def small_tokenizer() -> Tokenizer:
+    """Bytes, and an end token."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"]
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, {"eos_token": "</s>"})
+
+
+WRONG: dict[str, list[Any]] = {
+    "eos_token": [5, True, ["</s>"], {"text": "x"}, {"content": 5}],
+    "added_tokens_decoder": [5, [1], "x", {"a": {"content": "x"}}, {"1": "x"}, {"1": {}}, {"1": {"content": 1}}],
+    "add_prefix_space": ["yes", 1, []],
+    "legacy": ["no", 0],
+    "tokenizer_class": [5, ["LlamaTokenizer"]],
+    "chat_template": [5, True, [5], [{"name": "default"}], {"default": 5}],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_settings_of_the_wrong_type_are_named(tmp_path, small_tokenizer, key):
+    small_tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    good = json.loads(file.read_text())
+    for value in WRONG[key]:
+        file.write_text(json.dumps(good | {key: value}))
+        with pytest.raises(CheckpointError, match=key) as caught:
+            Tokenizer.from_folder(tmp_path)
+        assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+    file.write_text(json.dumps(good | {key: None, "extra": 5}))
+    Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"a": '])
+def test_broken_files_are_named(tmp_path, small_tokenizer, name, content):
+    small_tokenizer.save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_byte_order_marks_are_passed_over(tmp_path, small_tokenizer):
+    small_tokenizer.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert Tokenizer.from_folder(tmp_path).encode("a cat") == small_tokenizer.encode("a cat")
+
+
+def test_pieces_are_the_vocabularys_entries(data_dir):
+    ours = Tokenizer.from_folder(data_dir / "checkpoints" / "stories260K")
+    assert ours.pieces([*ours.encode("a the", add_special_tokens=False), 3 + 0xC3, 10**6])[-3:] == [
+        "▁the",
+        "<0xC3>",
+        "",
+    ]

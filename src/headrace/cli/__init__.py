@@ -10,19 +10,24 @@ from headrace.cli import bench, chat, data, demo, export, generate, plan, reprod
 from headrace.cli.parser import BAD_INPUT, Parser
 from headrace.errors import HeadraceError
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 INTERRUPTED = 130
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 for failed requests, 2 for bad input, 130 for Ctrl-C."""
+def build_parser() -> Parser:
+    """The parser of all commands. What it parses has `run`, which takes the parsed arguments."""
     parser = Parser(prog="headrace", description="Trains and serves language models, with the same bits everywhere.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_commands("commands", "COMMAND")
     for module in (demo, serve, generate, chat, data, train, export, plan, bench, reproduce):
         module.add(commands)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 for failed requests, 2 for bad input, 130 for Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
     except HeadraceError as error:

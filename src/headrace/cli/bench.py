@@ -15,6 +15,7 @@ from headrace.cli.extras import require_extra
 from headrace.cli.progress import warn
 from headrace.config import require
 from headrace.errors import ConfigError
+from headrace.typed import expanded
 
 __all__ = ["add"]
 
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     timing = arguments.rate, arguments.duration, arguments.max_requests
     count = request_count(*timing)
-    rows = synthetic(count, arguments.seed) if arguments.trace is None else read_trace(Path(arguments.trace))
+    rows = synthetic(count, arguments.seed) if arguments.trace is None else read_trace(expanded(arguments.trace))
     plan = schedule(rows, *timing)
     require_extra("bench serve", "serve")
     if arguments.out is not None:
@@ -180,10 +181,10 @@ def _folder(name: str | None) -> Path | None:
     if name is None:
         return None
     try:
-        Path(name).mkdir(parents=True, exist_ok=True)
+        expanded(name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {name} cannot be written: {error}") from None
-    return Path(name)
+    return expanded(name)
 
 
 def _write(arguments: argparse.Namespace, model: str, rows: list[Any], summary: dict[str, Any], out: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.cli.progress import status
+from headrace.typed import expanded
 
 __all__ = ["add"]
 
@@ -30,7 +31,7 @@ def add(commands: Any) -> None:
         metavar="INPUT",
         help="*.txt, *.jsonl (both also .gz or .zst), *.parquet, hub:owner/name[@split], or tinyworld",
     )
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    build.add_argument("--out", type=expanded, required=True, metavar="DIR", help="the folder to write")
     build.add_argument("--force", action="store_true", help="replace an earlier build when the new one is complete")
     _add_tokenizer(build.add_argument_group("tokenizer"))
     _add_reading(build.add_argument_group("reading"))
@@ -40,7 +41,7 @@ def add(commands: Any) -> None:
         help="read every byte of a built folder and compare its hashes",
         description="Read every byte of a built folder and compare its hashes.",
     )
-    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("folder", type=expanded, metavar="DIR")
     check.set_defaults(run=run_check)
 
 
@@ -53,7 +54,7 @@ def _add_tokenizer(group: Any) -> None:
         help="tokens of the byte-level BPE tokenizer that is learnt from the inputs (default: 8192)",
     )
     group.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="use the tokenizer of this model or data folder instead"
+        "--tokenizer", type=expanded, metavar="FOLDER", help="use the tokenizer of this model or data folder instead"
     )
 
 

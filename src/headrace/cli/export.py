@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from headrace.cli.progress import kernels, warn
+from headrace.typed import expanded
 
 __all__ = ["add"]
 
@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
         description="Write a snapshot's model as a Hugging Face folder, and check that it computes the same logits.",
     )
     parser.add_argument(
-        "snapshot", type=Path, help="a step-… folder; or a run's --out, for its newest readable snapshot"
+        "snapshot", type=expanded, help="a step-… folder; or a run's --out, for its newest readable snapshot"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("out", type=expanded, metavar="OUT", help="a new folder")
     parser.set_defaults(run=run)
 
 

@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from headrace.cli.options import add_engine_options, engine_options
 from headrace.cli.progress import load
 from headrace.cli.sampling import add_sampling_options, sampling_params
 from headrace.errors import RequestError
+from headrace.typed import expanded
 
 __all__ = ["add"]
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", help="a checkpoint folder in Hugging Face layout, or a hub id")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given again; - reads standard input")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line")
+    parser.add_argument("--prompts", type=expanded, metavar="FILE", help="a prompt a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     add_sampling_options(parser)
     add_engine_options(parser)

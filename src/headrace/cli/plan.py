@@ -11,6 +11,7 @@ from typing import Any
 
 from headrace.cli.progress import warn
 from headrace.cli.train import add_overrides
+from headrace.typed import expanded
 
 __all__ = ["add"]
 
@@ -26,7 +27,7 @@ def add(commands: Any) -> None:
         description="Compute the memory that a recipe needs on each device, without allocating it.",
     )
     parser.add_argument(
-        "recipe", type=Path, help="a TOML file, or the name of a recipe that comes with headrace, such as 7b"
+        "recipe", type=expanded, help="a TOML file, or the name of a recipe that comes with headrace, such as 7b"
     )
     add_overrides(parser)
     parser.add_argument(
@@ -39,7 +40,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--measured",
-        type=Path,
+        type=expanded,
         metavar="RUN",
         help="a run of this model (its --out, or a snapshot): "
         "prints what its first rank held beside the plan of its layout",

@@ -20,7 +20,7 @@ FLAGS: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "divide the logits of tokens seen before"),
     "presence_penalty": (float, "subtract from the logits of tokens in the output"),
     "frequency_penalty": (float, "the same, times their count"),
-    "seed": (int, "the same seed gives the same tokens, whatever else runs"),
+    "seed": (int, "the same seed gives the same tokens, whatever else runs; -1 is a random one"),
     "beam_width": (int, "beam search with this many beams"),
     "length_penalty": (float, "beams rank by log-probability / length to this power"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 from dataclasses import fields
 from typing import Any
@@ -29,6 +30,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", help="a checkpoint folder in Hugging Face layout, or a hub id")
     _add_server(parser.add_argument_group("server"))
     _add_access(parser.add_argument_group("access"))
+    _add_pages(parser.add_argument_group("web pages of other origins"))
     _add_limits(parser.add_argument_group("limits"))
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -63,13 +65,6 @@ def _add_server(group: Any) -> None:
         "stay the same)",
     )
     group.add_argument(
-        "--generation-config",
-        choices=("auto", "none"),
-        default="auto",
-        help="auto: take sampling defaults from the model's generation_config.json; none: do not (default: auto, "
-        "as its authors chose them; /v1/models shows them)",
-    )
-    group.add_argument(
         "--drain-timeout",
         type=float,
         default=10.0,
@@ -98,6 +93,42 @@ def _add_access(group: Any) -> None:
         help="serve /update_weights, which reads checkpoint folders on this machine (default: refused, "
         "as every client could change the model)",
     )
+
+
+def _add_pages(group: Any) -> None:
+    """CORS, by vLLM's flags."""
+    for name, default, text in (
+        (
+            "origins",
+            (),
+            "origins whose pages may use the server from a browser, such as https://example.com, or * for all; "
+            "preflights need no key (default: none, as any page that its user visits could use it)",
+        ),
+        ("methods", ("*",), "methods they may use (default: *, as each endpoint takes only its own)"),
+        ("headers", ("*",), "request headers they may send (default: *, as clients add their own)"),
+    ):
+        group.add_argument(
+            f"--allowed-{name}", action=_Several, nargs="+", default=default, metavar=name.upper()[:-1], help=text
+        )
+    group.add_argument(
+        "--allow-credentials",
+        action="store_true",
+        help="let those pages send cookies, for a proxy in front that asks for them (default: no, as keys need none)",
+    )
+
+
+class _Several(argparse.Action):
+    """One or more words, or one JSON array of them as vLLM's flags take it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) == 1 and values[0].startswith("["):
+            try:
+                values = json.loads(values[0])
+            except ValueError as error:
+                raise argparse.ArgumentError(self, f"{values[0]!r} is not a JSON array: {error}") from None
+        if not all(isinstance(value, str) and value for value in values):
+            raise argparse.ArgumentError(self, "give words, or a JSON array of strings")
+        setattr(namespace, self.dest, tuple(values))
 
 
 def _add_limits(group: Any) -> None:
@@ -136,7 +167,6 @@ def run(arguments: argparse.Namespace) -> None:
     given |= {
         "api_key": tuple(keys),
         "served_model_name": tuple(arguments.served_model_name),
-        "generation_config": arguments.generation_config == "auto",
     }
     settings = ServeSettings(**given)
     check_folder(arguments.model)

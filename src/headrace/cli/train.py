@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from headrace.cli.extras import require_extra
@@ -15,6 +14,7 @@ from headrace.cli.launch import launch
 from headrace.cli.progress import kernels
 from headrace.config import require
 from headrace.errors import HeadraceError
+from headrace.typed import expanded
 
 __all__ = ["TrainingView", "add", "add_overrides"]
 
@@ -30,10 +30,10 @@ def add(commands: Any) -> None:
         description="Train by a TOML recipe. Writes DIR/metrics.jsonl, a line a step, DIR/snapshots/ and DIR/hf/.",
     )
     parser.add_argument(
-        "recipe", type=Path, help="a TOML file, or the name of a recipe that comes with headrace, such as demo"
+        "recipe", type=expanded, help="a TOML file, or the name of a recipe that comes with headrace, such as demo"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the folder to write; it must not hold a run"
+        "--out", type=expanded, required=True, metavar="DIR", help="the folder to write; it must not hold a run"
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in DIR from its newest readable snapshot"

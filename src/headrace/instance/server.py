@@ -12,7 +12,6 @@ from dataclasses import fields
 
 import torch
 
-from headrace.engine.schedule.sampling import named_parameter
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import CheckpointError, RequestError
 from headrace.instance.deltas import SentOutput
@@ -153,7 +152,7 @@ class Instance:
             elif isinstance(command, UpdateWeights):
                 self._update(command)
         except RequestError as error:
-            self._events.append(Refused(getattr(command, "name", ""), str(error), named_parameter(str(error))))
+            self._events.append(Refused.by(getattr(command, "name", ""), error))
 
     def _add(self, add: Add) -> None:
         self._enter(self._frontend.add(add.prompt_token_ids, add.params, add.name, add.priority, add.cache_key))
@@ -186,19 +185,8 @@ class Instance:
             self._changed = True
 
     def _check_embed(self, embed: Embed) -> None:
-        count, limit, vocabulary = len(embed.prompt_token_ids), self._scheduler.max_model_len, self.vocab_size
-        if not count:
-            raise RequestError("the prompt has no tokens: there is nothing to embed")
-        if count > limit:
-            raise RequestError(f"the prompt of {count} tokens is longer than the context of {limit}: shorten it")
-        for token in embed.prompt_token_ids:
-            if not 0 <= token < vocabulary:
-                raise RequestError(f"prompt has token id {token}, and the vocabulary ends at {vocabulary - 1}")
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding table."""
-        return self._frontend.model_config.vocab_size
+        self._scheduler.limits.check_prompt(len(embed.prompt_token_ids))
+        self._frontend.check_ids("prompt", embed.prompt_token_ids)
 
     def _embed(self, name: str, ids: list[int]) -> None:
         """The mean over positions of the last norm's output, which is what the head reads: fp32 [D].

@@ -11,6 +11,7 @@ import msgspec
 
 from headrace.cache.key import CacheKey
 from headrace.engine.schedule.sampling import SamplingParams
+from headrace.errors import RequestError
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.records import ResumeRecord
 
@@ -163,11 +164,25 @@ class Delta(_Message):
 
 
 class Refused(_Message):
-    """A command that this instance can never execute; the message gives the reason and the numbers."""
+    """A command that this instance can never execute; the rest is a `RequestError`, by its parts."""
 
     name: str
     message: str
     param: str | None = None
+    code: str | None = None
+    template: str | None = None
+    values: tuple[str, ...] = ()
+
+    @classmethod
+    def by(cls, name: str, error: RequestError) -> Refused:
+        """The refusal of a command for an error."""
+        return cls(name, str(error), error.param, error.code, error.template, error.values)
+
+    def error(self) -> RequestError:
+        """The error, with the engine's names of fields."""
+        if self.template is None or self.param is None:
+            return RequestError(self.message, self.param, self.code)
+        return RequestError.about(self.param, self.template, *self.values, code=self.code)
 
 
 class Embedding(_Message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Frontend:
     def _enter(self, group: Group, requests: Sequence[Request]) -> str:
         """Give the requests to the scheduler: all of them, or none if one is refused."""
         if group.name in self._groups:
-            raise RequestError(f"there is a request called {group.name!r} already")
+            raise RequestError(f"there is a request called {group.name!r} already", "request_id")
         scheduler = self.engine.scheduler
         if group.params.beam_width:
             self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
@@ -227,17 +227,17 @@ class Frontend:
     def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             if not prompt.keys() & {"prompt", "prompt_token_ids"}:
-                raise RequestError("a prompt given as a mapping needs prompt or prompt_token_ids")
+                raise RequestError.about("prompt", "{prompt} is a mapping, which needs prompt or prompt_token_ids")
             prompt = prompt.get("prompt_token_ids") or prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
         try:
             return None, [int(token) for token in prompt]
         except (TypeError, ValueError):
-            raise RequestError(f"a prompt is text or token ids, not {type(prompt).__name__}") from None
+            kind = type(prompt).__name__
+            raise RequestError.about("prompt", "{prompt} must be text or token ids, not {}", kind) from None
 
     def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
-        vocabulary = self.model_config.vocab_size
         named = {
             "prompt": ids,
             "stop_token_ids": params.stop_token_ids,
@@ -245,6 +245,12 @@ class Frontend:
             "allowed_token_ids": params.allowed_token_ids or (),
         }
         for field, tokens in named.items():
-            for token in tokens:
-                if not 0 <= token < vocabulary:
-                    raise RequestError(f"{field} has token id {token}, and the vocabulary ends at {vocabulary - 1}")
+            self.check_ids(field, tokens)
+
+    def check_ids(self, field: str, ids: Iterable[int]) -> None:
+        """Raise `RequestError` for an id that the vocabulary does not have."""
+        vocabulary = self.model_config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                reason = f"{{{field}}} has token id {{}}, and the vocabulary ends at {{}}"
+                raise RequestError.about(field, reason, token, vocabulary - 1)

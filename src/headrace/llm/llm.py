@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.errors import RequestError
+from headrace.errors import RequestError, renamed_fields
 from headrace.kernels.ops import Ops
+from headrace.llm.defaults import sampling_defaults
 from headrace.llm.frontend import Frontend, Prompt, WeightSource
 from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
@@ -20,10 +20,6 @@ from headrace.model.transformer import Transformer
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
-
-DRAWING = ("temperature", "top_k", "top_p", "min_p")
-PENALTIES = ("repetition_penalty",)
-"""The fields that are read from generation_config.json. Penalties also apply to greedy decoding."""
 
 
 class LLM:
@@ -40,8 +36,9 @@ class LLM:
         self, model: str | Path, *, progress: Callable[[int, int, str], None] | None = None, **options: Any
     ) -> None:
         folder = resolve(model)
-        frontend = Frontend.from_folder(folder, EngineOptions(**options), progress)
-        self._start(frontend, _sampling_defaults(folder), folder)
+        settings = EngineOptions(**options)
+        defaults = sampling_defaults(folder) if settings.generation_config == "auto" else {}
+        self._start(Frontend.from_folder(folder, settings, progress), defaults, folder)
 
     @classmethod
     def from_model(
@@ -97,15 +94,20 @@ class LLM:
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. `params` is one for all, or one
         for each; None means the model's defaults. Raises `RequestError` if a prompt is refused; then none runs.
         """
-        many = _as_list(prompts)
+        many = cast(list[Prompt], [prompts] if _is_one(prompts) else list(prompts))
         each = (
             list(params) if isinstance(params, Sequence) else [params or SamplingParams(**self._defaults)] * len(many)
         )
         ranks = list(priority) if isinstance(priority, Sequence) else [priority] * len(many)
         for what, values in (("params", each), ("priority", ranks)):
             if len(values) != len(many):
-                raise RequestError(f"{len(values)} {what} for {len(many)} prompts: give one for all, or one each")
-        return self._run(lambda i: self.frontend.add(many[i], each[i], priority=ranks[i]), len(many))
+                raise RequestError(f"{len(values)} {what} for {len(many)} prompts: give one for all, or one each", what)
+
+        def add(i: int) -> str:
+            with renamed_fields({} if _is_one(prompts) else {"prompt": f"prompts[{i}]"}):
+                return self.frontend.add(many[i], each[i], priority=ranks[i])
+
+        return self._run(add, len(many))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
         """Continue one prompt; yields the output after every step that changed it."""
@@ -144,18 +146,5 @@ class LLM:
         return [outputs[name] for name in names]
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _sampling_defaults(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    given = json.loads(file.read_text())
-    defaults = {name: given[name] for name in (*DRAWING, *PENALTIES) if given.get(name) is not None}
-    if given.get("do_sample") is False:
-        return {"temperature": 0.0, **{name: defaults[name] for name in PENALTIES if name in defaults}}
-    return defaults
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int))

@@ -15,6 +15,7 @@ from headrace.engine.schedule.batching import BATCHING
 from headrace.engine.schedule.config import PREEMPTION, RESERVE, SchedulerConfig
 from headrace.engine.schedule.policies import POLICIES
 from headrace.errors import ConfigError
+from headrace.typed import check, read_value
 
 __all__ = ["EngineOptions", "parse_bytes"]
 
@@ -28,12 +29,14 @@ def option(default: Any, text: str, why: str, choices: Iterable[str] = (), **ext
     return field(default=default, metadata={"help": text, "why": why, "choices": tuple(choices), **extra})
 
 
-def parse_bytes(value: str | int) -> int:
-    """Bytes from 1073741824, "512MiB", "2G" …; 0 lets the engine choose."""
+def parse_bytes(value: str | int, name: str = "") -> int:
+    """Bytes from 1073741824, "512MiB", "2G" …; 0 lets the engine choose. An error begins with `name`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(value), re.IGNORECASE)
-    if match is None:
-        raise ConfigError(f"{value!r} is not an amount of memory: write it as 512MiB, 2GiB or a number of bytes")
-    return int(float(match[1]) * UNITS[(match[2] or "").lower()])
+    size = math.nan if match is None else float(match[1]) * UNITS[(match[2] or "").lower()]
+    if not size < 2**63:
+        given = f"{name}={value!r}" if name else repr(value)
+        raise ConfigError(f"{given} is not an amount of memory: write it as 512MiB, 2GiB or a number of bytes")
+    return int(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,12 @@ class EngineOptions:
         "what weights are converted to",
         "as the checkpoint has them",
         ("auto", "float32", "bfloat16", "float16"),
+    )
+    generation_config: str = option(
+        "auto",
+        "auto: take sampling defaults from the model's generation_config.json; none: do not",
+        "as its authors chose them",
+        ("auto", "none"),
     )
     threads: int = option(0, "CPU threads, of all ranks together", "all of them")
     tensor_parallel_size: int = option(
@@ -98,7 +107,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            self._check_field(item.name, item.default, item.metadata)
+            self._check_choice(item.name, item.metadata)
+        check(self)
         cores = os.cpu_count() or 1
         require(0 <= self.threads <= cores, f"threads={self.threads} must be from 0 to this machine's {cores}")
         require(
@@ -141,23 +151,15 @@ class EngineOptions:
             f"queue_depth={self.queue_depth} must be 1 or 2: the runner keeps the tokens of one step back",
         )
 
-    def _check_field(self, name: str, default: Any, metadata: Mapping[str, Any]) -> None:
-        """Parse an amount of memory, then check the type or the choice."""
+    def _check_choice(self, name: str, metadata: Mapping[str, Any]) -> None:
+        """Parse an amount of memory; compare a choice with those there are."""
         value = getattr(self, name)
         if metadata.get("parse") is parse_bytes:
-            value = parse_bytes(value)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, parse_bytes(value, name))
         if metadata["choices"]:
-            value = (
-                {long: short for short, long in DTYPES.items()}.get(value, value) if name == "kv_cache_dtype" else value
-            )
-            one_of(name, value, metadata["choices"])
-        elif name != "max_num_batched_tokens":
-            kinds = (int, float) if isinstance(default, float) else type(default)
-            require(
-                isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool),
-                f"{name}={value!r} must be a {'number' if isinstance(default, float) else type(default).__name__}",
-            )
+            names = {long: short for short, long in DTYPES.items()} if name == "kv_cache_dtype" else {}
+            read_value(str, value, name)
+            one_of(name, names.get(value, value), metadata["choices"])
 
     def ops_options(self, rank: int) -> dict[str, Any]:
         """Arguments of `load_ops` for a rank: its share of the threads, or its GPU."""

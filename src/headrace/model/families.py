@@ -6,15 +6,15 @@ the first is written, as both versions read it. An absent field gets transformer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from headrace.config import DTYPES, ModelConfig, RopeScaling
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, ConfigError
+from headrace.typed import Bounds, Natural, OneOf, read_value
 
-__all__ = ["FAMILIES", "Family", "config_from_json", "config_to_json"]
+__all__ = ["FAMILIES", "Family", "config_from_json", "config_to_json", "stop_ids"]
 
 Json = Mapping[str, Any]
 
@@ -47,6 +47,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
+NULL_IS_A_VALUE = ("num_key_value_heads", "sliding_window")
+"""Fields in which null is not the default: as many as heads, no window."""
+LAYERS = ("sliding_attention", "full_attention")
 FIXED_TABLES = ("linear", "llama3", "yarn")
 LENGTH_DEPENDENT = ("dynamic", "longrope", "su", "ntk")
 
@@ -56,12 +59,10 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
 
     Raises `CheckpointError` naming the field that is missing, malformed or not supported.
     """
-    names = json.get("architectures") or []
-    name = str(names[0]) if isinstance(names, list) and names else ""
-    if name not in FAMILIES:
-        raise CheckpointError(f"architecture {name!r} is not supported, only {', '.join(FAMILIES)}")
+    name = _architecture(json)
     family = FAMILIES[name]
-    json = {**family.defaults, **json}
+    given = {key: value for key, value in json.items() if value is not None or key in NULL_IS_A_VALUE}
+    json = {**family.defaults, **given}
     _refuse_unsupported(json)
     heads = _integer(json, "num_attention_heads")
     hidden = _integer(json, "hidden_size")
@@ -71,7 +72,6 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
     bias = family.attention_bias == "config" and _flag(json, "attention_bias")
     theta, scaling = _rope(json, positions)
     window, sliding = _window(json, family, layers)
-    eos = generation.get("eos_token_id")
     return ModelConfig(
         architecture=name,
         vocab_size=_integer(json, "vocab_size"),
@@ -92,10 +92,19 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
         qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=sliding,
-        bos_token_id=_bos(json),
-        eos_token_ids=_eos(json.get("eos_token_id") if eos is None else eos),
+        bos_token_id=_value(json, "bos_token_id", Natural | None),
+        eos_token_ids=stop_ids(json if generation.get("eos_token_id") is None else generation),
         dtype=_dtype(json),
     )
+
+
+def stop_ids(json: Json) -> tuple[int, ...]:
+    """The `eos_token_id` of a config.json or generation_config.json: one id, a list of them or null."""
+    value = json.get("eos_token_id")
+    if isinstance(value, list):
+        ids: tuple[int, ...] = _value(json, "eos_token_id", tuple[Natural, ...])
+        return ids
+    return () if value is None else (_value(json, "eos_token_id", Natural),)
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -163,21 +172,35 @@ def _refuse_unsupported(json: Json) -> None:
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if json.get(key):
             raise CheckpointError(f"{key}={json[key]}: experts are not supported, only dense models")
-    act = json.get("hidden_act", "silu")
+    act = _value(json, "hidden_act", str, "silu")
     if act not in ("silu", "swish"):
         raise CheckpointError(f"hidden_act={act!r} is not supported: it must be 'silu'")
 
 
+def _architecture(json: Json) -> str:
+    """A name in `FAMILIES`, by `architectures`; by `model_type` where that is absent."""
+    names = _value(json, "architectures", tuple[str, ...], ())
+    kind = _value(json, "model_type", str, "")
+    name = names[0] if names else next((name for name, family in FAMILIES.items() if family.model_type == kind), "")
+    if name in FAMILIES:
+        return str(name)
+    known = f"only {', '.join(FAMILIES)}"
+    if names:
+        raise CheckpointError(f"architectures={list(names)!r} is not supported, {known}")
+    raise CheckpointError(
+        f"architectures is missing, and model_type={kind!r} is not supported, {known}"
+        if kind
+        else f"architectures is missing, and model_type too: the model cannot be recognised; supported are {known[5:]}"
+    )
+
+
 def _rope(json: Json, positions: int) -> tuple[float, RopeScaling | None]:
-    rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"rope_parameters={rope!r} must be an object")
+    anything = Mapping[str, Any]
+    rope = _value(json, "rope_scaling", anything, {}) or _value(json, "rope_parameters", anything, {})
     if any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError("rope_parameters that differ by layer type are not supported")
     theta = _number(rope, "rope_theta", _number(json, "rope_theta", 10000.0))
-    if theta <= 1:
-        raise CheckpointError(f"rope_theta={theta} must be more than 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _value(rope, "rope_type", str, _value(rope, "type", str, "default"))
     for source in (json, rope):
         if source.get("partial_rotary_factor", 1.0) not in (None, 1.0):
             raise CheckpointError(f"partial_rotary_factor={source['partial_rotary_factor']} is not supported")
@@ -195,12 +218,8 @@ def _scaling(json: Json, rope: Json, kind: str, positions: int) -> RopeScaling:
     trained = _integer(
         rope, "original_max_position_embeddings", _integer(json, "original_max_position_embeddings", positions)
     )
-    if trained < 1:
-        raise CheckpointError(f"original_max_position_embeddings={trained} must be positive")
     if kind == "llama3":
         low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-        if not 0 < low < high:
-            raise CheckpointError(f"low_freq_factor={low} must be positive and below high_freq_factor={high}")
         return RopeScaling(kind, _number(rope, "factor"), trained, low_freq_factor=low, high_freq_factor=high)
     return RopeScaling(
         kind,
@@ -218,58 +237,50 @@ def _scaling(json: Json, rope: Json, kind: str, positions: int) -> RopeScaling:
 def _window(json: Json, family: Family, layers: int) -> tuple[int, tuple[bool, ...]]:
     if family.window == "never" or (family.window == "listed" and not _flag(json, "use_sliding_window")):
         return 0, ()
-    window = _integer(json, "sliding_window", 0)
+    window = _value(json, "sliding_window", Natural, 0)
     if not window or family.window == "all":
         return window, ()
-    kinds = json.get("layer_types")
-    if kinds is None:
-        return window, tuple(layer >= _integer(json, "max_window_layers") for layer in range(layers))
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in ("sliding_attention", "full_attention"):
-            raise CheckpointError(f"layer_types entry {kind!r} is not sliding_attention or full_attention")
+    kinds = _value(json, "layer_types", tuple[Annotated[str, OneOf(LAYERS)], ...], ())
+    if not kinds:
+        most = _value(json, "max_window_layers", Natural, 0)
+        return window, tuple(layer >= most for layer in range(layers))
+    if len(kinds) != layers:
+        raise CheckpointError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
     return window, tuple(kind == "sliding_attention" for kind in kinds)
 
 
-def _eos(value: object) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise CheckpointError(f"eos_token_id={value!r} must be a token id, a list of them or null")
-    return tuple(ids)
-
-
-def _bos(json: Json) -> int | None:
-    return None if json.get("bos_token_id") is None else _integer(json, "bos_token_id")
-
-
 def _dtype(json: Json) -> str:
-    dtype = json.get("dtype") or json.get("torch_dtype") or "float32"
-    dtype = str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if json.get("dtype") is None else "dtype"
+    dtype = str(_value(json, key, str, "float32")).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise CheckpointError(f"dtype={dtype!r} is not supported: it must be one of {', '.join(DTYPES)}")
+        raise CheckpointError(f"{key}={dtype!r} is not supported: it must be one of {', '.join(DTYPES)}")
     return dtype
 
 
+def _value(json: Json, key: str, hint: Any, default: Any = None) -> Any:
+    """A value of the annotated type; `default` where it is absent or null."""
+    if json.get(key) is None:
+        return default
+    try:
+        return read_value(hint, json[key], key, loose=True)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def _integer(json: Json, key: str, default: int | None = None) -> int:
-    value = default if json.get(key) is None else json[key]
-    if value is None:
-        raise CheckpointError(f"{key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
-        raise CheckpointError(f"{key}={value!r} must be an integer below 2^31")
-    return value
+    return int(_required(json, key, Annotated[int, Bounds(1, 2**31 - 1)], default))
 
 
 def _number(json: Json, key: str, default: float | None = None) -> float:
-    value = default if json.get(key) is None else json[key]
-    if value is None:
-        raise CheckpointError(f"{key} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckpointError(f"{key}={value!r} must be a finite number")
-    return float(value)
+    return float(_required(json, key, float, default))
 
 
 def _flag(json: Json, key: str, default: bool = False) -> bool:
-    value = default if json.get(key) is None else json[key]
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{key}={value!r} must be true or false")
+    return bool(_value(json, key, bool, default))
+
+
+def _required(json: Json, key: str, hint: Any, default: Any) -> Any:
+    value = _value(json, key, hint, default)
+    if value is None:
+        raise CheckpointError(f"{key} is missing")
     return value

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from headrace.config import ModelConfig
 from headrace.errors import CheckpointError, ConfigError
-from headrace.model.families import config_from_json
+from headrace.model.families import config_from_json, stop_ids
+from headrace.typed import expanded, read_json
 
-__all__ = ["CONFIG", "GENERATION", "check_folder", "read_config", "read_json", "resolve"]
+__all__ = ["CONFIG", "GENERATION", "check_folder", "read_config", "resolve"]
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -51,11 +50,13 @@ def check_folder(path_or_id: str | os.PathLike[str]) -> None:
 
 def _local(path_or_id: str | os.PathLike[str]) -> Path | None:
     """The local folder, or None for what may be a hub id."""
-    path = Path(os.path.expanduser(path_or_id))
-    if path.is_dir():
+    path = expanded(path_or_id)
+    if os.path.isdir(path):  # False, not an error, for a name that is too long
         return path
     name = os.fspath(path_or_id)
-    if path.exists():
+    if path.suffix.lower() == ".gguf":
+        raise _gguf(path)
+    if os.path.exists(path):
         raise CheckpointError(f"{name} is a file: give the folder that holds {CONFIG}")
     if name.startswith((".", "/", "~", os.sep)) or name.count("/") != 1 or not all(name.split("/")):
         raise CheckpointError(f"{name} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-0.6B")
@@ -68,22 +69,22 @@ def read_config(folder: str | os.PathLike[str]) -> ModelConfig:
     Raises `CheckpointError` naming the file and the field.
     """
     path, generation_path = Path(folder) / CONFIG, Path(folder) / GENERATION
+    if not path.exists() and (found := sorted(Path(folder).glob("*.gguf"))):
+        raise _gguf(found[0])
     config = read_json(path)
     generation = read_json(generation_path) if generation_path.exists() else {}
     try:
+        stop_ids(generation)
+    except CheckpointError as error:
+        raise CheckpointError(f"{generation_path}: {error}") from None
+    try:
         return config_from_json(config, generation)
     except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: give a folder in Hugging Face layout") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def _gguf(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: GGUF is not read: give the model's original folder, or convert the file with transformers, "
+        "AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).save_pretrained(out), and AutoTokenizer likewise"
+    )

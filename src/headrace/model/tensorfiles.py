@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError
-from headrace.model.folder import read_json
+from headrace.typed import read_json
 
 __all__ = ["TensorFiles", "file_header", "write_tensors"]
 

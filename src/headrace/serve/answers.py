@@ -6,7 +6,6 @@ open one stream a prompt ──> deltas ──> parts ──> a form's choices �
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from headrace.errors import renamed_fields
 from headrace.instance.wire import Delta, Explanation
 from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.errors import RefusedError
@@ -76,7 +76,8 @@ class Answers:
 
         `echo` is the text to begin with, where it is not the prompt's own.
         """
-        job = await unless_gone(request, self._open(generation, form, prompts, echo))
+        identity = form.prefix + (generation.request_id or request.state.request_id)
+        job = await unless_gone(request, self._open(generation, form, prompts, echo, identity))
         if generation.stream:
             return EventStream(self._chunks(job), job.abandon)
         try:
@@ -100,16 +101,20 @@ class Answers:
     # ---- opening
 
     async def _open(
-        self, generation: GenerationRequest, form: Form, prompts: Sequence[TokenizedPrompt], echo: str | None
+        self,
+        generation: GenerationRequest,
+        form: Form,
+        prompts: Sequence[TokenizedPrompt],
+        echo: str | None,
+        identity: str,
     ) -> _Job:
         """Open a stream for every prompt, or for none if one fails or this is cancelled."""
-        identity = form.prefix + (generation.request_id or secrets.token_hex(12))
         echoes = [await self._echo(generation, prompt, echo) for prompt in prompts] if generation.echo else []
         streams: list[Stream] = []
         try:
             for prompt in prompts:
-                streams.append(
-                    await self._gateway.open(
+                with renamed_fields({**generation.names, "prompt": prompt.place}):
+                    stream = await self._gateway.open(
                         identity,
                         prompt.text,
                         prompt.token_ids,
@@ -117,7 +122,7 @@ class Answers:
                         priority=generation.priority,
                         cache_key=generation.cache_key,
                     )
-                )
+                streams.append(stream)
         except BaseException:
             for stream in streams:
                 stream.abandon()

@@ -1,17 +1,20 @@
 """`create_app`: the endpoints over the served models, as one ASGI application.
 
-Guard (key, body) ──> routes/ ──> protocol/ (fields, requests, forms) ──> Answers ──> Gateway
+Edge (id, path) ──> CORS ──> Guard (key, body) ──> routes/ ──> protocol/ (fields, requests, forms)
+                ──> Answers ──> Gateway
 """
 
 from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from headrace import __version__
 from headrace.errors import HeadraceError
+from headrace.serve.edge import REQUEST_ID, Edge
 from headrace.serve.errors import QueueFullError, UnavailableError
 from headrace.serve.guard import MIB, Guard
 from headrace.serve.http import JSON, ClientGoneError, error_body, error_response
@@ -57,7 +60,10 @@ def create_app(models: ModelDirectory, metrics: ServerMetrics, settings: ServeSe
         assert isinstance(error, HTTPException)
         not_served = f"{request.method} {request.scope['path'][:100]} is not served here"  # `url` reads the Host header
         message = not_served if error.status_code in (404, 405) else str(error.detail)
-        return JSON(error_body(error.status_code, message), error.status_code, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if "Allow" in headers:
+            headers["Allow"] = headers["Allow"].replace("GET", "GET, HEAD")
+        return JSON(error_body(error.status_code, message), error.status_code, headers)
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED)
@@ -66,6 +72,22 @@ def create_app(models: ModelDirectory, metrics: ServerMetrics, settings: ServeSe
         app.add_exception_handler(kind, refuse)
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(ClientGoneError, gone)
-    return Guard(
+    guarded = Guard(
         app, max_body_bytes=int(settings.max_body_mib * MIB), api_keys=settings.api_key, public=PUBLIC_PATHS | PAGE
+    )
+    return Edge(_shared(guarded, settings))
+
+
+def _shared(app: ASGIApp, settings: ServeSettings) -> ASGIApp:
+    """The application for pages of the allowed origins. Preflights are answered before the key is asked for."""
+    if not settings.allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=settings.allowed_origins,
+        allow_methods=settings.allowed_methods,
+        allow_headers=settings.allowed_headers,
+        allow_credentials=settings.allow_credentials,
+        allow_private_network=True,  # a page on the internet may ask a server on this machine: its origin is allowed
+        expose_headers=(REQUEST_ID, "Retry-After"),
     )

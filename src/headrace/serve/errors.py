@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from headrace.engine.schedule.sampling import named_parameter
 from headrace.errors import RequestError
 
-__all__ = ["NotAllowedError", "NotFoundError", "QueueFullError", "RefusedError", "UnavailableError", "named"]
+__all__ = ["NotAllowedError", "NotFoundError", "QueueFullError", "RefusedError", "UnavailableError"]
 
 
 class QueueFullError(RuntimeError):
@@ -17,11 +16,7 @@ class QueueFullError(RuntimeError):
 
 
 class RefusedError(RequestError):
-    """The request can never be served; `param` is the first field that the message names, if any."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+    """The server can never serve the request; it names fields as the client does."""
 
 
 class NotFoundError(RefusedError):
@@ -34,8 +29,3 @@ class NotAllowedError(RefusedError):
 
 class UnavailableError(RuntimeError):
     """No engine can serve this: it failed, or the server is stopping."""
-
-
-def named(error: Exception) -> RefusedError:
-    """A lower room's error as a `RefusedError`, with the field that its message names."""
-    return error if isinstance(error, RefusedError) else RefusedError(str(error), named_parameter(str(error)))

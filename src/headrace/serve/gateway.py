@@ -252,7 +252,8 @@ class Gateway:
         for field in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, field)
             if asked is not None and asked > self._max_logprobs:
-                raise RefusedError(f"{field}={asked} is more than this server's limit of {self._max_logprobs}", field)
+                reason = f"{{{field}}}={{}} is more than this server's limit of {{}}"
+                raise RefusedError.about(field, reason, asked, self._max_logprobs)
 
     def _make_room(self, seats: int) -> None:
         """Raise `QueueFullError` if the queue is full. A request that is alone is never refused for its size."""
@@ -269,7 +270,7 @@ class Gateway:
         try:
             self._send(stream.instance, stream.transcript.command(fingerprint))
         except RefusedError as error:
-            self._refuse(Refused(stream.transcript.wire_name, str(error)))
+            self._refuse(Refused.by(stream.transcript.wire_name, error))
 
     def _send(self, instance: str, command: Command) -> None:
         """Send a command to an instance that is ready; one that restarts gets its requests in `on_restart`."""
@@ -360,19 +361,19 @@ class Gateway:
             stream.fail(UnavailableError(f"the new engine refused to go on: {refused.message}"))
             self._note_end(stream, "error")
         elif stream is not None:
-            stream.fail(RefusedError(refused.message, refused.param))
+            stream.fail(refused.error())
             self._note_end(stream, "refused")
         else:
-            error = RefusedError(refused.message, refused.param)
-            self._embeds.fail(refused.name, error)
-            self._updates.fail(refused.name, error)
+            self._embeds.fail(refused.name, refused.error())
+            self._updates.fail(refused.name, refused.error())
 
     def _note_end(self, stream: Stream, reason: str) -> None:
         now = time.monotonic()
         self._ends.append(now)
         if self.observer is not None:
+            params, seconds = stream.transcript.params, now - stream.opened
             self.observer.finished(
-                stream.instance, stream.name, reason, stream.output, stream.explanation, now - stream.opened
+                stream.instance, stream.name, reason, params, stream.output, stream.explanation, seconds
             )
         self._note_idle()
 

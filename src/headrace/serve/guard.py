@@ -1,4 +1,4 @@
-"""`Guard`: checks the API key, and limits the size and duration of request bodies, before any route runs.
+"""`Guard`: checks the API key, and the kind, size and duration of request bodies, before any route runs.
 
 A refused body is still read and discarded, up to a limit, because many clients read the answer only after they have
 sent the whole body.
@@ -60,6 +60,10 @@ class Guard:
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             await _reject(scope, receive, send, 415, "compressed bodies are not read: send it plain")
             return
+        if scope["method"] == "POST" and scope["path"] not in self._public and not _is_intended(headers):
+            message = "a request from a web page needs the header Content-Type: application/json"
+            await _reject(scope, receive, send, 415, message)
+            return
         body = bytearray()
         try:
             if not await self._read(headers, receive, body):
@@ -104,6 +108,15 @@ class Guard:
             )
         if size and self._held > HELD_BYTES:
             raise _BodyError(503, "too many large requests at once: try again later")
+
+
+def _is_intended(headers: dict[bytes, bytes]) -> bool:
+    """Whether no web page of another origin can have sent this unasked: JSON needs a preflight, forms and text do not.
+
+    Only browsers send `Origin`; other clients may send any type.
+    """
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    return b"origin" not in headers or kind == b"application/json"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

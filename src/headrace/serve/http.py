@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, RequestError
 from headrace.serve.errors import NotAllowedError, NotFoundError, QueueFullError, UnavailableError
 
 __all__ = ["JSON", "ClientGoneError", "EventStream", "error_body", "error_response", "unless_gone"]
@@ -29,6 +29,15 @@ TYPES = {
     415: "invalid_request_error",
     429: "rate_limit_error",
 }
+CODES = {
+    401: "invalid_api_key",
+    404: "unknown_url",
+    405: "method_not_supported",
+    429: "rate_limit_exceeded",
+}
+"""OpenAI's codes for statuses; other statuses have none."""
+WRONG_VALUE = "invalid_value"
+"""Of a field's error without a code of its own."""
 LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 """Characters that many clients treat as line ends, though the format does not, and their JSON escapes."""
 _encoder = msgspec.json.Encoder()
@@ -48,29 +57,31 @@ class JSON(Response):
         return _encoder.encode(content)
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape; `code` is the status."""
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape. Without a `code` it has that of the status, if there is one."""
     kind = TYPES.get(status, "server_error")
     message = message.encode(errors="replace").decode()  # a chat template's error text may contain surrogates
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 
 
 def error_response(error: Exception) -> JSON:
     """The response for an error of a route, the gateway or an engine."""
     headers: dict[str, str] = {}
-    status, param = 500, None
+    status, param, code = 500, None, None
+    if isinstance(error, RequestError):
+        param, code = error.param, error.code
     if isinstance(error, NotAllowedError):
         status = 403
     elif isinstance(error, NotFoundError):
-        status, param = 404, error.param
+        status = 404
     elif isinstance(error, HeadraceError):
-        status, param = 400, getattr(error, "param", None)
+        status, code = 400, code or (WRONG_VALUE if param else None)
     elif isinstance(error, QueueFullError):
         status, headers = 429, {"Retry-After": str(error.retry_after)}
     elif isinstance(error, UnavailableError):
         status, headers = 503, {"Retry-After": RETRY}
     message = str(error) if status != 500 else "the server failed: its log says why"
-    return JSON(error_body(status, message, param), status, headers)
+    return JSON(error_body(status, message, param, code), status, headers)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.llm.outputs import RequestOutput
 
@@ -52,12 +53,15 @@ FIRST_TOKEN = (
 BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 # name: (field of `SchedulerStats`, help). The engine counts from 0 in every process; these never decrease.
 ENGINE_COUNTERS = {
     "vllm:prefix_cache_queries": ("prefix_queries", "Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
+    "vllm:prompt_tokens_cached": ("prefix_hits", "Prompt tokens that were not computed, as the cache had them."),
     "vllm:num_preemptions": ("preemptions", "Times a running request gave way and was computed again later."),
     "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices, those that the cache had included."),
     "vllm:generation_tokens": ("generated_tokens", "Tokens generated, those of clients that left included."),
@@ -68,6 +72,7 @@ ENGINE_COUNTERS = {
     "headrace:kv_held_token_steps": ("held_slot_steps", "Token slots that requests held, summed over steps."),
     "headrace:kv_used_token_steps": ("used_slot_steps", "Of the held token slots, those filled, summed over steps."),
 }
+GROWING = (*(field for field, _ in ENGINE_COUNTERS.values()), "prefix_waits")
 # Without speculation, its counters are 0.
 SPECULATION = {
     "vllm:spec_decode_num_drafts": "Drafts proposed; 0 without speculation.",
@@ -132,12 +137,13 @@ class ServerMetrics:
         instance: str,
         name: str,
         reason: str,
+        params: SamplingParams,
         output: RequestOutput,
         explanation: Explanation | None,
         seconds: float,
     ) -> None:
         """A request ended. Without an explanation (an abort, an error) the times of its parts are not known."""
-        self._instances[instance].finished(reason, output, explanation, seconds)
+        self._instances[instance].finished(reason, params, output, explanation, seconds)
 
     def stepped(self, report: StepReport) -> None:
         """A step ran, or something ended between steps."""
@@ -170,13 +176,19 @@ class _InstanceMetrics:
         self._families = families
         self._values = (model_name, info.instance)
         self._blocks = info.kv_blocks
+        self._max_model_len = info.max_model_len
         self._seen: dict[str, float] = {}
         self._make_cache(info)
         self._make_engine()
         self._make_requests(_one_two_five(info.max_model_len))
 
     def finished(
-        self, reason: str, output: RequestOutput, explanation: Explanation | None, total_seconds: float
+        self,
+        reason: str,
+        params: SamplingParams,
+        output: RequestOutput,
+        explanation: Explanation | None,
+        total_seconds: float,
     ) -> None:
         """`ServerMetrics.finished`."""
         if reason == "refused":
@@ -184,12 +196,23 @@ class _InstanceMetrics:
             return
         self._success.labels(*self._values, reason).inc()
         self._total.observe(total_seconds)
-        self._prompt_tokens.observe(len(output.prompt_token_ids))
-        self._generated_tokens.observe(sum(len(choice.token_ids) for choice in output.outputs))
+        self._choices.observe(params.n)
+        prompt_tokens = len(output.prompt_token_ids)
+        self._prompt_tokens.observe(prompt_tokens)
+        self._max_tokens.observe(
+            self._max_model_len - prompt_tokens if params.max_tokens is None else params.max_tokens
+        )
+        lengths = [len(choice.token_ids) for choice in output.outputs]
+        self._generated_tokens.observe(sum(lengths))
+        self._longest.observe(max(lengths, default=0))
         if explanation is not None:
+            self._computed.observe(prompt_tokens - explanation.num_cached_tokens)
+            if max(lengths) > 1:
+                self._per_token.observe(explanation.decode_time / (max(lengths) - 1))
             parts = explanation.prefill_time, explanation.decode_time
             for kind, seconds in zip(REQUEST_TIMES, (explanation.queue_time, sum(parts), *parts)):
                 self._times[kind].observe(seconds)
+            self._preempted.observe(explanation.preemptions)
             self._resumed.inc(explanation.resumes)
 
     def stepped(self, report: StepReport) -> None:
@@ -197,6 +220,10 @@ class _InstanceMetrics:
         stats = report.stats
         self._running.set(stats["num_running"])
         self._waiting.set(stats["num_waiting"])
+        grown = {field: self._growth(stats, field) for field in GROWING}
+        deferred = min(grown["prefix_waits"], stats["num_waiting"])
+        self._deferred.set(deferred)
+        self._held_up.set(stats["num_waiting"] - deferred)
         self._usage.set(stats["kv_usage"])
         self._waste.set(1 - stats["used_slots"] / stats["held_slots"] if stats["held_slots"] else 0)
         held, cached = stats["physical_blocks"], stats["cached_blocks"]
@@ -204,20 +231,22 @@ class _InstanceMetrics:
         self._cached_blocks.set(cached)
         self._free_blocks.set(self._blocks - held - cached)
         for counter, field in self._engine:
-            counter.inc(self._growth(stats, field))
+            counter.inc(grown[field])
         self._aborts.inc(self._growth(stats["finished"], "abort"))
-        tokens = report.prefill_tokens + report.decode_tokens
-        if tokens:
+        if report.prefill_tokens or report.decode_tokens:
             self._prefill.inc(report.prefill_tokens)
             self._decode.inc(report.decode_tokens)
-            self._step_tokens.observe(tokens)
             self._step_time.observe(report.step_time)
+        if report.prefill_tokens or grown["generated_tokens"]:
+            self._step_tokens.observe(report.prefill_tokens + grown["generated_tokens"])
 
     def restarted(self) -> None:
         """The new process counts from 0, and nothing runs in it yet."""
         self._seen.clear()
         self._restarts.inc()
-        for gauge in (self._running, self._waiting, self._usage, self._waste, self._held_blocks, self._cached_blocks):
+        for gauge in (self._running, self._waiting, self._held_up, self._deferred):
+            gauge.set(0)
+        for gauge in (self._usage, self._waste, self._held_blocks, self._cached_blocks):
             gauge.set(0)
         self._free_blocks.set(self._blocks)
 
@@ -243,9 +272,10 @@ class _InstanceMetrics:
             Gauge,
             "vllm:cache_config_info",
             "The KV cache, described by labels; always 1.",
-            (*LABELS, "block_size", "num_gpu_blocks"),
+            (*LABELS, "block_size", "num_gpu_blocks", "kv_cache_size_tokens", "kv_cache_max_concurrency"),
         )
-        description.labels(*self._values, str(info.block_size), str(info.kv_blocks)).set(1)
+        sizes = info.block_size, info.kv_blocks, info.kv_tokens, round(info.kv_tokens / info.max_model_len, 2)
+        description.labels(*self._values, *map(str, sizes)).set(1)
         blocks = self._families.labelled(
             Gauge,
             "headrace:kv_blocks",
@@ -263,6 +293,13 @@ class _InstanceMetrics:
         """What step reports feed, beside the cache."""
         self._running = self._gauge("vllm:num_requests_running", "Requests (choices) that hold KV blocks.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests (choices) that wait in the engine.")
+        by_reason = self._families.labelled(
+            Gauge,
+            "vllm:num_requests_waiting_by_reason",
+            "Those that wait: for a place or KV blocks (capacity), or for a prefix that another computes (deferred).",
+            (*LABELS, "reason"),
+        )
+        self._held_up, self._deferred = (by_reason.labels(*self._values, why) for why in ("capacity", "deferred"))
         self._engine = [(self._counter(name, text), field) for name, (field, text) in ENGINE_COUNTERS.items()]
         for name, text in SPECULATION.items():
             self._counter(name, text)
@@ -273,7 +310,9 @@ class _InstanceMetrics:
             (*LABELS, "position"),
         )
         accepted.labels(*self._values, "0")
-        self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKENS)
+        self._step_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Prompt tokens computed and tokens generated in a step.", STEP_TOKENS
+        )
         self._step_time = self._histogram("headrace:step_time_seconds", "Seconds of a step.", STEP)
         tokens = self._families.labelled(
             Counter, "headrace:step_tokens", "Tokens computed: of prompts, and all others.", (*LABELS, "kind")
@@ -307,6 +346,24 @@ class _InstanceMetrics:
         self._prompt_tokens = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", sizes)
         self._generated_tokens = self._histogram(
             "vllm:request_generation_tokens", "Tokens a request generated, all choices.", sizes
+        )
+        self._choices = self._histogram("vllm:request_params_n", "A request's n.", CHOICES)
+        self._max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "A request's max_tokens, or what its context leaves.", sizes
+        )
+        self._longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of a request's longest choice.", sizes
+        )
+        self._computed = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a request that the cache did not have.", sizes
+        )
+        self._per_token = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Seconds a token of a request, after its first.",
+            BETWEEN_TOKENS,
+        )
+        self._preempted = self._histogram(
+            "vllm:request_num_preemptions", "Times that a request gave way and was computed again later.", PREEMPTIONS
         )
         self._resumed = self._counter("headrace:resumed_requests", "Times a request went on in a new instance.")
 

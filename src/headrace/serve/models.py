@@ -57,7 +57,7 @@ class ModelDirectory:
         if name not in self._models:
             shown = name if len(name) <= 100 else name[:100] + "…"
             served = " or ".join(map(repr, self._models))
-            raise NotFoundError(f"model {shown!r} is not served here: {served} is", "model")
+            raise NotFoundError(f"model {shown!r} is not served here: {served} is", "model", "model_not_found")
         return self._models[name]
 
     def of(self, body: Body) -> ServedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from headrace.engine.schedule.sampling import SamplingParams
 from headrace.instance.wire import Explanation, Ready, StepReport
 from headrace.llm.outputs import RequestOutput
 
@@ -30,6 +31,7 @@ class GatewayObserver(Protocol):
         instance: str,
         name: str,
         reason: str,
+        params: SamplingParams,
         output: RequestOutput,
         explanation: Explanation | None,
         seconds: float,

@@ -180,12 +180,11 @@ class Server:
 
     async def _serve(self, text: TextService, ready: Callable[[], None]) -> None:
         settings = self._settings
-        defaults = self.gateway.info.default_sampling_params if settings.generation_config else {}
         model = ServedModel(
             self.gateway,
             text,
             self._names,
-            defaults=defaults,
+            defaults=self.gateway.info.default_sampling_params,
             priorities=self._options.get("scheduling_policy") == "priority",
         )
         config = uvicorn.Config(

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, RequestError
 from headrace.serve.errors import RefusedError, UnavailableError
 from headrace.text.chat import MAX_CHARACTERS, ChatTemplate
+from headrace.text.variables import template_variables
 
 __all__ = ["TemplateWorker", "serve_templates"]
 
@@ -147,13 +148,12 @@ def serve_templates() -> None:
         answer: dict[str, Any]
         try:
             answer = {"text": _render(json.loads(line), compiled)}
-        except RefusedError as error:
-            answer = {"error": str(error), "param": error.param}
         except RecursionError:
             answer = {"error": "the messages or the template's variables are nested too deeply", "param": "messages"}
+        except RequestError as error:
+            answer = {"error": str(error)[:MAX_MESSAGE], "param": error.param or "messages"}
         except HeadraceError as error:
-            message = str(error)[:MAX_MESSAGE]
-            answer = {"error": message, "param": "messages" if message.startswith("messages") else "chat_template"}
+            answer = {"error": str(error)[:MAX_MESSAGE], "param": "chat_template"}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
@@ -165,8 +165,6 @@ def _render(job: Mapping[str, Any], compiled: dict[str, ChatTemplate]) -> str:
             del compiled[next(iter(compiled))]
         compiled[key] = ChatTemplate(job["source"], job["special"])
     template = compiled[key]
-    for name, (field, _) in job["variables"].items():
-        if not template.uses(name):
-            raise RefusedError(f"{field}: the chat template does not use {name[:60]}", field)
-    variables = {name: value for name, (_, value) in job["variables"].items()}
-    return template.render(job["messages"], job["add_generation_prompt"], **variables)
+    return template.render(
+        job["messages"], job["add_generation_prompt"], **template_variables(template, job["variables"])
+    )

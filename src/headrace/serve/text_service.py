@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from headrace.errors import RequestError
-from headrace.serve.errors import RefusedError, named
+from headrace.errors import renamed_fields
+from headrace.serve.errors import RefusedError
 from headrace.serve.templates import TemplateWorker
 from headrace.text.tokenizer import Tokenizer
 
@@ -38,10 +38,14 @@ class TokenizedPrompt:
 
     text: str | None
     token_ids: list[int]
+    place: str
+    """In the request: a field, or one entry of it."""
 
     def last(self, count: int) -> TokenizedPrompt:
         """The last `count` tokens."""
-        return self if len(self.token_ids) <= count else TokenizedPrompt(None, self.token_ids[-count:] if count else [])
+        if len(self.token_ids) <= count:
+            return self
+        return TokenizedPrompt(None, self.token_ids[-count:] if count else [], self.place)
 
 
 class TextService:
@@ -65,9 +69,10 @@ class TextService:
         await self._model_templates.close()
         await self._request_templates.close()
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. `RefusedError` if it is not valid Unicode."""
-        return await self._off_loop(len(text), lambda: self.tokenizer.encode(text, add_special_tokens))
+    async def encode(self, text: str, add_special_tokens: bool, place: str = "prompt") -> list[int]:
+        """Token ids of a text. `RequestError`, which names its place in the request, if it is not valid Unicode."""
+        with renamed_fields({"prompt": place}):
+            return await self._off_loop(len(text), lambda: self.tokenizer.encode(text, add_special_tokens))
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -82,13 +87,15 @@ class TextService:
 
         return await self._off_loop(16 * len(ids), work)
 
-    async def prompts(self, given: Sequence[str | list[int]], add_special_tokens: bool) -> list[TokenizedPrompt]:
-        """Tokenize prompts that are texts or token ids."""
+    async def prompts(self, field: str, given: Any, add_special_tokens: bool) -> list[TokenizedPrompt]:
+        """Tokenize the prompts of a field: a text, token ids, or a list of either."""
+        many = several(given)
+        places = [f"{field}[{i}]" for i in range(len(many))] if many is given else [field]
         return [
-            TokenizedPrompt(one, await self.encode(one, add_special_tokens))
+            TokenizedPrompt(one, await self.encode(one, add_special_tokens, place), place)
             if isinstance(one, str)
-            else TokenizedPrompt(None, one)
-            for one in given
+            else TokenizedPrompt(None, one, place)
+            for place, one in zip(places, many)
         ]
 
     async def chat(
@@ -117,25 +124,22 @@ class TextService:
         plain = [_flat(message, i) for i, message in enumerate(messages)]
         mark = _mark(plain) if continue_final_message else ""
         worker = self._model_templates if chat_template is None else self._request_templates
-        text = await worker.render(
-            {
-                "source": source,
-                "special": dict(self.tokenizer.special_tokens),
-                "messages": plain,
-                "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                "variables": variables,
-            }
-        )
+        job = {
+            "source": source,
+            "special": dict(self.tokenizer.special_tokens),
+            "messages": plain,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "variables": variables,
+        }
+        with renamed_fields({} if chat_template is not None else {"chat_template": "messages"}):
+            text = await worker.render(job)
         if mark:
             text = _cut(text, mark)
-        return TokenizedPrompt(text, await self.encode(text, add_special_tokens))
+        return TokenizedPrompt(text, await self.encode(text, add_special_tokens, "messages"), "messages")
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
         pool = self._short if size < LONG else self._long
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, work)
-        except RequestError as error:
-            raise named(error) from None
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def _flat(message: Mapping[str, Any], i: int) -> dict[str, Any]:

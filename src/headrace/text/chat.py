@@ -143,16 +143,18 @@ class ChatTemplate:
         try:
             return _bounded(template, names)
         except _RefusedMessages as refused:
-            raise RequestError(f"messages: the model's chat template refuses them: {refused}") from None
+            raise RequestError(f"messages: the model's chat template refuses them: {refused}", "messages") from None
         except jinja2.exceptions.SecurityError as error:
             raise CheckpointError(f"the model's chat template is refused as unsafe: {error}") from None
         except HeadraceError:
             raise
         except jinja2.UndefinedError as error:
-            raise RequestError(f"messages: the model's chat template uses a field that they lack: {error}") from None
+            raise RequestError(
+                f"messages: the model's chat template uses a field that they lack: {error}", "messages"
+            ) from None
         except Exception as error:
             raise RequestError(
-                f"messages: the model's chat template failed on them: {type(error).__name__}: {error}"
+                f"messages: the model's chat template failed on them: {type(error).__name__}: {error}", "messages"
             ) from None
 
     def _template(self, name: str) -> jinja2.Template:
@@ -181,10 +183,10 @@ def _bounded(template: jinja2.Template, names: Mapping[str, Any]) -> str:
 
 def _checked(messages: Any) -> list[Mapping[str, Any]]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages must be a non-empty list of objects with role and content")
+        raise RequestError("messages must be a non-empty list of objects with role and content", "messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{i}] must be an object with a role (a string) and content")
+            raise RequestError(f"messages[{i}] must be an object with a role (a string) and content", "messages")
     return [_without_none(message) for message in messages]
 
 
@@ -203,4 +205,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise RequestError(f"messages: a chat template takes plain JSON values, not {type(value).__name__}")
+    raise RequestError(f"messages: a chat template takes plain JSON values, not {type(value).__name__}", "messages")

@@ -6,17 +6,20 @@ tokenizer.json's post-processor adds the special tokens; `add_bos_token` in toke
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from headrace.errors import CheckpointError, RequestError
+from headrace.errors import CheckpointError, ConfigError, RequestError
 from headrace.text.chat import ChatTemplate
 from headrace.text.detokenizer import Detokenizer, PieceTable
+from headrace.typed import expanded, read_fields, read_json, read_value
 
 __all__ = ["Tokenizer"]
 
@@ -45,7 +48,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """Read a model folder. Raises `CheckpointError` that names the file at fault."""
-        folder = Path(path)
+        folder = expanded(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(
@@ -53,15 +56,19 @@ class Tokenizer:
                 "save_pretrained, or copy the file beside the weights"
             )
         try:
-            backend = Backend.from_file(str(file))
+            backend = Backend.from_str(_read_text(file))
+        except CheckpointError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file} is not a tokenizer: {error}") from None
-        config = _read_json(folder / "tokenizer_config.json")
-        special = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
-        _add_missing_tokens(backend, config, special)
-        if _rebuilt_as_llama(backend, config, _read_json(folder / "config.json")):
-            _rebuild_as_llama(backend, config)
-        return cls(backend, special, _chat_template(folder, config), source=str(folder))
+        settings = _settings(folder / "tokenizer_config.json")
+        special = _special_tokens(settings, _settings(folder / "special_tokens_map.json"))
+        _add_missing_tokens(backend, settings, special)
+        model = folder / "config.json"
+        model_type = (read_json(model) if model.is_file() else {}).get("model_type") or "llama"
+        if _rebuilt_as_llama(backend, settings, model_type):
+            _rebuild_as_llama(backend, settings)
+        return cls(backend, special, _chat_template(folder, settings), source=str(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -89,7 +96,8 @@ class Tokenizer:
         if self._chat is None:
             raise RequestError(
                 f"{self._source} has no chat template: send a plain prompt instead, or put a "
-                "chat_template.jinja beside its tokenizer.json"
+                "chat_template.jinja beside its tokenizer.json",
+                "messages",
             )
         return self._chat
 
@@ -105,12 +113,13 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, with the tokenizer's start and end tokens where `add_special_tokens`."""
         if not isinstance(text, str):
-            raise RequestError(f"prompt must be a string, not {type(text).__name__}")
+            raise RequestError.about("prompt", "{prompt} must be a string, not {}", type(text).__name__)
         try:
             # encode holds the interpreter's lock, for seconds with a long text; encode_batch_fast releases it.
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):  # lone surrogates cannot cross into the library
-            raise RequestError("prompt holds a lone surrogate, which is not a character: send valid Unicode") from None
+            reason = "{prompt} holds a lone surrogate, which is not a character: send valid Unicode"
+            raise RequestError.about("prompt", reason) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids` on their own. Unknown ids give no text."""
@@ -126,6 +135,10 @@ class Tokenizer:
         if self._table.kind == "fallback":
             detokenizer = detokenizer.restore({"text": "", "bytes": "", "strip": False})
         return detokenizer.push((token_id,)) + detokenizer.flush()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary, as its file has them; "" for an id without one."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
     def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """An incremental decoder of what follows `prompt_ids`."""
@@ -162,46 +175,86 @@ class Tokenizer:
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """An added token in tokenizer_config.json."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool | None = None
+    special: bool = False
+
+    def added(self) -> AddedToken:
+        fields = dataclasses.asdict(self)
+        return AddedToken(**{name: value for name, value in fields.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
+_Special = str | _Token | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What is read of tokenizer_config.json; the special tokens also of special_tokens_map.json."""
+
+    bos_token: _Special = None
+    eos_token: _Special = None
+    unk_token: _Special = None
+    sep_token: _Special = None
+    pad_token: _Special = None
+    cls_token: _Special = None
+    mask_token: _Special = None
+    added_tokens_decoder: Mapping[str, _Token] = field(default_factory=dict)
+    tokenizer_class: str = ""
+    add_prefix_space: bool = True
+    legacy: bool = False
+    chat_template: str | tuple[_Template, ...] | Mapping[str, str] = ""
+
+
+def _settings(file: Path) -> _Settings:
     if not file.is_file():
-        return {}
+        return _Settings()
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return value
+        settings = read_fields(_Settings, read_json(file), loose=True)
+        for key in settings.added_tokens_decoder:
+            read_value(int, int(key) if key.isdecimal() else key, "added_tokens_decoder: the token id")
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return settings
 
 
-def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, … as text. Each may be a string or an added token's fields."""
+def _special_tokens(*sources: _Settings) -> dict[str, str]:
+    """bos_token, eos_token, … as text, of the first file that has it."""
     special = {}
     for name in SPECIAL_NAMES:
-        value = config.get(name)
-        value = special_map.get(name) if value is None else value
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(value, str):
-            special[name] = value
+        value = next((found for source in sources if (found := getattr(source, name)) is not None), None)
+        if value is not None:
+            special[name] = value.content if isinstance(value, _Token) else value
     return special
 
 
-def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+def _add_missing_tokens(backend: Backend, settings: _Settings, special: Mapping[str, str]) -> None:
     """Append the tokens that the configuration names and tokenizer.json lacks, in the order of their ids."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    declared = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
-    fields = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for _, token in declared:
-        if token["content"] not in known:
-            backend.add_tokens([AddedToken(token["content"], **{k: token[k] for k in fields if k in token})])
+    for _, token in sorted(settings.added_tokens_decoder.items(), key=lambda item: int(item[0])):
+        if token.content not in known:
+            backend.add_tokens([token.added()])
     for text in special.values():
         backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
-def _rebuilt_as_llama(backend: Backend, config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+def _rebuilt_as_llama(backend: Backend, settings: _Settings, model_type: str) -> bool:
     """Whether AutoTokenizer ignores this tokenizer.json's normalizer and takes its own Llama pipeline."""
-    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
-    if name != "LlamaTokenizer" or model.get("model_type", "llama") != "llama":
+    if settings.tokenizer_class.removesuffix("Fast") != "LlamaTokenizer" or model_type != "llama":
         return False
     pipeline = json.loads(backend.to_str())
     return pipeline["model"].get("type") == "BPE" and '"ByteLevel"' not in json.dumps(
@@ -209,10 +262,9 @@ def _rebuilt_as_llama(backend: Backend, config: Mapping[str, Any], model: Mappin
     )
 
 
-def _rebuild_as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
-    prefix_space = config.get("add_prefix_space")
-    prefix_space = True if prefix_space is None else bool(prefix_space)
-    scheme = ("always" if config.get("legacy", False) else "first") if prefix_space else "never"
+def _rebuild_as_llama(backend: Backend, settings: _Settings) -> None:
+    prefix_space = settings.add_prefix_space
+    scheme = ("always" if settings.legacy else "first") if prefix_space else "never"
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     chain: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -221,28 +273,25 @@ def _rebuild_as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
     backend.decoder = decoders.Sequence(chain)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+def _chat_template(folder: Path, settings: _Settings) -> str | dict[str, str] | None:
     """chat_template.jinja wins over tokenizer_config.json, whose value may be a list of named templates."""
     file = folder / "chat_template.jinja"
-    named = {
-        extra.stem: extra.read_text(encoding="utf-8")
-        for extra in sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    }
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    named = {extra.stem: _read_text(extra) for extra in more}
     if file.is_file():
-        source = file.read_text(encoding="utf-8")
+        source = _read_text(file)
         return {**named, "default": source} if named else source
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        try:
-            return {entry["name"]: entry["template"] for entry in value} | named
-        except (TypeError, KeyError):
-            raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a "
-                "list of objects with name and template"
-            ) from None
-    if value is not None and not isinstance(value, (str, dict)):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list")
-    return value or named or None
+    value = settings.chat_template
+    if isinstance(value, tuple):
+        return {entry.name: entry.template for entry in value} | named
+    return (value if isinstance(value, str) else dict(value)) or named or None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
 def _piece_table(backend: Backend) -> PieceTable:

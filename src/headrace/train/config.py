@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from headrace.config import DTYPES, ModelConfig, one_of, require
-from headrace.errors import ConfigError
+from headrace.config import DTYPES, ModelConfig, require
+from headrace.errors import CheckpointError, ConfigError
+from headrace.model.families import FAMILIES
 from headrace.model.folder import read_config, resolve
 from headrace.train.corpus.index import read_index
 from headrace.train.recipes import find_recipe
+from headrace.typed import (
+    Amount,
+    Bounds,
+    Fraction,
+    Natural,
+    OneOf,
+    PathText,
+    PositiveInteger,
+    PositiveNumber,
+    check,
+    field_types,
+    nearest,
+    printable,
+    read_fields,
+    read_value,
+)
 
 __all__ = ["DataConfig", "OptimizerConfig", "ParallelConfig", "Recipe", "TrainConfig", "load_recipe", "recipe_keys"]
 
@@ -24,6 +41,9 @@ RECOMPUTE = ("none", "selective", "full")
 REDUCTIONS = ("tree", "library")
 REDUCE_EVERY = ("micro_step", "step")
 SHUFFLES = ("documents", "pieces")
+WEEK = 604800
+KERNELS = ("cpu", "reference", "cuda")
+Beta = Annotated[float, Bounds(0, 1, open_high=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +55,19 @@ class DataConfig:
     `shuffle` "documents" keeps the pieces of a long document together; "pieces" spreads them, which suits books.
     """
 
-    source: str = "tinyworld"
-    vocab_size: int = 512
-    seed: int = 0
-    shuffle: str = "documents"
+    source: PathText = "tinyworld"
+    vocab_size: Natural = 512
+    seed: Natural = 0
+    shuffle: Annotated[str, OneOf(SHUFFLES)] = "documents"
 
     def __post_init__(self) -> None:
-        require(isinstance(self.source, str) and bool(self.source), f"data.source={self.source!r} must be a string")
-        _integer("data.vocab_size", self.vocab_size, 0)
-        _integer("data.seed", self.seed, 0)
-        one_of("data.shuffle", self.shuffle, SHUFFLES)
+        check(self, "data.")
+        require(bool(self.source), "data.source='' must be tinyworld or a folder")
         if self.source == "tinyworld":
             require(self.vocab_size > 0, "data.vocab_size=0 must be an integer of at least 1 for tinyworld")
             return
         require(
-            Path(self.source).is_dir(),
+            os.path.isdir(self.source),
             f"data.source={self.source!r} is neither tinyworld nor a folder: build one with `headrace data build`",
         )
         tokens = self._folder_vocabulary()
@@ -79,27 +97,19 @@ class OptimizerConfig:
     `weight_decay` applies to matrices, not to norms and biases. `grad_clip` bounds the global norm; 0 means no bound.
     """
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0
-    schedule: str = "cosine"
-    decay_ratio: float = 0.2
-    final_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    grad_clip: float = 1.0
+    learning_rate: PositiveNumber = 1e-3
+    warmup_steps: Natural = 0
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    decay_ratio: Fraction = 0.2
+    final_lr_ratio: Fraction = 0.1
+    weight_decay: Amount = 0.1
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: PositiveNumber = 1e-8
+    grad_clip: Amount = 1.0
 
     def __post_init__(self) -> None:
-        _integer("optimizer.warmup_steps", self.warmup_steps, 0)
-        one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "eps"):
-            _number(f"optimizer.{name}", getattr(self, name), 0.0, math.inf, open_low=True)
-        for name in ("weight_decay", "grad_clip"):
-            _number(f"optimizer.{name}", getattr(self, name), 0.0, math.inf)
-        for name in ("final_lr_ratio", "beta1", "beta2", "decay_ratio"):
-            _number(f"optimizer.{name}", getattr(self, name), 0.0, 1.0)
-        require(self.beta1 < 1.0 and self.beta2 < 1.0, "optimizer.beta1 and optimizer.beta2 must be less than 1")
+        check(self, "optimizer.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,43 +130,26 @@ class TrainConfig:
     operations per second of which `mfu` is the fraction; 0 measures this machine's matrix product.
     """
 
-    steps: int
-    batch_size: int = 8
-    seq_length: int = 256
-    micro_batches: int = 1
-    recompute: str = "none"
-    validate_every: int = 0
-    validation_sequences: int = 256
-    sample_every: int = 0
-    snapshot_every: int = 0
-    keep_snapshots: int = 2
-    loss_scale: float = 65536.0
-    loss_scale_steps: int = 2000
-    init_std: float = 0.02
-    seed: int = 0
-    kernels: str = "cpu"
-    kv_cache_dtype: str = "float32"
-    peak_flops: float = 0.0
+    steps: PositiveInteger
+    batch_size: PositiveInteger = 8
+    seq_length: Annotated[int, Bounds(2)] = 256
+    micro_batches: PositiveInteger = 1
+    recompute: Annotated[str, OneOf(RECOMPUTE)] = "none"
+    validate_every: Natural = 0
+    validation_sequences: Natural = 256
+    sample_every: Natural = 0
+    snapshot_every: Natural = 0
+    keep_snapshots: PositiveInteger = 2
+    loss_scale: Annotated[float, Bounds(1, 2.0**120)] = 65536.0
+    loss_scale_steps: PositiveInteger = 2000
+    init_std: PositiveNumber = 0.02
+    seed: Natural = 0
+    kernels: Annotated[str, OneOf(KERNELS)] = "cpu"
+    kv_cache_dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    peak_flops: Amount = 0.0
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("seq_length", 2),
-            ("micro_batches", 1),
-            ("validate_every", 0),
-            ("validation_sequences", 0),
-            ("sample_every", 0),
-            ("snapshot_every", 0),
-            ("keep_snapshots", 1),
-            ("loss_scale_steps", 1),
-            ("seed", 0),
-        ):
-            _integer(f"train.{name}", getattr(self, name), low)
-        one_of("train.recompute", self.recompute, RECOMPUTE)
-        _number("train.init_std", self.init_std, 0.0, math.inf, open_low=True)
-        _number("train.peak_flops", self.peak_flops, 0.0, math.inf)
-        _number("train.loss_scale", self.loss_scale, 1.0, 2.0**120)
+        check(self, "train.")
         require(
             math.frexp(self.loss_scale)[0] == 0.5,
             f"train.loss_scale={self.loss_scale:g} must be a power of two, so that it rounds nothing",
@@ -166,7 +159,6 @@ class TrainConfig:
             f"train.micro_batches={self.micro_batches} is more than "
             f"the rows of a batch, train.batch_size={self.batch_size}",
         )
-        one_of("train.kv_cache_dtype", self.kv_cache_dtype, DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,27 +178,22 @@ class ParallelConfig:
     After `timeout` seconds without an answer, a rank counts as lost.
     """
 
-    tensor: int = 1
+    tensor: PositiveInteger = 1
     sequence: bool = False
-    zero: int = 0
-    bucket: int = 1 << 22
+    zero: Annotated[int, Bounds(0, 3)] = 0
+    bucket: PositiveInteger = 1 << 22
     overlap: bool = True
-    reduction: str = "tree"
-    reduce_every: str = "micro_step"
+    reduction: Annotated[str, OneOf(REDUCTIONS)] = "tree"
+    reduce_every: Annotated[str, OneOf(REDUCE_EVERY)] = "micro_step"
     offload_optimizer: bool = False
     partition_activations: bool = False
     offload_activations: bool = False
-    offload_folder: str = ""
-    timeout: float = 300.0
+    offload_folder: PathText = ""
+    timeout: Annotated[float, Bounds(0, WEEK, open_low=True)] = 300.0
 
     def __post_init__(self) -> None:
-        _integer("parallel.tensor", self.tensor, 1)
+        check(self, "parallel.")
         require(self.tensor & (self.tensor - 1) == 0, f"parallel.tensor={self.tensor} must be a power of two")
-        for name in ("sequence", "overlap", "offload_optimizer", "partition_activations", "offload_activations"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"parallel.{name}={value!r} must be true or false")
-        one_of("parallel.reduction", self.reduction, REDUCTIONS)
-        one_of("parallel.reduce_every", self.reduce_every, REDUCE_EVERY)
         require(
             self.reduce_every == "micro_step" or self.zero < 2,
             f"parallel.reduce_every={self.reduce_every!r} "
@@ -225,13 +212,9 @@ class ParallelConfig:
         )
         folder = self.offload_folder
         require(
-            isinstance(folder, str) and (not folder or Path(folder).is_dir()),
+            not folder or os.path.isdir(folder),
             f"parallel.offload_folder={folder!r} is not a folder",
         )
-        _integer("parallel.zero", self.zero, 0)
-        require(self.zero <= 3, f"parallel.zero={self.zero} must be a stage of ZeRO: 0, 1, 2 or 3")
-        _integer("parallel.bucket", self.bucket, 1)
-        _number("parallel.timeout", self.timeout, 0.0, math.inf, open_low=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +229,7 @@ class Recipe:
     init: str = ""
 
     def __post_init__(self) -> None:
-        train, warmup = self.train, self.optimizer.warmup_steps
+        train = self.train
         require(
             train.seq_length <= self.model.max_position_embeddings,
             f"train.seq_length={train.seq_length} is more than "
@@ -261,7 +244,13 @@ class Recipe:
             not divides or train.recompute == "full",
             f"parallel.{''.join(divides[:1])}=true needs full recomputation: set train.recompute=full",
         )
-        require(warmup <= train.steps, f"optimizer.warmup_steps={warmup} is more than train.steps={train.steps}")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a run does otherwise than its recipe says, a line each."""
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        capped = f"optimizer.warmup_steps={warmup} is more than train.steps={steps}: the rate rises to the last step"
+        return [capped] if warmup > steps else []
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -292,31 +281,47 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `CheckpointError` for a folder that cannot be read.
     """
     path = find_recipe(path)
-    try:
-        sections: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    sections, changed = _sections(path), []
     for override in overrides:
         section, key, value = _parse_override(override)
+        _refuse_unknown({section: {key: value}}, "--set")
         sections.setdefault(section, {})[key] = value
-    _refuse_unknown(sections, str(path))
+        changed.append(f"{section}.{key}=")
+    try:
+        return _recipe(sections)
+    except ConfigError as error:
+        source = "--set " if str(error).startswith(tuple(changed)) else f"{path}: "
+        raise ConfigError(f"{source}{error}") from None
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """The tables of a recipe file, which have no unknown keys."""
+    try:
+        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    _refuse_unknown(sections, f"{path}:")
+    return sections
+
+
+def _recipe(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
     given = {name: dict(sections.get(name, {})) for name in SECTIONS}
-    init = given["model"].pop("init", "")
-    require(isinstance(init, str), f"model.init={init!r} must be a folder or a Hugging Face id")
+    init = read_value(PathText, given["model"].pop("init", ""), "model.init")
     if init:
         model = _initial_model(init, given["model"])
         data = _data_of_model(given["data"], model, init)
     else:
-        data = _build("data", given["data"]).resolved()
-        model = _build("model", given["model"], {"vocab_size": data.vocab_size})
+        data = read_fields(DataConfig, given["data"], "data.").resolved()
+        model = read_fields(ModelConfig, {**given["model"], "vocab_size": data.vocab_size}, "model.")
+        read_value(Annotated[str, OneOf(tuple(FAMILIES))], model.architecture, "model.architecture")
     return Recipe(
         model,
         data,
-        _build("train", given["train"]),
-        _build("optimizer", given["optimizer"]),
-        _build("parallel", given["parallel"]),
+        read_fields(TrainConfig, given["train"], "train."),
+        read_fields(OptimizerConfig, given["optimizer"], "optimizer."),
+        read_fields(ParallelConfig, given["parallel"], "parallel."),
         init,
     )
 
@@ -324,42 +329,47 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _parse_override(text: str) -> tuple[str, str, Any]:
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
-    require(bool(equals and dot and section and key), f"--set {text}: write it as section.key=value")
+    require(bool(equals and dot and section and key), f"--set {printable(text)}: write it as section.key=value")
     try:
-        return section, key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return section, key, value.strip()
+        parsed = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):  # a bare word
+        parsed = {"value": value.strip()}
+    require(len(parsed) == 1, f"--set {printable(text)}: give one value")
+    return section, key, parsed["value"]
 
 
-def _refuse_unknown(sections: Mapping[str, Any], path: str) -> None:
+def _refuse_unknown(sections: Mapping[str, Any], source: str) -> None:
     known = recipe_keys()
     for name, section in sections.items():
         require(
             name in known,
-            f"{path}: [{name}] is not a section of a recipe; did you mean "
-            f"[{_nearest(name, known)}]? There are {', '.join(known)}",
+            f"{source} [{printable(name)}] is not a section of a recipe; did you mean "
+            f"[{nearest(name, known)}]? There are {', '.join(known)}",
         )
-        require(isinstance(section, dict), f"{path}: {name} must be a section, [{name}]")
+        require(isinstance(section, dict), f"{source} {name} must be a section, [{name}]")
         for key in section:
-            require(key in known[name], f"{path}: {name}.{key} does not exist; did you mean {_meant(name, key)}?")
+            require(
+                key in known[name],
+                f"{source} {name}.{printable(key)} does not exist; did you mean {_meant(name, key)}?",
+            )
 
 
 def _meant(section: str, key: str) -> str:
     """The same key in another section, or the nearest one in this."""
     known = recipe_keys()
     elsewhere = [name for name, keys in known.items() if key in keys]
-    return f"{elsewhere[0]}.{key}" if elsewhere else f"{section}.{_nearest(key, known[section])}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), 1, cutoff=0.0)[0]
+    return f"{elsewhere[0]}.{key}" if elsewhere else f"{section}.{nearest(key, known[section])}"
 
 
 def _initial_model(init: str, given: Mapping[str, Any]) -> ModelConfig:
     """The model in a folder, with the recipe's values for fields that its weights do not fix."""
-    config = read_config(resolve(init))
-    free = {}
-    for key, value in _plain(given).items():
+    try:
+        config = read_config(resolve(init))
+    except CheckpointError as error:
+        raise CheckpointError(f"model.init: {error}") from None
+    known, free = field_types(ModelConfig), {}
+    for key, given_value in given.items():
+        value = read_value(known[key], given_value, f"model.{key}")
         if key in NOT_OF_THE_WEIGHTS:
             free[key] = value
             continue
@@ -373,6 +383,8 @@ def _initial_model(init: str, given: Mapping[str, Any]) -> ModelConfig:
 
 def _data_of_model(given: Mapping[str, Any], model: ModelConfig, init: str) -> DataConfig:
     """The data of a recipe whose vocabulary is a given model's."""
+    known = field_types(DataConfig)
+    given = {key: read_value(known[key], value, f"data.{key}") for key, value in given.items()}
     asked = given.get("vocab_size") or model.vocab_size
     require(
         asked == model.vocab_size,
@@ -380,46 +392,10 @@ def _data_of_model(given: Mapping[str, Any], model: ModelConfig, init: str) -> D
         "which model.init starts from: leave it out",
     )
     if given.get("source", "tinyworld") != "tinyworld":
-        tokens = _build("data", {**given, "vocab_size": 0}).resolved().vocab_size
+        tokens = DataConfig(**{**given, "vocab_size": 0}).resolved().vocab_size
         require(
             tokens <= model.vocab_size,
             f"data.source={given['source']!r} has {tokens} tokens, more than the "
             f"{model.vocab_size} of {init}: build it with --tokenizer {init}",
         )
-    data: DataConfig = _build("data", {**given, "vocab_size": model.vocab_size})
-    return data
-
-
-def _build(section: str, values: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Any:
-    kind = SECTIONS[section]
-    missing = [
-        item.name
-        for item in dataclasses.fields(kind)
-        if item.name not in {**values, **(given or {})}
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
-    require(not missing, f"[{section}] lacks {', '.join(missing)}")
-    try:
-        return kind(**_plain(values), **(given or {}))
-    except TypeError as error:
-        raise ConfigError(f"[{section}] has a value of the wrong type: {error}") from None
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _integer(name: str, value: object, low: int) -> None:
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= low,
-        f"{name}={value!r} must be an integer of at least {low}",
-    )
-
-
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    ok = ok and low <= float(value) <= high and not (open_low and value == low)  # type: ignore[arg-type]
-    bound = f"{'more than' if open_low else 'at least'} {low:g}"
-    bound += "" if math.isinf(high) else f" and at most {high:g}"
-    require(ok, f"{name}={value!r} must be a number, {bound}")
+    return DataConfig(**{**given, "vocab_size": model.vocab_size})

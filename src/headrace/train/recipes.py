@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from headrace.errors import ConfigError
+from headrace.typed import expanded
 
 __all__ = ["find_recipe", "recipe_names"]
 
@@ -23,12 +25,14 @@ def find_recipe(path_or_name: str | Path) -> Path:
 
     Raises `ConfigError` that lists the names.
     """
-    path = Path(path_or_name)
-    if path.exists() and not path.is_dir():
+    path = expanded(path_or_name)
+    if os.path.exists(path) and not os.path.isdir(path):  # False, not an error, for a name that is too long
         return path
     known, name = recipe_names(), path.name.removesuffix(SUFFIX)
     if name in known and path.parent in (Path(), Path(FOLDER.name)):
         return FOLDER / f"{name}{SUFFIX}"
+    if os.path.isdir(path):
+        raise ConfigError(f"{path}: cannot be read: it is a folder, not a recipe's file")
     near = difflib.get_close_matches(name, known, 1)
     guess = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(

@@ -37,6 +37,7 @@ from headrace.train.snapshots.disk import clear_after, snapshots
 from headrace.train.snapshots.reader import Snapshot, newest_whole
 from headrace.train.snapshots.writer import SnapshotWriter
 from headrace.train.trainer import StepRecord, Trainer
+from headrace.typed import expanded
 
 __all__ = ["Sampler", "TrainResult", "own_device", "train"]
 
@@ -78,7 +79,7 @@ def train(
     Raises `ConfigError` where `out` holds a run that is not to be resumed, where training diverges, a rank is lost or a
     file cannot be written; earlier snapshots stay and can be resumed.
     """
-    out = Path(out)
+    out = expanded(out)
     if mesh is None:
         parallel = recipe.parallel
         mesh = launched(
@@ -88,6 +89,7 @@ def train(
         _require_one_recipe(recipe, mesh)
         resume = on_first_rank(mesh, lambda: begin(out, resume))
         run = _TrainingRun(recipe, out, ops, mesh, clock, warn)
+        run.warn_of_notes()
         if resume:
             run.restore()
         run.go(on_step, sampler)
@@ -123,6 +125,11 @@ class _TrainingRun:
             out / SNAPSHOTS, mesh, keep=recipe.train.keep_snapshots, tokenizer=self.trainer.tokenizer.save
         )
         self._peak = mesh.size * (recipe.train.peak_flops or matrix_rate(self.trainer.ops.device, clock))
+
+    def warn_of_notes(self) -> None:
+        """Say what differs from the recipe."""
+        for note in self.recipe.notes:
+            self._warn(note)
 
     def restore(self) -> None:
         """Load the newest readable snapshot, if there is one."""

@@ -10,12 +10,13 @@ __all__ = ["learning_rate"]
 
 
 def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
-    """The rate of step `step` of `steps`, counted from 1: a linear warm-up, then `config.schedule`."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+    """The rate of step `step` of `steps`, counted from 1: a warm-up of at most `steps`, then `config.schedule`."""
+    warmup = min(config.warmup_steps, steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
     low = config.final_lr_ratio
     if config.schedule == "cosine":
-        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        done = (step - warmup) / max(1, steps - warmup)
         return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
     decay_steps = max(1, round(config.decay_ratio * steps))
     left = min(1.0, (steps - step) / decay_steps)

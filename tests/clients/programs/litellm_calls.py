@@ -45,10 +45,16 @@ def in_parts(chunks, text):
 def refusal(**fields):
     """How a request failed."""
     try:
-        litellm.completion(messages=asked["messages"], **greedy | fields)
+        answer = litellm.completion(**{"messages": asked["messages"]} | greedy | fields)
+        return list(answer)
     except Exception as error:
         told: Any = error  # one of litellm's classes, which have a status
         return [type(error).__name__, told.status_code, str(error)]
+
+
+def overflow(**fields):
+    """The class of a chat's error that is too long."""
+    return refusal(messages=[{"role": "user", "content": "word " * 20_000}], **fields)[0]
 
 
 def content(choice):
@@ -80,6 +86,7 @@ print(
             "embedding": litellm.embedding(model="openai/tiny", input=[asked["prompt"]], **base).data[0]["embedding"],
             "missing": refusal(model="openai/another"),
             "wrong": refusal(temperature=-1),
+            "overflows": [overflow(), overflow(stream=True), refusal(max_tokens=100_000)[0]],
         }
     )
 )

@@ -7,6 +7,9 @@ from headrace.errors import RequestError
 
 __all__ = ["RequestLimits"]
 
+OVERFLOW = "context_length_exceeded"
+"""OpenAI's code."""
+
 
 class RequestLimits:
     """Limits in tokens. `context` is the model's; `capacity` is what the KV cache holds for one request."""
@@ -42,20 +45,43 @@ class RequestLimits:
     def check(self, request: Request) -> None:
         """Raise `RequestError`, with the numbers, if the request can never run."""
         params, prompt = request.params, request.num_prompt_tokens
-        limit = f"the context of {self.context} tokens"
-        if self.max_model_len < self.context:
-            limit = f"the KV cache of {self.capacity} tokens (the context is {self.context})"
-        if prompt >= self.max_model_len:
-            raise RequestError(f"the prompt of {prompt} tokens leaves no room in {limit}: shorten it")
+        self.check_prompt(prompt, room=1)
         if params.max_tokens is not None and prompt + params.max_tokens > self.max_model_len:
-            raise RequestError(
-                f"the prompt of {prompt} tokens and max_tokens={params.max_tokens} make "
-                f"{prompt + params.max_tokens}, more than {limit}: ask for at most "
-                f"{self.max_model_len - prompt}"
+            raise self._overflow(
+                "max_tokens",
+                "{prompt} of {} tokens and {max_tokens}={} make {}, more than {}: ask for at most {}",
+                prompt,
+                params.max_tokens,
+                prompt + params.max_tokens,
+                self._limit,
+                self.max_model_len - prompt,
             )
-        output = self.max_output(request)
-        if request.num_output_tokens >= output:
-            raise RequestError(f"the request has {request.num_output_tokens} of {output} output tokens: it is done")
+        done, output = request.num_output_tokens, self.max_output(request)
+        if done >= output:
+            raise RequestError.about("max_tokens", "the request has {} of {} output tokens: it is done", done, output)
         allowed = params.allowed_token_ids
         if params.min_tokens and allowed is not None and self.stop_ids(request).keys() >= set(allowed):
-            raise RequestError(f"min_tokens={params.min_tokens} bans every one of allowed_token_ids")
+            raise RequestError.about(
+                "min_tokens", "{min_tokens}={} bans every one of {allowed_token_ids}", params.min_tokens
+            )
+
+    def check_prompt(self, count: int, room: int = 0) -> None:
+        """Raise `RequestError` if a prompt of `count` tokens does not leave `room` for tokens to be generated."""
+        if not count:
+            raise RequestError.about("prompt", "{prompt} has no tokens: give it a text, or token ids")
+        if count + room > self.max_model_len:
+            reason = "{prompt} has {} tokens, which leaves no room in {}: shorten it"
+            if not room:
+                reason = "{prompt} of {} tokens is longer than {}: shorten it"
+            raise self._overflow("prompt", reason, count, self._limit)
+
+    @property
+    def _limit(self) -> str:
+        if self.max_model_len < self.context:
+            return f"the KV cache of {self.capacity} tokens (the context is {self.context})"
+        return f"the context of {self.context} tokens"
+
+    def _overflow(self, param: str, reason: str, *values: object) -> RequestError:
+        """Clients tell an overflow from other errors by OpenAI's words and code; some see no more than the message."""
+        template = f"This model's maximum context length is {{}} tokens: {reason} ({OVERFLOW})"
+        return RequestError.about(param, template, self.max_model_len, *values, code=OVERFLOW)

@@ -54,7 +54,7 @@ class RequestPool:
     def add(self, request: Request) -> None:
         """Queue a request; raises `RequestError`, with the numbers, if it can never run."""
         if request.request_id in self.requests:
-            raise RequestError(f"request id {request.request_id} is already in use")
+            raise RequestError(f"request id {request.request_id} is already in use", "request_id")
         self.limits.check(request)
         params = request.params
         request.max_output = self.limits.max_output(request)

@@ -104,7 +104,7 @@ class Request:
     ) -> None:
         """`output_token_ids` and `num_scored` are what another engine has computed of the request."""
         if not prompt_token_ids:
-            raise RequestError("the prompt has no tokens: there is nothing to continue")
+            raise RequestError.about("prompt", "{prompt} has no tokens: there is nothing to continue")
         self.request_id = request_id
         self.params = params
         self.seed = seed

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from headrace.errors import RequestError
 
-__all__ = ["SamplingParams", "named_parameter"]
+__all__ = ["SamplingParams"]
 
 MAX_LOGPROBS = 20
+MAX_BEAMS = 64
 MOST = 2**31 - 1
 """The largest count that a parameter may have."""
 
 
-def _check(ok: bool, message: str) -> None:
+def _check(ok: bool, param: str, template: str, *values: object) -> None:
     if not ok:
-        raise RequestError(message)
+        raise RequestError.about(param, template, *values)
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def _integer(name: str, value: object, low: int, high: int | None = None, place: str = "") -> None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
     bound = f"at least {low}" if high is None else f"from {low} to {high}"
-    _check(ok, f"{name}={value!r} must be an integer {bound}")
+    _check(ok, name, f"{{{name}}}{{}}={{}} must be an integer {{}}", place, repr(value), bound)
 
 
-def _number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+def _number(
+    name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False, place: str = ""
+) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ok = ok and low <= float(value) <= high and not (open_low and value == low)  # type: ignore[arg-type]
     bound = f"{'more than' if open_low else 'at least'} {low:g}" + (
         "" if math.isinf(high) else f" and at most {high:g}"
     )
-    _check(ok, f"{name}={value!r} must be a finite number, {bound}")
+    _check(ok, name, f"{{{name}}}{{}}={{}} must be a finite number, {{}}", place, repr(value), bound)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,8 @@ class SamplingParams:
 
     The order is: penalties, logit_bias and bans on the logits; division by `temperature` (0 is greedy); `top_k`,
     `top_p`, `min_p`; then argmax(log p + Gumbel noise) with noise keyed by (seed, choice, position, token id), so
-    the same seed gives the same tokens whatever else runs. `max_tokens=None` goes to the end of the context.
+    the same seed gives the same tokens whatever else runs; None or -1 is a random one. `max_tokens=None` goes to
+    the end of the context.
 
     `logprobs` and `prompt_logprobs` ask for the chosen token (0) and that many best ones beside it, of the *raw*
     distribution, before penalties and temperature. `prompt_logprobs` recomputes the prompt from position 0.
@@ -81,6 +84,8 @@ class SamplingParams:
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         self._check_lengths()
         self._check_distribution()
@@ -93,12 +98,25 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, MOST)
             _check(
                 self.min_tokens <= self.max_tokens,
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
+                "min_tokens",
+                "{min_tokens}={} is more than {max_tokens}={}",
+                self.min_tokens,
+                self.max_tokens,
             )
-        _integer("beam_width", self.beam_width, 0, 64)
+        _integer("beam_width", self.beam_width, 0)
+        _check(
+            self.beam_width <= MAX_BEAMS,
+            "beam_width",
+            "{beam_width}={} is more than the {} beams that a search can have",
+            self.beam_width,
+            MAX_BEAMS,
+        )
         _check(
             not self.beam_width or self.n <= self.beam_width,
-            f"n={self.n} is more than beam_width={self.beam_width}: a search returns at most its beams",
+            "n",
+            "{n}={} is more than {beam_width}={}: a search returns at most its beams",
+            self.n,
+            self.beam_width,
         )
         _number("length_penalty", self.length_penalty, -10.0, 10.0)
 
@@ -115,17 +133,22 @@ class SamplingParams:
 
     def _check_tokens(self) -> None:
         for token, bias in self.logit_bias.items():
-            _integer("logit_bias key", token, 0)
-            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids entry", token, 0)
+            _integer("logit_bias", token, 0, place=" key")
+            _number("logit_bias", bias, -100.0, 100.0, place=f"[{token}]")
+        for i, token in enumerate(self.stop_token_ids):
+            _integer("stop_token_ids", token, 0, place=f"[{i}]")
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-            _check(len(self.allowed_token_ids) > 0, "allowed_token_ids is empty: nothing could be sampled")
-            for token in self.allowed_token_ids:
-                _integer("allowed_token_ids entry", token, 0)
-        for text in self.stop:
-            _check(isinstance(text, str) and text != "", f"stop={text!r} must be a non-empty string")
+            _check(
+                len(self.allowed_token_ids) > 0,
+                "allowed_token_ids",
+                "{allowed_token_ids} is empty: nothing could be sampled",
+            )
+            for i, token in enumerate(self.allowed_token_ids):
+                _integer("allowed_token_ids", token, 0, place=f"[{i}]")
+        for i, text in enumerate(self.stop):
+            ok = isinstance(text, str) and text != ""
+            _check(ok, "stop", "{stop}[{}]={} must be a non-empty string", i, repr(text))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -142,9 +165,3 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
             or self.beam_width > 0
         )
-
-
-def named_parameter(message: str) -> str | None:
-    """The parameter that an error's message names first, "prompt" among them; None if it names none."""
-    names = {"prompt", *(f.name for f in fields(SamplingParams))}
-    return next((word for word in re.findall(r"\w+", message) if word in names), None)

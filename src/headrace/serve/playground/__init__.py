@@ -55,7 +55,7 @@ def playground_router(gateway: Gateway, model_name: str) -> APIRouter:
     for name in FILES:
         path = "/" if name == "index.html" else f"/playground/{name}"
         content = (folder / name).read_bytes()
-        router.add_api_route(path, _reader(content, MEDIA_TYPES[name.rpartition(".")[2]]), methods=["GET", "HEAD"])
+        router.add_api_route(path, _reader(content, MEDIA_TYPES[name.rpartition(".")[2]]), methods=["GET"])
 
     async def watch() -> Response:
         if live.watchers >= WATCHERS:

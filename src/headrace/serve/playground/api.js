@@ -1,6 +1,8 @@
 // Talking to the server: the key, errors in one shape, and server-sent events from a POST or a GET.
 
 const KEY = "headrace.key";
+// An error within a stream has no status: the one that its type has elsewhere. A stream only breaks off for want of an engine.
+const STREAM_STATUS = { invalid_request_error: 400, rate_limit_error: 429, server_error: 503 };
 
 export class ServerError extends Error {
   // status 0: no answer at all. retryAfter in seconds, or null.
@@ -82,7 +84,7 @@ export async function* events(path, { body, signal } = {}) {
         signal?.throwIfAborted();  // what had come already is not shown any more
         if (data[0] === "[DONE]") return;
         const event = JSON.parse(data.join("\n"));
-        if (event.error) throw new ServerError(event.error.code ?? 500, event.error.message ?? "The server failed.");
+        if (event.error) throw new ServerError(STREAM_STATUS[event.error.type] ?? 500, event.error.message ?? "The server failed.");
         yield event;
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,8 @@ __all__ = ["Body", "Reader"]
 Body = Mapping[str, Any]
 """The fields that were sent, without nulls and ignored fields."""
 MAX_SHOWN = 60
+UNKNOWN, UNSUPPORTED, MISSING = "unknown_parameter", "unsupported_parameter", "missing_required_parameter"
+"""OpenAI's codes of these errors."""
 
 
 class Reader:
@@ -35,12 +38,14 @@ class Reader:
         for name, value in given.items():
             field = self._fields.get(name)
             if field is None:
-                raise RefusedError(f"{_short(name)} is not a field of this request{self._guess(name)}", _short(name))
-            if field.handling == "refused" and not _is_neutral(value, field):
-                raise RefusedError(f"{name} cannot be honoured: {field.description}", name)
+                raise RefusedError(
+                    f"{_short(name)} is not a field of this request{self._guess(name)}", _short(name), UNKNOWN
+                )
+            if field.handling == "refused" and not _is_neutral(value, field, given):
+                raise RefusedError(f"{name} cannot be honoured: {field.description}", name, UNSUPPORTED)
         for name, field in self._fields.items():
             if field.required and name not in given:
-                raise RefusedError(f"{name} is missing: {field.description}", name)
+                raise RefusedError(f"{name} is missing: {field.description}", name, MISSING)
         try:
             self.model.model_validate(given)
         except ValidationError as error:
@@ -81,7 +86,7 @@ def _description(field: Field) -> str:
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
-        sent = msgspec.json.decode(data)
+        sent = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8))
     except RecursionError:
         raise RefusedError("the body's JSON is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -91,8 +96,10 @@ def _json(data: bytes) -> dict[str, Any]:
     return sent
 
 
-def _is_neutral(value: Any, field: Field) -> bool:
-    return any(type(value) is type(neutral) and value == neutral for neutral in field.neutral)
+def _is_neutral(value: Any, field: Field, given: Body) -> bool:
+    """Whether a refused field's value asks for nothing."""
+    same = () if field.same_as is None else (given.get(field.same_as),)
+    return any(type(value) is type(neutral) and value == neutral for neutral in (*field.neutral, *same))
 
 
 def _refusal(error: ValidationError) -> RefusedError:

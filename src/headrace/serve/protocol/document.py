@@ -44,7 +44,9 @@ def any_of(*kinds: Schema) -> Schema:
 STRING, INTEGER, BOOLEAN, NULL = ({"type": kind} for kind in ("string", "integer", "boolean", "null"))
 MAPPING: Schema = {"type": "object"}
 
-ERROR = object_with(error=object_with(message=STRING, type=STRING, param=any_of(STRING, NULL), code=INTEGER))
+ERROR = object_with(
+    error=object_with(message=STRING, type=STRING, param=any_of(STRING, NULL), code=any_of(STRING, NULL))
+)
 USAGE = object_with(prompt_tokens=INTEGER, total_tokens=INTEGER)
 SPENT = object_with(
     prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details=MAPPING
@@ -70,14 +72,18 @@ CHAT_ANSWER = object_with(
 )
 VECTOR = any_of(array_of({"type": "number"}), STRING)
 EMBEDDED = object_with(
+    id=STRING,
     object=STRING,
+    created=INTEGER,
     model=STRING,
     weights_version=INTEGER,
     usage=USAGE,
     data=array_of(object_with(object=STRING, index=INTEGER, embedding=VECTOR)),
 )
 UPDATED = object_with(weights_version=INTEGER)
-TOKENIZED = object_with(count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER))
+TOKENIZED = object_with(
+    count=INTEGER, max_model_len=INTEGER, tokens=array_of(INTEGER), token_strs=any_of(array_of(STRING), NULL)
+)
 DETOKENIZED = object_with(prompt=STRING)
 CARD = object_with(
     id=STRING,

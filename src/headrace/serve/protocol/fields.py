@@ -80,6 +80,8 @@ class Field:
     sampling: str | None = None
     """The `SamplingParams` field that takes its value unchanged."""
     required: bool = False
+    same_as: str | None = None
+    """Of a refused field: another one, whose value has no effect here too."""
 
 
 def honoured(
@@ -95,9 +97,11 @@ def honoured(
     return Field(name=name, description=description, kind=kind, on=on, sampling=sets, required=required)
 
 
-def refused(name: str, description: str, *neutral: Any, on: tuple[str, ...] = BOTH) -> Field:
-    """A field that is refused, unless its value is one of `neutral`."""
-    return Field(name=name, description=description, on=on, handling="refused", neutral=neutral)
+def refused(
+    name: str, description: str, *neutral: Any, on: tuple[str, ...] = BOTH, same_as: str | None = None
+) -> Field:
+    """A field that is refused, unless its value is one of `neutral` or that of the field `same_as`."""
+    return Field(name=name, description=description, on=on, handling="refused", neutral=neutral, same_as=same_as)
 
 
 def ignored(name: str, description: str, on: tuple[str, ...] = BOTH) -> Field:
@@ -106,6 +110,9 @@ def ignored(name: str, description: str, on: tuple[str, ...] = BOTH) -> Field:
 
 
 LATER = "constrained decoding is not there yet"
+TEXT_ONLY = "text only"
+NO_EXPERTS = "models served here have no experts"
+NO_REASONING = "reasoning is not separated from the answer"
 BEAMS = "a beam search of this many beams"
 
 TABLE: tuple[Field, ...] = (
@@ -125,14 +132,16 @@ TABLE: tuple[Field, ...] = (
         "stream_options",
         dict[str, Any],
         "include_usage: a last chunk with usage and no choices; "
-        "continuous_usage_stats: usage in every chunk. Needs stream",
+        "continuous_usage_stats: usage in every chunk. True needs stream",
     ),
     # Sampling.
     honoured("temperature", float, "0 is greedy", sets="temperature"),
-    honoured("top_p", float, "sample among the best tokens that make up this probability", sets="top_p"),
+    honoured(
+        "top_p", float, "sample among the best tokens that make up this probability; 0 is the best one", sets="top_p"
+    ),
     honoured("top_k", WholeOrMinusOne, "sample among the k best; 0 or -1 is all", sets="top_k"),
     honoured("min_p", float, "drop tokens below this share of the best one's probability", sets="min_p"),
-    honoured("seed", int, "the same seed gives the same tokens, whatever else runs", sets="seed"),
+    honoured("seed", int, "the same seed gives the same tokens, whatever else runs; -1 is a random one", sets="seed"),
     honoured(
         "frequency_penalty",
         float,
@@ -183,11 +192,14 @@ TABLE: tuple[Field, ...] = (
     honoured(
         "chat_template_kwargs",
         dict[str, Any],
-        "variables for the template; one that it does not use is refused",
+        "variables for the template; one that it does not use is refused, unless it switches off thinking",
         (CHAT, TOKENIZE),
     ),
     honoured(
-        "reasoning_effort", str, "the template's variable of that name; refused where it does not use it", (CHAT,)
+        "reasoning_effort",
+        str,
+        "the template's variable of that name; refused where it does not use it. none switches off thinking",
+        (CHAT,),
     ),
     # What comes back.
     honoured(
@@ -197,7 +209,7 @@ TABLE: tuple[Field, ...] = (
         (COMPLETIONS,),
     ),
     honoured("logprobs", bool, "log-probabilities of the tokens, of the raw distribution", (CHAT,)),
-    honoured("top_logprobs", Count, "so many best ones beside each. Needs logprobs", (CHAT,)),
+    honoured("top_logprobs", Count, "so many best ones beside each. Needs logprobs, unless it is 0", (CHAT,)),
     honoured(
         "prompt_logprobs",
         Count,
@@ -212,7 +224,7 @@ TABLE: tuple[Field, ...] = (
     honoured("encoding_format", Literal["float", "base64"], "numbers, or base64 of little-endian fp32", (EMBEDDINGS,)),
     honoured("prompt", str, "the text", (TOKENIZE,)),
     honoured("messages", MessagesValue, "a conversation, rendered by the chat template", (TOKENIZE,)),
-    honoured("return_token_strs", bool, "the tokens' texts as well", (TOKENIZE,)),
+    honoured("return_token_strs", bool, "the tokens as the vocabulary writes them, as well", (TOKENIZE,)),
     honoured("tokens", Annotated[list[Id], Constraint(fail_fast=True)], "token ids", (DETOKENIZE,), required=True),
     # Weights.
     honoured(
@@ -232,23 +244,71 @@ TABLE: tuple[Field, ...] = (
     ),
     honoured("cache_salt", Name, "share cached prefixes only with requests of the same salt"),
     # Refused.
-    refused("response_format", f"only text: {LATER}", {"type": "text"}, on=(CHAT,)),
-    refused("tools", f"tool calls: {LATER}", [], on=(CHAT,)),
+    refused("response_format", f"only text: {LATER}", {"type": "text"}),
+    refused("tools", f"tool calls: {LATER}", [], on=(CHAT, TOKENIZE)),
     refused("tool_choice", f"tool calls: {LATER}", "none", "auto", on=(CHAT,)),
-    refused("parallel_tool_calls", f"tool calls: {LATER}", on=(CHAT,)),
+    refused("parallel_tool_calls", f"tool calls: {LATER}", True, False, on=(CHAT,)),
     refused("functions", f"tool calls: {LATER}", [], on=(CHAT,)),
     refused("function_call", f"tool calls: {LATER}", "none", "auto", on=(CHAT,)),
     refused("structured_outputs", LATER, {}),
+    refused("json_schema", LATER),
+    refused("regex", LATER),
+    refused("ebnf", LATER),
+    refused("stop_regex", "stop takes plain strings", "", []),
+    refused("no_stop_trim", "include_stop_str_in_output does that", False),
     refused("bad_words", "words cannot be banned: logit_bias and allowed_token_ids act on tokens", []),
+    refused("logits_processors", "no code is run on logits: logit_bias and allowed_token_ids act on tokens", []),
+    refused("custom_logit_processor", "no code is run on logits: logit_bias and allowed_token_ids act on tokens"),
+    refused("custom_params", "there is no custom_logit_processor to take them", {}),
+    refused("vllm_xargs", "there are no extensions to take them", {}),
+    refused("watermarking", "text is not marked", False),
+    refused("spaces_between_special_tokens", "special tokens are written as the tokenizer does", True),
+    refused("truncation_side", "prompts are cut at their start", "left", on=PROMPTS),
+    refused("logprob_token_ids", "log-probabilities are of the best tokens: ask for logprobs"),
+    refused("return_tokens_as_token_ids", "return_token_ids gives the ids beside the text", False),
+    refused("return_prompt_token_ids", "return_token_ids gives the prompt's too", False),
+    refused("return_token_offsets", "places of tokens in the text are not computed", False),
+    refused("return_prompt_text", "echo gives a prompt's text", False),
+    refused("return_hidden_states", "/v1/embeddings gives the mean of the last ones", False),
+    refused("return_meta_info", "explain gives a request's times", False),
+    refused("return_cached_tokens_details", "usage has the number of cached tokens", False),
+    refused("return_routed_experts", NO_EXPERTS, False),
+    refused("routed_experts_start_len", NO_EXPERTS, 0),
+    refused("routed_experts_prompt_start", NO_EXPERTS, 0),
+    refused("stream_interval", "a chunk is sent as soon as it is there", 1),
+    refused("repetition_detection", "repetitions do not end an output: see repetition_penalty"),
+    refused("thinking_token_budget", NO_REASONING, -1),
+    refused("include_reasoning", NO_REASONING, True, on=(CHAT,)),
+    refused("separate_reasoning", NO_REASONING, True, False, on=(CHAT,)),
+    refused("stream_reasoning", NO_REASONING, True, on=(CHAT,)),
+    refused("documents", "documents are not passed to chat templates: put them into messages", [], on=(CHAT,)),
+    refused("prompt_embeds", "prompts are text or token ids", on=(COMPLETIONS,)),
+    refused("input_ids", "send token ids to /v1/completions", on=(CHAT,)),
+    refused("lora_path", "there are no adapters"),
     refused(
         "session_id", "requests are not tied to sessions: there is one instance, and its cache is shared by prefix"
     ),
+    refused("session_params", "requests are not tied to sessions", {}),
+    refused("rid", "request_id names a request"),
+    refused("custom_labels", "metrics have no labels of requests", {}),
     refused("kv_transfer_params", "the cache of another instance cannot be read", {}),
-    refused("best_of", "every choice that is computed is returned: ask for n", 1, on=(COMPLETIONS,)),
+    refused("ec_transfer_params", "the cache of another instance cannot be read", {}),
+    refused("best_of", "every choice that is computed is returned: ask for n", 1, same_as="n"),
     refused("suffix", "text cannot be filled in before a suffix", "", on=(COMPLETIONS,)),
     refused("dimensions", "an embedding has the model's own width", on=(EMBEDDINGS,)),
-    refused("modalities", "text only", ["text"], on=(CHAT,)),
-    refused("audio", "text only", on=(CHAT,)),
+    refused("priority", "embeddings are computed in the order that they come", 0, on=(EMBEDDINGS,)),
+    refused("normalize", "embeddings are not normalised", False, on=(EMBEDDINGS,)),
+    refused("use_activation", "embeddings are not normalised", False, on=(EMBEDDINGS,)),
+    refused("embed_dtype", "embeddings are float32", "float32", on=(EMBEDDINGS,)),
+    refused("endianness", "base64 is of little-endian numbers", "little", "native", on=(EMBEDDINGS,)),
+    refused("skip_special_tokens", "the text has its special tokens", False, on=(DETOKENIZE,)),
+    refused("modalities", TEXT_ONLY, ["text"], on=(CHAT,)),
+    refused("audio", TEXT_ONLY, on=(CHAT,)),
+    refused("mm_processor_kwargs", TEXT_ONLY, {}, on=(*PROMPTS, TOKENIZE)),
+    refused("media_io_kwargs", TEXT_ONLY, {}, on=(CHAT, TOKENIZE)),
+    refused("images_config", TEXT_ONLY, {}),
+    refused("use_audio_in_video", TEXT_ONLY, False, on=(CHAT,)),
+    refused("return_mm_kwargs", TEXT_ONLY, True),
     refused("prediction", "predicted outputs are not used", on=(CHAT,)),
     refused("web_search_options", "nothing is searched", on=(CHAT,)),
     refused("verbosity", "models served here have no such setting", "medium", on=(CHAT,)),
@@ -274,6 +334,7 @@ def markdown() -> str:
     for field in sorted(TABLE, key=lambda f: (("honoured", "refused", "ignored").index(f.handling), f.name, f.on)):
         where = ", ".join(endpoint.removeprefix("/v1/") for endpoint in field.on)
         handling = "" if field.handling == "honoured" else f"**{field.handling}**: "
-        neutral = f" ({', '.join(f'`{json.dumps(n)}`' for n in field.neutral)} may be sent)" if field.neutral else ""
+        values = [f"`{json.dumps(n)}`" for n in field.neutral] + [f"that of `{field.same_as}`"] * bool(field.same_as)
+        neutral = f" ({', '.join(values)} may be sent)" if values else ""
         rows.append(f"| `{field.name}` | {where} | {handling}{field.description}{neutral} |")
     return "\n".join(rows) + "\n"

@@ -8,13 +8,16 @@ from typing import Any
 
 from headrace.cache.key import CacheKey
 from headrace.engine.schedule.sampling import SamplingParams
-from headrace.serve.errors import RefusedError, named
+from headrace.errors import renamed_fields
+from headrace.serve.errors import RefusedError
 from headrace.serve.protocol.bodies import Body
 from headrace.serve.protocol.fields import CHAT, TABLE
 
 __all__ = ["GenerationRequest", "read_generation_request"]
 
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
+PADDING = "include_obfuscation"
+"""A stream option of OpenAI's that may be false."""
 SAMPLING = {field.name: field.sampling for field in TABLE if field.sampling is not None}
 
 
@@ -40,6 +43,8 @@ class GenerationRequest:
     request_id: str | None = None
     priority: int = 0
     cache_key: CacheKey
+    names: Mapping[str, str]
+    """The request's names of fields that the engine calls otherwise."""
 
 
 def read_generation_request(
@@ -51,9 +56,10 @@ def read_generation_request(
     """
     _check_together(body, endpoint, priorities)
     options = body.get("stream_options", {})
+    names = _names(body, endpoint)
     only_echo = bool(body.get("echo")) and body.get("max_tokens") == 0
     return GenerationRequest(
-        params=_sampling_params(body, endpoint, defaults, only_echo),
+        params=_sampling_params(body, endpoint, defaults, only_echo, names),
         stream=body.get("stream", False),
         include_usage=options.get("include_usage") is True,
         continuous_usage=options.get("continuous_usage_stats") is True,
@@ -66,7 +72,16 @@ def read_generation_request(
         request_id=body.get("request_id"),
         priority=body.get("priority", 0),
         cache_key=CacheKey(salt=body.get("cache_salt")),
+        names=names,
     )
+
+
+def _names(body: Body, endpoint: str) -> Mapping[str, str]:
+    """The engine's names of fields to those of this request."""
+    if endpoint != CHAT:
+        return {"beam_width": "n"}
+    length = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    return {"beam_width": "n", "logprobs": "top_logprobs", "max_tokens": length}
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -77,14 +92,7 @@ def _need(ok: bool, message: str, param: str) -> None:
 def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
     """Refuse fields that would have no effect, or that contradict each other."""
     stream = body.get("stream", False)
-    _need(stream or "stream_options" not in body, "stream_options needs stream: true", "stream_options")
-    for name, value in body.get("stream_options", {}).items():
-        _need(
-            name in STREAM_OPTIONS,
-            f"stream_options.{name[:60]} is not one of {', '.join(STREAM_OPTIONS)}",
-            "stream_options",
-        )
-        _need(isinstance(value, bool), f"stream_options.{name} must be true or false", "stream_options")
+    _check_stream_options(body.get("stream_options", {}), stream)
     _need(
         not (stream and "prompt_logprobs" in body),
         "prompt_logprobs cannot be streamed: leave out stream, or ask a completion for echo and logprobs",
@@ -99,12 +107,23 @@ def _check_together(body: Body, endpoint: str, priorities: bool) -> None:
     )
     if endpoint == CHAT:
         _need(
-            "top_logprobs" not in body or body.get("logprobs", False),
+            not body.get("top_logprobs") or body.get("logprobs", False),
             "top_logprobs needs logprobs: true",
             "top_logprobs",
         )
         both = {body[name] for name in ("max_tokens", "max_completion_tokens") if name in body}
         _need(len(both) < 2, "max_tokens and max_completion_tokens differ: they are one setting", "max_tokens")
+
+
+def _check_stream_options(options: Mapping[str, Any], stream: bool) -> None:
+    for name, value in options.items():
+        field = f"stream_options.{name[:60]}"
+        _need(
+            name in (*STREAM_OPTIONS, PADDING), f"{field} is not one of {', '.join(STREAM_OPTIONS)}", "stream_options"
+        )
+        _need(value is None or isinstance(value, bool), f"{field} must be true or false", "stream_options")
+        _need(not value or name != PADDING, f"{field} cannot be honoured: chunks are not padded", "stream_options")
+    _need(stream or True not in options.values(), "stream_options needs stream: true", "stream_options")
 
 
 def _logprobs(body: Body, endpoint: str) -> int | None:
@@ -113,7 +132,9 @@ def _logprobs(body: Body, endpoint: str) -> int | None:
     return body.get("logprobs")
 
 
-def _sampling_params(body: Body, endpoint: str, defaults: Mapping[str, Any], only_echo: bool) -> SamplingParams:
+def _sampling_params(
+    body: Body, endpoint: str, defaults: Mapping[str, Any], only_echo: bool, names: Mapping[str, str]
+) -> SamplingParams:
     """The model's defaults, overridden by OpenAI's for the endpoint, then by the request's."""
     given = {SAMPLING[name]: value for name, value in body.items() if name in SAMPLING}
     given["logit_bias"] = {_token_id(key): value for key, value in body.get("logit_bias", {}).items()}
@@ -131,10 +152,10 @@ def _sampling_params(body: Body, endpoint: str, defaults: Mapping[str, Any], onl
         given["logprobs"] = logprobs
         if body.get("echo") and endpoint != CHAT:
             given["prompt_logprobs"] = max(logprobs, body.get("prompt_logprobs", 0))
-    try:
+    if given.get("top_p") == 0:  # the best token alone, as OpenAI takes it; the sampler has no empty share
+        given |= {"top_p": 1.0, "top_k": 1}
+    with renamed_fields(names):
         return SamplingParams(**{**defaults, **({"max_tokens": None} if endpoint == CHAT else {}), **given})
-    except ValueError as error:
-        raise named(error) from None
 
 
 def _token_id(key: str) -> int:

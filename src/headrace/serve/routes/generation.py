@@ -36,9 +36,9 @@ def generation_router(models: ModelDirectory) -> APIRouter:
         model = models.of(body)
         answers = Answers(model)
         generation = read_generation_request(body, COMPLETIONS, model.defaults, model.priorities)
-        given = several(body["prompt"])
-        answers.check(generation, len(given))
-        prompts = await unless_gone(request, model.text.prompts(given, body.get("add_special_tokens", True)))
+        answers.check(generation, len(several(body["prompt"])))
+        special = body.get("add_special_tokens", True)
+        prompts = await unless_gone(request, model.text.prompts("prompt", body["prompt"], special))
         return await answers.answer(request, generation, COMPLETION_FORM, [truncated(p, body, model) for p in prompts])
 
     @router.post(

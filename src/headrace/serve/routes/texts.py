@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from headrace.errors import renamed_fields
 from headrace.instance.wire import Embedding
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
@@ -49,26 +51,29 @@ def _add_embeddings(router: APIRouter, models: ModelDirectory) -> None:
     async def embeddings(request: Request) -> Response:
         body = reader.read(await request.body())
         model = models.of(body)
-        given = several(body["input"])
-        if len(given) > model.gateway.seats:
+        count = len(several(body["input"]))
+        if count > model.gateway.seats:
             raise RefusedError(
-                f"{len(given)} texts at once, and this server holds {model.gateway.seats}: send fewer", "input"
+                f"input has {count} texts, and this server holds {model.gateway.seats} at once: send fewer", "input"
             )
-        prompts = await unless_gone(request, model.text.prompts(given, body.get("add_special_tokens", True)))
+        special = body.get("add_special_tokens", True)
+        prompts = await unless_gone(request, model.text.prompts("input", body["input"], special))
         prompts = [truncated(prompt, body, model) for prompt in prompts]
         made = await unless_gone(request, _embed(model, prompts))
         as_base64 = body.get("encoding_format") == "base64"
         count = sum(len(prompt.token_ids) for prompt in prompts)
         return JSON(
             {
+                "id": f"embd-{request.state.request_id}",
                 "object": "list",
+                "created": int(time.time()),
                 "model": model.name,
                 "weights_version": made[-1].weights_version,
                 "data": [
                     {"object": "embedding", "index": i, "embedding": _packed(e.vector) if as_base64 else e.vector}
                     for i, e in enumerate(made)
                 ],
-                "usage": {"prompt_tokens": count, "total_tokens": count},
+                "usage": {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count},
             }
         )
 
@@ -90,16 +95,16 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
         if "messages" in body:
             prompt = await unless_gone(request, read_chat(body, model))
         else:
-            [prompt] = await unless_gone(
-                request, model.text.prompts([body["prompt"]], body.get("add_special_tokens", True))
-            )
+            special = body.get("add_special_tokens", True)
+            [prompt] = await unless_gone(request, model.text.prompts("prompt", body["prompt"], special))
         answer: dict[str, Any] = {
             "count": len(prompt.token_ids),
             "max_model_len": model.gateway.info.max_model_len,
             "tokens": prompt.token_ids,
+            "token_strs": None,
         }
         if body.get("return_token_strs", False):
-            answer["token_strs"] = await model.text.token_texts(prompt.token_ids)
+            answer["token_strs"] = await asyncio.to_thread(model.text.tokenizer.pieces, prompt.token_ids)
         return JSON(answer)
 
 
@@ -124,7 +129,12 @@ def _add_detokenize(router: APIRouter, models: ModelDirectory) -> None:
 
 async def _embed(model: ServedModel, prompts: list[TokenizedPrompt]) -> list[Embedding]:
     """The embeddings of all prompts, or the first error."""
-    tasks = [asyncio.ensure_future(model.gateway.embed("embedding", prompt.token_ids)) for prompt in prompts]
+
+    async def one(prompt: TokenizedPrompt) -> Embedding:
+        with renamed_fields({"prompt": prompt.place}):
+            return await model.gateway.embed("embedding", prompt.token_ids)
+
+    tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from headrace.config import require
 from headrace.errors import ConfigError
+from headrace.typed import expanded
 
 __all__ = ["HUB", "Record", "TextPart", "kind_of", "read_parts", "read_records"]
 
@@ -53,7 +53,7 @@ def kind_of(name: str) -> str:
     if name.startswith(HUB):
         require(len(name) > len(HUB), f"{name}: name a dataset, as hub:owner/name or hub:owner/name@split")
         return "hub"
-    path = Path(name)
+    path = expanded(name)
     require(not path.is_dir(), f"{name} is a folder: name its files")
     require(path.is_file(), f"{name}: there is no such file")
     suffix = (path.with_suffix("") if path.suffix in PACKED else path).suffix
@@ -91,7 +91,7 @@ def read_parts(name: str, split_on: str) -> Iterator[TextPart]:
 
 
 def _opened(name: str) -> IO[bytes]:
-    path = Path(name)
+    path = expanded(name)
     try:
         if path.suffix == ".gz":
             return gzip.open(path, "rb")  # type: ignore[return-value]

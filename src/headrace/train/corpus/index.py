@@ -11,6 +11,7 @@ from typing import Any
 
 from headrace.config import require
 from headrace.errors import ConfigError
+from headrace.typed import read_fields
 
 __all__ = ["INDEX", "OFFSETS", "VALIDATION", "VERSION", "Index", "Shard", "read_index", "sha256", "write_index"]
 
@@ -83,9 +84,7 @@ def read_index(folder: str | Path) -> Index:
             made_by == (FORMAT, VERSION),
             f"its format is {made_by[0]} version {made_by[1]}, not {FORMAT} version {VERSION}: build it again",
         )
-        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        fields["made_from"] = tuple(fields["made_from"])
-        return Index(**fields, identity=hashlib.sha256(raw).hexdigest())
+        return read_fields(Index, {**fields, "identity": hashlib.sha256(raw).hexdigest()})
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

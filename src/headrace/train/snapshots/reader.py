@@ -12,12 +12,12 @@ import safetensors
 import torch
 
 from headrace.errors import CheckpointError, ConfigError
-from headrace.model.folder import read_json
 from headrace.parallel.agreement import on_all_ranks, on_first_rank
 from headrace.parallel.mesh import Mesh
 from headrace.parallel.regions import Region, box_at, dtype_name, inside, overlap, volume
 from headrace.train.paths import SNAPSHOTS, no_snapshot, require_snapshots
 from headrace.train.snapshots.disk import RECORD, VERSION, file_hash, record_hash, snapshots
+from headrace.typed import read_json
 
 __all__ = ["Snapshot", "find_snapshot", "newest_whole", "open_snapshot"]
 

@@ -1,0 +1,28 @@
+"""LangChain's models of OpenAI read what the engine says, and an overflow as their own error."""
+
+import pytest
+
+from headrace import SamplingParams
+
+PROMPT = "Where does Mia live?"
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def told(clients, server):
+    return clients.program("langchain_calls.py", url=server.url, prompt=PROMPT, tokens=TOKENS)
+
+
+def test_answers_are_the_engines(told, llm, server):
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    chat = llm.chat([{"role": "user", "content": PROMPT}], params).outputs[0].text
+    assert chat and told["chat"] == told["stream"] == chat
+    completion = llm.generate(PROMPT, params)[0].outputs[0].text
+    assert told["completion"] == told["several"] == completion
+    [answer] = server.post("/v1/embeddings", input=PROMPT).json()["data"]
+    assert told["embedding"] == answer["embedding"]
+
+
+def test_a_request_longer_than_the_context_is_langchains_own_error(told):
+    assert told["overflows"] == [["OpenAIContextOverflowError", True]] * 3
+    assert told["wrong"] == ["OpenAIInvalidRequestError", False]
