@@ -210,5 +210,5 @@ def test_a_window_bounds_the_operations_of_attention(recipe_file, cpu_ops):
 
 
 def test_ranks_that_are_not_there_are_asked_for(recipe_file, cpu_ops):
-    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+    with pytest.raises(ConfigError, match="headrace train --processes 2"):
         Trainer(load_recipe(recipe_file, ["parallel.tensor=2"]), cpu_ops)

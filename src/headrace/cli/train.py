@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from headrace.cli.extras import require_extra
+from headrace.cli.launch import launch
 from headrace.cli.progress import kernels
+from headrace.config import require
 from headrace.errors import HeadraceError
 from headrace.typed import expanded
 
@@ -35,6 +38,20 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in DIR from its newest readable snapshot"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to start here, a multiple of parallel.tensor (default: 1; several machines need torchrun)",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="with --processes, how often all ranks are started again after a crash (default: 3)",
+    )
     add_overrides(parser)
     parser.set_defaults(run=run)
 
@@ -51,27 +68,43 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Train with a progress bar and samples; under torchrun, rank 0 alone shows them."""
+def run(arguments: argparse.Namespace) -> int:
+    """Train in this process, or in `--processes` of them; returns the exit code. The ranks of a run all call it."""
     from headrace.train.config import load_recipe
     from headrace.train.paths import goes_on
 
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         goes_on(arguments.out, arguments.resume)
         require_extra("train", "train")
-        from headrace.train.run import own_device, train  # imports torch, which takes seconds
-
-        ops = kernels(recipe.train.kernels, local, own_device(recipe))
-        with TrainingView(recipe, ops, shown=rank == 0) as view:
-            result = train(
-                recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume, warn=view.warn
-            )
+        if arguments.processes != 1:
+            return launch(_rank_command(arguments), arguments.processes, arguments.max_restarts)
+        _train(recipe, arguments, rank)
     except HeadraceError as error:
         if rank == 0:
             raise
         raise type(error)(f"rank {rank}: {error}") from None
+    return 0
+
+
+def _rank_command(arguments: argparse.Namespace) -> list[str]:
+    """The command of each rank. Raises `ConfigError` for numbers that cannot be."""
+    require(arguments.processes >= 1, f"--processes {arguments.processes} must be at least 1")
+    require(arguments.max_restarts >= 0, f"--max-restarts {arguments.max_restarts} must not be negative")
+    require("WORLD_SIZE" not in os.environ, "torchrun has started the processes: leave --processes out")
+    command = [sys.executable, "-m", "headrace", "train", str(arguments.recipe), "--out", str(arguments.out)]
+    command += ["--resume"] if arguments.resume else []
+    return command + [part for override in arguments.overrides for part in ("--set", override)]
+
+
+def _train(recipe: Any, arguments: argparse.Namespace, rank: int) -> None:
+    """Train with a progress bar and samples, which rank 0 alone shows."""
+    from headrace.train.run import own_device, train  # imports torch, which takes seconds
+
+    ops = kernels(recipe.train.kernels, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), own_device(recipe))
+    with TrainingView(recipe, ops, shown=rank == 0) as view:
+        result = train(recipe, arguments.out, view.step, view.sample, ops=ops, resume=arguments.resume, warn=view.warn)
     if rank == 0:
         held_out = "" if result.validation_loss is None else f", held out {result.validation_loss:.3f}"
         print(f"loss {result.first_loss:.3f} → {result.final_loss:.3f}{held_out}, {result.tokens} tokens")

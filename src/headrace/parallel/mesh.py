@@ -103,7 +103,7 @@ class Mesh:
 def launched(
     tensor: int, device: torch.device, sequence: bool = False, timeout: float = TIMEOUT, library: bool = False
 ) -> Mesh:
-    """The mesh of the processes that torchrun started, or of this process alone. See `Mesh.meet`.
+    """The mesh of the processes that `headrace train` or torchrun started, or of this process alone. See `Mesh.meet`.
 
     Raises `ConfigError` if there are fewer than `tensor` processes, or one does not connect.
     """
@@ -112,10 +112,11 @@ def launched(
         if tensor > 1:
             raise ConfigError(
                 f"parallel.tensor={tensor} needs as many processes: start them with "
-                f"torchrun --nproc-per-node {tensor} -m headrace train …"
+                f"headrace train --processes {tensor} …"
             )
         return Mesh(RankGroup(sequence))
-    store, rank, size = next(dist.rendezvous("env://"))
+    url = os.environ.get("HEADRACE_RENDEZVOUS", "env://")
+    store, rank, size = next(dist.rendezvous(url, int(os.environ["RANK"]), size))
     # A restart uses the same store, and must not read what the ranks before it left there.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Mesh.meet(

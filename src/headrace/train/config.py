@@ -165,7 +165,7 @@ class TrainConfig:
 class ParallelConfig:
     """How the model is divided over ranks. `tensor`: the ranks of a tensor-parallel group, a power of two.
 
-    torchrun's number of processes, divided by `tensor`, is the number of copies of the model. `sequence` also splits
+    The number of processes, divided by `tensor`, is the number of copies of the model. `sequence` also splits
     the rows of norms and of the residual stream over the tensor ranks (sequence parallelism). `partition_activations`
     divides the activation checkpoints of full recomputation over them.
 

@@ -74,7 +74,7 @@ def train(
     """Train by `recipe` into folder `out`.
 
     `on_step` is called on rank 0 with every step's line of metrics.jsonl; `sampler` on every rank, every
-    `train.sample_every` steps. `ops` overrides the recipe's kernels, `mesh` the ranks that torchrun started. With
+    `train.sample_every` steps. `ops` overrides the recipe's kernels, `mesh` the processes of the run. With
     `resume`, or restarted by torchrun, the run continues from its newest readable snapshot, or from the beginning.
     Raises `ConfigError` where `out` holds a run that is not to be resumed, where training diverges, a rank is lost or a
     file cannot be written; earlier snapshots stay and can be resumed.

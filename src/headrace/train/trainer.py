@@ -72,7 +72,7 @@ class Trainer:
     """Model, data and optimizer of one run. `step()` does one step; `log_probabilities(batch)` is its forward."""
 
     def __init__(self, recipe: Recipe, ops: TrainingOps | None = None, mesh: Mesh | None = None) -> None:
-        """`mesh`: the ranks that train together; None takes those that torchrun started, or this process alone."""
+        """`mesh`: the ranks that train together; None takes the processes of the run, or this one alone."""
         self.mesh = mesh = launched(recipe.parallel.tensor, torch.device("cpu")) if mesh is None else mesh
         self.recipe = recipe
         keep_memory()
