@@ -111,6 +111,12 @@ def test_a_layout_that_cannot_be_is_refused_by_every_rank(recipe_file, tmp_path)
     assert "headrace: rank 1:" in done.stderr and 'File "/' not in done.stderr.split("headrace:")[1].splitlines()[0]
 
 
+def test_a_recipe_s_mistake_is_printed_once(recipe_file, tmp_path):
+    command = torchrun(2, recipe_file, tmp_path / "out", "train.steps=-1", restarts=1)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("--set train.steps=-1 must be") == 1
+
+
 def test_what_two_processes_cannot_be_is_refused_before_they_meet(recipe_file, cpu_ops):
     with pytest.raises(ConfigError, match=r"2 processes are no multiple of parallel\.tensor=4"):
         Mesh.meet(None, 0, 2, 4, torch.device("cpu"))

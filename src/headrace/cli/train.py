@@ -11,6 +11,7 @@ from typing import Any
 
 from headrace.cli.extras import require_extra
 from headrace.cli.launch import launch
+from headrace.cli.parser import BAD_INPUT
 from headrace.cli.progress import kernels
 from headrace.config import require
 from headrace.errors import HeadraceError
@@ -78,6 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         goes_on(arguments.out, arguments.resume)
         require_extra("train", "train")
+    except HeadraceError:
+        if _said_before():
+            return BAD_INPUT
+        raise
+    try:
         if arguments.processes != 1:
             return launch(_rank_command(arguments), arguments.processes, arguments.max_restarts)
         _train(recipe, arguments, rank)
@@ -86,6 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         raise type(error)(f"rank {rank}: {error}") from None
     return 0
+
+
+def _said_before() -> bool:
+    """Whether another rank of this machine, or an earlier try of torchrun's, has printed a mistake that all find."""
+    return any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def _rank_command(arguments: argparse.Namespace) -> list[str]:
