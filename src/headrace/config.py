@@ -12,6 +12,8 @@ from headrace.typed import Amount, Bounds, Natural, OneOf, PositiveInteger, Posi
 
 __all__ = ["CacheConfig", "ModelConfig", "RopeScaling"]
 
+MOST_LAYERS = 1 << 16
+"""Of a model: each takes time to build before the first error about its tensors."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -72,7 +74,7 @@ class ModelConfig:
     vocab_size: PositiveInteger
     hidden_size: PositiveInteger
     intermediate_size: PositiveInteger
-    num_layers: PositiveInteger
+    num_layers: Annotated[int, Bounds(1, MOST_LAYERS)]
     num_heads: PositiveInteger
     num_kv_heads: PositiveInteger
     head_dim: PositiveInteger

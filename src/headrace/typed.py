@@ -207,6 +207,8 @@ def _read(base: Any, value: Any, name: str, loose: bool) -> Any:
         return value if isinstance(value, int) and abs(value) <= LARGEST else _WRONG
     if base is float:
         return _finite(value)
+    if base is str:
+        return value if isinstance(value, str) and not any("\ud800" <= one <= "\udfff" for one in value) else _WRONG
     return value if isinstance(value, base) else _WRONG
 
 

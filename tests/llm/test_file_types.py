@@ -78,6 +78,27 @@ def _refuses(folder, key, value):
     return False
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_bias": "no"},
+        {"eos_token_id": "</s>"},
+        {"use_sliding_window": False, "sliding_window": "8"},
+        {"use_sliding_window": False, "layer_types": ["all", "none"]},
+        {"use_sliding_window": False, "max_window_layers": 1.5},
+        {"num_attention_heads": 3},
+        {"num_hidden_layers": 2**31 - 1},
+        {"rope_scaling": {"full_attention": {"factor": 2.0}}},
+    ],
+    ids=lambda changes: list(changes)[-1],
+)
+def test_a_key_that_this_model_does_not_need_is_checked_too(folder, changes):
+    write(folder, "generation_config.json", {"eos_token_id": 3})
+    write(folder, "config.json", CONFIG | changes)
+    with pytest.raises(CheckpointError, match=rf"^{folder / 'config.json'}: {list(changes)[-1]}"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize("key", sorted(CONFIG.keys() - {"num_key_value_heads", "sliding_window"}))  # null is a value
 def test_null_means_absent(folder, key):
     write(folder, "config.json", {name: value for name, value in CONFIG.items() if name != key})
@@ -195,6 +216,7 @@ def test_the_commands_print_one_line(folder, capsys):
         ({"prefix_caching": "no"}, "prefix_caching='no' must be true or false"),
         ({"threads": 1.0}, "threads=1.0 must be an integer"),
         ({"slo_tbt": "5"}, "slo_tbt='5' must be a number"),
+        ({"num_kv_blocks": -1}, "num_kv_blocks=-1 must not be negative"),
         ({"max_num_seqs": None}, "max_num_seqs=None must be an integer"),
         ({"max_num_batched_tokens": 1.5}, "max_num_batched_tokens=1.5 must be an integer or a string"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory='lots' is not an amount of memory"),

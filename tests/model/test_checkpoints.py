@@ -148,7 +148,7 @@ BROKEN = {
         edit_config(quantization_config={"quant_method": "gptq"}),
         r"config\.json: quantization_config \(gptq\)",
     ),
-    "bad value": (edit_config(num_attention_heads=5), r"config\.json: num_heads=5 is not a multiple"),
+    "bad value": (edit_config(num_attention_heads=5), r"config\.json: num_attention_heads=5 is not a multiple"),
     "no weights": (
         lambda f: (f / SINGLE).unlink(),
         r"has neither model\.safetensors nor model\.safetensors\.index\.json$",

@@ -184,7 +184,7 @@ def test_written_config_reads_back(name, scaling):
         ),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be an integer of at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be an integer of at least 1"),
-        ({"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not supported"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be an integer"),

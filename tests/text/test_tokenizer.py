@@ -161,7 +161,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 WRONG: dict[str, list[Any]] = {
-    "eos_token": [5, True, ["</s>"], {"text": "x"}, {"content": 5}],
+    "eos_token": [5, True, ["</s>"], {"text": "x"}, {"content": 5}, "\ud800"],
     "added_tokens_decoder": [5, [1], "x", {"a": {"content": "x"}}, {"1": "x"}, {"1": {}}, {"1": {"content": 1}}],
     "add_prefix_space": ["yes", 1, []],
     "legacy": ["no", 0],
@@ -185,10 +185,14 @@ def test_settings_of_the_wrong_type_are_named(tmp_path, small_tokenizer, key):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"a": '])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"a": ', None], ids=str)
 def test_broken_files_are_named(tmp_path, small_tokenizer, name, content):
     small_tokenizer.save(tmp_path)
-    (tmp_path / name).write_bytes(content)
+    if content is None:
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
         Tokenizer.from_folder(tmp_path)
     assert "\n" not in str(caught.value)

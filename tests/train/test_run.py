@@ -104,6 +104,33 @@ def test_a_run_that_did_not_begin_may_be_begun_again(recipe_file, tmp_path, cpu_
     assert train(load_recipe(recipe_file), tmp_path / "run", ops=cpu_ops).checkpoint.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.qk_norm=false"], r"model\.qk_norm=False cannot be written.* Qwen3ForCausalLM .* means True"),
+        (["model.mlp_bias=true"], r"model\.mlp_bias=True"),
+        (["model.qkv_bias=true"], r"model\.o_bias=False"),
+        (["model.architecture=LlamaForCausalLM"], r"model\.qk_norm=True"),
+        (["model.architecture=LlamaForCausalLM", "model.qk_norm=false", "model.sliding_window=9"], "sliding_window=9"),
+        (
+            [
+                "model.architecture=MistralForCausalLM",
+                "model.qk_norm=false",
+                "model.sliding_window=9",
+                "model.sliding_layers=[true,false]",
+            ],
+            r"model\.sliding_layers=\(True, False\)",
+        ),
+        (['model.rope_scaling={kind="linear",factor=2,beta_fast=3}'], r"model\.rope_scaling="),
+    ],
+)
+def test_a_model_that_no_folder_can_hold_is_refused_at_the_start(recipe_file, tmp_path, cpu_ops, changes, message):
+    recipe = load_recipe(recipe_file, changes)
+    with pytest.raises(ConfigError, match=message):
+        train(recipe, tmp_path / "run", ops=cpu_ops)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reader_that_has_left_is_no_fault_of_the_disk(recipe, tmp_path, cpu_ops):
     def left(line):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -119,7 +119,8 @@ class EngineOptions:
             0.0 < self.rank_timeout <= 86400.0,
             f"rank_timeout={self.rank_timeout} must be a time in seconds, at most a day",
         )
-        require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must not be negative")
+        for name in ("max_model_len", "num_kv_blocks"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         require(0.0 <= self.slo_tbt < math.inf, f"slo_tbt={self.slo_tbt} must be a time in ms")
         if self.max_num_batched_tokens == "auto":
             require(

@@ -6,15 +6,16 @@ the first is written, as both versions read it. An absent field gets transformer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from headrace.config import DTYPES, ModelConfig, RopeScaling
+from headrace.config import DTYPES, MOST_LAYERS, ModelConfig, RopeScaling
 from headrace.errors import CheckpointError, ConfigError
 from headrace.typed import Bounds, Natural, OneOf, read_value
 
-__all__ = ["FAMILIES", "Family", "config_from_json", "config_to_json", "stop_ids"]
+__all__ = ["FAMILIES", "Family", "config_from_json", "config_to_json", "require_writable", "stop_ids"]
 
 Json = Mapping[str, Any]
 
@@ -66,12 +67,16 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
     _refuse_unsupported(json)
     heads = _integer(json, "num_attention_heads")
     hidden = _integer(json, "hidden_size")
-    layers = _integer(json, "num_hidden_layers")
+    layers = int(_required(json, "num_hidden_layers", Annotated[int, Bounds(1, MOST_LAYERS)], None))
     head_dim = _integer(json, "head_dim", hidden // max(heads, 1))
     positions = _integer(json, "max_position_embeddings")
-    bias = family.attention_bias == "config" and _flag(json, "attention_bias")
+    kv_heads = _integer(json, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    bias = _flag(json, "attention_bias") and family.attention_bias == "config"
     theta, scaling = _rope(json, positions)
     window, sliding = _window(json, family, layers)
+    own_ids = stop_ids(json)
     return ModelConfig(
         architecture=name,
         vocab_size=_integer(json, "vocab_size"),
@@ -79,7 +84,7 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
         intermediate_size=_integer(json, "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=_integer(json, "num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=_number(json, "rms_norm_eps", 1e-6),
@@ -88,12 +93,12 @@ def config_from_json(json: Json, generation: Json) -> ModelConfig:
         tie_word_embeddings=_flag(json, "tie_word_embeddings"),
         qkv_bias=bias or family.attention_bias == "qkv",
         o_bias=bias,
-        mlp_bias=family.mlp_bias and _flag(json, "mlp_bias"),
+        mlp_bias=_flag(json, "mlp_bias") and family.mlp_bias,
         qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=sliding,
         bos_token_id=_value(json, "bos_token_id", Natural | None),
-        eos_token_ids=stop_ids(json if generation.get("eos_token_id") is None else generation),
+        eos_token_ids=own_ids if generation.get("eos_token_id") is None else stop_ids(generation),
         dtype=_dtype(json),
     )
 
@@ -148,6 +153,22 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     return json
 
 
+def require_writable(config: ModelConfig) -> None:
+    """Raise `ConfigError` for a model that no config.json of its architecture describes: it could not be loaded."""
+    read = config_from_json(config_to_json(config), {})
+    read = dataclasses.replace(read, virtual_shards=config.virtual_shards, dropout=config.dropout)
+    layers = range(config.num_layers)
+    if [config.window(layer) for layer in layers] == [read.window(layer) for layer in layers]:
+        read = dataclasses.replace(read, sliding_window=config.sliding_window, sliding_layers=config.sliding_layers)
+    for key in (item.name for item in dataclasses.fields(config)):
+        ours, theirs = getattr(config, key), getattr(read, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"model.{key}={ours!r} cannot be written: a config.json of {config.architecture} with the other "
+                f"values means {theirs!r}"
+            )
+
+
 def _scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
     json: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "linear":
@@ -196,9 +217,10 @@ def _architecture(json: Json) -> str:
 
 def _rope(json: Json, positions: int) -> tuple[float, RopeScaling | None]:
     anything = Mapping[str, Any]
-    rope = _value(json, "rope_scaling", anything, {}) or _value(json, "rope_parameters", anything, {})
+    key = "rope_scaling" if _value(json, "rope_scaling", anything, {}) else "rope_parameters"
+    rope = _value(json, key, anything, {})
     if any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError("rope_parameters that differ by layer type are not supported")
+        raise CheckpointError(f"{key} that differ by layer type are not supported")
     theta = _number(rope, "rope_theta", _number(json, "rope_theta", 10000.0))
     kind = _value(rope, "rope_type", str, _value(rope, "type", str, "default"))
     for source in (json, rope):
@@ -235,15 +257,16 @@ def _scaling(json: Json, rope: Json, kind: str, positions: int) -> RopeScaling:
 
 
 def _window(json: Json, family: Family, layers: int) -> tuple[int, tuple[bool, ...]]:
-    if family.window == "never" or (family.window == "listed" and not _flag(json, "use_sliding_window")):
+    # All are read, also where none is used, so that a wrong type is found whatever the family.
+    listed, window = _flag(json, "use_sliding_window"), _value(json, "sliding_window", Natural, 0)
+    kinds = _value(json, "layer_types", tuple[Annotated[str, OneOf(LAYERS)], ...], ())
+    full = _value(json, "max_window_layers", Natural, 0)
+    if family.window == "never" or (family.window == "listed" and not listed):
         return 0, ()
-    window = _value(json, "sliding_window", Natural, 0)
     if not window or family.window == "all":
         return window, ()
-    kinds = _value(json, "layer_types", tuple[Annotated[str, OneOf(LAYERS)], ...], ())
     if not kinds:
-        most = _value(json, "max_window_layers", Natural, 0)
-        return window, tuple(layer >= most for layer in range(layers))
+        return window, tuple(layer >= full for layer in range(layers))
     if len(kinds) != layers:
         raise CheckpointError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
     return window, tuple(kind == "sliding_attention" for kind in kinds)

@@ -252,7 +252,7 @@ class _Settings:
 
 
 def _settings(file: Path) -> _Settings:
-    if not file.is_file():
+    if not file.exists():
         return _Settings()
     try:
         settings = read_fields(_Settings, read_json(file), loose=True)

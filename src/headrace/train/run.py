@@ -24,6 +24,7 @@ import torch
 from headrace.config import require
 from headrace.errors import ConfigError
 from headrace.kernels.training import TrainingOps
+from headrace.model.families import require_writable
 from headrace.parallel.agreement import on_first_rank
 from headrace.parallel.links import LinkError
 from headrace.parallel.mesh import Mesh, launched
@@ -76,10 +77,11 @@ def train(
     `on_step` is called on rank 0 with every step's line of metrics.jsonl; `sampler` on every rank, every
     `train.sample_every` steps. `ops` overrides the recipe's kernels, `mesh` the processes of the run. With
     `resume`, or restarted by torchrun, the run continues from its newest readable snapshot, or from the beginning.
-    Raises `ConfigError` where `out` holds a run that is not to be resumed, where training diverges, a rank is lost or a
-    file cannot be written; earlier snapshots stay and can be resumed.
+    Raises `ConfigError` where no config.json describes the model, where `out` holds a run that is not to be resumed,
+    where training diverges, a rank is lost or a file cannot be written; earlier snapshots stay and can be resumed.
     """
     out = expanded(out)
+    require_writable(recipe.model)
     if mesh is None:
         parallel = recipe.parallel
         mesh = launched(
