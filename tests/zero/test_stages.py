@@ -208,7 +208,7 @@ def test_keys_that_cannot_be_together_are_refused(recipe):
     from headrace.train.config import load_recipe
 
     for changes, message in (
-        (["parallel.zero=4"], "must be a stage of ZeRO: 0, 1, 2 or 3"),
+        (["parallel.zero=4"], "parallel.zero=4 must be an integer of at least 0 and at most 3"),
         (["parallel.zero=2", "parallel.reduce_every=step"], "use parallel.zero=1, or reduce every micro_step"),
         (["parallel.partition_activations=true"], "set parallel.tensor to 2 or more"),
         (["parallel.offload_activations=true"], "set train.recompute=full"),

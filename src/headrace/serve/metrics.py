@@ -72,7 +72,7 @@ ENGINE_COUNTERS = {
     "headrace:kv_held_token_steps": ("held_slot_steps", "Token slots that requests held, summed over steps."),
     "headrace:kv_used_token_steps": ("used_slot_steps", "Of the held token slots, those filled, summed over steps."),
 }
-GROWING = (*(field for field, _ in ENGINE_COUNTERS.values()), "prefix_waits")
+GROWING = {*(field for field, _ in ENGINE_COUNTERS.values()), "prefix_waits"}  # each once: see `_growth`
 # Without speculation, its counters are 0.
 SPECULATION = {
     "vllm:spec_decode_num_drafts": "Drafts proposed; 0 without speculation.",
