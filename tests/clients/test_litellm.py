@@ -49,7 +49,7 @@ def test_embeddings(told, server):
 
 def test_errors_keep_their_classes_and_their_words(told):
     name, status, text = told["missing"]
-    assert (name, status) == ("NotFoundError", 404) and "'another' is not served here" in text
+    assert (name, status) == ("NotFoundError", 404) and "model 'another' does not exist" in text
     name, status, text = told["wrong"]
     assert (name, status) == ("BadRequestError", 400) and "temperature" in text
 
