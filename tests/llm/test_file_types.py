@@ -221,6 +221,7 @@ def test_the_commands_print_one_line(folder, capsys):
         ({"max_num_batched_tokens": 1.5}, "max_num_batched_tokens=1.5 must be an integer or a string"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory='lots' is not an amount of memory"),
         ({"kv_cache_memory": "9" * 400}, "is not an amount of memory"),
+        ({"kv_cache_memory": 1.5}, "kv_cache_memory=1.5 is not an amount of memory"),
         ({"device": 1}, "device=1 must be a string"),
         ({"dtype": ["float32"]}, r"dtype=\['float32'\] must be a string"),
     ],

@@ -30,8 +30,9 @@ def option(default: Any, text: str, why: str, choices: Collection[str] = (), **e
 
 
 def parse_bytes(value: str | int, name: str = "") -> int:
-    """Bytes from 1073741824, "512MiB", "2G" …; 0 lets the engine choose. An error begins with `name`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(value), re.IGNORECASE)
+    """Bytes from 1073741824, "512MiB", "1.5G" …; 0 lets the engine choose. An error begins with `name`."""
+    # A fraction needs a unit: 1.5 bytes are none.
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+(?=\s*[kmg]))?)\s*([kmg]i?)?b?\s*", str(value), re.IGNORECASE)
     size = math.nan if match is None else float(match[1]) * UNITS[(match[2] or "").lower()]
     if not size < 2**63:
         given = f"{name}={value!r}" if name else repr(value)
