@@ -3,10 +3,15 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import headrace  # noqa: F401  (before torch: it tells OpenMP's threads not to spin)
 from two_workers import compile_kernels, in_order, once, scheduler
+
+# A deadline is an assert on time, which a busy machine fails.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_the_python_of_the_readme_runs(tinyworld_checkpoint, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("Once upon a time"), done.stderr
 
 
-def commands(page):
+def commands(page: Path) -> Iterator[list[str]]:
     """The arguments of every command line of headrace in a page's indented blocks."""
     for line in re.findall(r"^ {4}(?:[^#\n]*[ /])?headrace (.*)", page.read_text(), re.MULTILINE):
         words = shlex.split(line, comments=True)
@@ -37,7 +38,7 @@ def commands(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=lambda page: page.name)
 def test_commands_are_understood(page):
     for words in commands(page):
-        build_parser().parse_args(words)
+        assert callable(build_parser().parse_args(words).run), words
 
 
 @pytest.mark.parametrize("file", ["Dockerfile", "headrace.service"])

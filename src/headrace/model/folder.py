@@ -39,7 +39,7 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
 
 
 def check_folder(path_or_id: str | os.PathLike[str]) -> None:
-    """Raise `CheckpointError` for a path that is no folder, or one whose config.json describes no known model.
+    """Raise `CheckpointError` if the path is not a folder, or if its config.json describes no known model.
 
     A hub id passes: it is looked up when it is loaded.
     """

@@ -306,7 +306,7 @@ class Detokenizer:
         return self._add(self._decoder.finish())
 
     def settle(self) -> str:
-        """End a prompt, whose last character the output may complete; returns the text of the characters before."""
+        """End the prompt. Returns its text without a last, incomplete character, which the output may complete."""
         return self._add(self._decoder.settle())
 
     def _add(self, text: str) -> str:

@@ -146,7 +146,7 @@ def _parsed(value: Any, where: str, what: str) -> Any:
 
 
 def _wrong(where: str, what: str) -> RequestError:
-    """`where` is a path such as messages[3].content, whose first name is the request's field."""
+    """The error of a place such as messages[3].content. Its `param` is the first name, the request's field."""
     return RequestError(f"{where} {what}", where.partition("[")[0])
 
 

@@ -1,4 +1,4 @@
-"""`SchedulerConfig`: what the scheduler is told, checked where it is made."""
+"""`SchedulerConfig`: the options of the scheduler."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Field:
     """The `SamplingParams` field that takes its value unchanged."""
     required: bool = False
     same_as: str | None = None
-    """Of a refused field: another one, whose value has no effect here too."""
+    """Another field. This refused one may be sent with the same value, which has no effect."""
 
 
 def honoured(
