@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,12 @@ def trainers(work: Path, name: str, quick: bool, before: Path | None) -> Iterato
         with importing(before):
             sides["before"] = Side(SCRIPT, ("headrace", *words))
 
-    def measure(side: Side) -> Measure:
-        def run() -> tuple[float, float]:
-            answer = side.run(steps)
-            return sum(answer["seconds"]), answer["cpu"]
+    def run(side: Side) -> tuple[float, float]:
+        answer = side.run(steps)
+        return sum(answer["seconds"]), answer["cpu"]
 
-        return run
-
-    try:
-        yield {label: measure(side) for label, side in sides.items()}
-    finally:
-        for side in sides.values():
-            side.close()
+    with closing(sides.values()):
+        yield {label: partial(run, side) for label, side in sides.items()}
 
 
 @contextmanager
@@ -125,17 +120,21 @@ def decoders(work: Path, name: str, quick: bool, before: Path | None) -> Iterato
             sides["before"] = Engine("headrace", folder, 2)
     seeds = iter(range(1, 1_000_000))
 
-    def measure(side: Engine) -> Measure:
-        def run() -> tuple[float, float]:
-            answer = side.run([(list(range(100, 228)), tokens)], next(seeds))
-            return answer["seconds"], answer["cpu"]
+    def run(side: Engine) -> tuple[float, float]:
+        answer = side.run([(list(range(100, 228)), tokens)], next(seeds))
+        return answer["seconds"], answer["cpu"]
 
-        return run
+    with closing(sides.values()):
+        yield {label: partial(run, side) for label, side in sides.items()}
 
+
+@contextmanager
+def closing(sides: Iterable[Side | Engine]) -> Iterator[None]:
+    """The context after which the sides' processes have ended."""
     try:
-        yield {label: measure(side) for label, side in sides.items()}
+        yield
     finally:
-        for side in sides.values():
+        for side in sides:
             side.close()
 
 

@@ -1,6 +1,5 @@
 """`headrace train --processes N`: a mistake is an error of one line, a crash is a restart."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 
 from headrace.cli.launch import launch
 from serve.http_kit import until
-from train.run_kit import lines_of
+from train.run_kit import killed_once, lines_of
 
 RANK = "import os, signal, sys; rank = int(os.environ['RANK']); resumed = '--resume' in sys.argv;"
 
@@ -95,18 +94,7 @@ def test_a_killed_rank_changes_no_bit_of_the_run(recipe_file, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "ranks"
     single = train(recipe_file, alone, *changes, "parallel.tensor=1", processes=1)
     subprocess.run(single, stdout=subprocess.DEVNULL, timeout=120, check=True)
-    with subprocess.Popen(
-        train(recipe_file, out, *changes), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as launcher:
-        until(lambda: (out / "metrics.jsonl").exists() and len(lines_of(out)) >= 3)
-        [second] = [
-            child
-            for child in psutil.Process(launcher.pid).children(recursive=True)
-            if child.environ().get("RANK") == "1"
-        ]
-        os.kill(second.pid, signal.SIGKILL)
-        _, said = launcher.communicate(timeout=300)
-    assert launcher.returncode == 0, said
+    said = killed_once(train(recipe_file, out, *changes), out)
     assert "rank 1 was ended by signal 9: starting all again (1 of 3)" in said
     assert lines_of(out, timed=False) == lines_of(alone, timed=False)
     for file in (alone / "hf").iterdir():

@@ -1,12 +1,9 @@
 """`torchrun … -m headrace train`: the run of one process, to the bit, and after a rank is killed too."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 import torch
 
@@ -16,8 +13,8 @@ from headrace.parallel.mesh import Mesh
 from headrace.train.config import load_recipe
 from headrace.train.run import train
 from headrace.train.trainer import Trainer
-from serve.http_kit import served, until
-from train.run_kit import lines_of
+from serve.http_kit import served
+from train.run_kit import killed_once, lines_of
 
 CHANGES = [
     "train.steps=8",
@@ -88,16 +85,7 @@ def test_ranks_leave_what_one_process_leaves(recipe_file, tmp_path, undisturbed,
 def test_a_killed_rank_is_started_again_and_the_run_is_the_same(recipe_file, tmp_path, undisturbed):
     out = tmp_path / "ranks"
     command = torchrun(2, recipe_file, out, *CHANGES, "parallel.tensor=2", restarts=2)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
-        until(lambda: (out / "metrics.jsonl").exists() and len(lines_of(out)) >= 3)
-        [second] = [
-            child
-            for child in psutil.Process(launcher.pid).children(recursive=True)
-            if child.environ().get("RANK") == "1"
-        ]
-        os.kill(second.pid, signal.SIGKILL)
-        _, said = launcher.communicate(timeout=300)
-    assert launcher.returncode == 0, said
+    said = killed_once(command, out)
     assert "rank 1 has gone" in said or "Signal 9" in said
     same_run(out, undisturbed)
 
