@@ -83,7 +83,9 @@ def test_a_recipe_s_mistake_is_one_line(recipe_file, tmp_path, changes, message)
     assert message in line
 
 
-@pytest.mark.parametrize("flags", [["--processes", "0"], ["--max-restarts", "-1"]])
+@pytest.mark.parametrize(
+    "flags", [["--processes", "0"], ["--max-restarts", "-1"], ["--max-restarts", "2", "--processes", "1"]]
+)
 def test_wrong_numbers_of_processes_are_refused(recipe_file, tmp_path, flags):
     done = subprocess.run([*train(recipe_file, tmp_path / "out"), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and flags[0] in done.stderr and len(done.stderr.splitlines()) == 1

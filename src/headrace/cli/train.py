@@ -19,6 +19,9 @@ from headrace.typed import expanded
 
 __all__ = ["TrainingView", "add", "add_overrides"]
 
+RESTARTS = 3
+"""Of a run with --processes, by default."""
+
 BAR = 10
 """Width of the bar, so that the line fits into 80 columns."""
 
@@ -49,9 +52,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--max-restarts",
         type=int,
-        default=3,
         metavar="N",
-        help="with --processes, how often all ranks are started again after a crash (default: 3)",
+        help=f"with --processes, how often all ranks are started again after a crash (default: {RESTARTS})",
     )
     add_overrides(parser)
     parser.set_defaults(run=run)
@@ -85,7 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise
     try:
         if arguments.processes != 1:
-            return launch(_rank_command(arguments), arguments.processes, arguments.max_restarts)
+            restarts = RESTARTS if arguments.max_restarts is None else arguments.max_restarts
+            return launch(_rank_command(arguments), arguments.processes, restarts)
+        require(
+            arguments.max_restarts is None, "--max-restarts needs --processes 2 or more: one process is not restarted"
+        )
         _train(recipe, arguments, rank)
     except HeadraceError as error:
         if rank == 0:
@@ -102,7 +108,7 @@ def _said_before() -> bool:
 def _rank_command(arguments: argparse.Namespace) -> list[str]:
     """The command of each rank. Raises `ConfigError` for numbers that cannot be."""
     require(arguments.processes >= 1, f"--processes {arguments.processes} must be at least 1")
-    require(arguments.max_restarts >= 0, f"--max-restarts {arguments.max_restarts} must not be negative")
+    require((arguments.max_restarts or 0) >= 0, f"--max-restarts {arguments.max_restarts} must not be negative")
     require("WORLD_SIZE" not in os.environ, "torchrun has started the processes: leave --processes out")
     command = [sys.executable, "-m", "headrace", "train", str(arguments.recipe), "--out", str(arguments.out)]
     command += ["--resume"] if arguments.resume else []
