@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from headrace.cli import main
 from headrace.errors import ConfigError
 from headrace.parallel.group import RankGroup
 from headrace.parallel.mesh import Mesh
@@ -103,6 +104,14 @@ def test_a_recipe_s_mistake_is_printed_once(recipe_file, tmp_path):
     command = torchrun(2, recipe_file, tmp_path / "out", "train.steps=-1", restarts=1)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and done.stderr.count("--set train.steps=-1 must be") == 1
+
+
+def test_another_rank_waits_for_the_first_to_print_a_mistake(recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waited: list[str] = []
+    monkeypatch.setattr("headrace.cli.train.time.sleep", lambda seconds: waited.append(capsys.readouterr().err))
+    assert main(["train", str(recipe_file), "--out", str(tmp_path / "out"), "--set", "train.steps=-1"]) == 2
+    assert waited == [""] and "train.steps=-1 must be" in capsys.readouterr().err
 
 
 def test_what_two_processes_cannot_be_is_refused_before_they_meet(recipe_file, cpu_ops):

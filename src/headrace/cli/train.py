@@ -22,6 +22,9 @@ __all__ = ["TrainingView", "add", "add_overrides"]
 RESTARTS = 3
 """Of a run with --processes, by default."""
 
+LAUNCHER_SECONDS = 30.0
+"""After which a rank prints a mistake that its machine's first rank should have printed."""
+
 BAR = 10
 """Width of the bar, so that the line fits into 80 columns."""
 
@@ -82,8 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
         goes_on(arguments.out, arguments.resume)
         require_extra("train", "train")
     except HeadraceError:
-        if _said_before():
-            return BAD_INPUT
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            return BAD_INPUT  # printed by the first try
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            # Local rank 0 prints the same mistake, unless another rank exits first: torchrun then ends it.
+            time.sleep(LAUNCHER_SECONDS)
         raise
     try:
         if arguments.processes != 1:
@@ -98,11 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         raise type(error)(f"rank {rank}: {error}") from None
     return 0
-
-
-def _said_before() -> bool:
-    """Whether another rank of this machine, or an earlier try of torchrun's, has printed a mistake that all find."""
-    return any(int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def _rank_command(arguments: argparse.Namespace) -> list[str]:
