@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps
 from headrace.kernels.ops import AttentionMeta
+from headrace.kernels.panels import Weight, rows_of
 
 __all__ = ["TorchSlots"]
 
@@ -28,9 +29,9 @@ class TorchSlots(CpuOps):
         torch.set_num_threads(threads)
 
     def linear(
-        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+        self, x_TK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
     ) -> Tensor:
-        return F.linear(x_TK, weight_NK, bias_N)
+        return F.linear(x_TK, rows_of(weight_NK), bias_N)
 
     def attention(
         self,

@@ -62,7 +62,7 @@ def headrace(checkpoint: str, threads: int, torch_slots: bool = False) -> Any:
         ops: Any = TorchSlots(threads)
     else:
         ops = load_ops("cpu", threads=threads)
-    model = load_model(Path(checkpoint), ops, "float32" if torch_slots else "auto")
+    model = load_model(Path(checkpoint), ops, "float32" if torch_slots else "auto", serving=not torch_slots)
 
     def run(jobs: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         defaults = {"max_num_seqs": 64, "kv_cache_memory": "1GiB", "threads": threads, "max_num_batched_tokens": 512}

@@ -29,6 +29,8 @@ class Setup:
     """Numbers of the prompts that run."""
     threads: int = 1
     ranks: int = 1
+    serving: bool = False
+    """Whether the model is loaded to serve."""
     sequences: int = PROMPTS + 8
     """The cache has room for this many of the longest sequences, and for `spare_tokens` more."""
     spare_tokens: int = 0

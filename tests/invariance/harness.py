@@ -61,9 +61,9 @@ def others(folder: Path, ranks: int) -> Ranks:
 
 
 @lru_cache
-def loaded(folder: Path, threads: int, ranks: int = 1) -> tuple[Any, Any]:
+def loaded(folder: Path, threads: int, ranks: int = 1, serving: bool = False) -> tuple[Any, Any]:
     ops = load_ops("cpu", threads=threads)
-    return load_model(folder, ops, group=others(folder, ranks).group), ops
+    return load_model(folder, ops, group=others(folder, ranks).group, serving=serving), ops
 
 
 def hooks(cell: Cell, hook: str) -> Iterator[tuple[Callable[..., Any], Any]]:
@@ -93,7 +93,7 @@ def request(number: int, cell: Cell, vocab_size: int) -> Request:
 
 def engine_for(setup: Setup, folder: Path, longest: int) -> Engine:
     """A new engine; `longest` prompts must fit its cache."""
-    model, ops = loaded(folder, setup.threads, setup.ranks)
+    model, ops = loaded(folder, setup.threads, setup.ranks, setup.serving)
     size = setup.options["block_size"]
     blocks = 1 + setup.sequences * -(-(longest + TOKENS) // size) + setup.spare_tokens // size
     options = EngineOptions(threads=setup.threads, num_kv_blocks=blocks, max_num_seqs=PROMPTS, **setup.options)

@@ -1,9 +1,6 @@
-"""The products behind a linear's gradients: right, in one order whatever the shape, the threads and the registers."""
+"""The products behind a linear's gradients: right, in one order whatever the shape and the threads."""
 
-import os
-import subprocess
-import sys
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,34 +8,121 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.kernels.cpu import CpuOps, launch
-from headrace.kernels.cpu.linear_backward import DEPTH
+from headrace.kernels.cpu import CpuOps
 from headrace.kernels.reference import ReferenceOps
 from headrace.kernels.shards import tree
+from kernels.product_kit import (
+    BOUNDS,
+    CHUNK,
+    DTYPES,
+    OUTPUTS,
+    assert_bits,
+    between_nans,
+    bounds_spans,
+    definition,
+    normal,
+    top,
+)
 
 ONE, TWO, REFERENCE = CpuOps(threads=1), CpuOps(threads=2), ReferenceOps()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TERMS = (1, 255, 256, 257, 511, 512, 513)
+ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 33)
 examples = settings(max_examples=30, deadline=None, derandomize=True)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def chained(g_TN: Tensor, b_NK: Tensor) -> Tensor:
-    """Chains of FMAs in chunks of DEPTH, the chunks added in order: fp64 makes each FMA of fp32 but for rare ties."""
-    total: Tensor | None = None
-    for start in range(0, b_NK.shape[0], DEPTH):
-        chunk = torch.zeros(g_TN.shape[0], b_NK.shape[1])
-        for s in range(start, min(start + DEPTH, len(b_NK))):
-            chunk = (g_TN[:, s, None].double() * b_NK[s].double() + chunk.double()).float()
-        total = chunk if total is None else total + chunk
-    assert total is not None
-    return total
 
 
 def assert_close(got: Tensor, want: Tensor, terms: int) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * max(1, terms) ** 0.5)
+
+
+# ---- the law ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("terms", (0, *TERMS, 2100))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_the_inputs_is_the_defined_sum(dtype, terms):
+    """Of every number of rows by every number of inputs; the terms are the weight's outputs."""
+    g, weight = between_nans(normal(max(ROWS), terms)), normal(terms, max(OUTPUTS), seed=1).to(dtype)
+    wanted, spans = definition(g, weight.T), ((0, 0, 0, terms),)
+    for rows, inputs in product(ROWS, OUTPUTS):
+        got = ONE.linear_backward_input(top(g, rows), between_nans(weight[:, :inputs]), spans)
+        assert_bits(got, wanted[:rows, :inputs], rows, inputs)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_of_outputs_are_summed_in_a_balanced_tree(dtype, bounds):
+    spans, terms = bounds_spans(bounds), bounds[-1]
+    g, weight = between_nans(normal(max(ROWS), terms)), between_nans(normal(terms, 47, seed=1).to(dtype))
+    wanted = definition(g, weight.T, None, spans)
+    for rows in ROWS:
+        assert_bits(TWO.linear_backward_input(top(g, rows), weight, spans), wanted[:rows], rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_spans_of_a_shard_and_rows_that_shards_share(dtype):
+    """Each span starts a chunk of its own."""
+    g, weight = normal(33, 700), normal(640, 33, seed=1).to(dtype)
+    for spans in (
+        ((0, 0, 0, 15), (0, 30, 30, 10), (1, 15, 15, 15), (1, 50, 30, 10)),
+        ((0, 400, 40, 270), (0, 0, 300, 15), (1, 15, 0, 0), (2, 20, 20, 300), (2, 690, 630, 10), (3, 0, 0, 600)),
+    ):
+        wanted, exact = definition(g, weight.T, None, spans), torch.zeros(33, 33, dtype=torch.float64)
+        for _, column, row, count in spans:
+            exact += g[:, column : column + count].double() @ weight[row : row + count].double()
+        for rows in ROWS:
+            assert_bits(TWO.linear_backward_input(top(g, rows), weight, spans), wanted[:rows], rows)
+        assert_close(wanted, exact, 1000)
+        assert_close(REFERENCE.linear_backward_input(g, weight, spans), exact, 1000)
+
+
+@pytest.mark.parametrize("terms", (0, *TERMS, 2100))
+def test_the_gradient_of_the_weight_is_the_defined_sum(terms):
+    """Of every number of outputs by every number of inputs; the terms are rows, and chunks are added to `into`."""
+    g, x = normal(terms, max(ROWS)), normal(terms, max(OUTPUTS), seed=1)
+    earlier = normal(max(ROWS), max(OUTPUTS), seed=2)
+    wanted, added = definition(g.T, x.T), definition(g.T, x.T, None, None, earlier)
+    for outputs, inputs in product(ROWS, OUTPUTS):
+        left, right = between_nans(g[:, :outputs]), between_nans(x[:, :inputs])
+        assert_bits(ONE.linear_backward_weight(left, right), wanted[:outputs, :inputs], outputs, inputs)
+        into = earlier[:outputs, :inputs].clone()
+        assert ONE.linear_backward_weight(left, right, into) is into
+        assert_bits(into, added[:outputs, :inputs], outputs, inputs)
+
+
+@pytest.mark.parametrize("terms", (1, 16, 256, 257, 600))
+@pytest.mark.parametrize("g,chain", [(-0.0, 0.0), (-1e-40, -0.0)], ids=["a product of −0", "a product too small"])
+def test_the_sign_of_zero(g, chain, terms):
+    """Chains start at +0; the first chunk and the first shard are stored; a shard without terms is +0."""
+    for rows, inputs in product((1, 2, 4, 9, 16), (1, 17, 64)):
+        left, right = torch.full((rows, terms), g), torch.full((terms, inputs), 1e-6)
+        zero = torch.full((rows, inputs), chain)
+        whole, empty = ((0, 0, 0, terms),), ((0, 0, 0, terms), (1, 0, 0, 0))
+        assert_bits(ONE.linear_backward_input(left, right, whole), zero, rows, inputs)
+        assert_bits(ONE.linear_backward_input(left, right, empty), zero.abs(), rows, inputs)
+        turned = left.T.contiguous()
+        assert_bits(ONE.linear_backward_weight(turned, right), zero, rows, inputs)
+        for into in (torch.full((rows, inputs), sign) for sign in (0.0, -0.0)):
+            wanted = into + zero
+            assert_bits(ONE.linear_backward_weight(turned, right, into), wanted, rows, inputs)
+
+
+@pytest.mark.parametrize("terms", (1, 33, 300))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay_in_their_row(dtype, terms):
+    spans = ((0, 0, 0, terms),)
+    for rows, value in product(ROWS, (torch.nan, torch.inf)):
+        g, weight = normal(rows, terms), normal(terms, 33, seed=1).to(dtype)
+        calm = ONE.linear_backward_input(g, weight, spans)
+        g[rows // 2], weight[0, 16] = value, value
+        y = ONE.linear_backward_input(g, weight, spans)
+        assert not y[rows // 2].isfinite().any() and not y[:, 16].isfinite().any()
+        if dtype == torch.float32:
+            assert_bits(ONE.linear_backward_weight(g.T.contiguous(), weight), y, rows, value)
+        y[rows // 2], y[:, 16] = calm[rows // 2], calm[:, 16]
+        assert_bits(y, calm, rows, value)
+
+
+# ---- any shapes, close to float64 ------------------------------------------------------------------------------
 
 
 @examples
@@ -51,16 +135,16 @@ def test_by_the_inputs(data, rows, outputs, inputs, dtype):
     got = ONE.linear_backward_input(g, weight, spans)
     assert_close(got, g.double() @ weight.double(), outputs)
     assert_close(REFERENCE.linear_backward_input(g, weight, spans), g.double() @ weight.double(), outputs)
-    assert torch.equal(got, TWO.linear_backward_input(g, weight, spans))
+    assert_bits(got, TWO.linear_backward_input(g, weight, spans))
     row = data.draw(st.integers(0, rows - 1))
-    assert torch.equal(got[row], ONE.linear_backward_input(g[row : row + 1], weight, spans)[0])
+    assert_bits(got[row], ONE.linear_backward_input(g[row : row + 1], weight, spans)[0])
     k = data.draw(st.integers(1, inputs))
-    assert torch.equal(got[:, :k], TWO.linear_backward_input(g, weight[:, :k].contiguous(), spans))
+    assert_bits(got[:, :k], TWO.linear_backward_input(g, weight[:, :k].contiguous(), spans))
     alone = [
         ONE.linear_backward_input(g[:, a : a + n].contiguous(), weight[a : a + n].contiguous(), ((0, 0, 0, n),))
         for _, a, _, n in spans
     ]
-    assert torch.equal(got, tree(alone))
+    assert_bits(got, tree(alone))
 
 
 @examples
@@ -70,37 +154,31 @@ def test_by_the_weight(data, rows, outputs, inputs):
     got = ONE.linear_backward_weight(g, x)
     assert_close(got, g.double().T @ x.double(), rows)
     assert_close(REFERENCE.linear_backward_weight(g, x), g.double().T @ x.double(), rows)
-    assert torch.equal(got, TWO.linear_backward_weight(g, x))
+    assert_bits(got, TWO.linear_backward_weight(g, x))
     a, b = sorted(data.draw(st.tuples(st.integers(0, outputs), st.integers(0, outputs))))
-    assert torch.equal(got[a:b], TWO.linear_backward_weight(g[:, a:b].contiguous(), x))
+    assert_bits(got[a:b], TWO.linear_backward_weight(g[:, a:b].contiguous(), x))
     into = torch.zeros(outputs, inputs)
-    for start in range(0, rows, 2 * DEPTH):
-        ONE.linear_backward_weight(g[start : start + 2 * DEPTH], x[start : start + 2 * DEPTH], into)
+    for start in range(0, rows, 2 * CHUNK):
+        ONE.linear_backward_weight(g[start : start + 2 * CHUNK], x[start : start + 2 * CHUNK], into)
     assert torch.equal(into, got)
 
 
-def test_the_order_of_terms():
-    g, weight = normal(3, 2 * DEPTH + 5), normal(2 * DEPTH + 5, 7, seed=1)
-    wanted = chained(g, weight)
+def test_both_gradients_are_one_product():
+    g, weight = normal(3, 2 * CHUNK + 5), normal(2 * CHUNK + 5, 7, seed=1)
     got = ONE.linear_backward_input(g, weight, ((0, 0, 0, len(weight)),))
-    assert (got != wanted).sum() <= 1
-    assert torch.equal(ONE.linear_backward_weight(g.T.contiguous(), weight), got)
+    assert_bits(ONE.linear_backward_weight(g.T.contiguous(), weight), got)
+    assert_bits(ONE.linear(g, weight.T.contiguous()), got)
 
 
-def test_several_spans_of_a_shard_and_rows_that_shards_share():
-    g, weight = normal(9, 60), normal(40, 33, seed=1)
-    spans = ((0, 0, 0, 15), (0, 30, 30, 10), (1, 15, 15, 15), (1, 50, 30, 10))
-    wanted = tree(
-        [
-            sum(
-                (g[:, c : c + n].double() @ weight[r : r + n].double() for s, c, r, n in spans if s == shard),
-                torch.zeros((), dtype=torch.float64),
-            )
-            for shard in range(2)
-        ]
-    )
-    assert_close(ONE.linear_backward_input(g, weight, spans), wanted, 50)
-    assert_close(REFERENCE.linear_backward_input(g, weight, spans), wanted, 50)
+# ---- what is refused, and what is empty ------------------------------------------------------------------------
+
+
+def test_no_rows_and_no_inputs():
+    spans = ((0, 0, 0, 8),)
+    assert ONE.linear_backward_input(normal(0, 8), normal(8, 4), spans).shape == (0, 4)
+    assert ONE.linear_backward_input(normal(3, 8), normal(8, 0), spans).shape == (3, 0)
+    assert ONE.linear_backward_weight(normal(3, 0), normal(3, 4)).shape == (0, 4)
+    assert ONE.linear_backward_weight(normal(3, 8), normal(3, 0)).shape == (8, 0)
 
 
 @pytest.mark.parametrize(
@@ -124,34 +202,3 @@ def test_shapes_that_do_not_fit_are_refused():
         ONE.linear_backward_weight(normal(3, 8), normal(4, 5))
     with pytest.raises(ValueError, match="do not go"):
         ONE.linear_backward_weight(normal(3, 8), normal(3, 5), torch.zeros(5, 8))
-
-
-PROGRAM = """
-import torch
-from headrace.kernels.cpu import CpuOps, launch
-torch.manual_seed(0)
-ops, g, x, w = CpuOps(threads=2), torch.randn(70, 300), torch.randn(70, 45), torch.randn(300, 45).bfloat16()
-spans = ((0, 0, 0, 100), (1, 100, 100, 200))
-found = [ops.linear_backward_input(g, w, spans), ops.linear_backward_weight(g, x), ops.linear(x[:3], w)]
-h, starts = torch.randn(5, 70, 2, 40), torch.tensor([0, 9, 70], dtype=torch.int32)
-found += ops.attention_backward(*h, torch.full((70, 2), 3.0), starts, 0.3)
-print(launch.WIDE, *(sum(y.flatten().view(torch.int32).tolist()) for y in found))
-"""
-
-
-def run(**environment: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=os.environ | environment, text=True, capture_output=True, check=True
-    )
-    return done.stdout.split()
-
-
-@pytest.mark.skipif(not launch.WIDE, reason="the CPU has no AVX-512: the other tests take the narrow tiles")
-def test_the_width_of_a_register_changes_no_bits():
-    narrow = run(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c")
-    assert narrow == ["False", *run()[1:]]
-
-
-def test_no_workspace_is_used_once_it_is_freed():
-    """glibc fills what is freed with this byte."""
-    assert run(MALLOC_PERTURB_="165") == run()

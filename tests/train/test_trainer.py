@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from headrace import LLM, SamplingParams
 from headrace.attention.dense import DenseContext
 from headrace.attention.paged import PagedContext
 from headrace.attention.store import KVStore
@@ -212,3 +213,20 @@ def test_a_window_bounds_the_operations_of_attention(recipe_file, cpu_ops):
 def test_ranks_that_are_not_there_are_asked_for(recipe_file, cpu_ops):
     with pytest.raises(ConfigError, match="headrace train --processes 2"):
         Trainer(load_recipe(recipe_file, ["parallel.tensor=2"]), cpu_ops)
+
+
+def test_an_engine_around_the_trainers_model_follows_its_steps(recipe, cpu_ops):
+    """Nothing of a weight is kept between two generations: the second has the bits of a new engine."""
+    trainer = Trainer(recipe, cpu_ops)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1)
+
+    def engine():
+        model = trainer.model.with_ops(cpu_ops)
+        return LLM.from_model(model, trainer.tokenizer, cpu_ops, prefix_caching=False, kv_cache_memory="16MiB")
+
+    with engine() as llm:
+        before = llm.generate("Mia went", params)[0].outputs
+        trainer.step()
+        after = llm.generate("Mia went", params)[0].outputs
+    with engine() as llm:
+        assert after == llm.generate("Mia went", params)[0].outputs != before

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.kernels.head import head_chunks, log_probabilities
 from headrace.kernels.ops import AttentionMeta, Kernel, Ops
+from headrace.kernels.panels import Weight
 from headrace.kernels.shards import OutputShards
 from headrace.kernels.vocab import VocabPart
 
@@ -21,7 +22,7 @@ class LinearKernel:
     """The default kernel slot: `Ops.linear` of the weight as it is stored."""
 
     ops: Ops
-    weight_NK: Tensor
+    weight_NK: Weight
     bias_N: Tensor | None
     bounds: tuple[int, ...] | None
 
@@ -35,13 +36,16 @@ class BaseOps:
 
     columns_per_shard = False
 
-    def matrix(self: Ops, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def matrix(self: Ops, rows: int, columns: int, dtype: torch.dtype) -> Weight:
         return torch.empty(rows, columns, dtype=dtype, device=self.device)
 
-    def column_kernel(self: Ops, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+    def store(self: Ops, rows: int, columns: int, dtype: torch.dtype) -> Weight:
+        return self.matrix(rows, columns, dtype)
+
+    def column_kernel(self: Ops, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
         return LinearKernel(self, weight_NK, bias_N, None)
 
-    def row_kernel(self: Ops, weight_NK: Tensor, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
+    def row_kernel(self: Ops, weight_NK: Weight, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
         return LinearKernel(self, weight_NK, bias_N, bounds)
 
     def add_bias(self, y_TN: Tensor, bias_N: Tensor) -> Tensor:

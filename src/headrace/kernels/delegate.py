@@ -1,13 +1,19 @@
-"""`DelegatingOps`: an op set that replaces some operations of another."""
+"""Op sets that replace some operations of another."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from headrace.kernels.base import BaseOps
+from headrace.kernels.ops import Kernel
+from headrace.kernels.panels import Weight
+from headrace.kernels.shards import OutputShards
 from headrace.kernels.training import TrainingOps
 
-__all__ = ["DelegatingOps"]
+__all__ = ["DelegatingOps", "ServingOps"]
 
 
 class DelegatingOps(BaseOps):
@@ -21,3 +27,16 @@ class DelegatingOps(BaseOps):
         if name.startswith("_") or name == "base":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return getattr(self.base, name)
+
+
+class ServingOps(DelegatingOps):
+    """The op set of a model that is loaded to serve: its matrices are what `Ops.store` gives."""
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Weight:
+        return self.base.store(rows, columns, dtype)
+
+    def column_kernel(self, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+        return self.base.column_kernel(weight_NK, bias_N, outputs)
+
+    def row_kernel(self, weight_NK: Weight, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
+        return self.base.row_kernel(weight_NK, bias_N, bounds)

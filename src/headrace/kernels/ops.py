@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headrace.kernels.panels import Weight
 from headrace.kernels.partials import Partials
 from headrace.kernels.shards import OutputShards
 from headrace.kernels.vocab import VocabPart
@@ -87,17 +88,22 @@ class Ops(Protocol):
         """
         ...
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+    def embedding(self, ids_T: Tensor, table_VD: Weight) -> Tensor:
         """Rows of `table_VD` (fp32, bf16 or fp16) as fp32. Also picks the rows that need logits."""
         ...
 
     def linear(
-        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+        self,
+        x_TK: Tensor,
+        weight_NK: Weight,
+        bias_N: Tensor | None = None,
+        bounds: Sequence[int] | None = None,
     ) -> Tensor:
-        """x @ weight.T + bias, fp32 sums over K in one order whatever T and N are.
+        """x @ weight.T + bias, fp32 sums over K in one order whatever T, N and the weight's storage are.
 
-        `bounds` (None means (0, K)) cuts K into virtual shards: each is summed alone, then a balanced binary tree
-        adds the sums, then the bias. Weights are fp32, bf16 or fp16 and are read as they are.
+        `bounds` (None means (0, K)) cuts K into virtual shards. A shard is cut into chunks of 256 inputs from its
+        start; a chunk is one chain of fused multiply-adds from +0, K ascending; chunks are added in order, then the
+        shards in a balanced binary tree, then the bias. Weights are fp32, bf16 or fp16 and are read as they are.
         """
         ...
 
@@ -235,15 +241,19 @@ class Ops(Protocol):
         """
         ...
 
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Weight:
         """A weight without values yet."""
         ...
 
-    def column_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+    def store(self, rows: int, columns: int, dtype: torch.dtype) -> Weight:
+        """A weight without values yet, for a model that only serves: as products read it fastest."""
+        ...
+
+    def column_kernel(self, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
         """The kernel slot of a linear split by its outputs, which lie in virtual shards as `outputs` says."""
         ...
 
-    def row_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
+    def row_kernel(self, weight_NK: Weight, bias_N: Tensor | None, bounds: tuple[int, ...]) -> Kernel:
         """The kernel slot of a linear split by its inputs; `bounds` as in `linear`."""
         ...
 

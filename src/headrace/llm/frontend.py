@@ -81,7 +81,7 @@ class Frontend:
             len(each), folder, options.kernel_set, each, options.dtype, ops.device, options.rank_timeout
         )
         try:
-            model = load_model(folder, ops, options.dtype, ranks.group)
+            model = load_model(folder, ops, options.dtype, ranks.group, serving=True)
             ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
             return cls(model, tokenizer, ops, options, ranks)
         except BaseException:

@@ -7,14 +7,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from headrace.config import DTYPES, ModelConfig, one_of
 from headrace.errors import CheckpointError
+from headrace.kernels.delegate import ServingOps
 from headrace.kernels.ops import Ops
+from headrace.kernels.training import TrainingOps
 from headrace.model.families import config_to_json
 from headrace.model.folder import CONFIG, GENERATION, read_config
 from headrace.model.tensorfiles import SINGLE, TensorFiles, write_tensors
@@ -30,12 +32,17 @@ FREE = ("architecture", "max_position_embeddings", "bos_token_id", "eos_token_id
 
 
 def load_model(
-    folder: str | os.PathLike[str], ops: Ops, dtype: str = "auto", group: RankGroup | None = None
+    folder: str | os.PathLike[str],
+    ops: Ops,
+    dtype: str = "auto",
+    group: RankGroup | None = None,
+    serving: bool = False,
 ) -> Transformer:
     """The model in a folder, on the ops' device, without gradients; with a `group`, this rank's part of it.
 
     Matrices keep the dtype they are stored in ("auto"; float32 where they differ) or take `dtype`; norms and
-    biases are fp32. Files are mapped and each tensor is copied once, to its place. Raises `CheckpointError`
+    biases are fp32. Files are mapped and each tensor is copied once, to its place; with `serving`, into the order in
+    which the ops read it fastest (`Ops.store`). Raises `CheckpointError`
     naming the file or tensor that is missing, left over, misshapen or broken.
     """
     one_of("dtype", dtype, ("auto", *DTYPES))
@@ -45,7 +52,7 @@ def load_model(
         dtype = _stored_dtype(files)
     config = dataclasses.replace(config, dtype=dtype)
     try:
-        model = Transformer(config, ops, group=group)
+        model = Transformer(config, ServingOps(cast(TrainingOps, ops)) if serving else ops, group=group)
     except RuntimeError as error:
         raise CheckpointError(f"no memory on {ops.device} for the model that {folder} describes") from error
     _fill(model, files)
@@ -81,14 +88,14 @@ def fill_weights(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} has shape {list(tensors[name].shape)}, the model's is {list(place.shape)}")
     with torch.no_grad():
         for name, place in places.items():
-            place.tensor.copy_(place.of(tensors[name]))
+            place.fill(tensors[name])
 
 
 def _fill(model: Transformer, files: TensorFiles) -> None:
     sources = _match(_shapes(model), files, model.config.tie_word_embeddings)
     with torch.no_grad():
         for name, place in model.tensors():
-            place.tensor.copy_(place.of(files.tensor(sources[name])))
+            place.fill(files.tensor(sources[name]))
 
 
 def _pieces(model: Transformer) -> Iterator[tuple[str, Piece]]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.kernels.panels import Panels, Weight
 from headrace.parallel.group import RankGroup
 
 __all__ = ["Piece", "Streams", "gathered", "in_place_of"]
@@ -29,6 +30,21 @@ class Piece:
     """Which of those pieces are here."""
     replicas: int = 1
     """How many consecutive ranks hold the same; for an unsplit tensor, all of them."""
+    panels: Panels | None = None
+    """Where the rows are, if not in `tensor`, which has then no data (it is on the meta device)."""
+    first: int = 0
+    """The first of its rows in `panels`."""
+
+    @classmethod
+    def of_weight(
+        cls, weight: Weight, axis: int, bounds: Sequence[int], group: RankGroup, rows: slice | None = None
+    ) -> Piece:
+        """A part along `axis`, cut at `bounds`, that is stored as `rows` of a weight (None: as all of it)."""
+        if isinstance(weight, Tensor):
+            return cls.split(weight.detach() if rows is None else weight.detach()[rows], axis, bounds, group)
+        first, stop = (0, weight.shape[0]) if rows is None else (rows.start, rows.stop)
+        shape = torch.empty(stop - first, weight.shape[1], dtype=weight.dtype, device="meta")
+        return replace(cls.split(shape, axis, bounds, group), panels=weight, first=first)
 
     @classmethod
     def split(cls, tensor: Tensor, axis: int, bounds: Sequence[int], group: RankGroup) -> Piece:
@@ -55,6 +71,17 @@ class Piece:
             return whole
         start, stop = self.bounds[self.own.start], self.bounds[self.own.stop]
         return whole.narrow(self.axis, start, stop - start)
+
+    def fill(self, whole: Tensor) -> None:
+        """Copy this rank's part of the checkpoint's tensor here, rounded to the dtype that is stored."""
+        if self.panels is None:
+            self.tensor.copy_(self.of(whole))
+        else:
+            self.panels.put(self.first, self.of(whole))
+
+    def read(self) -> Tensor:
+        """This part as rows: `tensor` itself, or a copy of what lies in panels."""
+        return self.tensor if self.panels is None else self.panels.rows(self.first, self.first + len(self.tensor))
 
     def shards(self, local: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(number, view) of each of the pieces of `local`, which is shaped like `tensor`."""
@@ -120,7 +147,7 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 def gathered(piece: Piece, group: RankGroup) -> Tensor | None:
     """On rank 0 the checkpoint's whole tensor; None elsewhere. Every rank calls it."""
     if piece.axis is None or group.size == 1:
-        return piece.tensor if group.rank == 0 else None
+        return piece.read() if group.rank == 0 else None
     shapes, count = [], len(piece.bounds) - 1
     for rank in range(group.size):
         own = group.own(count, rank)
@@ -128,6 +155,6 @@ def gathered(piece: Piece, group: RankGroup) -> Tensor | None:
         # Of ranks that hold the same, the first one sends.
         shape[piece.axis] = piece.bounds[own.stop] - piece.bounds[own.start] if rank % piece.replicas == 0 else 0
         shapes.append(shape)
-    mine = piece.tensor if piece.is_first(group) else piece.tensor.new_empty(shapes[group.rank])
+    mine = piece.read() if piece.is_first(group) else torch.empty(shapes[group.rank], dtype=piece.tensor.dtype)
     parts = group.gather(mine, shapes, "save")
     return None if parts is None else torch.cat(parts, piece.axis)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.kernels.ops import Kernel, Ops
+from headrace.kernels.panels import Panels, Weight, rows_of
 from headrace.kernels.shards import OutputShards, vocab_bounds
 from headrace.kernels.vocab import VocabPart
 from headrace.parallel.group import RankGroup
@@ -37,14 +38,14 @@ __all__ = [
 class _ParallelLinear(nn.Module):
     """Weight [N, K] in the model's dtype, uninitialised; bias [N] in fp32; and the kernel slot."""
 
-    weight: nn.Parameter
+    weight: nn.Parameter | Panels
     bias: nn.Parameter | None
     kernel: Kernel
 
     def __init__(self, ops: Ops, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, group: RankGroup) -> None:
         super().__init__()
         self.group = group
-        self.weight = nn.Parameter(ops.matrix(outputs, inputs, dtype))
+        self.weight = _parameter(ops.matrix(outputs, inputs, dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, device=ops.device)) if bias else None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class ColumnParallelLinear(_ParallelLinear):
         for name, bounds in self.parts:
             start, stop = _span(bounds, self.group)
             rows = slice(at, at + stop - start)
-            yield f"{prefix}{name}.weight", Piece.split(self.weight.detach()[rows], 0, bounds, self.group)
+            yield f"{prefix}{name}.weight", Piece.of_weight(self.weight, 0, bounds, self.group, rows)
             if self.bias is not None:
                 yield f"{prefix}{name}.bias", Piece.split(self.bias.detach()[rows], 0, bounds, self.group)
             at = rows.stop
@@ -169,7 +170,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's columns) of the weight, and the bias."""
-        yield f"{prefix}{self.name}.weight", Piece.split(self.weight.detach(), 1, self.bounds, self.group)
+        yield f"{prefix}{self.name}.weight", Piece.of_weight(self.weight, 1, self.bounds, self.group)
         if self.bias is not None:
             yield f"{prefix}{self.name}.bias", Piece.whole(self.bias.detach(), self.group)
 
@@ -186,7 +187,7 @@ class VocabParallelEmbedding(nn.Module):
         self.after: Callable[[Tensor], Tensor] = _as_it_is
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        self.weight = nn.Parameter(ops.matrix(self.stop - self.start, width, dtype))
+        self.weight = _parameter(ops.matrix(self.stop - self.start, width, dtype))
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Token ids [T] → [T, D] fp32."""
@@ -210,7 +211,7 @@ class VocabParallelEmbedding(nn.Module):
         yield f"{prefix}.weight", self._piece()
 
     def _piece(self) -> Piece:
-        return Piece.split(self.weight.detach(), 0, self.bounds, self.group)
+        return Piece.of_weight(self.weight, 0, self.bounds, self.group)
 
 
 class LMHead(nn.Module):
@@ -233,7 +234,7 @@ class LMHead(nn.Module):
         self.group = group
         self.bounds = vocab_bounds(vocab_size, shards)
         self.start, self.stop = _span(self.bounds, group)
-        self.weight = nn.Parameter(ops.matrix(self.stop - self.start, width, dtype)) if tied is None else tied.weight
+        self.weight = _parameter(ops.matrix(self.stop - self.start, width, dtype)) if tied is None else tied.weight
         self.tied = tied is not None
         local = (0, *(b - self.start for _, b in _pairs(self.bounds, group)))
         self.part = VocabPart(self.start, local, group)
@@ -254,7 +255,7 @@ class LMHead(nn.Module):
 
     def loss(self, x_RD: Tensor, targets_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
         """(−Σ weight · log p(target) in fp64, log p(target) [R]); the logits never exist all at once."""
-        return self.ops.head_loss(x_RD, self.weight, targets_R, weight_R.neg(), self.part)
+        return self.ops.head_loss(x_RD, rows_of(self.weight), targets_R, weight_R.neg(), self.part)
 
     def gather(self, logits_RV: Tensor) -> Tensor:
         """On rank 0 the logits of the whole vocabulary; elsewhere as they are."""
@@ -269,7 +270,11 @@ class LMHead(nn.Module):
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's rows) of the table, or nothing where it is the embedding's."""
         if not self.tied:
-            yield f"{prefix}.weight", Piece.split(self.weight.detach(), 0, self.bounds, self.group)
+            yield f"{prefix}.weight", Piece.of_weight(self.weight, 0, self.bounds, self.group)
+
+
+def _parameter(weight: Weight) -> nn.Parameter | Panels:
+    return nn.Parameter(weight) if isinstance(weight, Tensor) else weight
 
 
 def _as_it_is(y: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def _follow(start: dict[str, Any], frames: IO[bytes], report: Any) -> None:
     ops = load_ops(start["kernels"], **start["options"])
     report(started=rank)
     group = connect(join(start["port"], size, start["timeout"]), rank, size, ops.device, start["timeout"])
-    follower = Follower(load_model(start["folder"], ops, start["dtype"], group), ops, lambda: report(ready=rank))
+    model = load_model(start["folder"], ops, start["dtype"], group, serving=True)
+    follower = Follower(model, ops, lambda: report(ready=rank))
     while (message := read_frame(frames)) is not None and follower.execute(*message):
         pass
 

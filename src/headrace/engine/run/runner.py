@@ -96,7 +96,7 @@ class Runner:
             return
         if self.ranks.size > 1:
             raise ConfigError("with tensor parallelism, weights come from a checkpoint folder: save them, and name it")
-        pieces = {name: piece.tensor for name, piece in source.tensors()} if isinstance(source, Transformer) else source
+        pieces = {name: piece.read() for name, piece in source.tensors()} if isinstance(source, Transformer) else source
         fill_weights(self.model, pieces)
 
     def result(self, handle: Handle) -> StepResult:

@@ -18,6 +18,7 @@ from headrace.kernels.autograd.entropy import HeadLoss, LogProbability
 from headrace.kernels.autograd.linear import AddBias, ColumnKernel, RowLinear
 from headrace.kernels.delegate import DelegatingOps
 from headrace.kernels.ops import AttentionMeta, Kernel, Ops
+from headrace.kernels.panels import Weight, rows_of
 from headrace.kernels.shards import OutputShards, row_bounds, tree
 from headrace.kernels.training import TrainingOps
 from headrace.kernels.vocab import VocabPart
@@ -39,16 +40,16 @@ class AutogradOps(DelegatingOps):
         self.shards, self.row_shards = shards, row_shards
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
-        return _Embedding.apply(self.base, ids_T, table_VD)
+    def embedding(self, ids_T: Tensor, table_VD: Weight) -> Tensor:
+        return _Embedding.apply(self.base, ids_T, rows_of(table_VD))
 
     def linear(
-        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+        self, x_TK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
     ) -> Tensor:
-        return RowLinear.apply(self, x_TK, weight_NK, bias_N, tuple(bounds or (0, x_TK.shape[1])))
+        return RowLinear.apply(self, x_TK, rows_of(weight_NK), bias_N, tuple(bounds or (0, x_TK.shape[1])))
 
-    def column_kernel(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
-        return ColumnKernel(self.base, weight_NK, bias_N, outputs)
+    def column_kernel(self, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
+        return ColumnKernel(self.base, rows_of(weight_NK), bias_N, outputs)
 
     def add_bias(self, y_TN: Tensor, bias_N: Tensor) -> Tensor:
         return AddBias.apply(self, y_TN, bias_N)

@@ -6,7 +6,7 @@ blocks of `KEYS`, both counted from the sequence's start; with i a row, j a key,
     p_ij = exp(c · q_i·k_j − lse_i), 0 where i does not see j        s_ij = c · p_ij · (g_i·v_j − g_i·out_i)
     g_q_i = Σ_j s_ij · k_j        g_k_j = Σ_i s_ij · q_i        g_v_j = Σ_i p_ij · g_i
 
-All products are those of `linear_backward`: a block's terms are one chain, blocks add up in order, and for keys and
+All products are those of `product`: a block's terms are one chain, blocks add up in order, and for keys and
 values query heads come one after another. So a sequence's gradients do not depend on other sequences.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 from numba import prange
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.linear_backward import HEIGHT, PANEL, Ahead, Tiles, chunk, pack
 from headrace.kernels.cpu.memory import load1, load8, load8n, pointer, store1, store8n
+from headrace.kernels.cpu.packing import Matrix, pack
+from headrace.kernels.cpu.product import LANES, block
 from headrace.kernels.cpu.simd import fma8, hsum8, zero8
 from headrace.kernels.cpu.simd16 import exp16, load16, mul16, splat16, store16, sub16, zero16
 from headrace.kernels.cpu.work import scratch, take
@@ -69,14 +70,16 @@ class _Item(NamedTuple):
 
 @kernel
 def _turn(x, at, row, length, dim, room, to):
-    """A head's rows, element by element, a panel of keys at a time; keys past the end are 0."""
-    for j in range(0, length, PANEL):
-        for c in range(dim):
-            for i in range(min(PANEL, length - j)):
-                store1(room, to + c * PANEL + i, load1(x, at + (j + i) * row + c))
-            for i in range(max(0, length - j), PANEL):
-                store1(room, to + c * PANEL + i, np.float32(0))
-        to += dim * PANEL
+    """A head's rows, element by element, a panel of keys at a time."""
+    for j in range(0, length, LANES):
+        pack(Matrix(x, 1, row, 0), at + j * row, min(LANES, length - j), dim, room, to + j * dim, LANES)
+
+
+@kernel
+def _panels(x, at, row, count, dim, room, to):
+    """`count` rows of a head, row by row, a panel of elements at a time."""
+    for c in range(0, dim, LANES):
+        pack(Matrix(x, row, 1, 0), at + c, min(LANES, dim - c), count, room, to + c * count, LANES)
 
 
 @kernel
@@ -112,43 +115,24 @@ def _soften(item, lse, at, apart, first_row, rows, first_key, keys, window, scal
 
 
 @kernel
-def _product(room, a, at, row, step, rows, packed, tall, depth, width, first, to, pitch):
-    """`chunk` without prefetching: A is in the cache already."""
-    chunk(
-        Tiles(a, at, HEIGHT * row, row, step),
-        rows,
-        room,
-        packed,
-        tall,
-        depth,
-        width,
-        first,
-        to,
-        pitch,
-        Ahead(a, at, 0, 0, 0),
-    )
-
-
-@kernel
 def _rows(item, q, g, at, row, lse, lse_at, heads, first_row, rows, window, scale):
     """What a block of rows of one query head adds: g_k and g_v of what it sees, and all of its own g_q."""
     room, dim, width, first = item.room, item.dim, item.width, True
-    pack(q, at, row, rows, dim, room, item.rows)
-    pack(g, at, row, rows, dim, room, item.g_rows)
+    _panels(q, at, row, rows, dim, room, item.rows)
+    _panels(g, at, row, rows, dim, room, item.g_rows)
     oldest = max(0, first_row - window + 1) // KEYS * KEYS if window else 0
     for key in range(oldest, first_row + rows, KEYS):
         keys, tall = min(KEYS, first_row + rows - key), min(KEYS, item.length - key)
-        turned, here = key * dim, key * width
-        _product(room, q, at, row, 1, rows, item.keys_turned + turned, dim, dim, keys, True, item.weights, KEYS)
-        _product(room, g, at, row, 1, rows, item.values_turned + turned, dim, dim, keys, True, item.slopes, KEYS)
+        turned, here, p, s = key * dim, key * width, item.weights, item.slopes
+        block(rows, q, at, row, 1, room, item.keys_turned + turned, dim * LANES, dim, keys, room, p, KEYS, 0)
+        block(rows, g, at, row, 1, room, item.values_turned + turned, dim * LANES, dim, keys, room, s, KEYS, 0)
         _soften(item, lse, lse_at, heads, first_row, rows, key, keys, window, scale)
-        _product(
-            room, room, item.slopes, KEYS, 1, rows, item.keys + here, tall, keys, dim, first, item.g_queries, width
-        )
-        _product(room, room, item.slopes, 1, KEYS, keys, item.rows, rows, rows, dim, False, item.g_keys + here, width)
-        _product(
-            room, room, item.weights, 1, KEYS, keys, item.g_rows, rows, rows, dim, False, item.g_values + here, width
-        )
+        to, panel = item.g_queries, tall * LANES
+        block(rows, room, s, KEYS, 1, room, item.keys + here, panel, keys, dim, room, to, width, int(not first))
+        to, panel = item.g_keys + here, rows * LANES
+        block(keys, room, s, 1, KEYS, room, item.rows, panel, rows, dim, room, to, width, 1)
+        to = item.g_values + here
+        block(keys, room, p, 1, KEYS, room, item.g_rows, panel, rows, dim, room, to, width, 1)
         first = False
 
 
@@ -168,7 +152,7 @@ def _item(item, start, head, group, heads, kv_heads, q, k, v, g, out, lse, g_q, 
     _turn(k.x, k_at, k.row, length, dim, room, item.keys_turned)
     _turn(v.x, v_at, v.row, length, dim, room, item.values_turned)
     for key in range(0, length, KEYS):
-        pack(k.x, k_at + key * k.row, k.row, min(KEYS, length - key), dim, room, item.keys + key * width)
+        _panels(k.x, k_at + key * k.row, k.row, min(KEYS, length - key), dim, room, item.keys + key * width)
     padded = (length + KEYS - 1) // KEYS * KEYS * width
     for at in range(0, padded, 16):
         store16(room, item.g_keys + at, zero16()), store16(room, item.g_values + at, zero16())
@@ -187,7 +171,7 @@ def _item(item, start, head, group, heads, kv_heads, q, k, v, g, out, lse, g_q, 
 @kernel
 def _workspace(room, at, longest, dim):
     """The offsets of an item of at most `longest` tokens in `room` from `at`, without its length; the end."""
-    width, keys = (dim + PANEL - 1) // PANEL * PANEL, (longest + KEYS - 1) // KEYS * KEYS
+    width, keys = (dim + LANES - 1) // LANES * LANES, (longest + KEYS - 1) // KEYS * KEYS
     turned = (keys * dim + 15) // 16 * 16
     b = at + 2 * turned
     c = b + 3 * keys * width

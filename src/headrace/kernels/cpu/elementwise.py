@@ -77,23 +77,32 @@ def _normalize(x, start, width, weight, eps, out, to):
 
 
 @kernel
-def _embedding_rows(ids, table, width, out, first, last):
+def _embedding_rows(ids, table, term, lane, block, width, out, first, last):
     for t in range(first, last):
-        _copy(table, ids[t] * width, out, t * width, width)
+        start, to = ids[t] // 16 * block + ids[t] % 16 * lane, t * width
+        if term == 1:
+            _copy(table, start, out, to, width)
+        else:
+            for k in range(width):
+                store1(out, to + k, load1(table, start + k * term))
 
 
 @kernel(parallel=True)
-def embedding(ids, table, vocab, width, out, tasks):
-    """out[t] = fp32 of table[ids[t]]. Returns the index of the first id outside the table, or -1."""
+def embedding(ids, table, term, lane, block, vocab, width, out, tasks):
+    """out[t] = fp32 of row ids[t] of a flat table, which is a `packing.Matrix` whose lanes are rows.
+
+    Returns the index of the first id outside the table, or -1.
+    """
     rows = ids.size
     for t in range(rows):
         if ids[t] < 0 or ids[t] >= vocab:
             return t
     if tasks == 1:
-        _embedding_rows(ids, table, width, out, 0, rows)
+        _embedding_rows(ids, table, term, lane, block, width, out, 0, rows)
     else:
         for task in prange(tasks):
-            _embedding_rows(ids, table, width, out, share(rows, task, tasks), share(rows, task + 1, tasks))
+            first, last = share(rows, task, tasks), share(rows, task + 1, tasks)
+            _embedding_rows(ids, table, term, lane, block, width, out, first, last)
     return -1
 
 

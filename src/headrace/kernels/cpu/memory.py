@@ -55,7 +55,7 @@ def address(
     return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
 
 
-def _widen(builder: ir.IRBuilder, dtype: types.Type, raw: ir.Value) -> ir.Value:
+def widen(builder: ir.IRBuilder, dtype: types.Type, raw: ir.Value) -> ir.Value:
     """fp32 of what was read: exact for all three formats."""
     if dtype == types.float32:
         return raw
@@ -129,11 +129,18 @@ def emit_load(shape: Callable[[ir.Type], ir.Type], ret: types.Type) -> Callable[
             element = STORED[array.dtype]
             pointer = address(context, builder, array, args[0], args[1], shape(element))
             raw = builder.load(pointer, align=element.get_abi_size(context.target_data))
-            return _widen(builder, array.dtype, raw)
+            return widen(builder, array.dtype, raw)
 
         return ret(array, types.int64), codegen
 
     return typing
+
+
+def emit_prefetch(builder: ir.IRBuilder, line: ir.Value) -> None:
+    """Into the second-level cache."""
+    form = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+    builder.call(function, [line, I32(0), I32(2), I32(1)])
 
 
 def _store(shape: Callable[[ir.Type], ir.Type], arg: types.Type) -> Callable[..., Any]:
@@ -185,10 +192,7 @@ def prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        form = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
-        line = address(context, builder, array, args[0], args[1], ir.IntType(8))
-        builder.call(function, [line, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        emit_prefetch(builder, address(context, builder, array, args[0], args[1], ir.IntType(8)))
         return context.get_dummy_value()
 
     return types.none(array, types.int64), codegen
@@ -246,7 +250,7 @@ def load8n(tyctx: Any, array: Any, offset: Any, count: Any) -> Any:
         pointer = address(context, builder, array, args[0], args[1], vector)
         align = ir.Constant(I32, element.get_abi_size(context.target_data))
         raw = builder.call(function, [pointer, align, _lanes_below(builder, args[2]), ir.Constant(vector, None)])
-        return _widen(builder, array.dtype, raw)
+        return widen(builder, array.dtype, raw)
 
     return f32x8(array, types.int64, types.int64), codegen
 

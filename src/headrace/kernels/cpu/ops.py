@@ -11,9 +11,19 @@ from torch import Tensor
 
 from headrace.kernels.cpu import backward, launch, optimizer
 from headrace.kernels.cpu.attention_backward import Heads, attention_backward
-from headrace.kernels.cpu.linear_backward import COLUMNS, HEIGHT, ROWS, product, product_part
-from headrace.kernels.cpu.serving import ALONE_PRODUCT, CpuServingOps
-from headrace.kernels.cpu.views import NOTHING, alike, dense, flat, integers, row_chunks, spans_array, strided
+from headrace.kernels.cpu.product import LANES
+from headrace.kernels.cpu.serving import CpuServingOps
+from headrace.kernels.cpu.views import (
+    NOTHING,
+    alike,
+    bounds_chunks,
+    dense,
+    flat,
+    integers,
+    row_chunks,
+    spans_chunks,
+    strided,
+)
 from headrace.kernels.cpu.warmup import warm_up
 from headrace.kernels.dropout import dropout_bar, signed64
 from headrace.kernels.shards import Span
@@ -63,17 +73,9 @@ class CpuOps(CpuServingOps):
         outputs, inputs = weight_NK.shape
         rows, columns = g_TN.shape
         g_x = torch.empty((rows, inputs))
-        self._product(
-            dense(g_TN),
-            rows,
-            columns,
-            1,
-            self._stored(weight_NK),
-            inputs,
-            spans_array(tuple(spans), columns, outputs),
-            g_x,
-            False,
-        )
+        chunks = spans_chunks(tuple(spans), columns, outputs)
+        left, right = dense(g_TN).reshape(-1), self._stored(weight_NK).reshape(-1)
+        self._multiply((left, 1, columns), (right, inputs, 1, LANES), NOTHING, g_x, False, chunks)
         return g_x
 
     def linear_backward_weight(self, g_TN: Tensor, x_TK: Tensor, into_NK: Tensor | None = None) -> Tensor:
@@ -81,41 +83,10 @@ class CpuOps(CpuServingOps):
         g_weight = torch.empty((outputs, inputs)) if into_NK is None else into_NK
         if len(x_TK) != rows or g_weight.shape != (outputs, inputs):
             raise ValueError(f"{tuple(g_TN.shape)} gradients of {tuple(x_TK.shape)} do not go {tuple(g_weight.shape)}")
-        self._product(
-            dense(g_TN),
-            outputs,
-            1,
-            outputs,
-            dense(x_TK),
-            inputs,
-            np.array([[0, 0, 0, rows]]),
-            g_weight,
-            into_NK is not None,
-        )
+        adds, chunks = into_NK is not None, bounds_chunks((0, rows), rows)
+        left, right = dense(g_TN).reshape(-1), dense(x_TK).reshape(-1)
+        self._multiply((left, outputs, 1), (right, inputs, 1, LANES), NOTHING, g_weight, adds, chunks)
         return g_weight
-
-    def _product(
-        self,
-        a: np.ndarray,
-        rows: int,
-        row: int,
-        step: int,
-        b: np.ndarray,
-        inputs: int,
-        spans: np.ndarray,
-        out: Tensor,
-        adds: bool,
-    ) -> None:
-        """`product` in tasks of which every thread gets as many, where there are enough rows."""
-        operands = (a, rows, row, step, b, inputs, spans, dense(out), adds)
-        across, tall = -(-inputs // COLUMNS), -(-rows // ROWS)
-        if self.threads == 1 or out.numel() * int(spans[:, 3].sum()) < ALONE_PRODUCT:
-            product_part(*operands, ROWS, np.zeros(1, np.int64))
-            return
-        while tall * across % self.threads and tall * HEIGHT < rows:
-            tall += 1
-        launch.set_threads(self.threads)
-        product(*operands, -(-rows // (tall * HEIGHT)) * HEIGHT, self.threads)
 
     def attention_backward(
         self,

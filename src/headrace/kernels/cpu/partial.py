@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from headrace.kernels.cpu.dots import tile1x8, tile4x2, tile8x4
 from headrace.kernels.cpu.launch import WIDE, kernel
 from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, pointer, prefetch, store1, store8
 from headrace.kernels.cpu.simd import add8, fma8, hmax8, hsum8, max8, splat8, zero8
@@ -27,7 +28,6 @@ from headrace.kernels.cpu.simd16 import (
     store16,
     sub16,
 )
-from headrace.kernels.cpu.tiles import tile1x8, tile4x2, tile8x4
 from headrace.kernels.partials import SPLIT
 
 __all__ = ["NODES", "ROWS", "Paged", "locate", "partial"]
@@ -100,27 +100,7 @@ def _scores8(packed, kv, paged, first, last, fresh, scratch):
             _prefetch_both(kv, paged, j, 4, last)
         k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
         k2, k3 = _key(paged, min(j + 2, last - 1)), _key(paged, min(j + 3, last - 1))
-        tile8x4(
-            packed,
-            0,
-            kv,
-            k0,
-            k1,
-            k2,
-            k3,
-            paged.dim,
-            True,
-            True,
-            scratch,
-            0,
-            scratch,
-            j & (SPLIT - 1),
-            PITCH,
-            kv,
-            0,
-            0,
-            0,
-        )
+        tile8x4(packed, 0, kv, k0, k1, k2, k3, paged.dim, scratch, j & (SPLIT - 1), PITCH)
 
 
 @kernel
@@ -130,7 +110,7 @@ def _scores4(q, q0, q1, q2, q3, kv, paged, first, last, fresh, scratch):
         if fresh:
             _prefetch_both(kv, paged, j, 2, last)
         k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
-        tile4x2(q, q0, q1, q2, q3, kv, k0, k1, paged.dim, True, True, scratch, 0, scratch, j & (SPLIT - 1), PITCH)
+        tile4x2(q, q0, q1, q2, q3, kv, k0, k1, paged.dim, scratch, j & (SPLIT - 1), PITCH)
 
 
 @kernel

@@ -18,10 +18,11 @@ from headrace.kernels.base import BaseOps
 from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import elementwise, launch, pool
 from headrace.kernels.cpu import sample as sampling
-from headrace.kernels.cpu.linear import linear, linear_part
+from headrace.kernels.cpu.product import LANES, product, product_alone
 from headrace.kernels.cpu.tree import fold, most_nodes
-from headrace.kernels.cpu.views import NOTHING, VIEWS, alike, bounds_array, dense, integers, strided
+from headrace.kernels.cpu.views import NOTHING, VIEWS, alike, bounds_array, bounds_chunks, dense, integers, strided
 from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.panels import Panels, Weight
 from headrace.kernels.partials import Partials, owners_ranges, split_ranges
 
 __all__ = ["ALONE_PRODUCT", "CpuServingOps"]
@@ -55,6 +56,13 @@ class CpuServingOps(BaseOps):
 
     # ---- views and work ----------------------------------------------------------------------------------------
 
+    def _matrix(self, weight: Weight) -> tuple[np.ndarray, int, int, int]:
+        """A weight [N, K] as kernels take it: its elements, and the strides of a `packing.Matrix`."""
+        width = weight.shape[1]
+        if isinstance(weight, Panels):
+            return self._stored(weight.tensor).reshape(-1), LANES, 1, LANES * width
+        return self._stored(weight).reshape(-1), 1, width, LANES * width
+
     def _stored(self, tensor: Tensor) -> np.ndarray:
         """numpy's view of a weight or cache, kept while the tensor lives: making one costs more than a small op."""
         key = id(tensor)
@@ -79,34 +87,54 @@ class CpuServingOps(BaseOps):
 
     # ---- the model's operations --------------------------------------------------------------------------------
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
+    def store(self, rows: int, columns: int, dtype: torch.dtype) -> Panels:
+        return Panels(rows, columns, dtype, self.device)
+
+    def embedding(self, ids_T: Tensor, table_VD: Weight) -> Tensor:
         ids = integers(ids_T)
         vocab, width = table_VD.shape
         out_TD = torch.empty((ids.size, width))
         bad = elementwise.embedding(
-            ids, self._stored(table_VD), vocab, width, out_TD.numpy(), self._tasks(ids.size, out_TD.numel())
+            ids, *self._matrix(table_VD), vocab, width, out_TD.numpy(), self._tasks(ids.size, out_TD.numel())
         )
         if bad >= 0:
             raise IndexError(f"id {ids[bad]} is not one of the table's {vocab} rows")
         return out_TD
 
     def linear(
-        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+        self,
+        x_TK: Tensor,
+        weight_NK: Weight,
+        bias_N: Tensor | None = None,
+        bounds: Sequence[int] | None = None,
     ) -> Tensor:
         rows, inputs = x_TK.shape
         width, depth = weight_NK.shape
         if depth != inputs:
             raise ValueError(f"x has {inputs} inputs and the weight {depth}")
-        cuts = bounds_array((0, inputs) if bounds is None else tuple(bounds), inputs)
+        chunks = bounds_chunks((0, inputs) if bounds is None else tuple(bounds), inputs)
         bias = NOTHING if bias_N is None else self._stored(bias_N)
         y_TN = torch.empty((rows, width))
-        operands = (dense(x_TK), rows, inputs, self._stored(weight_NK), width, bias, cuts, y_TN.numpy())
-        if self.threads == 1 or rows * inputs * width < ALONE_PRODUCT:
-            linear_part(*operands, 0, 1)
+        self._multiply((dense(x_TK).reshape(-1), 1, inputs), self._matrix(weight_NK), bias, y_TN, False, chunks)
+        return y_TN
+
+    def _multiply(
+        self,
+        left: tuple[np.ndarray, int, int],
+        right: tuple[np.ndarray, int, int, int],
+        bias: np.ndarray,
+        y: Tensor,
+        adds: bool,
+        chunks: tuple[np.ndarray, int],
+    ) -> None:
+        """`product`, by one thread where it is too small for several."""
+        rows, outputs = y.shape
+        operands = (*left, *right, bias, dense(y).reshape(-1), rows, outputs, adds, *chunks)
+        if self.threads == 1 or left[0].size * outputs < ALONE_PRODUCT:
+            product_alone(*operands)
         else:
             launch.set_threads(self.threads)
-            linear(*operands, self.threads)
-        return y_TN
+            product(*operands, self.threads)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x = dense(x_TD)

@@ -1,213 +1,288 @@
-"""The tiles of a matrix product: a few sums over K side by side, each in eight lanes of its own.
+"""The tiles of a matrix product: sums of a few rows by a few outputs side by side, in registers.
 
-A tile covers `count` inputs. `first` says that the sums start here, `last` that they end here: in between, where a
-long K is cut into chunks that fit the first-level cache, accumulators wait in `carry`, unreduced, so that cutting
-changes no bits. At the end each sum is the `hsum8` of its lanes, at sums[to + pitch·row + output].
+    sums[r, n] = chain of x(r, k) · w(k, n) for k = 0 … count − 1, one fused multiply-add after another from +0
 
-All arguments are `pointer`s and element offsets. A chunk that is not the last is a multiple of eight inputs.
+Vectors lie along the outputs n, so no sum crosses lanes: a lane is an output, and neither the shape of a tile nor the
+width of the registers can change a bit. Without AVX-512 LLVM makes two instructions of 256 bits of one. Each tile is
+an LLVM function that is never inlined, so that a module's callers share it.
 """
 
 from __future__ import annotations
 
-from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.memory import load8, load8n, narrow, prefetch, store8, store_lanes
-from headrace.kernels.cpu.simd import fma8, hsum8x8, zero8
-from headrace.kernels.cpu.simd16 import fma16, hsum16x8, load16, store16, store_quarter, twice8, zero16
+from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["tile1x8", "tile4x2", "tile4x3", "tile8x4"]
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from headrace.kernels.cpu.launch import WIDE
+from headrace.kernels.cpu.memory import STORED, emit_prefetch, widen
+from headrace.kernels.cpu.simd import FLOAT, I32, emit_fma, emit_splat, intrinsic, mask
+
+__all__ = ["LANES", "SIDE", "emit_turned", "tile", "turned_tile"]
+
+LANES = 16
+"""Outputs of a vector."""
+SIDE = 16 if WIDE else 8
+"""Lanes that are turned together, and words of 32 bits of each."""
+LINE = 64
+"""Bytes of a cache line."""
+I16, I64, BYTES, FLOATS = ir.IntType(16), ir.IntType(64), ir.IntType(8).as_pointer(), FLOAT.as_pointer()
+SIZES = [types.int64] * 5
 
 
-@kernel
-def tile1x8(x, x0, w, w0, w1, w2, w3, w4, w5, w6, w7, count, ahead, sums, to):
-    """One row, eight outputs, never cut: it reads every weight once, at the memory's bandwidth.
+def _bytes(dtype: types.Type) -> int:
+    return 4 if dtype == types.float32 else 2
 
-    Eight short streams are too many for the hardware to predict, so eight times `count` elements from w[ahead] are
-    prefetched meanwhile.
+
+def _vector(lanes: int) -> ir.VectorType:
+    return ir.VectorType(FLOAT, lanes)
+
+
+def _literals(*shape: Any) -> tuple[int, ...] | None:
+    return tuple(x.literal_value for x in shape) if all(isinstance(x, types.IntegerLiteral) for x in shape) else None
+
+
+# ---- chains ----------------------------------------------------------------------------------------------------
+
+
+class _Chains:
+    """Accumulators of `rows` rows by some vectors, and the rows' elements of x."""
+
+    def __init__(self, builder: ir.IRBuilder, rows: int, vectors: int, lanes: int, x: Sequence[ir.Value]) -> None:
+        self.builder, self.lanes = builder, lanes
+        self.sums = {(r, v): builder.alloca(_vector(lanes)) for r in range(rows) for v in range(vectors)}
+        base, row, self.step, valid = x
+        last = builder.sub(valid, I64(1))
+        firsts = [builder.select(builder.icmp_signed("<", I64(r), last), I64(r), last) for r in range(rows)]
+        self.rows = [builder.gep(base, [builder.mul(first, row)]) for first in firsts]
+
+    def start(self) -> None:
+        for register in self.sums.values():
+            self.builder.store(ir.Constant(_vector(self.lanes), [0.0] * self.lanes), register)
+
+    def add(self, k: ir.Value, columns: Sequence[ir.Value]) -> None:
+        """The products of term k, whose vectors of outputs are `columns`."""
+        builder, at = self.builder, self.builder.mul(k, self.step)
+        for r, row in enumerate(self.rows):
+            value = emit_splat(builder, builder.load(builder.gep(row, [at])), self.lanes)
+            for v, column in enumerate(columns):
+                register = self.sums[r, v]
+                builder.store(emit_fma(builder, value, column, builder.load(register)), register)
+
+    def finish(self, to: ir.Value, pitch: ir.Value, adds: ir.Value, slab: ir.Value) -> None:
+        """Add the earlier sums, the furthest first, then store."""
+        builder = self.builder
+
+        def place(base: ir.Value, r: int, v: int) -> ir.Value:
+            at = builder.add(builder.mul(I64(r), pitch), I64(self.lanes * v))
+            return builder.bitcast(builder.gep(base, [at]), _vector(self.lanes).as_pointer())
+
+        with cgutils.for_range(builder, adds) as loop:
+            back = builder.sub(builder.sub(adds, I64(1)), loop.index)
+            base = builder.gep(to, [builder.mul(back, slab)])
+            for (r, v), register in self.sums.items():
+                earlier = builder.load(place(base, r, v), align=4)
+                builder.store(builder.fadd(earlier, builder.load(register)), register)
+        for (r, v), register in self.sums.items():
+            builder.store(builder.load(register), place(to, r, v), align=4)
+
+
+def _function(module: ir.Module, name: str, pointers: Sequence[ir.Type]) -> tuple[ir.Function, bool]:
+    """The function of this name, and whether its body is still to be written."""
+    known = module.globals.get(name)
+    if known is not None:
+        return known, False
+    x, w, sums, far = pointers
+    form = [x, *[I64] * 3, w, *[I64] * 3, sums, *[I64] * 3, far, I64]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), form), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    return function, True
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def tile(
+    tyctx: Any,
+    rows: Any,
+    vectors: Any,
+    x: Any,
+    x0: Any,
+    row: Any,
+    step: Any,
+    valid: Any,
+    w: Any,
+    w0: Any,
+    panel: Any,
+    count: Any,
+    sums: Any,
+    to: Any,
+    pitch: Any,
+    adds: Any,
+    slab: Any,
+    far: Any,
+    ask: Any,
+    on: Any,
+) -> Any:
+    """Chains of `rows` rows by `vectors` vectors (literals), added to `adds` earlier sums.
+
+    x(r, k) is x[x0 + r·row + k·step], fp32; of `valid` rows (1 or more) the last stands for those that are missing.
+    w(k, n) is w[w0 + n // 16 · panel + 16 · k + n % 16], in any stored dtype. Before it is stored at
+    sums[to + r·pitch + n], an output is added to those that lie (adds − 1)·slab, …, slab and 0 further, in this order.
+    Meanwhile as many bytes as the vectors of one k have in `far` are prefetched at far[ask], `on` bytes further for
+    each k.
     """
-    a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
-    a4, a5, a6, a7 = zero8(), zero8(), zero8(), zero8()
-    tail = count & 7
-    for k in range(0, count - tail, 8):
-        prefetch(w, ahead + 8 * k), prefetch(w, ahead + 8 * k + 32)
-        if not narrow(w):
-            prefetch(w, ahead + 8 * k + 16), prefetch(w, ahead + 8 * k + 48)
-        r = load8(x, x0 + k)
-        a0, a1 = fma8(r, load8(w, w0 + k), a0), fma8(r, load8(w, w1 + k), a1)
-        a2, a3 = fma8(r, load8(w, w2 + k), a2), fma8(r, load8(w, w3 + k), a3)
-        a4, a5 = fma8(r, load8(w, w4 + k), a4), fma8(r, load8(w, w5 + k), a5)
-        a6, a7 = fma8(r, load8(w, w6 + k), a6), fma8(r, load8(w, w7 + k), a7)
-    if tail:
-        k = count - tail
-        r = load8n(x, x0 + k, tail)
-        a0, a1 = fma8(r, load8n(w, w0 + k, tail), a0), fma8(r, load8n(w, w1 + k, tail), a1)
-        a2, a3 = fma8(r, load8n(w, w2 + k, tail), a2), fma8(r, load8n(w, w3 + k, tail), a3)
-        a4, a5 = fma8(r, load8n(w, w4 + k, tail), a4), fma8(r, load8n(w, w5 + k, tail), a5)
-        a6, a7 = fma8(r, load8n(w, w6 + k, tail), a6), fma8(r, load8n(w, w7 + k, tail), a7)
-    store8(sums, to, hsum8x8(a0, a1, a2, a3, a4, a5, a6, a7))
+    shape = _literals(rows, vectors)
+    if shape is None:
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, x0, row, step, valid, w, w0, panel, count, sums, to, pitch, adds, slab, far, ask, on = args[2:]
+        dtype, far_dtype = sig.args[7].dtype, sig.args[16].dtype
+        name = f"headrace_tile_{shape[0]}x{shape[1]}_{dtype}_{far_dtype}"
+        function, new = _function(builder.module, name, (x.type, w.type, sums.type, BYTES))
+        if new:
+            _panel_tile(function, shape[0], shape[1], dtype, shape[1] * LANES * _bytes(far_dtype))
+        far = builder.bitcast(builder.gep(far, [ask]), BYTES)
+        x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
+        builder.call(function, [x, row, step, valid, w, panel, I64(0), count, sums, pitch, adds, slab, far, on])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.none(rows, vectors, x, i, i, i, i, w, i, i, i, sums, i, i, i, i, far, i, i), codegen
 
 
-@kernel
-def tile4x2(x, x0, x1, x2, x3, w, w0, w1, count, first, last, carry, c, sums, to, pitch):
-    """Four rows, two outputs: eight accumulators keep both FMA units of a 256-bit machine busy."""
-    if first:
-        a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
-        b0, b1, b2, b3 = zero8(), zero8(), zero8(), zero8()
-    else:
-        a0, a1, a2, a3 = load8(carry, c), load8(carry, c + 8), load8(carry, c + 16), load8(carry, c + 24)
-        b0, b1, b2, b3 = load8(carry, c + 32), load8(carry, c + 40), load8(carry, c + 48), load8(carry, c + 56)
-    tail = count & 7
-    for k in range(0, count - tail, 8):
-        u, v = load8(w, w0 + k), load8(w, w1 + k)
-        r = load8(x, x0 + k)
-        a0, b0 = fma8(r, u, a0), fma8(r, v, b0)
-        r = load8(x, x1 + k)
-        a1, b1 = fma8(r, u, a1), fma8(r, v, b1)
-        r = load8(x, x2 + k)
-        a2, b2 = fma8(r, u, a2), fma8(r, v, b2)
-        r = load8(x, x3 + k)
-        a3, b3 = fma8(r, u, a3), fma8(r, v, b3)
-    if not last:
-        store8(carry, c, a0), store8(carry, c + 8, a1), store8(carry, c + 16, a2), store8(carry, c + 24, a3)
-        store8(carry, c + 32, b0), store8(carry, c + 40, b1), store8(carry, c + 48, b2), store8(carry, c + 56, b3)
-        return
-    if tail:
-        k = count - tail
-        u, v = load8n(w, w0 + k, tail), load8n(w, w1 + k, tail)
-        r = load8n(x, x0 + k, tail)
-        a0, b0 = fma8(r, u, a0), fma8(r, v, b0)
-        r = load8n(x, x1 + k, tail)
-        a1, b1 = fma8(r, u, a1), fma8(r, v, b1)
-        r = load8n(x, x2 + k, tail)
-        a2, b2 = fma8(r, u, a2), fma8(r, v, b2)
-        r = load8n(x, x3 + k, tail)
-        a3, b3 = fma8(r, u, a3), fma8(r, v, b3)
-    total = hsum8x8(a0, b0, a1, b1, a2, b2, a3, b3)
-    store_lanes(sums, to, total, 0, 2), store_lanes(sums, to + pitch, total, 2, 2)
-    store_lanes(sums, to + 2 * pitch, total, 4, 2), store_lanes(sums, to + 3 * pitch, total, 6, 2)
+def _panel_tile(function: ir.Function, rows: int, vectors: int, dtype: Any, ahead: int) -> None:
+    """Body; `ahead` bytes are prefetched for each k."""
+    x, row, step, valid, w, panel, _, count, sums, pitch, adds, slab, far, on = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    chains = _Chains(builder, rows, vectors, LANES, (x, row, step, valid))
+    chains.start()
+    stored = ir.VectorType(STORED[dtype], LANES).as_pointer()
+    panels = [builder.gep(w, [builder.mul(I64(v), panel)]) for v in range(vectors)]
+    with cgutils.for_range(builder, count) as loop:
+        for line in range(0, ahead, LINE):
+            emit_prefetch(builder, builder.gep(far, [builder.add(builder.mul(loop.index, on), I64(line))]))
+        places = [builder.gep(first, [builder.mul(loop.index, I64(LANES))]) for first in panels]
+        raw = [builder.load(builder.bitcast(place, stored), align=_bytes(dtype)) for place in places]
+        chains.add(loop.index, [widen(builder, dtype, vector) for vector in raw])
+    chains.finish(sums, pitch, adds, slab)
+    builder.ret_void()
 
 
-@kernel
-def tile4x3(x, x0, x1, x2, x3, w, w0, w1, w2, count, first, last, carry, c, sums, to, pitch):
-    """Four rows, three outputs: twelve accumulators hide the latency of an FMA, and need fewer loads each.
+# ---- rows of a weight ------------------------------------------------------------------------------------------
 
-    Of each row a fourth element of `sums` is written too: the tile of the outputs from there comes after this one.
+
+@intrinsic
+def turned_tile(
+    tyctx: Any,
+    rows: Any,
+    x: Any,
+    x0: Any,
+    row: Any,
+    step: Any,
+    valid: Any,
+    w: Any,
+    w0: Any,
+    lane: Any,
+    lanes: Any,
+    count: Any,
+    sums: Any,
+    to: Any,
+    pitch: Any,
+    adds: Any,
+    slab: Any,
+    ask: Any,
+) -> Any:
+    """`tile` of one vector whose terms are contiguous, w(k, n) = w[w0 + n·lane + k], turned in registers.
+
+    Of `lanes` outputs (1 … 16) the last stands for those that are missing. As many bytes as it reads are prefetched at
+    w[ask], in a row.
     """
-    if first:
-        a0, a1, a2, a3 = zero8(), zero8(), zero8(), zero8()
-        b0, b1, b2, b3 = zero8(), zero8(), zero8(), zero8()
-        c0, c1, c2, c3 = zero8(), zero8(), zero8(), zero8()
-    else:
-        a0, a1, a2, a3 = load8(carry, c), load8(carry, c + 8), load8(carry, c + 16), load8(carry, c + 24)
-        b0, b1, b2, b3 = load8(carry, c + 32), load8(carry, c + 40), load8(carry, c + 48), load8(carry, c + 56)
-        c0, c1, c2, c3 = load8(carry, c + 64), load8(carry, c + 72), load8(carry, c + 80), load8(carry, c + 88)
-    tail = count & 7
-    for k in range(0, count - tail, 8):
-        t, u, v = load8(w, w0 + k), load8(w, w1 + k), load8(w, w2 + k)
-        r = load8(x, x0 + k)
-        a0, b0, c0 = fma8(r, t, a0), fma8(r, u, b0), fma8(r, v, c0)
-        r = load8(x, x1 + k)
-        a1, b1, c1 = fma8(r, t, a1), fma8(r, u, b1), fma8(r, v, c1)
-        r = load8(x, x2 + k)
-        a2, b2, c2 = fma8(r, t, a2), fma8(r, u, b2), fma8(r, v, c2)
-        r = load8(x, x3 + k)
-        a3, b3, c3 = fma8(r, t, a3), fma8(r, u, b3), fma8(r, v, c3)
-    if not last:
-        store8(carry, c, a0), store8(carry, c + 8, a1), store8(carry, c + 16, a2), store8(carry, c + 24, a3)
-        store8(carry, c + 32, b0), store8(carry, c + 40, b1), store8(carry, c + 48, b2), store8(carry, c + 56, b3)
-        store8(carry, c + 64, c0), store8(carry, c + 72, c1), store8(carry, c + 80, c2), store8(carry, c + 88, c3)
-        return
-    if tail:
-        k = count - tail
-        t, u, v = load8n(w, w0 + k, tail), load8n(w, w1 + k, tail), load8n(w, w2 + k, tail)
-        r = load8n(x, x0 + k, tail)
-        a0, b0, c0 = fma8(r, t, a0), fma8(r, u, b0), fma8(r, v, c0)
-        r = load8n(x, x1 + k, tail)
-        a1, b1, c1 = fma8(r, t, a1), fma8(r, u, b1), fma8(r, v, c1)
-        r = load8n(x, x2 + k, tail)
-        a2, b2, c2 = fma8(r, t, a2), fma8(r, u, b2), fma8(r, v, c2)
-        r = load8n(x, x3 + k, tail)
-        a3, b3, c3 = fma8(r, t, a3), fma8(r, u, b3), fma8(r, v, c3)
-    total = hsum8x8(a0, b0, c0, c0, a1, b1, c1, c1)
-    store_lanes(sums, to, total, 0, 4), store_lanes(sums, to + pitch, total, 4, 4)
-    total = hsum8x8(a2, b2, c2, c2, a3, b3, c3, c3)
-    store_lanes(sums, to + 2 * pitch, total, 0, 4), store_lanes(sums, to + 3 * pitch, total, 4, 4)
+    shape = _literals(rows)
+    if shape is None:
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, x0, row, step, valid, w, w0, lane, lanes, count, sums, to, pitch, adds, slab, ask = args[1:]
+        dtype = sig.args[6].dtype
+        function, new = _function(
+            builder.module, f"headrace_turned_tile_{shape[0]}_{dtype}", (x.type, w.type, sums.type, BYTES)
+        )
+        if new:
+            _turned_tile(function, shape[0], dtype)
+        far = builder.bitcast(builder.gep(w, [ask]), BYTES)
+        x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
+        builder.call(function, [x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, I64(0)])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.none(rows, x, i, i, i, i, w, i, i, i, i, sums, i, i, i, i, i), codegen
 
 
-@kernel
-def _carried(carry, c):
-    return load16(carry, c), load16(carry, c + 16), load16(carry, c + 32), load16(carry, c + 48)
+def _turned_tile(function: ir.Function, rows: int, dtype: Any) -> None:
+    """Body: a square of SIDE lanes by as many words at a time, all terms of the first lanes before the next lanes."""
+    x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, _ = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    chains = _Chains(builder, rows, 1, SIDE, (x, row, step, valid))
+    terms, last = SIDE * 4 // _bytes(dtype), builder.sub(lanes, I64(1))
+    squares = builder.udiv(count, I64(terms))
+    for first in range(0, LANES, SIDE):
+        chains.start()
+        starts = []
+        for i in range(first, first + SIDE):
+            index = builder.select(builder.icmp_signed("<", I64(i), last), I64(i), last)
+            starts.append(builder.gep(w, [builder.mul(index, lane)]))
+        with cgutils.for_range(builder, squares) as loop:
+            k = builder.mul(loop.index, I64(terms))
+            for line in range(0, SIDE * SIDE * 4, LINE):
+                at = builder.add(builder.mul(loop.index, I64(SIDE * SIDE * 4)), I64(line))
+                emit_prefetch(builder, builder.gep(far, [at]))
+            for i, column in enumerate(emit_turned(builder, dtype, [builder.gep(start, [k]) for start in starts])):
+                chains.add(builder.add(k, I64(i)), [column])
+        with cgutils.for_range_slice(builder, builder.mul(squares, I64(terms)), count, I64(1)) as (k, _):
+            column = ir.Constant(ir.VectorType(STORED[dtype], SIDE), ir.Undefined)
+            for i, start in enumerate(starts):
+                column = builder.insert_element(column, builder.load(builder.gep(start, [k])), I32(i))
+            chains.add(k, [widen(builder, dtype, column)])
+        chains.finish(builder.gep(sums, [I64(first)]), pitch, adds, slab)
+        far = builder.gep(far, [builder.mul(squares, I64(SIDE * SIDE * 4))])
+    builder.ret_void()
 
 
-@kernel
-def _carry(carry, c, a0, a1, a2, a3):
-    store16(carry, c, a0), store16(carry, c + 16, a1), store16(carry, c + 32, a2), store16(carry, c + 48, a3)
+def _stage(distance: int) -> list[list[int]]:
+    """What becomes of two vectors at this distance: the lanes of both that make the first, and the second."""
+    sides, half = (0, SIDE), 2 if distance < 4 else distance
+    runs = [range(start, start + half) for start in range(0, SIDE, 2 * half)]
+    low, high = ([range(run[0] + skip, run[0] + skip + half) for run in runs] for skip in (0, half))
+    if distance == 1:
+        return [[i + side for run in part for i in run for side in sides] for part in (low, high)]
+    return [[i + side for run in part for side in sides for i in run] for part in (low, high)]
 
 
-@kernel
-def _prefetch(far, at):
-    """Prefetch what eight inputs of up to four streams span: one line, or two of fp32."""
-    prefetch(far, at)
-    if not narrow(far):
-        prefetch(far, at + 16)
+def emit_turned(builder: ir.IRBuilder, dtype: Any, starts: Sequence[ir.Value]) -> list[ir.Value]:
+    """Terms, as fp32 vectors of SIDE lanes, of the words that begin at `starts`; of 16-bit elements a word has two.
 
-
-@kernel
-def tile8x4(x, x0, w, w0, w1, w2, w3, count, first, last, carry, c, sums, to, pitch, far, ask, stride, streams):
-    """Eight rows, four outputs, for AVX-512: sixteen accumulators of two rows each.
-
-    x is packed: for every eight inputs, eight rows of eight elements, a tail filled with 0. Meanwhile `count` elements
-    from each of far[ask], far[ask + stride], … (as many as `streams`) are prefetched, a line at a time: a burst of
-    requests would delay the tile's own loads.
+    The first two stages interleave within 128 bits, which is one instruction, and exchange the columns 1 and 2 of four.
     """
-    if first:
-        a0, a1, a2, a3 = zero16(), zero16(), zero16(), zero16()
-        b0, b1, b2, b3 = zero16(), zero16(), zero16(), zero16()
-        c0, c1, c2, c3 = zero16(), zero16(), zero16(), zero16()
-        d0, d1, d2, d3 = zero16(), zero16(), zero16(), zero16()
-    else:
-        a0, a1, a2, a3 = _carried(carry, c)
-        b0, b1, b2, b3 = _carried(carry, c + 64)
-        c0, c1, c2, c3 = _carried(carry, c + 128)
-        d0, d1, d2, d3 = _carried(carry, c + 192)
-    tail = count & 7
-    whole, stretch = count - tail, (count // max(streams, 1)) & ~7
-    for stream in range(max(streams, 1)):
-        start = stream * stretch
-        stop = start + stretch if stream + 1 < streams else whole
-        for k in range(start, stop, 8):
-            _prefetch(far, ask + stream * stride + (k - start) * streams)
-            p = x0 + 8 * k
-            r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
-            u = twice8(load8(w, w0 + k))
-            a0, a1, a2, a3 = fma16(r0, u, a0), fma16(r1, u, a1), fma16(r2, u, a2), fma16(r3, u, a3)
-            u = twice8(load8(w, w1 + k))
-            b0, b1, b2, b3 = fma16(r0, u, b0), fma16(r1, u, b1), fma16(r2, u, b2), fma16(r3, u, b3)
-            u = twice8(load8(w, w2 + k))
-            c0, c1, c2, c3 = fma16(r0, u, c0), fma16(r1, u, c1), fma16(r2, u, c2), fma16(r3, u, c3)
-            u = twice8(load8(w, w3 + k))
-            d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
-    if not last:
-        _carry(carry, c, a0, a1, a2, a3)
-        _carry(carry, c + 64, b0, b1, b2, b3)
-        _carry(carry, c + 128, c0, c1, c2, c3)
-        _carry(carry, c + 192, d0, d1, d2, d3)
-        return
-    if tail:
-        k = count - tail
-        p = x0 + 8 * k
-        r0, r1, r2, r3 = load16(x, p), load16(x, p + 16), load16(x, p + 32), load16(x, p + 48)
-        u = twice8(load8n(w, w0 + k, tail))
-        a0, a1, a2, a3 = fma16(r0, u, a0), fma16(r1, u, a1), fma16(r2, u, a2), fma16(r3, u, a3)
-        u = twice8(load8n(w, w1 + k, tail))
-        b0, b1, b2, b3 = fma16(r0, u, b0), fma16(r1, u, b1), fma16(r2, u, b2), fma16(r3, u, b3)
-        u = twice8(load8n(w, w2 + k, tail))
-        c0, c1, c2, c3 = fma16(r0, u, c0), fma16(r1, u, c1), fma16(r2, u, c2), fma16(r3, u, c3)
-        u = twice8(load8n(w, w3 + k, tail))
-        d0, d1, d2, d3 = fma16(r0, u, d0), fma16(r1, u, d1), fma16(r2, u, d2), fma16(r3, u, d3)
-    total = hsum16x8(a0, b0, c0, d0, a1, b1, c1, d1)  # rows 0, 2 | 1, 3
-    store_quarter(sums, to, total, 0), store_quarter(sums, to + 2 * pitch, total, 1)
-    store_quarter(sums, to + pitch, total, 2), store_quarter(sums, to + 3 * pitch, total, 3)
-    total = hsum16x8(a2, b2, c2, d2, a3, b3, c3, d3)  # rows 4, 6 | 5, 7
-    to += 4 * pitch
-    store_quarter(sums, to, total, 0), store_quarter(sums, to + 2 * pitch, total, 1)
-    store_quarter(sums, to + pitch, total, 2), store_quarter(sums, to + 3 * pitch, total, 3)
+    words, halves = ir.VectorType(I32, SIDE), ir.VectorType(I16, SIDE)
+    rows = [builder.load(builder.bitcast(start, words.as_pointer()), align=_bytes(dtype)) for start in starts]
+    distance = 1
+    while distance < SIDE:
+        low, high = _stage(distance)
+        for i in [i for i in range(SIDE) if not i & distance]:
+            a, b = rows[i], rows[i + distance]
+            rows[i] = builder.shuffle_vector(a, b, mask(*low))
+            rows[i + distance] = builder.shuffle_vector(a, b, mask(*high))
+        distance *= 2
+    columns = [rows[i & ~3 | (0, 2, 1, 3)[i & 3]] for i in range(SIDE)]
+    if STORED[dtype] == FLOAT:
+        return [builder.bitcast(column, _vector(SIDE)) for column in columns]
+    shift, terms = ir.Constant(words, [16] * SIDE), []
+    for column in columns:
+        for word in (column, builder.lshr(column, shift)):
+            terms.append(widen(builder, dtype, builder.trunc(word, halves)))
+    return terms

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.kernels.cpu.backward import ROWS
-from headrace.kernels.cpu.linear import SHARDS
+from headrace.kernels.cpu.product import CHUNK
 from headrace.kernels.shards import Span
 
 __all__ = [
@@ -18,39 +19,67 @@ __all__ = [
     "VIEWS",
     "alike",
     "bounds_array",
+    "bounds_chunks",
     "dense",
     "flat",
     "integers",
     "row_chunks",
-    "spans_array",
+    "spans_chunks",
     "strided",
 ]
 
 # numpy knows neither bf16 nor (in Numba) fp16: kernels tell them apart by the integer type their bits are viewed as.
 VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 NOTHING = np.empty(0, np.float32)
+SHARDS = (1, 2, 4, 8, 16)
+"""How many virtual shards a sum may have."""
 
 
 @functools.lru_cache(maxsize=1024)
 def bounds_array(bounds: tuple[int, ...], width: int) -> np.ndarray:
     shards = len(bounds) - 1
     rising = bounds[0] == 0 and bounds[-1] == width and all(a <= b for a, b in pairwise(bounds))
-    if not rising or shards not in (1, 2, 4, 8, SHARDS):
-        raise ValueError(f"bounds={bounds} must rise from 0 to {width} in 1, 2, 4, 8 or {SHARDS} shards")
+    if not rising or shards not in SHARDS:
+        raise ValueError(f"bounds={bounds} must rise from 0 to {width} in 1, 2, 4, 8 or 16 shards")
     return np.asarray(bounds, np.int64)
 
 
 @functools.lru_cache(maxsize=1024)
-def spans_array(spans: tuple[Span, ...], outputs: int, rows: int) -> np.ndarray:
+def bounds_chunks(bounds: tuple[int, ...], width: int) -> tuple[np.ndarray, int]:
+    """`chunks` of virtual shards `bounds` (0, …, width)."""
+    bounds_array(bounds, width)
+    return chunks([(shard, a, a, b - a) for shard, (a, b) in enumerate(pairwise(bounds))])
+
+
+@functools.lru_cache(maxsize=1024)
+def spans_chunks(spans: tuple[Span, ...], outputs: int, rows: int) -> tuple[np.ndarray, int]:
+    """`chunks` of a gradient's spans: columns of `outputs`, rows of a weight of `rows`."""
     shards = [span[0] for span in spans]
     there = all(
         count >= 0 and 0 <= column <= outputs - count and 0 <= row <= rows - count for _, column, row, count in spans
     )
     if not there or sorted(set(shards)) != list(range(len(set(shards)))) or shards != sorted(shards):
         raise ValueError(f"spans={spans} must be of shards in order, within {outputs} columns and {rows} rows")
-    if len(set(shards)) not in (1, 2, 4, 8, SHARDS):
-        raise ValueError(f"spans={spans} must be of 1, 2, 4, 8 or {SHARDS} shards")
-    return np.asarray(spans, np.int64)
+    if len(set(shards)) not in SHARDS:
+        raise ValueError(f"spans={spans} must be of 1, 2, 4, 8 or 16 shards")
+    return chunks(spans)
+
+
+def chunks(spans: Sequence[Span]) -> tuple[np.ndarray, int]:
+    """(chunks, levels) as `product` takes them. Shards fall together like a binary counter."""
+    rows, before = [], 0
+    for shard, own in groupby(spans, lambda span: span[0]):
+        parts = [
+            (a + done, b + done, min(CHUNK, count - done)) for _, a, b, count in own for done in range(0, count, CHUNK)
+        ] or [(0, 0, 0)]
+        merges = (~shard & (shard + 1)).bit_length() - 1  # trailing ones
+        level = shard.bit_count()
+        for i, (a, b, count) in enumerate(parts):
+            falls = merges if i + 1 == len(parts) else 0
+            rows.append((a, b, count, level - falls, (i > 0) + falls, before))
+            before += count
+    levels = max(row[3] + max(row[4] - 1, 0) for row in rows) + 1
+    return np.asarray(rows, np.int64), levels
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace.kernels.base import BaseOps
 from headrace.kernels.dropout import dropout_bar, signed64
 from headrace.kernels.ops import AttentionMeta, SampleParams
+from headrace.kernels.panels import Weight, rows_of
 from headrace.kernels.partials import Partials
 from headrace.kernels.reference import attention
 from headrace.kernels.reference import sample as sampling
@@ -48,14 +49,16 @@ class ReferenceOps(BaseOps):
     ) -> None:
         """Nothing is compiled here."""
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor) -> Tensor:
-        return table_VD[ids_T.to(table_VD.device, torch.int64)].float()
+    def embedding(self, ids_T: Tensor, table_VD: Weight) -> Tensor:
+        rows_VD = rows_of(table_VD)
+        return rows_VD[ids_T.to(rows_VD.device, torch.int64)].float()
 
     def linear(
-        self, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
+        self, x_TK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None
     ) -> Tensor:
         cuts = (0, x_TK.shape[-1]) if bounds is None else tuple(bounds)
-        y_TN = tree([F.linear(x_TK[..., a:b], weight_NK[:, a:b].float()) for a, b in pairwise(cuts)])
+        rows_NK = rows_of(weight_NK)
+        y_TN = tree([F.linear(x_TK[..., a:b], rows_NK[:, a:b].float()) for a, b in pairwise(cuts)])
         return y_TN if bias_N is None else y_TN + bias_N.float()
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
