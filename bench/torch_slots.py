@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps
+from headrace.kernels.layers import LayerForm, LayerWeights
 from headrace.kernels.ops import AttentionMeta
 from headrace.kernels.panels import Weight, rows_of
 
@@ -27,6 +28,9 @@ class TorchSlots(CpuOps):
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         torch.set_num_threads(threads)
+
+    def layers(self, form: LayerForm, weights: Sequence[LayerWeights]) -> None:
+        """Block by block: the one call has no slots."""
 
     def linear(
         self, x_TK: Tensor, weight_NK: Weight, bias_N: Tensor | None = None, bounds: Sequence[int] | None = None

@@ -69,7 +69,7 @@ def compile_kernels(worker: str) -> None:
     from headrace.kernels.cpu import CpuOps
     from headrace.kernels.cpu.warmup import warm_up_steps
 
-    steps = warm_up_steps(CpuOps(), torch.float32, torch.float32, training=True)
+    steps = warm_up_steps(CpuOps(), torch.float32, torch.float32, training=True, one_call=True)
     for _, run in steps if worker == "gw0" else reversed(steps):
         run()
 

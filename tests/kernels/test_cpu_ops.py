@@ -56,6 +56,14 @@ def test_warm_up_for_training_compiles_more(ops):
     assert trained[: len(served) - 1] == served[:-1] and "adamw" in trained
 
 
+def test_what_runs_as_one_call_compiles_no_single_block(ops):
+    single, called = [], []
+    ops.warm_up(progress=lambda done, total, name: single.append(name))
+    ops.warm_up(progress=lambda done, total, name: called.append(name), one_call=True)
+    assert "attention" in single and "layers" not in single
+    assert "attention" not in called and called[0] == "layers"
+
+
 def test_a_view_follows_its_weight(ops):
     x, weight = torch.ones(1, 8), torch.nn.Parameter(torch.ones(4, 8))
     assert ops.linear(x, weight).tolist() == [[8.0] * 4]

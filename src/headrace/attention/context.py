@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -12,11 +12,18 @@ from torch import Tensor
 from headrace.errors import ConfigError
 from headrace.kernels.ops import AttentionMeta
 
-__all__ = ["AttentionContext", "packed_meta", "packed_positions"]
+__all__ = ["AttentionContext", "PagedLayers", "packed_meta", "packed_positions"]
+
+
+PagedLayers = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(embedded rows [T, D], positions [T]) → the last block's (x, residual)."""
 
 
 class AttentionContext(Protocol):
     """Where keys and values live during one forward pass. T tokens, H query heads, G kv heads, d head_dim."""
+
+    layers: PagedLayers | None
+    """All blocks as one call, where there is one: the model then calls it in place of its blocks."""
 
     def attend(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Keep k and v of the new rows, then attend causally to all of each row's prefix: [T, H, d] fp32."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headrace.attention.context import packed_meta
+from headrace.attention.context import PagedLayers, packed_meta
 from headrace.config import ModelConfig
 from headrace.kernels.ops import Ops
 
@@ -21,7 +21,7 @@ class DenseContext:
     the shape that serving uses: the trainer's logits equal the engine's bit for bit, at any `block_size`.
     """
 
-    __slots__ = ("block_size", "cache_dtype", "meta", "ops", "scale", "windows")
+    __slots__ = ("block_size", "cache_dtype", "layers", "meta", "ops", "scale", "windows")
 
     def __init__(
         self,
@@ -32,6 +32,7 @@ class DenseContext:
         block_size: int = 16,
     ) -> None:
         self.ops = ops
+        self.layers: PagedLayers | None = None
         self.meta = packed_meta(lengths, block_size, ops.device)
         self.cache_dtype = cache_dtype
         self.block_size = block_size

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.head import head_chunks, log_probabilities
-from headrace.kernels.ops import AttentionMeta, Kernel, Ops
+from headrace.kernels.layers import LayerForm, LayerWeights
+from headrace.kernels.ops import AttentionMeta, Kernel, Layers, Ops
 from headrace.kernels.panels import Weight
 from headrace.kernels.shards import OutputShards
 from headrace.kernels.vocab import VocabPart
@@ -41,6 +42,9 @@ class BaseOps:
 
     def store(self: Ops, rows: int, columns: int, dtype: torch.dtype) -> Weight:
         return self.matrix(rows, columns, dtype)
+
+    def layers(self: Ops, form: LayerForm, weights: Sequence[LayerWeights]) -> Layers | None:
+        return None
 
     def column_kernel(self: Ops, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
         return LinearKernel(self, weight_NK, bias_N, None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.kernels.base import BaseOps
-from headrace.kernels.ops import Kernel
+from headrace.kernels.layers import LayerForm, LayerWeights
+from headrace.kernels.ops import Kernel, Layers
 from headrace.kernels.panels import Weight
 from headrace.kernels.shards import OutputShards
 from headrace.kernels.training import TrainingOps
@@ -34,6 +36,9 @@ class ServingOps(DelegatingOps):
 
     def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Weight:
         return self.base.store(rows, columns, dtype)
+
+    def layers(self, form: LayerForm, weights: Sequence[LayerWeights]) -> Layers | None:
+        return self.base.layers(form, weights)
 
     def column_kernel(self, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:
         return self.base.column_kernel(weight_NK, bias_N, outputs)

@@ -18,12 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headrace.kernels.layers import LayerForm, LayerWeights
 from headrace.kernels.panels import Weight
 from headrace.kernels.partials import Partials
 from headrace.kernels.shards import OutputShards
 from headrace.kernels.vocab import VocabPart
 
-__all__ = ["AttentionMeta", "Kernel", "Ops", "SampleParams"]
+__all__ = ["AttentionMeta", "Kernel", "Layers", "Ops", "SampleParams"]
 
 Kernel = Callable[[Tensor], Tensor]
 """What a linear's kernel slot holds: x [T, K] → [T, N] fp32."""
@@ -45,6 +46,11 @@ class AttentionMeta:
     slots_T: Tensor
     max_query: int
     max_context: int
+
+
+Layers = Callable[[Tensor, Tensor, Tensor, AttentionMeta, float], tuple[Tensor, Tensor]]
+"""All blocks as one call (x [T, D], positions [T], cache, meta, scale): the last block's (x, residual), [T, D] fp32,
+which live until the next call. The bits are those of the single operations."""
 
 
 @dataclass(slots=True)
@@ -80,8 +86,11 @@ class Ops(Protocol):
         cache: torch.dtype = torch.float32,
         progress: Callable[[int, int, str], None] | None = None,
         training: bool = False,
+        one_call: bool = False,
     ) -> None:
         """Compile ahead what serving a model with these dtypes needs, and training it, if `training`.
+
+        `one_call`: the model's blocks will run by `layers`, so what only single blocks need can wait.
 
         progress(done, total, name) is called before each kernel, and once more at the end. Gradients have the weights'
         dtype.
@@ -247,6 +256,10 @@ class Ops(Protocol):
 
     def store(self, rows: int, columns: int, dtype: torch.dtype) -> Weight:
         """A weight without values yet, for a model that only serves: as products read it fastest."""
+        ...
+
+    def layers(self, form: LayerForm, weights: Sequence[LayerWeights]) -> Layers | None:
+        """A model's blocks over a paged cache as one call; None where the op set has none. Only without gradients."""
         ...
 
     def column_kernel(self, weight_NK: Weight, bias_N: Tensor | None, outputs: OutputShards) -> Kernel:

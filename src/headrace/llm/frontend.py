@@ -82,7 +82,8 @@ class Frontend:
         )
         try:
             model = load_model(folder, ops, options.dtype, ranks.group, serving=True)
-            ops.warm_up(weight_dtype(model.config), getattr(torch, options.cache_config().dtype), progress)
+            cache = getattr(torch, options.cache_config().dtype)
+            ops.warm_up(weight_dtype(model.config), cache, progress, one_call=model.layers() is not None)
             return cls(model, tokenizer, ops, options, ranks)
         except BaseException:
             ranks.close()

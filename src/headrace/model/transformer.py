@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from headrace.attention.context import AttentionContext
 from headrace.config import ModelConfig
-from headrace.kernels.ops import Ops
+from headrace.kernels.layers import LayerForm, LayerWeights
+from headrace.kernels.ops import Layers, Ops
 from headrace.model.layers import Attention, GatedMLP, RMSNorm, weight_dtype
 from headrace.model.rotary import rotary_table
 from headrace.parallel.group import RankGroup
@@ -64,6 +65,31 @@ class Block(nn.Module):
         x_TD = self.attention(x_TD, positions_T, ctx)
         x_TD, residual_TD = self.mlp_norm(x_TD, residual_TD)
         return self.mlp(x_TD), residual_TD
+
+    def weights(self, window: int) -> LayerWeights | None:
+        """What the block computes with; None where it computes something that `Ops.layers` does not know."""
+        attention, mlp = self.attention, self.mlp
+        linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+        if type(mlp) is not GatedMLP or not all(linear.plain for linear in linears):
+            return None
+        (qkv, qkv_bias), (out, out_bias), (gate_up, gate_up_bias), (down, down_bias) = (
+            (linear.weight, linear.bias) for linear in linears
+        )
+        return LayerWeights(
+            self.input_norm.weight,
+            qkv,
+            qkv_bias,
+            attention.q_norm,
+            attention.k_norm,
+            out,
+            out_bias,
+            self.mlp_norm.weight,
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+            window,
+        )
 
     def init_(self, streams: Streams, std: float, out_std: float) -> None:
         """Normal weights; `out_std` is that of the two projections back into the residual stream."""
@@ -136,8 +162,29 @@ class Transformer(nn.Module):
         """The input of the LM head: the last norm's output [T, D] fp32 of every row."""
         return self.lm_head.enter(self.norm(*self._trunk(ids_T, positions_T, ctx))[0])
 
+    def layers(self) -> Layers | None:
+        """All blocks over a paged cache as one call, where the ops have one for what this model computes."""
+        config, first = self.config, self.blocks[0]
+        weights = [block.weights(config.window(layer)) for layer, block in enumerate(self.blocks)]
+        if not all(weights):
+            return None
+        form = LayerForm(
+            config.hidden_size,
+            *first.attention.qkv.split[:2],
+            config.head_dim,
+            config.intermediate_size,
+            config.rms_norm_eps,
+            first.attention.out.bounds,
+            first.mlp.down.bounds,
+            self.rope_Pd,
+        )
+        return self.ops.layers(form, [block for block in weights if block is not None])
+
     def _trunk(self, ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor | None]:
-        x_TD, residual_TD = self.embed(ids_T), None
+        x_TD = self.embed(ids_T)
+        if ctx.layers is not None:
+            return ctx.layers(x_TD, positions_T)
+        residual_TD = None
         for block in self.blocks:
             x_TD, residual_TD = block(x_TD, residual_TD, positions_T, ctx)
         return x_TD, residual_TD

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from headrace.kernels.base import LinearKernel
 from headrace.kernels.ops import Kernel, Ops
 from headrace.kernels.panels import Panels, Weight, rows_of
 from headrace.kernels.shards import OutputShards, vocab_bounds
@@ -51,6 +52,11 @@ class _ParallelLinear(nn.Module):
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K] → [T, N]. Straight to the kernel slot: module hooks would cost more than the call."""
         return self.kernel(x_TK)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the product of its weight and bias, and nothing else: one rank, and slots as they were."""
+        return self.group.size == 1 and isinstance(self.kernel, LinearKernel)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's piece) of every weight and bias, to be read or filled."""
@@ -158,6 +164,10 @@ class RowParallelLinear(_ParallelLinear):
         self.after: Callable[[Tensor], Tensor] = _as_it_is
         local = (0, *(b - start for _, b in _pairs(bounds, group)))
         self.kernel = ops.row_kernel(self.weight, self.bias if group.size == 1 else None, local)
+
+    @property
+    def plain(self) -> bool:
+        return super().plain and self.after is _as_it_is
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K], K being this rank's inputs → [T, N], the same on every rank."""

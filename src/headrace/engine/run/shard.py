@@ -36,6 +36,8 @@ class ModelShard:
         self.model = model
         self.ops = ops
         self.store = store
+        self.layers = model.layers()
+        """The model's blocks as one call, where there is one."""
         self._host = torch.empty((host_slots, *store.blocks.shape[1:]), dtype=store.blocks.dtype)
 
     def move(self, moves: BlockMoves) -> None:
@@ -50,7 +52,7 @@ class ModelShard:
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Raw logits [R, V] of the rows that need them; also stores the KV of every row."""
-        context = PagedContext(self.ops, self.store, inputs.meta, self.model.config)
+        context = PagedContext(self.ops, self.store, inputs.meta, self.model.config, self.layers)
         logits_RV = self.model.forward(inputs.ids_T, inputs.positions_T, context, inputs.rows_R)
         return self.model.lm_head.gather(logits_RV)
 

@@ -29,7 +29,7 @@ from headrace.kernels.cpu.tree import finish, give, insert, last_start, levels_o
 from headrace.kernels.cpu.work import take
 from headrace.kernels.partials import SPLIT
 
-__all__ = ["WHOLE", "Result", "attention"]
+__all__ = ["WHOLE", "Result", "attend", "attention", "tiles_of"]
 
 TILE = 32  # rows of a work item: K and V of a split stay in the cache between its groups of rows
 
@@ -108,6 +108,66 @@ def _write(result, item, scratch, node, levels, dim):
             finish(scratch, stack, at // SPLIT + 1, oldest, node, result.out, place * dim, dim, result.m)
 
 
+@kernel
+def tiles_of(start_S1, group):
+    """Where each sequence's tiles of rows begin, and how many there are, [S + 1]."""
+    tile, tiles_S1 = max(1, TILE // group), np.zeros(start_S1.size, np.int64)
+    for s in range(start_S1.size - 1):
+        tiles_S1[s + 1] = tiles_S1[s] + (start_S1[s + 1] - start_S1[s] + tile - 1) // tile
+    return tiles_S1
+
+
+@kernel
+def attend(
+    q,
+    blocks,
+    shape,
+    layer,
+    table_SM,
+    start_S1,
+    context_S,
+    range_S2,
+    heads,
+    out,
+    m,
+    e,
+    nodes,
+    scale,
+    window,
+    tiles_S1,
+    counter,
+):
+    """One thread's work: it takes items, (kv head, sequence, tile of rows), until none is left. Returns how many."""
+    _, layers, _, kv_heads, block_size, dim = shape
+    sequences, group = context_S.size, heads // kv_heads
+    tile = max(1, TILE // group)
+    levels, node = levels_of(context_S), (dim + 7) // 8 * 8 + 8
+    slots = 2 * levels if range_S2.size else levels
+    shift = 0
+    while 1 << shift < block_size:
+        shift += 1
+    part = kv_heads * block_size * dim
+    items, did = tiles_S1[sequences] * kv_heads, 0
+    scratch = np.empty(NODES + ROWS * node + tile * group * slots * node, np.float32)
+    packed, at_K = np.empty((dim + 7) // 8 * 64, np.float32), np.empty(SPLIT, np.int64)
+    item = take(counter)
+    while item < items:
+        head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
+        s = last_start(tiles_S1, index)
+        start, end = np.int64(start_S1[s]), np.int64(start_S1[s + 1])
+        token = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
+        tokens, position = min(tile, end - token), context_S[s] - (end - token)
+        first, last = (range_S2[s, 0], range_S2[s, 1]) if range_S2.size else (0, position + tokens)
+        keys = (2 * layer * kv_heads + head) * block_size * dim
+        paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
+        rows = Rows(token, tokens, position, heads, head * group, group, window, first, last)
+        _tile(q, paged, rows, scale, scratch, packed, node, levels)
+        _write(Result(out, m, e, nodes), rows, scratch, node, levels, dim)
+        did += 1
+        item = take(counter)
+    return did
+
+
 @kernel(parallel=True)
 def _attention(
     q,
@@ -127,37 +187,29 @@ def _attention(
     window,
     threads,
 ):
-    """Every (kv head, sequence, tile of rows) is a work item; a free thread takes the next one."""
-    _, layers, _, kv_heads, block_size, dim = shape
-    sequences, group = context_S.size, heads // kv_heads
-    tile = max(1, TILE // group)
-    tiles_S1 = np.zeros(sequences + 1, np.int64)
-    for s in range(sequences):
-        tiles_S1[s + 1] = tiles_S1[s] + (start_S1[s + 1] - start_S1[s] + tile - 1) // tile
-    levels, node = levels_of(context_S), (dim + 7) // 8 * 8 + 8
-    slots = 2 * levels if range_S2.size else levels
-    shift = 0
-    while 1 << shift < block_size:
-        shift += 1
-    part = kv_heads * block_size * dim
-    items, counter = tiles_S1[sequences] * kv_heads, np.zeros(1, np.int64)
+    """Every item; a free thread takes the next one."""
+    tiles_S1, counter = tiles_of(start_S1, heads // shape[3]), np.zeros(1, np.int64)
+    items = tiles_S1[context_S.size] * shape[3]
     for _ in prange(max(1, min(threads, items))):
-        scratch = np.empty(NODES + ROWS * node + tile * group * slots * node, np.float32)
-        packed, at_K = np.empty((dim + 7) // 8 * 64, np.float32), np.empty(SPLIT, np.int64)
-        item = take(counter)
-        while item < items:
-            head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
-            s = last_start(tiles_S1, index)
-            start, end = np.int64(start_S1[s]), np.int64(start_S1[s + 1])
-            token = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
-            tokens, position = min(tile, end - token), context_S[s] - (end - token)
-            first, last = (range_S2[s, 0], range_S2[s, 1]) if range_S2.size else (0, position + tokens)
-            keys = (2 * layer * kv_heads + head) * block_size * dim
-            paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
-            rows = Rows(token, tokens, position, heads, head * group, group, window, first, last)
-            _tile(q, paged, rows, scale, scratch, packed, node, levels)
-            _write(Result(out, m, e, nodes), rows, scratch, node, levels, dim)
-            item = take(counter)
+        attend(
+            q,
+            blocks,
+            shape,
+            layer,
+            table_SM,
+            start_S1,
+            context_S,
+            range_S2,
+            heads,
+            out,
+            m,
+            e,
+            nodes,
+            scale,
+            window,
+            tiles_S1,
+            counter.ctypes.data,
+        )
 
 
 def attention(

@@ -209,7 +209,23 @@ def attention_backward(q, k, v, g, out, lse, starts_S1, heads, kv_heads, dim, g_
     items, counter = sequences * kv_heads, np.zeros(1, np.int64)
     for _ in prange(max(1, min(threads, items))):
         _take_items(
-            q, k, v, g, out, lse, starts_S1, longest, heads, kv_heads, dim, g_q, g_k, g_v, scale, window, counter
+            q,
+            k,
+            v,
+            g,
+            out,
+            lse,
+            starts_S1,
+            longest,
+            heads,
+            kv_heads,
+            dim,
+            g_q,
+            g_k,
+            g_v,
+            scale,
+            window,
+            counter.ctypes.data,
         )
 
 

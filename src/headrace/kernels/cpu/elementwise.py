@@ -110,7 +110,7 @@ def embedding(ids, table, term, lane, block, vocab, width, out, tasks):
 
 
 @kernel
-def _rms_norm_rows(x, weight, width, eps, out, first, last):
+def rms_norm_rows(x, weight, width, eps, out, first, last):
     for t in range(first, last):
         _normalize(x, t * width, width, weight, eps, out, t * width)
 
@@ -119,14 +119,14 @@ def _rms_norm_rows(x, weight, width, eps, out, first, last):
 def rms_norm(x, rows, width, weight, eps, out, tasks):
     """out[rows, width] = x · rsqrt(mean(x²) + eps) · weight."""
     if tasks == 1:
-        _rms_norm_rows(x, weight, width, eps, out, 0, rows)
+        rms_norm_rows(x, weight, width, eps, out, 0, rows)
     else:
         for task in prange(tasks):
-            _rms_norm_rows(x, weight, width, eps, out, share(rows, task, tasks), share(rows, task + 1, tasks))
+            rms_norm_rows(x, weight, width, eps, out, share(rows, task, tasks), share(rows, task + 1, tasks))
 
 
 @kernel
-def _add_rms_norm_rows(x, residual, weight, width, eps, out, total, first, last):
+def add_rms_norm_rows(x, residual, weight, width, eps, out, total, first, last):
     tail = width & 7
     for t in range(first, last):
         end = t * width + width - tail
@@ -141,10 +141,10 @@ def _add_rms_norm_rows(x, residual, weight, width, eps, out, total, first, last)
 def add_rms_norm(x, residual, rows, width, weight, eps, out, total, tasks):
     """total = x + residual; out = rms_norm(total)."""
     if tasks == 1:
-        _add_rms_norm_rows(x, residual, weight, width, eps, out, total, 0, rows)
+        add_rms_norm_rows(x, residual, weight, width, eps, out, total, 0, rows)
     else:
         for task in prange(tasks):
-            _add_rms_norm_rows(
+            add_rms_norm_rows(
                 x, residual, weight, width, eps, out, total, share(rows, task, tasks), share(rows, task + 1, tasks)
             )
 
@@ -170,12 +170,12 @@ def _turn(x, start, half, table, row, out, to):
 
 
 @kernel
-def _rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, eps, out, first, last):
+def rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, normed, eps, out, first, last):
     for t in range(first, last):
         row = positions[t] * dim
         for h in range(heads):
             start, to = t * x_token + h * x_head, (t * heads + h) * dim
-            if weight.size:
+            if normed:
                 _normalize(x, start, dim, weight, eps, out, to)
                 _turn(out, to, dim // 2, table, row, out, to)
             else:
@@ -194,10 +194,10 @@ def rotary(x, x_token, x_head, heads, dim, positions, table, limit, weight, eps,
         if positions[t] < 0 or positions[t] >= limit:
             return t
     if tasks == 1:
-        _rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, eps, out, 0, rows)
+        rotary_rows(x, x_token, x_head, heads, dim, positions, table, weight, weight.size > 0, eps, out, 0, rows)
     else:
         for task in prange(tasks):
-            _rotary_rows(
+            rotary_rows(
                 x,
                 x_token,
                 x_head,
@@ -206,6 +206,7 @@ def rotary(x, x_token, x_head, heads, dim, positions, table, limit, weight, eps,
                 positions,
                 table,
                 weight,
+                weight.size > 0,
                 eps,
                 out,
                 share(rows, task, tasks),
@@ -224,7 +225,7 @@ def _silu(gate, up):
 
 
 @kernel
-def _silu_mul_rows(gate_up, width, out, first, last):
+def silu_mul_rows(gate_up, width, out, first, last):
     tail = width & 7
     whole = width - tail
     for t in range(first, last):
@@ -240,18 +241,18 @@ def _silu_mul_rows(gate_up, width, out, first, last):
 def silu_mul(gate_up, rows, width, out, tasks):
     """out[rows, width] = silu(gate) · up, of gate_up[rows, 2·width]."""
     if tasks == 1:
-        _silu_mul_rows(gate_up, width, out, 0, rows)
+        silu_mul_rows(gate_up, width, out, 0, rows)
     else:
         for task in prange(tasks):
-            _silu_mul_rows(gate_up, width, out, share(rows, task, tasks), share(rows, task + 1, tasks))
+            silu_mul_rows(gate_up, width, out, share(rows, task, tasks), share(rows, task + 1, tasks))
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, first, last):
-    layers, heads, size, dim = blocks.shape[1], blocks.shape[3], blocks.shape[4], blocks.shape[5]
+def store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, shape, layer, slots, first, last):
+    _, layers, _, heads, size, dim = shape
     for t in range(first, last):
         slot = np.int64(slots[t])
         if slot < 0:
@@ -275,10 +276,10 @@ def store_kv(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, tasks
         if slots[t] >= limit:
             return t
     if tasks == 1:
-        _store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, 0, rows)
+        store_kv_rows(k, k_token, k_head, v, v_token, v_head, blocks, blocks.shape, layer, slots, 0, rows)
     else:
         for task in prange(tasks):
-            _store_kv_rows(
+            store_kv_rows(
                 k,
                 k_token,
                 k_head,
@@ -286,6 +287,7 @@ def store_kv(k, k_token, k_head, v, v_token, v_head, blocks, layer, slots, tasks
                 v_token,
                 v_head,
                 blocks,
+                blocks.shape,
                 layer,
                 slots,
                 share(rows, task, tasks),

@@ -18,11 +18,13 @@ from numba.core import cgutils, types
 from headrace.kernels.cpu.simd import FLOAT, I32, LANES, VECTOR, constant, f32x8, integers_like, intrinsic, mask
 
 __all__ = [
+    "beyond",
     "load1",
     "load8",
     "load8n",
     "narrow",
     "pointer",
+    "pointer_at",
     "prefetch",
     "store1",
     "store8",
@@ -90,15 +92,42 @@ def _known(array: Any) -> bool:
 def pointer(tyctx: Any, array: Any) -> Any:
     """The array's data pointer, which is not reference-counted: the caller keeps the array alive.
 
-    A local array is freed after its last use: pass it on as an array, and take the pointer of an argument.
+    A local array is freed after its last use: pass it on as an array, and take the pointer of an argument. A pointer
+    is its own.
     """
-    if not _known(array) or isinstance(array, types.CPointer):
+    if not _known(array):
         return None
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        if isinstance(array, types.CPointer):
+            return args[0]
         return cgutils.create_struct_proxy(array)(context, builder, value=args[0]).data
 
     return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def beyond(tyctx: Any, start: Any, elements: Any) -> Any:
+    """The pointer to so many elements after another one."""
+    if not _known(start) or not isinstance(start, types.CPointer):
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.gep(args[0], [args[1]])
+
+    return start(start, types.int64), codegen
+
+
+@intrinsic
+def pointer_at(tyctx: Any, address: Any, like: Any) -> Any:
+    """The pointer to an address, of elements such as those of the array or pointer `like`."""
+    if not _known(like):
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(like.dtype)))
+
+    return types.CPointer(like.dtype)(types.int64, like), codegen
 
 
 def _lanes_below(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:

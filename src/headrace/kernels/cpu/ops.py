@@ -40,12 +40,13 @@ class CpuOps(CpuServingOps):
         cache: torch.dtype = torch.float32,
         progress: Callable[[int, int, str], None] | None = None,
         training: bool = False,
+        one_call: bool = False,
     ) -> None:
         """Compile, or load from disk, what a model with these dtypes needs; progress(done, total, name) as it goes.
 
         Without it each kernel is compiled at its first call, once per dtype and machine.
         """
-        warm_up(self, weights, cache, progress, training)
+        warm_up(self, weights, cache, progress, training, one_call)
 
     def rms_norm_backward(
         self, g_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, bounds: Sequence[int]

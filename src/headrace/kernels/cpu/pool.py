@@ -32,7 +32,7 @@ from numba.np.ufunc import parallel
 from headrace.kernels.cpu.launch import cached
 from headrace.kernels.cpu.simd import operator
 
-__all__ = ["start_threads", "works_here"]
+__all__ = ["arrive", "await_total", "start_threads", "works_here"]
 
 PATIENCE, SHORT = 2_000_000, 50_000
 """Nanoseconds for which a thread polls before it sleeps, while the cores are ours and while others need them."""
@@ -190,6 +190,22 @@ def _wake(word, sleepers, most):
         futex(word, WAKE_UP, most)
 
 
+@njit(nogil=True)
+def arrive(word, count, total, sleepers):
+    """Add `count` to the int64 at `word`; whoever makes it `total` wakes those that `await_total` it."""
+    if count > 0 and add(word, count) + count == total:
+        _wake(word, sleepers, 1 << 30)
+
+
+@njit(nogil=True)
+def await_total(word, total, sleepers):
+    """Wait until the int64 at `word` is `total`."""
+    pool, value = memory(), load(word)
+    while value < total:
+        _wait(pool, word, value, sleepers)
+        value = load(word)
+
+
 def _worker(pool, number):
     store(pool + SIZE + 8 * number, this_thread())
     while True:
@@ -244,14 +260,16 @@ def works_here() -> bool:
 
 
 @functools.cache
-def start_threads() -> None:
-    """Start the pool, once: it runs the loops of all kernels that are compiled or loaded from now on.
+def start_threads() -> bool:
+    """Start the pool, once: it runs the loops of all kernels that are compiled or loaded from now on. Whether it does.
 
     Where it does not work, or NUMBA_THREADING_LAYER names a layer, Numba's layer starts with the first loop.
     """
     config: Any = numba.config
     if config.THREADING_LAYER == "default" and works_here():
         _start(config.NUMBA_NUM_THREADS)
+        return True
+    return False
 
 
 def _start(threads: int) -> None:

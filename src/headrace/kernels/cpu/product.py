@@ -28,7 +28,7 @@ from headrace.kernels.cpu.simd import add8
 from headrace.kernels.cpu.tiles import LANES, tile, turned_tile
 from headrace.kernels.cpu.work import scratch, take
 
-__all__ = ["CHUNK", "HEIGHT", "LANES", "block", "product", "product_alone"]
+__all__ = ["CHUNK", "HEIGHT", "LANES", "block", "product", "product_alone", "tasks_of", "work"]
 
 CHUNK = 256
 """Terms of one chain."""
@@ -232,6 +232,8 @@ def _pass(job, task, first, last, whole):
 
 @kernel
 def _take_tasks(job, limit, counter):
+    """Tasks until none is left; returns how many."""
+    did = 0
     across, most = (job.outputs + job.width - 1) // job.width, job.chunks.shape[0]
     tasks, index = (job.rows + job.height - 1) // job.height * across, take(counter)
     while index < tasks:
@@ -244,10 +246,19 @@ def _take_tasks(job, limit, counter):
                 last += 1
             _pass(job, task, first, last, first == 0 and last == most)
             first = last
+        did += 1
         index = take(counter)
+    return did
 
 
 # ---- the whole product -----------------------------------------------------------------------------------------
+
+
+@kernel
+def tasks_of(rows, outputs, threads):
+    """How many tasks a product has."""
+    height, width = _extent(rows, outputs, threads)
+    return (rows + height - 1) // height * ((outputs + width - 1) // width)
 
 
 @kernel
@@ -263,14 +274,14 @@ def _extent(rows, outputs, threads):
 
 
 @kernel
-def _begin(left, right, bias, y, rows, outputs, adds, chunks, levels, extent, way, limit, room, at, counter):
+def _begin(left, right, bias, biased, y, rows, outputs, adds, chunks, levels, extent, way, limit, room, at, counter):
     """The workspace is passed on as an array, since an array is freed after its last use."""
     job = _Job(
-        Matrix(pointer(left.at), left.term, left.lane, left.block),
-        Matrix(pointer(right.at), right.term, right.lane, right.block),
-        pointer(bias),
-        bias.size > 0,
-        pointer(y),
+        left,
+        right,
+        bias,
+        biased,
+        y,
         rows,
         outputs,
         adds,
@@ -284,12 +295,12 @@ def _begin(left, right, bias, y, rows, outputs, adds, chunks, levels, extent, wa
         at[2],
         way,
     )
-    _take_tasks(job, limit, counter)
+    return _take_tasks(job, limit, counter)
 
 
 @kernel
-def _part(left, right, bias, y, rows, outputs, adds, chunks, levels, threads, counter):
-    """One thread of `product`: takes tasks until none is left."""
+def work(left, right, bias, biased, y, rows, outputs, adds, chunks, levels, threads, counter):
+    """One thread of `product`, by pointers: takes tasks until none is left, and returns how many."""
     terms, extent = chunks[-1, 5] + chunks[-1, 2], _extent(rows, outputs, threads)
     way = PACKED
     if right.term == LANES and right.lane == 1:
@@ -303,14 +314,26 @@ def _part(left, right, bias, y, rows, outputs, adds, chunks, levels, threads, co
     block = extent[0] * most + 16 if turned else 0
     room, start = scratch(sums + block + (LANES * most if way == PACKED else 0))
     at = (start, start + sums if turned else -1, start + sums + block)
-    _begin(left, right, bias, y, rows, outputs, adds, chunks, levels, extent, way, limit, room, at, counter)
+    return _begin(
+        left, right, bias, biased, y, rows, outputs, adds, chunks, levels, extent, way, limit, room, at, counter
+    )
+
+
+@kernel
+def _part(
+    x, x_term, x_lane, w, w_term, w_lane, w_block, bias, y, rows, outputs, adds, chunks, levels, threads, counter
+):
+    """`work` on arrays."""
+    left, right = Matrix(pointer(x), x_term, x_lane, 0), Matrix(pointer(w), w_term, w_lane, w_block)
+    biased, at = bias.size > 0, counter.ctypes.data
+    work(left, right, pointer(bias), biased, pointer(y), rows, outputs, adds, chunks, levels, threads, at)
 
 
 @kernel
 def product_alone(x, x_term, x_lane, w, w_term, w_lane, w_block, bias, y, rows, outputs, adds, chunks, levels):
     """`product` on the calling thread."""
-    left, right = Matrix(x, x_term, x_lane, 0), Matrix(w, w_term, w_lane, w_block)
-    _part(left, right, bias, y, rows, outputs, adds, chunks, levels, 1, np.zeros(1, np.int64))
+    counter = np.zeros(1, np.int64)
+    _part(x, x_term, x_lane, w, w_term, w_lane, w_block, bias, y, rows, outputs, adds, chunks, levels, 1, counter)
 
 
 @kernel(parallel=True)
@@ -321,6 +344,23 @@ def product(x, x_term, x_lane, w, w_term, w_lane, w_block, bias, y, rows, output
     first term of left and of right, how many, the level of the tree at which the sum is stored, how many sums from
     there on are added to it, and the number of terms before. See `views.chunks`.
     """
-    left, right, counter = Matrix(x, x_term, x_lane, 0), Matrix(w, w_term, w_lane, w_block), np.zeros(1, np.int64)
+    counter = np.zeros(1, np.int64)
     for _ in prange(threads):
-        _part(left, right, bias, y, rows, outputs, adds, chunks, levels, threads, counter)
+        _part(
+            x,
+            x_term,
+            x_lane,
+            w,
+            w_term,
+            w_lane,
+            w_block,
+            bias,
+            y,
+            rows,
+            outputs,
+            adds,
+            chunks,
+            levels,
+            threads,
+            counter,
+        )

@@ -19,8 +19,10 @@ from headrace.kernels.cpu import attention as paged
 from headrace.kernels.cpu import elementwise, launch, pool
 from headrace.kernels.cpu import sample as sampling
 from headrace.kernels.cpu.product import LANES, product, product_alone
+from headrace.kernels.cpu.program import CpuLayers
 from headrace.kernels.cpu.tree import fold, most_nodes
-from headrace.kernels.cpu.views import NOTHING, VIEWS, alike, bounds_array, bounds_chunks, dense, integers, strided
+from headrace.kernels.cpu.views import NOTHING, alike, bounds_array, bounds_chunks, dense, integers, strided, viewed
+from headrace.kernels.layers import LayerForm, LayerWeights
 from headrace.kernels.ops import AttentionMeta, SampleParams
 from headrace.kernels.panels import Panels, Weight
 from headrace.kernels.partials import Partials, owners_ranges, split_ranges
@@ -45,7 +47,7 @@ class CpuServingOps(BaseOps):
     name = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        pool.start_threads()
+        self._one_call = pool.start_threads()
         self.device = torch.device("cpu")
         self.threads = launch.thread_count(threads)
         self._views: dict[int, tuple[weakref.ref[Tensor], int, np.ndarray]] = {}
@@ -69,12 +71,7 @@ class CpuServingOps(BaseOps):
         known = self._views.get(key)
         if known is not None and known[0]() is tensor and known[1] == tensor.data_ptr():
             return known[2]
-        if tensor.dtype not in VIEWS or not tensor.is_contiguous():
-            raise ValueError(
-                f"weights and cache must be contiguous float32, bfloat16 or float16, not {tensor.dtype} "
-                f"with strides {tensor.stride()}"
-            )
-        view = tensor.detach().view(VIEWS[tensor.dtype]).numpy()
+        view = viewed(tensor)
         self._views[key] = (weakref.ref(tensor, lambda _: self._views.pop(key, None)), tensor.data_ptr(), view)
         return view
 
@@ -195,6 +192,9 @@ class CpuServingOps(BaseOps):
         out_TI = torch.empty((rows, width))
         elementwise.silu_mul(dense(gate_up_TI), rows, width, out_TI.numpy(), self._tasks(rows, 4 * out_TI.numel()))
         return out_TI
+
+    def layers(self, form: LayerForm, weights: Sequence[LayerWeights]) -> CpuLayers | None:
+        return CpuLayers(form, weights, self.threads) if self._one_call else None
 
     # ---- the cache ---------------------------------------------------------------------------------------------
 

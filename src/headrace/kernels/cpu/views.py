@@ -26,6 +26,7 @@ __all__ = [
     "row_chunks",
     "spans_chunks",
     "strided",
+    "viewed",
 ]
 
 # numpy knows neither bf16 nor (in Numba) fp16: kernels tell them apart by the integer type their bits are viewed as.
@@ -93,6 +94,16 @@ def row_chunks(bounds: tuple[int, ...], rows: int) -> tuple[np.ndarray, np.ndarr
         chunks += [(row, min(row + ROWS, last)) for row in range(first, last, ROWS)]
         shards.append(len(chunks))
     return np.asarray(chunks, np.int64).reshape(-1, 2), np.asarray(shards, np.int64)
+
+
+def viewed(tensor: Tensor) -> np.ndarray:
+    """numpy's view of a weight or cache."""
+    if tensor.dtype not in VIEWS or not tensor.is_contiguous():
+        raise ValueError(
+            f"weights and cache must be contiguous float32, bfloat16 or float16, not {tensor.dtype} "
+            f"with strides {tensor.stride()}"
+        )
+    return tensor.detach().view(VIEWS[tensor.dtype]).numpy()
 
 
 def integers(values: Tensor, dtype: torch.dtype = torch.int64) -> np.ndarray:

@@ -16,13 +16,13 @@ __all__ = ["scratch", "take"]
 
 @intrinsic
 def take(tyctx: Any, counter: Any) -> Any:
-    """counter[0]++, atomically: the next work item. Which thread takes it changes no bits."""
+    """++ of the int64 at this address, atomically: the next work item. Which thread takes it changes no bits."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        word = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", word, ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.int64(counter), codegen
+    return types.int64(types.int64), codegen
 
 
 @kernel

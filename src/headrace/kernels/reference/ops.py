@@ -46,6 +46,7 @@ class ReferenceOps(BaseOps):
         cache: torch.dtype = torch.float32,
         progress: Callable[[int, int, str], None] | None = None,
         training: bool = False,
+        one_call: bool = False,
     ) -> None:
         """Nothing is compiled here."""
 
