@@ -36,7 +36,7 @@ PASS = 2048
 """Most terms for which operands are packed at once."""
 HEIGHT = 16 if WIDE else 6
 """Rows of the highest tile."""
-FEW = 8 if WIDE else 6
+FEW = 8 if WIDE else 4
 """Most rows for which rows of a weight are turned in registers."""
 SLAB = HEIGHT * LANES
 """Elements of a tile's sums at one level of the tree of shards."""
@@ -64,7 +64,9 @@ class _Job(NamedTuple):
     room: Any
     sums: int
     left_at: int
-    """Where the left operand's rows of a task are packed; negative where tiles read them where they are."""
+    """Where the left operand's rows of a task are packed; negative for a single row, read where it is."""
+    pitch: int
+    """Of a packed term: HEIGHT, or 1 for a single row."""
     right_at: int
     way: int
 
@@ -82,47 +84,51 @@ class _Task(NamedTuple):
 
 
 @kernel
-def _tile(rows, vectors, x, x0, row, step, w, w0, panel, count, sums, to, pitch, adds, far, ask, on):
-    """The lowest tile that holds `rows` rows."""
+def _tile(single, rows, vectors, x, x0, w, w0, panel, count, sums, to, pitch, adds, far, ask, on):
+    """The lowest tile that holds `rows` packed rows; `single`: the only row of a product, term after term."""
     if vectors == 4:
-        tile(1, 4, x, x0, row, step, 1, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(1, 4, x, x0, 1, 1, 1, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+    elif single:
+        tile(1, 1, x, x0, 1, 1, 1, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif vectors == 2:
-        tile(2, 2, x, x0, row, step, rows, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
-    elif rows == 1:
-        tile(1, 1, x, x0, row, step, 1, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(2, 2, x, x0, 1, HEIGHT, 2, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif rows <= 4:
-        tile(4, 1, x, x0, row, step, rows, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(4, 1, x, x0, 1, HEIGHT, 4, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif not WIDE:
-        tile(6, 1, x, x0, row, step, rows, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(6, 1, x, x0, 1, HEIGHT, 6, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif rows <= 8:
-        tile(8, 1, x, x0, row, step, rows, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(8, 1, x, x0, 1, HEIGHT, 8, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
     else:
-        tile(16, 1, x, x0, row, step, rows, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(16, 1, x, x0, 1, HEIGHT, 16, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
 
 
 @kernel
-def _turned_tile(rows, x, x0, row, step, w, w0, lane, lanes, count, sums, to, adds, ask):
+def _turned_tile(single, rows, x, x0, w, w0, lane, lanes, count, sums, to, adds, ask):
     """The same of rows of a weight, up to FEW."""
-    if rows <= 1:
-        turned_tile(1, x, x0, row, step, 1, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
-    elif rows <= 4:
-        turned_tile(4, x, x0, row, step, rows, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
-    elif WIDE:
-        turned_tile(8, x, x0, row, step, rows, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
+    if single:
+        turned_tile(1, x, x0, 1, 1, 1, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
+    elif rows <= 4 or not WIDE:
+        turned_tile(4, x, x0, 1, HEIGHT, 4, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
     else:
-        turned_tile(6, x, x0, row, step, rows, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
+        turned_tile(8, x, x0, 1, HEIGHT, 8, w, w0, lane, lanes, count, sums, to, LANES, adds, SLAB, ask)
 
 
 @kernel
 def block(rows, x, x0, row, step, w, w0, panel, count, outputs, sums, to, pitch, adds):
     """sums[rows, outputs] at `to`: chains of `count` terms, added to what is there if `adds` is 1.
 
-    Rows and outputs past the end are written too, up to multiples of `HEIGHT` and `LANES`.
+    Element (r, k) of the left operand is x[x0 + r·row + k·step], where it is. Rows and outputs past the end are written
+    too, up to multiples of `HEIGHT` and `LANES`.
     """
     for n in range(0, outputs, LANES):
         for r in range(0, rows, HEIGHT):
-            some, at = min(HEIGHT, rows - r), to + r * pitch + n
-            _tile(some, 1, x, x0 + r * row, row, step, w, w0, 0, count, sums, at, pitch, adds, w, w0, 0)
+            some, at, x_at = min(HEIGHT, rows - r), to + r * pitch + n, x0 + r * row
+            if not WIDE:
+                tile(6, 1, x, x_at, row, step, some, w, w0, 0, count, sums, at, pitch, adds, 0, w, w0, 0)
+            elif some <= 8:
+                tile(8, 1, x, x_at, row, step, some, w, w0, 0, count, sums, at, pitch, adds, 0, w, w0, 0)
+            else:
+                tile(16, 1, x, x_at, row, step, some, w, w0, 0, count, sums, at, pitch, adds, 0, w, w0, 0)
         w0 += panel
 
 
@@ -152,13 +158,13 @@ def _resume(job, row, rows, n, stop, at, pitch):
 @kernel
 def _pack_left(job, task, first, last, terms):
     """The task's rows, tile by tile: [tile, term, row]."""
-    left, chunks = job.left, job.chunks
+    left, chunks, pitch = job.left, job.chunks, job.pitch
     for j in range(0, task.rows, HEIGHT):
         to = job.left_at + j * terms
         for c in range(first, last):
             at = (task.m + j) * left.lane + chunks[c, 0] * left.term
-            pack(left, at, min(HEIGHT, task.rows - j), chunks[c, 2], job.room, to, HEIGHT)
-            to += chunks[c, 2] * HEIGHT
+            pack(left, at, min(HEIGHT, task.rows - j), chunks[c, 2], job.room, to, pitch)
+            to += chunks[c, 2] * pitch
 
 
 @kernel
@@ -184,37 +190,37 @@ def _ahead(job, task, j, n, vectors, terms, first_right):
 def _sums(job, task, j, n, stop, vectors, first, last, terms, slot):
     """The chunks of one tile, rows j … of the task and outputs n … stop − 1, to the sums at `slot`."""
     left, right, chunks, room, rows = job.left, job.right, job.chunks, job.room, min(HEIGHT, task.rows - j)
-    pitch = vectors * LANES
+    pitch, single = vectors * LANES, job.rows == 1
     for c in range(first, last):
         k, count, to, adds = chunks[c, 5] - chunks[first, 5], chunks[c, 2], slot + chunks[c, 3] * SLAB, chunks[c, 4]
         if job.adds and c == 0:
             adds = 1
-        x, x0, row, step = left.at, (task.m + j) * left.lane + chunks[c, 0] * left.term, left.lane, left.term
+        x, x0 = left.at, task.m * left.lane + chunks[c, 0] * left.term
         if job.left_at >= 0:
-            x, x0, row, step = room, job.left_at + j * terms + k * HEIGHT, 1, HEIGHT
+            x, x0 = room, job.left_at + j * terms + k * job.pitch
         w, w0 = right.at, n // LANES * right.block + chunks[c, 1] * right.term
         ask, on = _ahead(job, task, j, n, vectors, terms, chunks[c, 1])
         if job.way == DIRECT:
-            _tile(rows, vectors, x, x0, row, step, w, w0, right.block, count, room, to, pitch, adds, w, ask, on)
+            _tile(single, rows, vectors, x, x0, w, w0, right.block, count, room, to, pitch, adds, w, ask, on)
         elif job.way == TURNED:
-            _turned_tile(rows, x, x0, row, step, w, w0, right.lane, stop - n, count, room, to, adds, ask)
+            _turned_tile(single, rows, x, x0, w, w0, right.lane, stop - n, count, room, to, adds, ask)
         else:
             at = job.right_at + k * LANES
             if j == 0:  # the first tile packs
                 pack(right, w0, stop - n, count, room, at, LANES)
-            _tile(rows, 1, x, x0, row, step, room, at, 0, count, room, to, pitch, adds, w, ask, on)
+            _tile(single, rows, 1, x, x0, room, at, 0, count, room, to, pitch, adds, w, ask, on)
 
 
 @kernel
-def _pass(job, task, first, last, whole):
-    """Chunks first … last − 1 of a task's sums; `whole` if there are no others."""
+def _pass(job, task, first, last, whole, held):
+    """Chunks first … last − 1 of a task's sums; `whole`: there are no others; `held`: its rows are packed already."""
     chunks, most = job.chunks, job.chunks.shape[0]
     terms = chunks[last - 1, 5] + chunks[last - 1, 2] - chunks[first, 5]
-    if job.left_at >= 0:
+    if job.left_at >= 0 and not held:
         _pack_left(job, task, first, last, terms)
     n, slot = task.n, job.sums
     while n < task.stop:
-        vectors = 1 if job.way != DIRECT else 4 if task.rows == 1 else 2 if task.rows == 2 else 1
+        vectors = 1 if job.way != DIRECT else 4 if job.rows == 1 else 2 if task.rows == 2 else 1
         if n + (vectors - 1) * LANES >= task.stop:
             vectors = 1
         stop, pitch = min(n + vectors * LANES, task.stop), vectors * LANES
@@ -233,7 +239,7 @@ def _pass(job, task, first, last, whole):
 @kernel
 def _take_tasks(job, limit, counter):
     """Tasks until none is left; returns how many."""
-    did = 0
+    did, held = 0, -1
     across, most = (job.outputs + job.width - 1) // job.width, job.chunks.shape[0]
     tasks, index = (job.rows + job.height - 1) // job.height * across, take(counter)
     while index < tasks:
@@ -244,8 +250,9 @@ def _take_tasks(job, limit, counter):
             last = first + 1
             while last < most and job.chunks[last, 5] + job.chunks[last, 2] - job.chunks[first, 5] <= limit:
                 last += 1
-            _pass(job, task, first, last, first == 0 and last == most)
-            first = last
+            whole = first == 0 and last == most
+            _pass(job, task, first, last, whole, whole and held == m)
+            first, held = last, m
         did += 1
         index = take(counter)
     return did
@@ -292,6 +299,7 @@ def _begin(left, right, bias, biased, y, rows, outputs, adds, chunks, levels, ex
         pointer(room),
         at[0],
         at[1],
+        1 if rows == 1 else HEIGHT,
         at[2],
         way,
     )
@@ -307,7 +315,7 @@ def work(left, right, bias, biased, y, rows, outputs, adds, chunks, levels, thre
         way = DIRECT
     elif right.term == 1 and rows <= FEW:
         way = TURNED
-    turned = left.lane == 1 or rows >= 16
+    turned = rows > 1 or left.term != 1
     limit = PASS if turned or way == PACKED else terms
     most = min(terms, limit)
     sums = levels * SLAB * (extent[0] // HEIGHT * (extent[1] // LANES) if terms > limit else 1)

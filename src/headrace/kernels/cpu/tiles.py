@@ -49,10 +49,16 @@ def _literals(*shape: Any) -> tuple[int, ...] | None:
 class _Chains:
     """Accumulators of `rows` rows by some vectors, and the rows' elements of x."""
 
-    def __init__(self, builder: ir.IRBuilder, rows: int, vectors: int, lanes: int, x: Sequence[ir.Value]) -> None:
+    def __init__(
+        self, builder: ir.IRBuilder, rows: int, vectors: int, lanes: int, x: Sequence[ir.Value], pitch: int | None
+    ) -> None:
+        """x: (pointer, row, step, valid); with a `pitch`, rows lie side by side and terms that far apart."""
         self.builder, self.lanes = builder, lanes
         self.sums = {(r, v): builder.alloca(_vector(lanes)) for r in range(rows) for v in range(vectors)}
         base, row, self.step, valid = x
+        if pitch is not None:  # constants, for which no register is needed
+            self.step, self.rows = I64(pitch), [builder.gep(base, [I64(r)]) for r in range(rows)]
+            return
         last = builder.sub(valid, I64(1))
         firsts = [builder.select(builder.icmp_signed("<", I64(r), last), I64(r), last) for r in range(rows)]
         self.rows = [builder.gep(base, [builder.mul(first, row)]) for first in firsts]
@@ -130,6 +136,7 @@ def tile(
     """Chains of `rows` rows by `vectors` vectors (literals), added to `adds` earlier sums.
 
     x(r, k) is x[x0 + r·row + k·step], fp32; of `valid` rows (1 or more) the last stands for those that are missing.
+    Where `step` is a literal, `row` is 1 and every row is there.
     w(k, n) is w[w0 + n // 16 · panel + 16 · k + n % 16], in any stored dtype. Before it is stored at
     sums[to + r·pitch + n], an output is added to those that lie (adds − 1)·slab, …, slab and 0 further, in this order.
     Meanwhile as many bytes as the vectors of one k have in `far` are prefetched at far[ask], `on` bytes further for
@@ -139,27 +146,31 @@ def tile(
     if shape is None:
         return None
 
+    literal = step.literal_value if isinstance(step, types.IntegerLiteral) else None
+
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         x, x0, row, step, valid, w, w0, panel, count, sums, to, pitch, adds, slab, far, ask, on = args[2:]
         dtype, far_dtype = sig.args[7].dtype, sig.args[16].dtype
-        name = f"headrace_tile_{shape[0]}x{shape[1]}_{dtype}_{far_dtype}"
+        name = f"headrace_tile_{shape[0]}x{shape[1]}_{dtype}_{far_dtype}_{literal}"
         function, new = _function(builder.module, name, (x.type, w.type, sums.type, BYTES))
         if new:
-            _panel_tile(function, shape[0], shape[1], dtype, shape[1] * LANES * _bytes(far_dtype))
-        far = builder.bitcast(builder.gep(far, [ask]), BYTES)
+            _panel_tile(function, shape[0], shape[1], dtype, literal, shape[1] * LANES * _bytes(far_dtype))
+        far, step = builder.bitcast(builder.gep(far, [ask]), BYTES), step if literal is None else I64(literal)
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
         builder.call(function, [x, row, step, valid, w, panel, I64(0), count, sums, pitch, adds, slab, far, on])
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(rows, vectors, x, i, i, i, i, w, i, i, i, sums, i, i, i, i, far, i, i), codegen
+    return types.none(
+        rows, vectors, x, i, i, i if literal is None else step, i, w, i, i, i, sums, i, i, i, i, far, i, i
+    ), codegen
 
 
-def _panel_tile(function: ir.Function, rows: int, vectors: int, dtype: Any, ahead: int) -> None:
+def _panel_tile(function: ir.Function, rows: int, vectors: int, dtype: Any, literal: int | None, ahead: int) -> None:
     """Body; `ahead` bytes are prefetched for each k."""
     x, row, step, valid, w, panel, _, count, sums, pitch, adds, slab, far, on = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    chains = _Chains(builder, rows, vectors, LANES, (x, row, step, valid))
+    chains = _Chains(builder, rows, vectors, LANES, (x, row, step, valid), literal)
     chains.start()
     stored = ir.VectorType(STORED[dtype], LANES).as_pointer()
     panels = [builder.gep(w, [builder.mul(I64(v), panel)]) for v in range(vectors)]
@@ -202,7 +213,7 @@ def turned_tile(
     Of `lanes` outputs (1 … 16) the last stands for those that are missing. As many bytes as it reads are prefetched at
     w[ask], in a row.
     """
-    shape = _literals(rows)
+    shape, literal = _literals(rows), step.literal_value if isinstance(step, types.IntegerLiteral) else None
     if shape is None:
         return None
 
@@ -210,24 +221,24 @@ def turned_tile(
         x, x0, row, step, valid, w, w0, lane, lanes, count, sums, to, pitch, adds, slab, ask = args[1:]
         dtype = sig.args[6].dtype
         function, new = _function(
-            builder.module, f"headrace_turned_tile_{shape[0]}_{dtype}", (x.type, w.type, sums.type, BYTES)
+            builder.module, f"headrace_turned_tile_{shape[0]}_{dtype}_{literal}", (x.type, w.type, sums.type, BYTES)
         )
         if new:
-            _turned_tile(function, shape[0], dtype)
-        far = builder.bitcast(builder.gep(w, [ask]), BYTES)
+            _turned_tile(function, shape[0], dtype, literal)
+        far, step = builder.bitcast(builder.gep(w, [ask]), BYTES), step if literal is None else I64(literal)
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
         builder.call(function, [x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, I64(0)])
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(rows, x, i, i, i, i, w, i, i, i, i, sums, i, i, i, i, i), codegen
+    return types.none(rows, x, i, i, i if literal is None else step, i, w, i, i, i, i, sums, i, i, i, i, i), codegen
 
 
-def _turned_tile(function: ir.Function, rows: int, dtype: Any) -> None:
+def _turned_tile(function: ir.Function, rows: int, dtype: Any, literal: int | None) -> None:
     """Body: a square of SIDE lanes by as many words at a time, all terms of the first lanes before the next lanes."""
     x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, _ = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    chains = _Chains(builder, rows, 1, SIDE, (x, row, step, valid))
+    chains = _Chains(builder, rows, 1, SIDE, (x, row, step, valid), literal)
     terms, last = SIDE * 4 // _bytes(dtype), builder.sub(lanes, I64(1))
     squares = builder.udiv(count, I64(terms))
     for first in range(0, LANES, SIDE):
