@@ -43,6 +43,12 @@ def _literals(*shape: Any) -> tuple[int, ...] | None:
     return tuple(x.literal_value for x in shape) if all(isinstance(x, types.IntegerLiteral) for x in shape) else None
 
 
+def _pitch(row: Any, step: Any) -> int | None:
+    """The distance of packed terms, whose rows lie side by side."""
+    literals = _literals(row, step)
+    return literals[1] if literals is not None and literals[0] == 1 else None
+
+
 # ---- chains ----------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +142,7 @@ def tile(
     """Chains of `rows` rows by `vectors` vectors (literals), added to `adds` earlier sums.
 
     x(r, k) is x[x0 + r·row + k·step], fp32; of `valid` rows (1 or more) the last stands for those that are missing.
-    Where `step` is a literal, `row` is 1 and every row is there.
+    Where `row` is the literal 1 and `step` one too, every row is there: the rows of packed terms.
     w(k, n) is w[w0 + n // 16 · panel + 16 · k + n % 16], in any stored dtype. Before it is stored at
     sums[to + r·pitch + n], an output is added to those that lie (adds − 1)·slab, …, slab and 0 further, in this order.
     Meanwhile as many bytes as the vectors of one k have in `far` are prefetched at far[ask], `on` bytes further for
@@ -146,7 +152,7 @@ def tile(
     if shape is None:
         return None
 
-    literal = step.literal_value if isinstance(step, types.IntegerLiteral) else None
+    literal = _pitch(row, step)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         x, x0, row, step, valid, w, w0, panel, count, sums, to, pitch, adds, slab, far, ask, on = args[2:]
@@ -155,7 +161,8 @@ def tile(
         function, new = _function(builder.module, name, (x.type, w.type, sums.type, BYTES))
         if new:
             _panel_tile(function, shape[0], shape[1], dtype, literal, shape[1] * LANES * _bytes(far_dtype))
-        far, step = builder.bitcast(builder.gep(far, [ask]), BYTES), step if literal is None else I64(literal)
+        far = builder.bitcast(builder.gep(far, [ask]), BYTES)
+        row, step = (row, step) if literal is None else (I64(1), I64(literal))
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
         builder.call(function, [x, row, step, valid, w, panel, I64(0), count, sums, pitch, adds, slab, far, on])
         return context.get_dummy_value()
@@ -213,7 +220,7 @@ def turned_tile(
     Of `lanes` outputs (1 … 16) the last stands for those that are missing. As many bytes as it reads are prefetched at
     w[ask], in a row.
     """
-    shape, literal = _literals(rows), step.literal_value if isinstance(step, types.IntegerLiteral) else None
+    shape, literal = _literals(rows), _pitch(row, step)
     if shape is None:
         return None
 
@@ -225,13 +232,16 @@ def turned_tile(
         )
         if new:
             _turned_tile(function, shape[0], dtype, literal)
-        far, step = builder.bitcast(builder.gep(w, [ask]), BYTES), step if literal is None else I64(literal)
+        far = builder.bitcast(builder.gep(w, [ask]), BYTES)
+        row, step = (row, step) if literal is None else (I64(1), I64(literal))
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
         builder.call(function, [x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, I64(0)])
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(rows, x, i, i, i if literal is None else step, i, w, i, i, i, i, sums, i, i, i, i, i), codegen
+    return types.none(
+        rows, x, i, *((i, i) if literal is None else (row, step)), i, w, i, i, i, i, sums, i, i, i, i, i
+    ), codegen
 
 
 def _turned_tile(function: ir.Function, rows: int, dtype: Any, literal: int | None) -> None:
