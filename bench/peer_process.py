@@ -9,7 +9,7 @@ import re
 import select
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ class SideError(Exception):
 class Running:
     """A side that starts when it is first needed; it ends, and starts again later, where memory is short."""
 
-    def __init__(self, spec: Spec, python: str, model: Path, threads: int, logs: Path) -> None:
+    def __init__(
+        self, spec: Spec, python: str, model: Path, threads: int, logs: Path, preload: Sequence[str] = ()
+    ) -> None:
         self.name = spec.name
         kind = KINDS.get(spec.peer, spec.peer)
         script = Path(__file__).with_name("peer_sides.py")
         self._command = [python, str(script), kind, str(model), str(threads), json.dumps(spec.options)]
+        self._preload = preload
         self._log = logs / f"{spec.name}.log"
         self._process: subprocess.Popen[str] | None = None
 
@@ -49,6 +52,8 @@ class Running:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         # What headrace set for its own OpenMP threads when it was imported is not for the peers.
         env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+        if self._preload:
+            env["LD_PRELOAD"] = ":".join(self._preload)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,

@@ -112,7 +112,10 @@ class Race:
                 if not reason:
                     model = prepare(spec, environment, self.checkpoints, FOLDER / "models")
                     python = environment.python if environment else sys.executable
-                    self.sides[spec.name] = Running(spec, python, model, self.arguments.threads, FOLDER / "logs")
+                    preload = environment.preload if environment else []
+                    self.sides[spec.name] = Running(
+                        spec, python, model, self.arguments.threads, FOLDER / "logs", preload
+                    )
                     self._versions[spec.name] = environment.record["version"] if environment else revision()
             except RuntimeError as error:
                 reason = str(error)
