@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,14 +56,21 @@ def covering(values: Mapping[str, Sequence[Any]], strength: int) -> list[Row]:
 def spread(rows: Sequence[Row]) -> list[Row]:
     """The same rows in an order in which any few neighbours have every value, and the first few most pairs of values.
 
-    Rounds: each row is the one with most values that its round has not had, then with most pairs that none has had.
+    Rounds: each row is the one with most values that its round has not had, then with most pairs that none has had,
+    then with the values of which most rows are left, so that the last rows still have every value.
     """
     left, order = list(rows), []
     everything = {pair for row in rows for pair in row.items()}
     new_values, new_pairs = set(everything), {pair for row in rows for pair in covered(row, list(row), 2)}
     while left:
+        rest = Counter(pair for row in left for pair in row.items())
         gains = [
-            (len(new_values & row.items()), len(new_pairs.intersection(covered(row, list(row), 2)))) for row in left
+            (
+                len(new_values & row.items()),
+                len(new_pairs.intersection(covered(row, list(row), 2))),
+                sum(rest[pair] for pair in row.items()),
+            )
+            for row in left
         ]
         row = left.pop(gains.index(max(gains)))
         order.append(row)

@@ -52,7 +52,7 @@ class CpuLayers:
         if self._room.numel() < at[-1]:
             self._room = torch.empty(at[-1])
         x, residual = (self._room[start : start + rows * form.width].view(rows, form.width) for start in at[:2])
-        residual.copy_(x_TD)
+        residual.numpy()[:] = dense(x_TD)
         launch.set_threads(self.threads)
         run_layers(
             self._table(),
