@@ -30,7 +30,6 @@ __all__ = [
     "store8",
     "store8n",
     "store_lanes",
-    "widest",
 ]
 
 I16 = ir.IntType(16)
@@ -199,19 +198,6 @@ def narrow(tyctx: Any, array: Any) -> Any:
         return ir.Constant(ir.IntType(1), int(array.dtype != types.float32))
 
     return types.boolean(array), codegen
-
-
-@intrinsic
-def widest(tyctx: Any, array: Any, wide: Any) -> Any:
-    """`array` where it is fp32, else `wide`: decided by type, so nothing is compiled for the other."""
-    if not _known(array):
-        return None
-    kept = int(array.dtype != types.float32)
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return args[kept]
-
-    return (array, wide)[kept](array, wide), codegen
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """One split's partial of paged attention: the sums over keys, straight from the block table.
 
 Scores, softmax weights and weighted values of one row, or of four or eight that share every read of K and V. A score
-is an output of the same `tiles` that make a product, with a key as the weight. All heights make the same sums in the
+is a tile's sum in eight lanes (see `dots`). All heights make the same sums in the
 same order (see `attention.py` for the law), so a row's bits do not depend on its neighbours. Positions are absolute;
 `blocks`, queries and `scratch` are addressed by element offsets.
 """

@@ -1,9 +1,9 @@
-"""Eight fp32 lanes as a Numba type: every reduction of the CPU kernels is written with these, lane by lane.
+"""Eight fp32 lanes as a Numba type: norms, softmax sums and attention's scores are written with these, lane by lane.
 
 Numba has no vector type, and leaving the shape of a sum to LLVM's vectoriser (`fastmath`) would let it change with
 the loop around it. Here the shape is explicit: an accumulator is eight lanes, lane i summing elements i, i + 8, …
 with one rounding each (`fma8`), and `hsum8` adds the lanes at distance 4, then 2, then 1. A tile of R rows × N
-outputs is R·N such accumulators, so every tile gives equal bits, by construction.
+keys is R·N such accumulators, so every tile gives equal bits, by construction. Products add nothing across lanes.
 
     acc = zero8()
     for k in range(0, n - n % 8, 8):
