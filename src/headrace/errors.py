@@ -39,7 +39,7 @@ class RequestError(HeadraceError):
 
     @classmethod
     def about(cls, param: str, template: str, *values: object, code: str | None = None) -> RequestError:
-        """An error whose fields `renamed` can replace by the names that the client sent."""
+        """Build an error from a template, so that `renamed` can put other names of fields into it."""
         return cls._of(template, tuple(map(str, values)), param, code, {})
 
     def renamed(self, names: Mapping[str, str]) -> RequestError:

@@ -211,14 +211,16 @@ def test_impossible_shards_are_refused(ops, bounds):
         ops.linear(torch.ones(1, 16), torch.ones(8, 16), None, bounds)
 
 
-def refused(ops: CpuOps, match: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+@pytest.mark.parametrize(
+    ("match", "x", "weight", "bias"),
+    [
+        ("inputs", torch.ones(1, 15), torch.ones(8, 16), None),
+        ("contiguous", torch.ones(16, 3).T, torch.ones(8, 16), None),
+        ("contiguous", torch.ones(3, 16), torch.ones(16, 8).T, None),
+        ("float64", torch.ones(3, 16), torch.ones(8, 16, dtype=torch.float64), None),
+        ("contiguous", torch.ones(3, 16), torch.ones(8, 16), torch.ones(8, 2)[:, 0]),
+    ],
+)
+def test_what_a_kernel_cannot_read_is_refused(ops, match, x, weight, bias):
     with pytest.raises(ValueError, match=match):
         ops.linear(x, weight, bias)
-
-
-def test_what_a_kernel_cannot_read_is_refused(ops):
-    refused(ops, "inputs", torch.ones(1, 15), torch.ones(8, 16))
-    refused(ops, "contiguous", torch.ones(16, 3).T, torch.ones(8, 16))
-    refused(ops, "contiguous", torch.ones(3, 16), torch.ones(16, 8).T)
-    refused(ops, "float64", torch.ones(3, 16), torch.ones(8, 16, dtype=torch.float64))
-    refused(ops, "contiguous", torch.ones(3, 16), torch.ones(8, 16), torch.ones(8, 2)[:, 0])

@@ -89,7 +89,7 @@ def _embedding_rows(ids, table, term, lane, block, width, out, first, last):
 
 @kernel(parallel=True)
 def embedding(ids, table, term, lane, block, vocab, width, out, tasks):
-    """out[t] = fp32 of row ids[t] of a flat table, which is a `packing.Matrix` whose lanes are rows.
+    """Copy row ids[t] of the table to out[t], in fp32. A `packing.Matrix` says where the table's rows (lanes) lie.
 
     Returns the index of the first id outside the table, or -1.
     """

@@ -369,7 +369,7 @@ def run_layers(
     counted,
     threads,
 ):
-    """Layers first … last − 1 of the model, for `rows` rows whose (x, residual) are in the room; see `buffers`.
+    """Compute layers first … last − 1 for `rows` rows. `room` holds their x and residual; `buffers` says where.
 
     table, int64 [layers, FIELDS]; room, fp32; weight, an array of the matrices' dtype; positions [T] int64 and slots
     [T] int32, which the caller has checked; `blocks` flat. Before layer 0 the rows' x lies where the residual does.

@@ -192,7 +192,7 @@ def _wake(word, sleepers, most):
 
 @njit(nogil=True)
 def arrive(word, count, total, sleepers):
-    """Add `count` to the int64 at `word`; whoever makes it `total` wakes those that `await_total` it."""
+    """Add `count` to the int64 at `word`. The thread that makes it `total` wakes the threads in `await_total`."""
     if count > 0 and add(word, count) + count == total:
         _wake(word, sleepers, 1 << 30)
 

@@ -44,7 +44,7 @@ def _literals(*shape: Any) -> tuple[int, ...] | None:
 
 
 def _pitch(row: Any, step: Any) -> int | None:
-    """The distance of packed terms, whose rows lie side by side."""
+    """Return the distance of two terms if x is packed (`row` is the literal 1, `step` a literal), else None."""
     literals = _literals(row, step)
     return literals[1] if literals is not None and literals[0] == 1 else None
 
@@ -74,7 +74,7 @@ class _Chains:
             self.builder.store(ir.Constant(_vector(self.lanes), [0.0] * self.lanes), register)
 
     def add(self, k: ir.Value, columns: Sequence[ir.Value]) -> None:
-        """The products of term k, whose vectors of outputs are `columns`."""
+        """Multiply every row's element k by `columns`, the vectors of w(k, …), and add the products to the sums."""
         builder, at = self.builder, self.builder.mul(k, self.step)
         for r, row in enumerate(self.rows):
             value = emit_splat(builder, builder.load(builder.gep(row, [at])), self.lanes)
