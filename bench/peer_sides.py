@@ -225,7 +225,7 @@ def _server(binary: Path, model: str, threads: int) -> Iterator[int]:
     process = subprocess.Popen(command, stdout=sys.stderr, stderr=sys.stderr)
     try:
         began = time.monotonic()
-        while not _healthy(port):
+        while not healthy(port):
             if process.poll() is not None or time.monotonic() - began > START_SECONDS:
                 raise RuntimeError("llama-server did not start")
             time.sleep(0.1)
@@ -236,7 +236,7 @@ def _server(binary: Path, model: str, threads: int) -> Iterator[int]:
         process.wait()
 
 
-def _healthy(port: int) -> bool:
+def healthy(port: int) -> bool:
     with (
         contextlib.suppress(OSError, http.client.HTTPException),
         contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection,

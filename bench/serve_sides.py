@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from peer_sides import healthy
+
 START_SECONDS = 900.0
 PROBE_PAUSE = 0.01
 
@@ -106,7 +108,7 @@ def peer(command: str) -> Iterator[RunningServer]:
             shlex.split(command.replace("{port}", str(port))), stdout=log, stderr=log, start_new_session=True
         )
         try:
-            while not _healthy(port):
+            while not healthy(port):
                 if process.poll() is not None or time.perf_counter() - start > START_SECONDS:
                     log.seek(0)
                     raise SystemExit(f"{command} did not start: {log.read()[-2000:].decode(errors='replace')}")
@@ -114,16 +116,6 @@ def peer(command: str) -> Iterator[RunningServer]:
             yield RunningServer(f"http://127.0.0.1:{port}", process.pid, time.perf_counter() - start)
         finally:
             _end(process, group=True)
-
-
-def _healthy(port: int) -> bool:
-    with (
-        contextlib.suppress(OSError, http.client.HTTPException),
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection,
-    ):
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    return False
 
 
 def _end(process: subprocess.Popen[Any], group: bool = False) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps
 from headrace.kernels.shards import shard_bounds

@@ -15,6 +15,7 @@ from numba import prange
 from headrace.kernels.cpu.launch import kernel
 from headrace.kernels.cpu.memory import load1, load8, load8n, store1, store8, store8n
 from headrace.kernels.cpu.simd import add8, div8, exp8, fma8, hsum8, mul8, splat8, sub8, zero8
+from headrace.kernels.panels import LANES
 
 __all__ = [
     "add_rms_norm",
@@ -79,7 +80,7 @@ def _normalize(x, start, width, weight, eps, out, to):
 @kernel
 def _embedding_rows(ids, table, term, lane, block, width, out, first, last):
     for t in range(first, last):
-        start, to = ids[t] // 16 * block + ids[t] % 16 * lane, t * width
+        start, to = ids[t] // LANES * block + ids[t] % LANES * lane, t * width
         if term == 1:
             _copy(table, start, out, to, width)
         else:

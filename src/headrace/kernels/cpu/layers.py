@@ -29,7 +29,7 @@ from headrace.kernels.cpu.pool import arrive, await_total
 from headrace.kernels.cpu.product import LANES, tasks_of, work
 from headrace.kernels.cpu.work import take
 
-__all__ = ["FIELDS", "Chunks", "Shape", "buffers", "counters", "run_layers"]
+__all__ = ["FIELDS", "Chunks", "PagedRows", "Shape", "buffers", "counters", "run_layers"]
 
 FIELDS = 13
 (
@@ -100,25 +100,22 @@ class _Step(NamedTuple):
     counters: int
     sleepers: int
     threads: int
+    cache: Any
+    """The shape of the cache, whose `blocks` are flat."""
 
 
-class _Paged(NamedTuple):
+class PagedRows(NamedTuple):
     """The cache, where each row is in it and what it sees."""
 
     positions: Any
+    """[T] int64."""
     slots: Any
+    """[T] int32."""
     rope: Any
     blocks: Any
-    shape: Any
-    """Of the cache; `blocks` is flat."""
     table_SM: Any
     start_S1: Any
     context_S: Any
-    tiles_S1: Any
-    none: Any
-    """Of no elements: no log-sum-exp is asked for,"""
-    whole: Any
-    """and no range of the context."""
 
 
 def counters(layers: int) -> int:
@@ -221,7 +218,7 @@ def _rotary(step, stage, layer, row, paged):
         rotary_rows(step.qkv, columns, dim, heads, dim, at, rope, q_weight, normed, eps, step.q, first, last)
         rotary_rows(k, columns, dim, kv_heads, dim, at, rope, k_weight, normed, eps, step.k, first, last)
         store_kv_rows(
-            step.k, kv_heads * dim, dim, v, columns, dim, paged.blocks, paged.shape, layer, paged.slots, first, last
+            step.k, kv_heads * dim, dim, v, columns, dim, paged.blocks, step.cache, layer, paged.slots, first, last
         )
         did += 1
         task = take(_ticket(step, stage))
@@ -230,26 +227,28 @@ def _rotary(step, stage, layer, row, paged):
 
 @kernel
 def _attention(step, stage, layer, window, paged):
+    tiles_S1 = tiles_of(paged.start_S1, step.shape.heads // step.shape.kv_heads)
+    none, whole = np.empty(0, np.float32), np.empty((0, 2), np.int64)  # no log-sum-exp, no range of the context
     did = attend(
         step.q,
         paged.blocks,
-        paged.shape,
+        step.cache,
         layer,
         paged.table_SM,
         paged.start_S1,
         paged.context_S,
-        paged.whole,
+        whole,
         step.shape.heads,
         step.attended,
-        paged.none,
-        paged.none,
+        none,
+        none,
         0,
         step.shape.scale,
         window,
-        paged.tiles_S1,
+        tiles_S1,
         _ticket(step, stage),
     )
-    _join(step, stage, did, paged.tiles_S1[paged.context_S.size] * step.shape.kv_heads)
+    _join(step, stage, did, tiles_S1[paged.context_S.size] * step.shape.kv_heads)
 
 
 @kernel
@@ -299,26 +298,7 @@ def _mlp_half(step, stage, row):
 
 
 @kernel
-def _thread(
-    table,
-    first,
-    last,
-    room,
-    weight,
-    rows,
-    shape,
-    chunks,
-    positions,
-    slots,
-    rope,
-    blocks,
-    blocks_shape,
-    table_SM,
-    start_S1,
-    context_S,
-    counted,
-    threads,
-):
+def _thread(table, first, last, room, weight, rows, shape, chunks, paged, cache, counted, threads):
     """One thread's way through a step."""
     at, base, start = buffers(rows, shape), pointer(room), counted.ctypes.data
     step = _Step(
@@ -338,10 +318,8 @@ def _thread(
         start + APART,
         start,
         threads,
+        cache,
     )
-    tiles_S1 = tiles_of(start_S1, shape.heads // shape.kv_heads)
-    none, whole = np.empty(0, np.float32), np.empty((0, 2), np.int64)
-    paged = _Paged(positions, slots, rope, blocks, blocks_shape, table_SM, start_S1, context_S, tiles_S1, none, whole)
     for layer in range(first, last):
         row, stage = table[layer], (layer - first) * STAGES
         _attention_half(step, stage, layer, row, paged)
@@ -349,49 +327,11 @@ def _thread(
 
 
 @kernel(parallel=True)
-def run_layers(
-    table,
-    first,
-    last,
-    room,
-    weight,
-    rows,
-    shape,
-    chunks,
-    positions,
-    slots,
-    rope,
-    blocks,
-    blocks_shape,
-    table_SM,
-    start_S1,
-    context_S,
-    counted,
-    threads,
-):
+def run_layers(table, first, last, room, weight, rows, shape, chunks, paged, cache, counted, threads):
     """Compute layers first … last − 1 for `rows` rows. `room` holds their x and residual; `buffers` says where.
 
-    table, int64 [layers, FIELDS]; room, fp32; weight, an array of the matrices' dtype; positions [T] int64 and slots
-    [T] int32, which the caller has checked; `blocks` flat. Before layer 0 the rows' x lies where the residual does.
+    table, int64 [layers, FIELDS]; room, fp32; weight, an array of the matrices' dtype; counted, `counters` zeros. The
+    caller has checked `paged`. Before layer 0 the rows' x lies where the residual does.
     """
     for _ in prange(threads):
-        _thread(
-            table,
-            first,
-            last,
-            room,
-            weight,
-            rows,
-            shape,
-            chunks,
-            positions,
-            slots,
-            rope,
-            blocks,
-            blocks_shape,
-            table_SM,
-            start_S1,
-            context_S,
-            counted,
-            threads,
-        )
+        _thread(table, first, last, room, weight, rows, shape, chunks, paged, cache, counted, threads)

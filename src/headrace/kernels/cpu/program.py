@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.cpu import launch
-from headrace.kernels.cpu.layers import FIELDS, Chunks, Shape, buffers, counters, run_layers
+from headrace.kernels.cpu.layers import FIELDS, Chunks, PagedRows, Shape, buffers, counters, run_layers
 from headrace.kernels.cpu.views import bounds_chunks, dense, integers, viewed
 from headrace.kernels.layers import LayerForm, LayerWeights
 from headrace.kernels.ops import AttentionMeta
@@ -63,14 +63,16 @@ class CpuLayers:
             rows,
             shape,
             self._chunks,
-            positions,
-            slots,
-            self._rope,
-            cache.reshape(-1),
+            PagedRows(
+                positions,
+                slots,
+                self._rope,
+                cache.reshape(-1),
+                meta.block_table_SM.numpy(),
+                meta.query_start_S1.numpy(),
+                meta.context_len_S.numpy(),
+            ),
             cache.shape,
-            meta.block_table_SM.numpy(),
-            meta.query_start_S1.numpy(),
-            meta.context_len_S.numpy(),
             self._counters(),
             self.threads,
         )
@@ -92,7 +94,7 @@ class CpuLayers:
         return np.zeros(counters(len(self.weights)), np.int64)
 
     def _table(self) -> np.ndarray:
-        """The addresses, read anew for each call, so none can be stale: 0.1 µs each."""
+        """The addresses, read anew for each call, so none can be stale. It takes 0.1 µs for each."""
         rows = [
             (
                 _address(layer.input_norm),

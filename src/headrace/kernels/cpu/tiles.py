@@ -18,11 +18,10 @@ from numba.core import cgutils, types
 from headrace.kernels.cpu.launch import WIDE
 from headrace.kernels.cpu.memory import STORED, emit_prefetch, widen
 from headrace.kernels.cpu.simd import FLOAT, I32, emit_fma, emit_splat, intrinsic, mask
+from headrace.kernels.panels import LANES
 
 __all__ = ["LANES", "SIDE", "emit_turned", "tile", "turned_tile"]
 
-LANES = 16
-"""Outputs of a vector."""
 SIDE = 16 if WIDE else 8
 """Lanes that are turned together, and words of 32 bits of each."""
 LINE = 64
