@@ -1,10 +1,12 @@
 """Paged attention on the CPU: close to float64 on every shape, and one bit pattern per row whatever surrounds it."""
 
+import numba
 import numpy as np
 import pytest
 import torch
 
-from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
+from headrace.kernels.cpu.memory import pointer
+from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial, room_for
 from headrace.kernels.cpu.tree import merge
 from headrace.kernels.load import load_ops
 from headrace.kernels.ops import Ops
@@ -130,38 +132,26 @@ def nodes_of(seq: Sequence, splits: int) -> tuple[np.ndarray, int]:
     """The partials of the last row's every split: [split, node]."""
     position, dim = splits * SPLIT - 1, seq.q.shape[2]
     blocks = torch.stack((seq.k, seq.v)).transpose(1, 2).unflatten(2, (-1, SPLIT)).permute(2, 0, 1, 3, 4).contiguous()
-    paged = Paged(
-        blocks.numpy().reshape(-1),
-        np.arange(splits + 1, dtype=np.int32),
-        2 * SPLIT * dim,
-        0,
-        SPLIT * dim,
-        8,
-        dim,
-        np.empty(SPLIT, np.int64),
-    )
-    node = dim + 8
-    at, positions = np.full(ROWS, position * dim), np.full(ROWS, position)
-    found = []
-    for split in range(splits):
-        scratch = np.zeros(NODES + ROWS * node, np.float32)
-        locate(paged, split * SPLIT, (split + 1) * SPLIT)
-        partial(
-            seq.q.numpy(),
-            at,
-            positions,
-            1,
-            paged,
-            split,
-            0,
-            False,
-            np.float32(dim**-0.5),
-            scratch,
-            np.zeros((dim + 7) // 8 * 64, np.float32),
-            node,
-        )
-        found.append(scratch[NODES : NODES + node].copy())
-    return np.stack(found), node
+    table, query = np.arange(splits + 1, dtype=np.int32), seq.q.numpy()[position].reshape(-1)
+    found = [partial_of(query, position, blocks.numpy().reshape(-1), table, split, dim) for split in range(splits)]
+    return np.stack(found), dim + 8
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def partial_of(query, position, blocks, table, split, dim):
+    """The node of one row."""
+    array = np.zeros(room_for(pointer(query), 0, 1, dim)[1], np.float32)
+    return node_in(array, query, position, blocks, table, split, dim)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def node_in(array, query, position, blocks, table, split, dim):
+    room = room_for(pointer(array), 0, 1, dim)[0]
+    for c in range(dim):
+        array[room.queries + c * ROWS] = query[c]
+    paged = Paged(pointer(blocks), table, 2 * SPLIT * dim, 0, SPLIT * dim, 8, dim, position + 1)
+    partial(room.queries, np.full(ROWS, position), 1, paged, split, 0, 0, np.float32(dim**-0.5), room)
+    return array[NODES : NODES + room.node].copy()
 
 
 def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -5,14 +5,17 @@ import re
 import numba
 import pytest
 
-from headrace.kernels.cpu import dots, launch
+from headrace.kernels.cpu import launch
+from headrace.kernels.cpu.partial import PITCH, ROWS
 from headrace.kernels.cpu.product import HEIGHT
-from headrace.kernels.cpu.tiles import tile, turned_tile
+from headrace.kernels.cpu.tiles import LANES, RESUME, score_tile, tile, turned_tile
 
 FP32, BF16 = numba.types.CPointer(numba.types.float32), numba.types.CPointer(numba.types.uint16)
 I = numba.types.int64
 REGISTER = "%zmm" if launch.WIDE else "%ymm"
 PANELS = ((1, 4), (2, 2), (4, 1), *(((8, 1), (16, 1)) if launch.WIDE else ((6, 1),)))
+VALUES = ((1, 4), (1, 1), *(((2, 4), (3, 4), (4, 4), (16, 1)) if launch.WIDE else ((6, 1),)))
+SCORES = (1, 2, 3, 4, *((8, 16) if launch.WIDE else (6,)))
 TURNED = (1, 4, 8) if launch.WIDE else (1, 4)
 DTYPES = {"fp32": FP32, "bf16": BF16}
 
@@ -24,7 +27,7 @@ def panel_tile(rows, vectors):
 
     @numba.njit(nogil=True, error_model="numpy")
     def call(x, w, i, sums):
-        tile(rows, vectors, x, i, 1, step, i, w, i, i, i, sums, i, i, i, i, w, i, i)
+        tile(rows, vectors, x, i, 1, step, i, w, i, i, 16, i, sums, i, i, i, i, w, i, i)
 
     return call
 
@@ -35,6 +38,22 @@ def weight_tile(rows):
     @numba.njit(nogil=True, error_model="numpy")
     def call(x, w, i, sums):
         turned_tile(rows, x, i, 1, step, i, w, i, i, i, i, sums, i, i, i, i, i)
+
+    return call
+
+
+def scores_of(rows):
+    @numba.njit(nogil=True, error_model="numpy")
+    def call(x, w, i, sums, far):
+        score_tile(rows, x, i, 1, ROWS, w, i, i, sums, i, i, far, i)
+
+    return call
+
+
+def values_of(rows, vectors):
+    @numba.njit(nogil=True, error_model="numpy")
+    def call(x, w, i, sums):
+        tile(rows, vectors, x, i, PITCH, 1, rows, w, i, LANES, i, i, sums, i, i, RESUME, 0, w, i, i)
 
     return call
 
@@ -106,6 +125,10 @@ def turned(rows: int, dtype: str) -> list[str]:
 of_panels = pytest.mark.parametrize(
     "shape,dtype", [pytest.param(s, d, id=f"{s[0]}x{s[1]}-{d}") for s in PANELS for d in DTYPES]
 )
+of_scores = pytest.mark.parametrize("rows,dtype", [(rows, dtype) for rows in SCORES for dtype in DTYPES])
+of_values = pytest.mark.parametrize(
+    "shape,dtype", [pytest.param(s, d, id=f"{s[0]}x{s[1]}-{d}") for s in VALUES for d in DTYPES]
+)
 of_rows = pytest.mark.parametrize("rows,dtype", [(rows, dtype) for rows in TURNED for dtype in DTYPES])
 
 
@@ -135,20 +158,31 @@ def test_the_sums_of_a_turned_tile_stay_in_registers(rows, dtype):
     assert_sums_stay(turned(rows, dtype))
 
 
-@pytest.mark.parametrize(
-    "dot,arguments,register",
-    [
-        (dots.tile1x8, (FP32, I, FP32, *[I] * 10, FP32, I), "%ymm"),
-        (dots.tile1x8, (FP32, I, BF16, *[I] * 10, FP32, I), "%ymm"),
-        (dots.tile4x2, (FP32, *[I] * 4, FP32, I, I, I, FP32, I, I), "%ymm"),
-        (dots.tile8x4, (FP32, I, FP32, *[I] * 5, FP32, I, I), "%zmm"),
-    ],
-    ids=["1x8", "1x8-bf16", "4x2", "8x4"],
-)
-def test_dots_are_packed_fused_multiply_adds(dot, arguments, register):
-    if register == "%zmm" and not launch.WIDE:
-        pytest.skip("no AVX-512 here")
-    lines = assembly(numba.njit(nogil=True, error_model="numpy")(dot.py_func), *arguments).splitlines()
-    products = [line for line in lines if "vfmadd" in line]
-    assert len(products) >= 16 and all("ps" in line.split()[0] and register in line for line in products)
-    assert not any("NRT_" in line for line in lines), "a reference count inside a tile spills its accumulators"
+def scores(rows: int, dtype: str) -> list[str]:
+    text = assembly(scores_of(rows), FP32, FP32, I, FP32, DTYPES[dtype])
+    return body(text, f"headrace_score_tile_{rows}_")
+
+
+@of_scores
+def test_scores_are_packed_fused_multiply_adds(rows, dtype):
+    assert_packed(scores(rows, dtype), 8 * rows * (1 if launch.WIDE else 2))
+
+
+@of_scores
+def test_the_sums_of_scores_stay_in_registers(rows, dtype):
+    assert_sums_stay(scores(rows, dtype))
+
+
+def values(shape: tuple[int, int], dtype: str) -> list[str]:
+    text = assembly(values_of(*shape), FP32, DTYPES[dtype], I, FP32)
+    return body(text, f"headrace_tile_{shape[0]}x{shape[1]}_")
+
+
+@of_values
+def test_weighted_values_are_packed_fused_multiply_adds(shape, dtype):
+    assert_packed(values(shape, dtype), shape[0] * shape[1] * (1 if launch.WIDE else 2))
+
+
+@of_values
+def test_the_loop_of_weighted_values_leaves_the_stack_alone(shape, dtype):
+    assert_no_stack(values(shape, dtype))

@@ -12,8 +12,8 @@ A split without a visible key is no node at all. So the bits of a row depend on 
 it sees: not on chunking, neighbours, block size or threads. A key that a row does not see is never multiplied
 into it, not even by 0, so whatever lies there (NaN too) stays out.
 
-Rows of one kv head, (token, head of the group) in this order, are taken four or eight at a time, so one read of K
-and V serves a whole group, or several tokens of a chunk.
+Rows of one kv head, (token, head of the group) in this order, are taken up to ROWS at a time, so one read of K and V
+serves a whole group, or several tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import numpy as np
 from numba import get_num_threads, prange
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.partial import NODES, ROWS, Paged, locate, partial
+from headrace.kernels.cpu.memory import load1, pointer, store1
+from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial, room_for
 from headrace.kernels.cpu.tree import finish, give, insert, last_start, levels_of, oldest_split
-from headrace.kernels.cpu.work import take
+from headrace.kernels.cpu.work import scratch, take
 from headrace.kernels.partials import SPLIT
 
 __all__ = ["WHOLE", "Result", "attend", "attention", "tiles_of"]
@@ -66,46 +67,57 @@ class Rows(NamedTuple):
 
 
 @kernel
-def _tile(q, paged, item, scale, scratch, packed, node, levels):
-    """Leave the nodes of an item's rows in their counters, split by split."""
-    token, tokens, position, heads, head, group, window, first, last = item
-    rows, at_R, position_R = tokens * group, np.empty(ROWS, np.int64), np.empty(ROWS, np.int64)
-    stacks, slots = NODES + ROWS * node, 2 * levels if first else levels
-    last = min(last, (position + tokens - 1) // SPLIT + 1)
-    for split in range(max(first, oldest_split(position, window)), last):
-        oldest = max(0, position - window + 1) if window else 0
-        locate(paged, max(split * SPLIT, oldest), min((split + 1) * SPLIT, position + tokens))
-        for row in range(0, rows, ROWS):
-            count = min(ROWS, rows - row)
-            for r in range(ROWS):
-                index = row + min(r, count - 1)
-                at_R[r] = ((token + index // group) * heads + head + index % group) * paged.dim
-                position_R[r] = position + index // group
-            if position_R[ROWS - 1] < split * SPLIT or oldest_split(position_R[0], window) > split:
-                continue
-            partial(q, at_R, position_R, count, paged, split, window, row == 0, scale, scratch, packed, node)
-            for r in range(count):
-                oldest = oldest_split(position_R[r], window)
-                if oldest <= split and split * SPLIT <= position_R[r]:
-                    stack = stacks + (row + r) * slots * node
-                    begin = first if first > oldest else 0
-                    insert(scratch, NODES + r * node, stack, split, 0, begin, oldest, levels, node)
+def _pack(q, item, dim, room):
+    """An item's queries, a group of ROWS rows after another, for each element of the head the rows; what is missing
+    has 0."""
+    rows = item.tokens * item.group
+    for row in range((rows + ROWS - 1) // ROWS * ROWS):
+        to = room.queries + row // ROWS * ROWS * dim + row % ROWS
+        at = ((item.token + row // item.group) * item.heads + item.head + row % item.group) * dim
+        for c in range(dim):
+            store1(room.at, to + c * ROWS, load1(q, at + c) if row < rows else np.float32(0))
 
 
 @kernel
-def _write(result, item, scratch, node, levels, dim):
+def _tile(q, paged, item, scale, room, stacks, levels):
+    """Leave the nodes of an item's rows in their counters, which begin at `stacks`, split by split."""
+    rows, window, position_R = item.tokens * item.group, item.window, np.empty(ROWS, np.int64)
+    slots = 2 * levels if item.first else levels
+    last = min(item.last, (paged.last - 1) // SPLIT + 1)
+    _pack(q, item, paged.dim, room)
+    for split in range(max(item.first, oldest_split(item.position, window)), last):
+        turned = 0
+        for row in range(0, rows, ROWS):
+            count = min(ROWS, rows - row)
+            for r in range(ROWS):
+                position_R[r] = item.position + (row + min(r, count - 1)) // item.group
+            if position_R[ROWS - 1] < split * SPLIT or oldest_split(position_R[0], window) > split:
+                continue
+            queries = room.queries + row * paged.dim
+            turned = partial(queries, position_R, count, paged, split, window, turned, scale, room)
+            for r in range(count):
+                oldest = oldest_split(position_R[r], window)
+                if oldest <= split and split * SPLIT <= position_R[r]:
+                    stack = stacks + (row + r) * slots * room.node
+                    begin = item.first if item.first > oldest else 0
+                    insert(room.at, NODES + r * room.node, stack, split, 0, begin, oldest, levels, room.node)
+
+
+@kernel
+def _write(result, item, room, stacks, levels, dim):
     """What `_tile` has left in the counters."""
-    token, tokens, position, heads, head, group, window, first, last = item
-    slots = 2 * levels if first else levels
-    for row in range(tokens * group):
-        at, place = position + row // group, (token + row // group) * heads + head + row % group
-        stack = NODES + ROWS * node + row * slots * node
+    slots = 2 * levels if item.first else levels
+    for row in range(item.tokens * item.group):
+        at = item.position + row // item.group
+        place = (item.token + row // item.group) * item.heads + item.head + row % item.group
+        stack = stacks + row * slots * room.node
         if result.nodes:
-            to = place * result.nodes
-            give(scratch, stack, at, window, first, last, levels, node, dim, result.out, result.m, result.e, to)
+            to, window, node = place * result.nodes, item.window, room.node
+            out, m, e = result.out, result.m, result.e
+            give(room.at, stack, at, window, item.first, item.last, levels, node, dim, out, m, e, to)
         else:
-            oldest = oldest_split(at, window)
-            finish(scratch, stack, at // SPLIT + 1, oldest, node, result.out, place * dim, dim, result.m)
+            oldest = oldest_split(at, item.window)
+            finish(room.at, stack, at // SPLIT + 1, oldest, room.node, result.out, place * dim, dim, result.m)
 
 
 @kernel
@@ -137,19 +149,66 @@ def attend(
     tiles_S1,
     counter,
 ):
-    """One thread's work: it takes items, (kv head, sequence, tile of rows), until none is left. Returns how many."""
+    """One thread's work: it takes items, (kv head, sequence, tile of rows), until none is left. Returns how many.
+
+    Its workspace is passed on as an array, since an array is freed after its last use.
+    """
+    group, dim = heads // shape[3], shape[5]
+    levels, rows = levels_of(context_S), max(1, TILE // group) * group
+    stacks = room_for(pointer(q), 0, rows, dim)[1]
+    slots = 2 * levels if range_S2.size else levels
+    room, start = scratch(stacks + rows * slots * ((dim + 7) // 8 * 8 + 8))
+    result = Result(out, m, e, nodes)
+    return _items(
+        q,
+        blocks,
+        shape,
+        layer,
+        table_SM,
+        start_S1,
+        context_S,
+        range_S2,
+        heads,
+        result,
+        scale,
+        window,
+        tiles_S1,
+        counter,
+        room,
+        start,
+        levels,
+    )
+
+
+@kernel
+def _items(
+    q,
+    blocks,
+    shape,
+    layer,
+    table_SM,
+    start_S1,
+    context_S,
+    range_S2,
+    heads,
+    result,
+    scale,
+    window,
+    tiles_S1,
+    counter,
+    at,
+    start_of_room,
+    levels,
+):
     _, layers, _, kv_heads, block_size, dim = shape
     sequences, group = context_S.size, heads // kv_heads
     tile = max(1, TILE // group)
-    levels, node = levels_of(context_S), (dim + 7) // 8 * 8 + 8
-    slots = 2 * levels if range_S2.size else levels
+    room, stacks = room_for(pointer(at), start_of_room, tile * group, dim)
     shift = 0
     while 1 << shift < block_size:
         shift += 1
     part = kv_heads * block_size * dim
     items, did = tiles_S1[sequences] * kv_heads, 0
-    scratch = np.empty(NODES + ROWS * node + tile * group * slots * node, np.float32)
-    packed, at_K = np.empty((dim + 7) // 8 * 64, np.float32), np.empty(SPLIT, np.int64)
     item = take(counter)
     while item < items:
         head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
@@ -159,10 +218,10 @@ def attend(
         tokens, position = min(tile, end - token), context_S[s] - (end - token)
         first, last = (range_S2[s, 0], range_S2[s, 1]) if range_S2.size else (0, position + tokens)
         keys = (2 * layer * kv_heads + head) * block_size * dim
-        paged = Paged(blocks, table_SM[s], 2 * layers * part, keys, part, shift, dim, at_K)
+        paged = Paged(pointer(blocks), table_SM[s], 2 * layers * part, keys, part, shift, dim, position + tokens)
         rows = Rows(token, tokens, position, heads, head * group, group, window, first, last)
-        _tile(q, paged, rows, scale, scratch, packed, node, levels)
-        _write(Result(out, m, e, nodes), rows, scratch, node, levels, dim)
+        _tile(q, paged, rows, scale, room, stacks, levels)
+        _write(result, rows, room, stacks, levels, dim)
         did += 1
         item = take(counter)
     return did

@@ -1,9 +1,9 @@
 """One split's partial of paged attention: the sums over keys, straight from the block table.
 
-Scores, softmax weights and weighted values of one row, or of four or eight that share every read of K and V. A score
-is a tile's sum in eight lanes (see `dots`). All heights make the same sums in the
-same order (see `attention.py` for the law), so a row's bits do not depend on its neighbours. Positions are absolute;
-`blocks`, queries and `scratch` are addressed by element offsets.
+Scores are sums of tiles whose vectors lie along sixteen keys, a *panel*, which is turned once for all rows that see
+it; weighted values are sums of the tiles of products, a run of keys in one block at a time. All heights of tiles make
+the same sums in the same order (see `attention.py` for the law), so a row's bits do not depend on its neighbours.
+Positions are absolute; `blocks`, queries and `room` are addressed by element offsets.
 """
 
 from __future__ import annotations
@@ -12,35 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headrace.kernels.cpu.dots import tile1x8, tile4x2, tile8x4
 from headrace.kernels.cpu.launch import WIDE, kernel
-from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, pointer, prefetch, store1, store8
+from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, store1, store8
+from headrace.kernels.cpu.packing import Matrix, pack
 from headrace.kernels.cpu.simd import add8, fma8, hmax8, hsum8, max8, splat8, zero8
-from headrace.kernels.cpu.simd16 import (
-    exp16,
-    fma16,
-    high8,
-    load16,
-    low8,
-    max16,
-    mul16,
-    splat16,
-    store16,
-    sub16,
-)
+from headrace.kernels.cpu.simd16 import exp16, high8, load16, low8, max16, mul16, splat16, store16, sub16
+from headrace.kernels.cpu.tiles import LANES, RESUME, score_tile, tile
 from headrace.kernels.partials import SPLIT
 
-__all__ = ["NODES", "ROWS", "Paged", "locate", "partial"]
+__all__ = ["NODES", "ROWS", "Paged", "Room", "partial", "room_for"]
 
-ROWS = 8 if WIDE else 4
-AHEAD = 16
-"""How many keys ahead a key is prefetched: blocks lie anywhere, so the hardware cannot predict the next one."""
-
-PITCH = SPLIT + 16
-"""Scores of a row in scratch, position j at j mod 256; the last tile may write past the split."""
-
+ROWS = 16 if WIDE else 6
+"""Rows of the highest tile."""
+PITCH = SPLIT + LANES
+"""Scores of a row, position j at j mod 256; rows 1 KB apart would share the sets of the cache."""
 NODES = ROWS * PITCH
-"""Scratch offset of the partials being built."""
+"""Where in a room the partials lie."""
 
 NEVER = np.float32(-np.inf)
 
@@ -57,72 +44,82 @@ class Paged(NamedTuple):
     shift: int
     """log2 of the block size."""
     dim: int
-    at_K: Any
-    """Element offset of the key at position j of the split being read, at j mod 256: see `locate`."""
+    last: int
+    """The keys before this position are there."""
+
+
+class Room(NamedTuple):
+    """A thread's workspace, by offsets: the rows' scores lie at its start, their nodes at `NODES`."""
+
+    at: Any
+    node: int
+    """Elements of a node: MA, padded to eights, then m and e."""
+    queries: int
+    """A group of ROWS rows after another, each [element, row]."""
+    keys: int
+    """Panels of the split, turned: [element, key] each."""
+    panel: int
+    """Elements from one panel to the next; 0 where a single group of rows reads each as soon as it is turned."""
+    beside: int
+    """A panel's keys that lie in several blocks, brought together."""
 
 
 @kernel
-def locate(paged, first, last):
-    """Look the keys of positions first … last − 1, which lie in one split, up in the block table."""
-    for j in range(first, last):
-        block = np.int64(paged.table_M[j >> paged.shift])
-        within = (j & ((1 << paged.shift) - 1)) * paged.dim
-        paged.at_K[j & (SPLIT - 1)] = block * paged.block_stride + paged.keys + within
+def room_for(at, start, rows, dim):
+    """(workspace of `rows` rows that begins at at[start], and its end)."""
+    groups, node, panel = (rows + ROWS - 1) // ROWS, (dim + 7) // 8 * 8 + 8, dim * LANES
+    queries = NODES + ROWS * node
+    keys = queries + groups * ROWS * dim
+    beside = keys + (SPLIT // LANES if groups > 1 else 1) * panel + LANES
+    return Room(at, node, queries, keys, panel if groups > 1 else 0, beside), beside + panel + LANES
 
 
 @kernel
 def _key(paged, position):
-    return paged.at_K[position & (SPLIT - 1)]
+    """Element offset of a key."""
+    block = np.int64(paged.table_M[position >> paged.shift])
+    return block * paged.block_stride + paged.keys + (position & ((1 << paged.shift) - 1)) * paged.dim
+
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _prefetch(kv, offset, count):
-    """Prefetch `count` elements."""
-    for i in range(0, count, 32 if narrow(kv) else 16):
-        prefetch(kv, offset + i)
+def _turn(paged, first, room, to):
+    """Turn the panel of keys that begins at position `first`, a multiple of 16.
+
+    Keys of the same block that are not there are read too; their scores are masked later.
+    """
+    kv, dim = paged.blocks, paged.dim
+    if 1 << paged.shift >= LANES:
+        pack(Matrix(kv, 1, dim, 0), _key(paged, first), LANES, dim, room.at, to, LANES)
+    else:
+        for i in range(min(LANES, paged.last - first)):
+            key = _key(paged, first + i)
+            for c in range(0, dim, 8):
+                store8(room.at, room.beside + i * dim + c, load8n(kv, key + c, min(8, dim - c)))
+        pack(Matrix(room.at, 1, dim, 0), room.beside, LANES, dim, room.at, to, LANES)
 
 
 @kernel
-def _prefetch_both(kv, paged, position, count, last):
-    """Prefetch the values of `count` positions, and the keys of those that come AHEAD of them."""
-    _prefetch(kv, _key(paged, min(position + AHEAD, last - 1)), count * paged.dim)
-    _prefetch(kv, _key(paged, position) + paged.values, count * paged.dim)
-
-
-# ---- scores: keys past the end of a tile repeat the last one; what they write is masked later -------------------
-
-
-@kernel
-def _scores8(packed, kv, paged, first, last, fresh, scratch):
-    """Of eight rows: see `tile8x4` for the order in which they are packed."""
-    for j in range(first, last, 4):
-        if fresh:
-            _prefetch_both(kv, paged, j, 4, last)
-        k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
-        k2, k3 = _key(paged, min(j + 2, last - 1)), _key(paged, min(j + 3, last - 1))
-        tile8x4(packed, 0, kv, k0, k1, k2, k3, paged.dim, scratch, j & (SPLIT - 1), PITCH)
-
-
-@kernel
-def _scores4(q, q0, q1, q2, q3, kv, paged, first, last, fresh, scratch):
-    """Of four rows."""
-    for j in range(first, last, 2):
-        if fresh:
-            _prefetch_both(kv, paged, j, 2, last)
-        k0, k1 = _key(paged, j), _key(paged, min(j + 1, last - 1))
-        tile4x2(q, q0, q1, q2, q3, kv, k0, k1, paged.dim, scratch, j & (SPLIT - 1), PITCH)
-
-
-@kernel
-def _scores1(q, q0, kv, paged, first, last, scratch):
-    """Of one row, which is always the first to read these keys. The tile prefetches keys, a line at a time."""
-    end = last - 1
-    for j in range(first, last, 8):
-        k0, k1, k2 = _key(paged, j), _key(paged, min(j + 1, end)), _key(paged, min(j + 2, end))
-        k3, k4, k5 = _key(paged, min(j + 3, end)), _key(paged, min(j + 4, end)), _key(paged, min(j + 5, end))
-        k6, k7, ahead = _key(paged, min(j + 6, end)), _key(paged, min(j + 7, end)), _key(paged, min(j + AHEAD, end))
-        _prefetch(kv, k0 + paged.values, 8 * paged.dim)
-        tile1x8(q, q0, kv, k0, k1, k2, k3, k4, k5, k6, k7, paged.dim, ahead, scratch, j & (SPLIT - 1))
+def _scores(room, count, queries, keys, dim, to, kv, ahead):
+    """Of `count` rows and a panel of keys, by the lowest tile that holds them."""
+    at = room.at
+    if count == 1:
+        score_tile(1, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+    elif count == 2:
+        score_tile(2, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+    elif count == 3:
+        score_tile(3, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+    elif count == 4:
+        score_tile(4, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+    elif not WIDE:
+        score_tile(6, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+    elif count <= 8:
+        score_tile(8, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+    else:
+        score_tile(16, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
 
 
 # ---- softmax weights -------------------------------------------------------------------------------------------
@@ -157,103 +154,56 @@ def _weights(scratch, at, low, high, first, last, scale, to, node):
 
 
 @kernel
-def _values8(kv, paged, first, last, scratch, node):
-    """MA of eight rows, 32 elements of the head dimension at a time: + p_j · v_j for j = first … last − 1."""
-    dim = paged.dim
-    for c in range(0, dim & ~31, 32):
-        n0 = NODES + c
-        n1, n2, n3 = n0 + node, n0 + 2 * node, n0 + 3 * node
-        n4, n5, n6, n7 = n0 + 4 * node, n0 + 5 * node, n0 + 6 * node, n0 + 7 * node
-        a0, a1, a2, a3 = load16(scratch, n0), load16(scratch, n1), load16(scratch, n2), load16(scratch, n3)
-        a4, a5, a6, a7 = load16(scratch, n4), load16(scratch, n5), load16(scratch, n6), load16(scratch, n7)
-        b0, b1 = load16(scratch, n0 + 16), load16(scratch, n1 + 16)
-        b2, b3 = load16(scratch, n2 + 16), load16(scratch, n3 + 16)
-        b4, b5 = load16(scratch, n4 + 16), load16(scratch, n5 + 16)
-        b6, b7 = load16(scratch, n6 + 16), load16(scratch, n7 + 16)
-        for j in range(first, last):
-            v, p = _key(paged, j) + paged.values + c, j & (SPLIT - 1)
-            va, vb = load16(kv, v), load16(kv, v + 16)
-            w = splat16(load1(scratch, p))
-            a0, b0 = fma16(w, va, a0), fma16(w, vb, b0)
-            w = splat16(load1(scratch, p + PITCH))
-            a1, b1 = fma16(w, va, a1), fma16(w, vb, b1)
-            w = splat16(load1(scratch, p + 2 * PITCH))
-            a2, b2 = fma16(w, va, a2), fma16(w, vb, b2)
-            w = splat16(load1(scratch, p + 3 * PITCH))
-            a3, b3 = fma16(w, va, a3), fma16(w, vb, b3)
-            w = splat16(load1(scratch, p + 4 * PITCH))
-            a4, b4 = fma16(w, va, a4), fma16(w, vb, b4)
-            w = splat16(load1(scratch, p + 5 * PITCH))
-            a5, b5 = fma16(w, va, a5), fma16(w, vb, b5)
-            w = splat16(load1(scratch, p + 6 * PITCH))
-            a6, b6 = fma16(w, va, a6), fma16(w, vb, b6)
-            w = splat16(load1(scratch, p + 7 * PITCH))
-            a7, b7 = fma16(w, va, a7), fma16(w, vb, b7)
-        store16(scratch, n0, a0), store16(scratch, n1, a1), store16(scratch, n2, a2), store16(scratch, n3, a3)
-        store16(scratch, n4, a4), store16(scratch, n5, a5), store16(scratch, n6, a6), store16(scratch, n7, a7)
-        store16(scratch, n0 + 16, b0), store16(scratch, n1 + 16, b1)
-        store16(scratch, n2 + 16, b2), store16(scratch, n3 + 16, b3)
-        store16(scratch, n4 + 16, b4), store16(scratch, n5 + 16, b5)
-        store16(scratch, n6 + 16, b6), store16(scratch, n7 + 16, b7)
-    for row in range(8):
-        for c in range(dim & ~31, dim, 8):
-            _values_vector(kv, paged, first, last, scratch, row * PITCH, NODES + row * node, c)
+def _values(paged, first, last, room, row, count):
+    """MA += p_j · v_j for j = first … last − 1, of `count` rows from `row` on, a run of keys in one block at a time."""
+    at, kv, dim, node, low = room.at, paged.blocks, paged.dim, room.node, NODES + row * room.node
+    while first < last:
+        stop = min(last, ((first >> paged.shift) + 1) << paged.shift)
+        w, keys, p = _key(paged, first) + paged.values, stop - first, row * PITCH + (first & (SPLIT - 1))
+        ahead = _key(paged, first + SPLIT) if first + SPLIT < paged.last else w
+        c = 0
+        while c + LANES <= dim:
+            vectors = 4 if count <= 4 and c + 4 * LANES <= dim else 1
+            _tile(at, p, count, vectors, kv, w + c, dim, keys, low + c, node, ahead + c)
+            c += vectors * LANES
+        while c < dim:
+            for r in range(count):
+                _vector(at, p + r * PITCH, kv, w + c, dim, min(8, dim - c), keys, low + r * node + c)
+            c += 8
+        first = stop
 
 
 @kernel
-def _values4(kv, paged, first, last, scratch, node):
-    """MA of four rows, sixteen elements at a time."""
-    dim = paged.dim
-    for c in range(0, dim & ~15, 16):
-        n0 = NODES + c
-        n1, n2, n3 = n0 + node, n0 + 2 * node, n0 + 3 * node
-        a0, b0, a1, b1 = load8(scratch, n0), load8(scratch, n0 + 8), load8(scratch, n1), load8(scratch, n1 + 8)
-        a2, b2, a3, b3 = load8(scratch, n2), load8(scratch, n2 + 8), load8(scratch, n3), load8(scratch, n3 + 8)
-        for j in range(first, last):
-            v, p = _key(paged, j) + paged.values + c, j & (SPLIT - 1)
-            va, vb = load8(kv, v), load8(kv, v + 8)
-            w = splat8(load1(scratch, p))
-            a0, b0 = fma8(w, va, a0), fma8(w, vb, b0)
-            w = splat8(load1(scratch, p + PITCH))
-            a1, b1 = fma8(w, va, a1), fma8(w, vb, b1)
-            w = splat8(load1(scratch, p + 2 * PITCH))
-            a2, b2 = fma8(w, va, a2), fma8(w, vb, b2)
-            w = splat8(load1(scratch, p + 3 * PITCH))
-            a3, b3 = fma8(w, va, a3), fma8(w, vb, b3)
-        store8(scratch, n0, a0), store8(scratch, n0 + 8, b0), store8(scratch, n1, a1), store8(scratch, n1 + 8, b1)
-        store8(scratch, n2, a2), store8(scratch, n2 + 8, b2), store8(scratch, n3, a3), store8(scratch, n3 + 8, b3)
-    for row in range(4):
-        for c in range(dim & ~15, dim, 8):
-            _values_vector(kv, paged, first, last, scratch, row * PITCH, NODES + row * node, c)
+def _tile(at, p, count, vectors, kv, w, dim, keys, to, node, ahead):
+    """The lowest tile that holds `count` rows."""
+    on = dim * (2 if narrow(kv) else 4)
+    if count == 1 and vectors == 4:
+        tile(1, 4, at, p, PITCH, 1, 1, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif count == 1:
+        tile(1, 1, at, p, PITCH, 1, 1, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif count == 2 and vectors == 4:
+        tile(2, 4, at, p, PITCH, 1, 2, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif count == 3 and vectors == 4:
+        tile(3, 4, at, p, PITCH, 1, 3, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif count == 4 and vectors == 4:
+        tile(4, 4, at, p, PITCH, 1, 4, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif count <= 4:
+        tile(4, 1, at, p, PITCH, 1, 4, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif not WIDE:
+        tile(6, 1, at, p, PITCH, 1, 6, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    elif count <= 8:
+        tile(8, 1, at, p, PITCH, 1, 8, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
+    else:
+        tile(16, 1, at, p, PITCH, 1, 16, kv, w, LANES, dim, keys, at, to, node, RESUME, 0, kv, ahead, on)
 
 
 @kernel
-def _values1(kv, paged, first, last, scratch, weights, at):
-    """MA of one row, whose weights are at scratch[weights + j mod 256] and whose node is at `at`."""
-    dim = paged.dim
-    for c in range(0, dim & ~31, 32):
-        a0, a1 = load8(scratch, at + c), load8(scratch, at + c + 8)
-        a2, a3 = load8(scratch, at + c + 16), load8(scratch, at + c + 24)
-        for j in range(first, last):
-            v, p = _key(paged, j) + paged.values + c, weights + (j & (SPLIT - 1))
-            w = splat8(load1(scratch, p))
-            a0, a1 = fma8(w, load8(kv, v), a0), fma8(w, load8(kv, v + 8), a1)
-            a2, a3 = fma8(w, load8(kv, v + 16), a2), fma8(w, load8(kv, v + 24), a3)
-        store8(scratch, at + c, a0), store8(scratch, at + c + 8, a1)
-        store8(scratch, at + c + 16, a2), store8(scratch, at + c + 24, a3)
-    for c in range(dim & ~31, dim, 8):
-        _values_vector(kv, paged, first, last, scratch, weights, at, c)
-
-
-@kernel
-def _values_vector(kv, paged, first, last, scratch, weights, at, c):
-    """MA[c : c + 8] of one row; the last vector may be short."""
-    width = min(8, paged.dim - c)
-    total = load8(scratch, at + c)
-    for j in range(first, last):
-        w = splat8(load1(scratch, weights + (j & (SPLIT - 1))))
-        total = fma8(w, load8n(kv, _key(paged, j) + paged.values + c, width), total)
-    store8(scratch, at + c, total)
+def _vector(at, p, kv, w, dim, width, keys, to):
+    """What is left of a row: `width` ≤ 8 elements."""
+    total = load8(at, to)
+    for j in range(keys):
+        total = fma8(splat8(load1(at, p + j)), load8n(kv, w + j * dim, width), total)
+    store8(at, to, total)
 
 
 # ---- the partial -----------------------------------------------------------------------------------------------
@@ -267,51 +217,36 @@ def seen(position, split, window):
 
 
 @kernel
-def _pack(q, rows, dim, packed):
-    """Eight rows as `tile8x4` reads them: for every eight elements, eight rows of eight, a tail filled with 0."""
-    for c in range(0, dim, 8):
-        for r in range(8):
-            store8(packed, (c + r) * 8, load8n(q, rows[r] + c, min(8, dim - c)))
+def partial(queries, position, count, paged, split, window, turned, scale, room):
+    """Partials of one split for up to ROWS rows, left in the nodes at NODES + r·node: MA, then m and e.
 
-
-@kernel
-def partial(q_THd, rows, position, count, paged, split, window, fresh, scale, room, packed_8d, node):
-    """Partials of one split for up to ROWS rows, left in the nodes at room[NODES + r·node]: MA, then m and e.
-
-    `rows[r]` is the element offset of row r's query and `position[r]` its position, ascending; unused entries
-    repeat the last row; `locate` has found what they see. Rows that see nothing of the split get a node without
-    meaning.
+    The rows' queries lie at `queries` and `position[r]` is row r's position, ascending; unused entries repeat the last
+    row. Panels of keys before position `turned` are turned already; returns up to where they are now.
+    Rows that see nothing of the split get a node without meaning.
     """
-    q, kv, scratch = pointer(q_THd), pointer(paged.blocks), pointer(room)
-    for at in range(NODES, NODES + ROWS * node, 8):
-        store8(scratch, at, zero8())
-    start = split * SPLIT
+    at, node, start = room.at, room.node, split * SPLIT
+    for to in range(NODES, NODES + ROWS * node, 8):
+        store8(at, to, zero8())
     outer_first, inner_last = seen(position[0], split, window)
     inner_first, outer_last = seen(position[ROWS - 1], split, window)
     low, high = (outer_first - start) & ~15, ((outer_last - 1 - start) & ~15) + 16
-    if count == 1:
-        _scores1(q, rows[0], kv, paged, outer_first, outer_last, scratch)
-    elif count <= 4:
-        _scores4(q, rows[0], rows[1], rows[2], rows[3], kv, paged, outer_first, outer_last, fresh, scratch)
-    else:
-        _pack(q, rows, paged.dim, pointer(packed_8d))
-        _scores8(pointer(packed_8d), kv, paged, outer_first, outer_last, fresh, scratch)
+    for j in range(low, high, LANES):
+        keys = room.keys + j // LANES * room.panel
+        if start + j >= turned:
+            _turn(paged, start + j, room, keys)
+        ahead = _key(paged, start + j) + paged.values
+        _scores(room, count, queries, keys, paged.dim, j, paged.blocks, ahead)
     for r in range(count):
         first, last = seen(position[r], split, window)
-        _weights(scratch, r * PITCH, low, high, first - start, last - start, scale, NODES + r * node, node)
-    if count == 1 or inner_first >= inner_last:
-        inner_first = inner_last = outer_last
+        _weights(at, r * PITCH, low, high, first - start, last - start, scale, NODES + r * node, node)
     # What all rows see is added together; what only some see, before it and after it, row by row.
-    for after in range(2):
-        for r in range(count):
-            first, last = seen(position[r], split, window)
-            if after:
-                first = max(first, inner_last)
-            else:
-                last = min(last, inner_first)
-            _values1(kv, paged, first, last, scratch, r * PITCH, NODES + r * node)
-        if not after and inner_first < inner_last:
-            if count <= 4:
-                _values4(kv, paged, inner_first, inner_last, scratch, node)
-            else:
-                _values8(kv, paged, inner_first, inner_last, scratch, node)
+    inner_first = min(inner_first, outer_last)
+    inner_last = max(inner_first, inner_last)
+    for r in range(count):
+        first, last = seen(position[r], split, window)
+        _values(paged, first, min(last, inner_first), room, r, 1)
+    _values(paged, inner_first, inner_last, room, 0, count)
+    for r in range(count):
+        first, last = seen(position[r], split, window)
+        _values(paged, max(first, inner_last), last, room, r, 1)
+    return max(turned, start + high)

@@ -87,19 +87,19 @@ class _Task(NamedTuple):
 def _tile(single, rows, vectors, x, x0, w, w0, panel, count, sums, to, pitch, adds, far, ask, on):
     """The lowest tile that holds `rows` packed rows; `single`: the only row of a product, term after term."""
     if vectors == 4:
-        tile(1, 4, x, x0, 1, 1, 1, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(1, 4, x, x0, 1, 1, 1, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif single:
-        tile(1, 1, x, x0, 1, 1, 1, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(1, 1, x, x0, 1, 1, 1, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif vectors == 2:
-        tile(2, 2, x, x0, 1, HEIGHT, 2, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(2, 2, x, x0, 1, HEIGHT, 2, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif rows <= 4:
-        tile(4, 1, x, x0, 1, HEIGHT, 4, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(4, 1, x, x0, 1, HEIGHT, 4, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif not WIDE:
-        tile(6, 1, x, x0, 1, HEIGHT, 6, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(6, 1, x, x0, 1, HEIGHT, 6, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif rows <= 8:
-        tile(8, 1, x, x0, 1, HEIGHT, 8, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(8, 1, x, x0, 1, HEIGHT, 8, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     else:
-        tile(16, 1, x, x0, 1, HEIGHT, 16, w, w0, panel, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        tile(16, 1, x, x0, 1, HEIGHT, 16, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
 
 
 @kernel
@@ -124,11 +124,11 @@ def block(rows, x, x0, row, step, w, w0, panel, count, outputs, sums, to, pitch,
         for r in range(0, rows, HEIGHT):
             some, at, x_at = min(HEIGHT, rows - r), to + r * pitch + n, x0 + r * row
             if not WIDE:
-                tile(6, 1, x, x_at, row, step, some, w, w0, 0, count, sums, at, pitch, adds, 0, w, w0, 0)
+                tile(6, 1, x, x_at, row, step, some, w, w0, 0, LANES, count, sums, at, pitch, adds, 0, w, w0, 0)
             elif some <= 8:
-                tile(8, 1, x, x_at, row, step, some, w, w0, 0, count, sums, at, pitch, adds, 0, w, w0, 0)
+                tile(8, 1, x, x_at, row, step, some, w, w0, 0, LANES, count, sums, at, pitch, adds, 0, w, w0, 0)
             else:
-                tile(16, 1, x, x_at, row, step, some, w, w0, 0, count, sums, at, pitch, adds, 0, w, w0, 0)
+                tile(16, 1, x, x_at, row, step, some, w, w0, 0, LANES, count, sums, at, pitch, adds, 0, w, w0, 0)
         w0 += panel
 
 

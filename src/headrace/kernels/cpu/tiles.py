@@ -9,7 +9,8 @@ an LLVM function that is never inlined, so that a module's callers share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -20,12 +21,16 @@ from headrace.kernels.cpu.memory import STORED, emit_prefetch, widen
 from headrace.kernels.cpu.simd import FLOAT, I32, emit_fma, emit_splat, intrinsic, mask
 from headrace.kernels.panels import LANES
 
-__all__ = ["LANES", "SIDE", "emit_turned", "tile", "turned_tile"]
+__all__ = ["LANES", "RESUME", "SIDE", "emit_turned", "score_tile", "tile", "turned_tile"]
 
 SIDE = 16 if WIDE else 8
 """Lanes that are turned together, and words of 32 bits of each."""
 LINE = 64
 """Bytes of a cache line."""
+RESUME = -1
+"""In place of a number of earlier sums, as a literal: the chain goes on from the sum that is there."""
+FOLD = (0, 4, 2, 6, 1, 5, 3, 7)
+"""The lanes of `hsum8` in the order in which a balanced tree adds them, neighbours first."""
 I16, I64, BYTES, FLOATS = ir.IntType(16), ir.IntType(64), ir.IntType(8).as_pointer(), FLOAT.as_pointer()
 SIZES = [types.int64] * 5
 
@@ -42,10 +47,9 @@ def _literals(*shape: Any) -> tuple[int, ...] | None:
     return tuple(x.literal_value for x in shape) if all(isinstance(x, types.IntegerLiteral) for x in shape) else None
 
 
-def _pitch(row: Any, step: Any) -> int | None:
-    """Return the distance of two terms if x is packed (`row` is the literal 1, `step` a literal), else None."""
-    literals = _literals(row, step)
-    return literals[1] if literals is not None and literals[0] == 1 else None
+def _sizes(*sizes: Any) -> list[types.Type]:
+    """Return the types of arguments that are literals if all of these are."""
+    return list(sizes) if _literals(*sizes) is not None else [types.int64] * len(sizes)
 
 
 # ---- chains ----------------------------------------------------------------------------------------------------
@@ -55,14 +59,20 @@ class _Chains:
     """Accumulators of `rows` rows by some vectors, and the rows' elements of x."""
 
     def __init__(
-        self, builder: ir.IRBuilder, rows: int, vectors: int, lanes: int, x: Sequence[ir.Value], pitch: int | None
+        self,
+        builder: ir.IRBuilder,
+        rows: int,
+        vectors: int,
+        lanes: int,
+        x: Sequence[ir.Value],
+        fixed: tuple[int, ...] | None,
     ) -> None:
-        """x: (pointer, row, step, valid); with a `pitch`, rows lie side by side and terms that far apart."""
+        """x: (pointer, row, step, valid); `fixed` are (row, step) where all rows are there at constant distances."""
         self.builder, self.lanes = builder, lanes
         self.sums = {(r, v): builder.alloca(_vector(lanes)) for r in range(rows) for v in range(vectors)}
         base, row, self.step, valid = x
-        if pitch is not None:  # constants, for which no register is needed
-            self.step, self.rows = I64(pitch), [builder.gep(base, [I64(r)]) for r in range(rows)]
+        if fixed is not None:  # constants, for which no register is needed
+            self.step, self.rows = I64(fixed[1]), [builder.gep(base, [I64(r * fixed[0])]) for r in range(rows)]
             return
         last = builder.sub(valid, I64(1))
         firsts = [builder.select(builder.icmp_signed("<", I64(r), last), I64(r), last) for r in range(rows)]
@@ -81,26 +91,40 @@ class _Chains:
                 register = self.sums[r, v]
                 builder.store(emit_fma(builder, value, column, builder.load(register)), register)
 
+    def resume(self, to: ir.Value, pitch: ir.Value) -> None:
+        """Go on from the sums at `to`."""
+        for place, register in self._places(to, pitch):
+            self.builder.store(self.builder.load(place, align=4), register)
+
     def finish(self, to: ir.Value, pitch: ir.Value, adds: ir.Value, slab: ir.Value) -> None:
         """Add the earlier sums, the furthest first, then store."""
         builder = self.builder
-
-        def place(base: ir.Value, r: int, v: int) -> ir.Value:
-            at = builder.add(builder.mul(I64(r), pitch), I64(self.lanes * v))
-            return builder.bitcast(builder.gep(base, [at]), _vector(self.lanes).as_pointer())
-
         with cgutils.for_range(builder, adds) as loop:
             back = builder.sub(builder.sub(adds, I64(1)), loop.index)
-            base = builder.gep(to, [builder.mul(back, slab)])
-            for (r, v), register in self.sums.items():
-                earlier = builder.load(place(base, r, v), align=4)
-                builder.store(builder.fadd(earlier, builder.load(register)), register)
+            for place, register in self._places(builder.gep(to, [builder.mul(back, slab)]), pitch):
+                builder.store(builder.fadd(builder.load(place, align=4), builder.load(register)), register)
+        self.store(to, pitch)
+
+    def add_to(self, earlier: Sequence[ir.Value]) -> None:
+        """Add these sums, which came first."""
+        for value, register in zip(earlier, self.sums.values()):
+            self.builder.store(self.builder.fadd(value, self.builder.load(register)), register)
+
+    def store(self, to: ir.Value, pitch: ir.Value) -> None:
+        for place, register in self._places(to, pitch):
+            self.builder.store(self.builder.load(register), place, align=4)
+
+    def _places(self, base: ir.Value, pitch: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Each register and where its sums lie."""
+        builder = self.builder
         for (r, v), register in self.sums.items():
-            builder.store(builder.load(register), place(to, r, v), align=4)
+            at = builder.add(builder.mul(I64(r), pitch), I64(self.lanes * v))
+            yield builder.bitcast(builder.gep(base, [at]), _vector(self.lanes).as_pointer()), register
 
 
-def _function(module: ir.Module, name: str, pointers: Sequence[ir.Type]) -> tuple[ir.Function, bool]:
-    """The function of this name, and whether its body is still to be written."""
+def _function(module: ir.Module, what: tuple[Any, ...], pointers: Sequence[ir.Type]) -> tuple[ir.Function, bool]:
+    """The function that is named by `what`, and whether its body is still to be written."""
+    name = re.sub(r"\W+", "_", "_".join(map(str, ("headrace", *what))))
     known = module.globals.get(name)
     if known is not None:
         return known, False
@@ -128,6 +152,7 @@ def tile(
     w: Any,
     w0: Any,
     panel: Any,
+    apart: Any,
     count: Any,
     sums: Any,
     to: Any,
@@ -141,52 +166,150 @@ def tile(
     """Chains of `rows` rows by `vectors` vectors (literals), added to `adds` earlier sums.
 
     x(r, k) is x[x0 + r·row + k·step], fp32; of `valid` rows (1 or more) the last stands for those that are missing.
-    Where `row` is the literal 1 and `step` one too, every row is there: the rows of packed terms.
-    w(k, n) is w[w0 + n // 16 · panel + 16 · k + n % 16], in any stored dtype. Before it is stored at
-    sums[to + r·pitch + n], an output is added to those that lie (adds − 1)·slab, …, slab and 0 further, in this order.
+    Where `row` and `step` are literals, every row is there.
+    w(k, n) is w[w0 + n // 16 · panel + k · apart + n % 16], in any stored dtype. Before it is stored at
+    sums[to + r·pitch + n], an output is added to those that lie (adds − 1)·slab, …, slab and 0 further, in this order;
+    where `adds` is RESUME, the chain goes on from the sum that is there.
     Meanwhile as many bytes as the vectors of one k have in `far` are prefetched at far[ask], `on` bytes further for
     each k.
     """
-    shape = _literals(rows, vectors)
+    shape, fixed, resumes = _literals(rows, vectors), _literals(row, step), _literals(adds) == (RESUME,)
     if shape is None:
         return None
-
-    literal = _pitch(row, step)
+    distances = _literals(panel), _literals(apart)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        x, x0, row, step, valid, w, w0, panel, count, sums, to, pitch, adds, slab, far, ask, on = args[2:]
-        dtype, far_dtype = sig.args[7].dtype, sig.args[16].dtype
-        name = f"headrace_tile_{shape[0]}x{shape[1]}_{dtype}_{far_dtype}_{literal}"
-        function, new = _function(builder.module, name, (x.type, w.type, sums.type, BYTES))
+        x, x0, row, step, valid, w, w0, panel, apart, count, sums, to, pitch, adds, slab, far, ask, on = args[2:]
+        dtype, far_dtype = sig.args[7].dtype, sig.args[17].dtype
+        what = ("tile", f"{shape[0]}x{shape[1]}", dtype, far_dtype, fixed, *distances, resumes)
+        function, new = _function(builder.module, what, (x.type, w.type, sums.type, BYTES))
         if new:
-            _panel_tile(function, shape[0], shape[1], dtype, literal, shape[1] * LANES * _bytes(far_dtype))
+            ahead = shape[1] * LANES * _bytes(far_dtype)
+            _panel_tile(function, shape, dtype, fixed, distances, resumes, ahead)
         far = builder.bitcast(builder.gep(far, [ask]), BYTES)
-        row, step = (row, step) if literal is None else (I64(1), I64(literal))
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
-        builder.call(function, [x, row, step, valid, w, panel, I64(0), count, sums, pitch, adds, slab, far, on])
+        builder.call(function, [x, row, step, valid, w, panel, apart, count, sums, pitch, adds, slab, far, on])
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(
-        rows, vectors, x, i, i, i if literal is None else step, i, w, i, i, i, sums, i, i, i, i, far, i, i
-    ), codegen
+    x_form, w_form = (x, i, *_sizes(row, step), i), (w, i, *_sizes(panel), *_sizes(apart), i)
+    return types.none(rows, vectors, *x_form, *w_form, sums, i, i, adds if resumes else i, i, far, i, i), codegen
 
 
-def _panel_tile(function: ir.Function, rows: int, vectors: int, dtype: Any, literal: int | None, ahead: int) -> None:
-    """Body; `ahead` bytes are prefetched for each k."""
-    x, row, step, valid, w, panel, _, count, sums, pitch, adds, slab, far, on = function.args
+def _panel_tile(
+    function: ir.Function,
+    shape: tuple[int, ...],
+    dtype: Any,
+    fixed: tuple[int, ...] | None,
+    distances: tuple[tuple[int, ...] | None, ...],
+    resumes: bool,
+    ahead: int,
+) -> None:
+    """Body; `distances` are the panel's and the term's where they are literals, `ahead` bytes are prefetched for each k.
+    """
+    x, row, step, valid, w, panel, apart, count, sums, pitch, adds, slab, far, on = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    chains = _Chains(builder, rows, vectors, LANES, (x, row, step, valid), literal)
-    chains.start()
-    stored = ir.VectorType(STORED[dtype], LANES).as_pointer()
-    panels = [builder.gep(w, [builder.mul(I64(v), panel)]) for v in range(vectors)]
+    chains = _Chains(builder, *shape, LANES, (x, row, step, valid), fixed)
+    if resumes:
+        chains.resume(sums, pitch)
+    else:
+        chains.start()
+    panel, apart = (x if known is None else I64(*known) for x, known in zip((panel, apart), distances))
+    panels = [builder.gep(w, [builder.mul(I64(v), panel)]) for v in range(shape[1])]
     with cgutils.for_range(builder, count) as loop:
         for line in range(0, ahead, LINE):
             emit_prefetch(builder, builder.gep(far, [builder.add(builder.mul(loop.index, on), I64(line))]))
-        places = [builder.gep(first, [builder.mul(loop.index, I64(LANES))]) for first in panels]
-        raw = [builder.load(builder.bitcast(place, stored), align=_bytes(dtype)) for place in places]
-        chains.add(loop.index, [widen(builder, dtype, vector) for vector in raw])
-    chains.finish(sums, pitch, adds, slab)
+        at = builder.mul(loop.index, apart)
+        chains.add(loop.index, [_column(builder, builder.gep(first, [at]), dtype) for first in panels])
+    if resumes:
+        chains.store(sums, pitch)
+    else:
+        chains.finish(sums, pitch, adds, slab)
+    builder.ret_void()
+
+
+def _column(builder: ir.IRBuilder, place: ir.Value, dtype: Any) -> ir.Value:
+    """A vector of stored elements as fp32."""
+    stored = ir.VectorType(STORED[dtype], LANES).as_pointer()
+    return widen(builder, dtype, builder.load(builder.bitcast(place, stored), align=_bytes(dtype)))
+
+
+@intrinsic
+def score_tile(
+    tyctx: Any,
+    rows: Any,
+    x: Any,
+    x0: Any,
+    row: Any,
+    step: Any,
+    w: Any,
+    w0: Any,
+    count: Any,
+    sums: Any,
+    to: Any,
+    pitch: Any,
+    far: Any,
+    ask: Any,
+) -> Any:
+    """sums[to + r·pitch + n] = `hsum8` of the eight-lane dot product of x(r, …) and w(…, n), for sixteen n.
+
+    Lane i of `hsum8` is the chain of the terms i, i + 8, …: chain by chain, each for all rows (a literal) and n.
+    x(r, k) is x[x0 + r·row + k·step] with literals `row` and `step`, and w(k, n) is w[w0 + 16·k + n]. Meanwhile
+    16·count elements are prefetched at far[ask].
+    """
+    shape, fixed = _literals(rows), _literals(row, step)
+    if shape is None or fixed is None:
+        return None
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, x0, row, step, w, w0, count, sums, to, pitch, far, ask = args[1:]
+        dtype, size, none = sig.args[5].dtype, _bytes(sig.args[11].dtype), I64(0)
+        what = ("score_tile", *shape, dtype, size, fixed)
+        function, new = _function(builder.module, what, (x.type, w.type, sums.type, BYTES))
+        if new:
+            _score_tile(function, shape[0], dtype, fixed, size)
+        x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
+        far = builder.bitcast(builder.gep(far, [ask]), BYTES)
+        builder.call(function, [x, none, none, none, w, none, none, count, sums, pitch, none, none, far, none])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.none(rows, x, i, row, step, w, i, i, sums, i, i, far, i), codegen
+
+
+def _score_tile(function: ir.Function, rows: int, dtype: Any, fixed: tuple[int, ...], size: int) -> None:
+    """Body: as many chains at once as it takes to hide an addition's latency; then the tree adds them up."""
+    x, row, step, valid, w, _, _, count, sums, pitch, _, _, far, _ = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    together, waiting = max(1, 8 // rows), []
+    whole = builder.and_(count, I64(-8))
+    for start in range(0, 8, together):
+        lanes = FOLD[start : start + together]
+        side = [_Chains(builder, rows, 1, LANES, (x, row, step, valid), fixed) for _ in lanes]
+
+        def add(first: ir.Value, lane: int, chains: _Chains) -> None:
+            k = builder.add(first, I64(lane))
+            chains.add(k, [_column(builder, builder.gep(w, [builder.mul(k, I64(LANES))]), dtype)])
+
+        for chains in side:
+            chains.start()
+        ahead = LANES * size * together
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(8)) as (first, _):
+            step_on = builder.udiv(builder.add(builder.mul(count, I64(start // together)), first), I64(8))
+            for line in range(0, ahead, LINE):
+                at = builder.add(builder.mul(step_on, I64(ahead)), I64(line))
+                emit_prefetch(builder, builder.gep(far, [at]))
+            for lane, chains in zip(lanes, side):
+                add(first, lane, chains)
+        for lane, chains in zip(lanes, side):
+            with builder.if_then(builder.icmp_signed("<", I64(lane), builder.sub(count, whole))):
+                add(whole, lane, chains)
+        for number, chains in enumerate(side, start):
+            while number & 1:
+                chains.add_to(waiting.pop())
+                number >>= 1
+            waiting.append([builder.load(register) for register in chains.sums.values()])
+    chains.store(sums, pitch)
     builder.ret_void()
 
 
@@ -219,7 +342,7 @@ def turned_tile(
     Of `lanes` outputs (1 … 16) the last stands for those that are missing. As many bytes as it reads are prefetched at
     w[ask], in a row.
     """
-    shape, literal = _literals(rows), _pitch(row, step)
+    shape, fixed = _literals(rows), _literals(row, step)
     if shape is None:
         return None
 
@@ -227,27 +350,24 @@ def turned_tile(
         x, x0, row, step, valid, w, w0, lane, lanes, count, sums, to, pitch, adds, slab, ask = args[1:]
         dtype = sig.args[6].dtype
         function, new = _function(
-            builder.module, f"headrace_turned_tile_{shape[0]}_{dtype}_{literal}", (x.type, w.type, sums.type, BYTES)
+            builder.module, ("turned_tile", *shape, dtype, fixed), (x.type, w.type, sums.type, BYTES)
         )
         if new:
-            _turned_tile(function, shape[0], dtype, literal)
+            _turned_tile(function, shape[0], dtype, fixed)
         far = builder.bitcast(builder.gep(w, [ask]), BYTES)
-        row, step = (row, step) if literal is None else (I64(1), I64(literal))
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
         builder.call(function, [x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, I64(0)])
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(
-        rows, x, i, *((i, i) if literal is None else (row, step)), i, w, i, i, i, i, sums, i, i, i, i, i
-    ), codegen
+    return types.none(rows, x, i, *_sizes(row, step), i, w, i, i, i, i, sums, i, i, i, i, i), codegen
 
 
-def _turned_tile(function: ir.Function, rows: int, dtype: Any, literal: int | None) -> None:
+def _turned_tile(function: ir.Function, rows: int, dtype: Any, fixed: tuple[int, ...] | None) -> None:
     """Body: a square of SIDE lanes by as many words at a time, all terms of the first lanes before the next lanes."""
     x, row, step, valid, w, lane, lanes, count, sums, pitch, adds, slab, far, _ = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    chains = _Chains(builder, rows, 1, SIDE, (x, row, step, valid), literal)
+    chains = _Chains(builder, rows, 1, SIDE, (x, row, step, valid), fixed)
     terms, last = SIDE * 4 // _bytes(dtype), builder.sub(lanes, I64(1))
     squares = builder.udiv(count, I64(terms))
     for first in range(0, LANES, SIDE):
