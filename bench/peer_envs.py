@@ -45,6 +45,7 @@ class Spec:
 
 SPECS = (
     Spec("headrace", "bf16", 2),
+    Spec("headrace", "bf16-kv16", 2, {"kv_cache_dtype": "bfloat16"}),
     Spec("vllm", "fp32", 4, {"dtype": "float32"}),
     Spec("vllm", "bf16", 2, {"dtype": "bfloat16"}),
     Spec("openvino", "fp32", 4, {"INFERENCE_PRECISION_HINT": "f32"}),

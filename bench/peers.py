@@ -82,7 +82,7 @@ def standing(spec: Spec, envs: Path) -> str:
     """Why a row cannot be measured here; empty if it can."""
     if spec.needs and spec.needs not in processor()["flags"]:
         return f"this processor has no {spec.needs}, so it would repeat another row"
-    return "" if spec.name == OURS else Environment(envs, spec.peer).reason
+    return "" if spec.peer == "headrace" else Environment(envs, spec.peer).reason
 
 
 class Race:
@@ -107,7 +107,7 @@ class Race:
         """Find each row's environment and model; a row that has none gets its reason."""
         for spec in specs:
             reason = standing(spec, self.arguments.envs)
-            environment = None if spec.name == OURS else Environment(self.arguments.envs, spec.peer)
+            environment = None if spec.peer == "headrace" else Environment(self.arguments.envs, spec.peer)
             try:
                 if not reason:
                     model = prepare(spec, environment, self.checkpoints, FOLDER / "models")

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.kernels.cpu.memory import pointer
+from headrace.kernels.cpu.memory import load8, pointer
 from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial, room_for
+from headrace.kernels.cpu.simd import fma1, hsum8
+from headrace.kernels.cpu.tiles import score_tile
 from headrace.kernels.cpu.tree import merge
 from headrace.kernels.load import load_ops
 from headrace.kernels.ops import Ops
@@ -140,18 +142,46 @@ def nodes_of(seq: Sequence, splits: int) -> tuple[np.ndarray, int]:
 @numba.njit(nogil=True, error_model="numpy")
 def partial_of(query, position, blocks, table, split, dim):
     """The node of one row."""
-    array = np.zeros(room_for(pointer(query), 0, 1, dim)[1], np.float32)
+    array = np.zeros(room_for(pointer(query), 1, dim)[1], np.float32)
     return node_in(array, query, position, blocks, table, split, dim)
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def node_in(array, query, position, blocks, table, split, dim):
-    room = room_for(pointer(array), 0, 1, dim)[0]
+    room = room_for(pointer(array), 1, dim)[0]
     for c in range(dim):
         array[room.queries + c * ROWS] = query[c]
     paged = Paged(pointer(blocks), table, 2 * SPLIT * dim, 0, SPLIT * dim, 8, dim, position + 1)
     partial(room.queries, np.full(ROWS, position), 1, paged, split, 0, 0, np.float32(dim**-0.5), room)
     return array[NODES : NODES + room.node].copy()
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def scores_of(x, w, count, out, rows):
+    """Scores of packed rows and a panel of keys by the tile, then as one eight-lane dot product each."""
+    p, kv, to = pointer(x), pointer(w), pointer(out)
+    if rows == 1:
+        score_tile(1, p, 0, 16, kv, 0, count, to, 0, 16, kv, 0)
+    elif rows == 3:
+        score_tile(3, p, 0, 16, kv, 0, count, to, 0, 16, kv, 0)
+    else:
+        score_tile(6, p, 0, 16, kv, 0, count, to, 0, 16, kv, 0)
+    lanes = np.zeros(8, np.float32)
+    for r in range(rows):
+        for n in range(16):
+            lanes[:] = 0
+            for k in range(count):
+                lanes[k % 8] = fma1(x[16 * k + r], w[16 * k + n], lanes[k % 8])
+            out[16 * (rows + r) + n] = hsum8(load8(pointer(lanes), 0))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 20, 64, 100])
+def test_a_score_is_eight_lanes_of_fused_sums(rows, count):
+    x, w = np.random.default_rng(count).standard_normal((2, 16 * count)).astype(np.float32)
+    out = np.zeros((2, rows, 16), np.float32)
+    scores_of(x, w, count, out.reshape(-1), rows)
+    assert np.array_equal(out[0].view(np.int32), out[1].view(np.int32))
 
 
 def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:

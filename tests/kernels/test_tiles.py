@@ -45,7 +45,7 @@ def weight_tile(rows):
 def scores_of(rows):
     @numba.njit(nogil=True, error_model="numpy")
     def call(x, w, i, sums, far):
-        score_tile(rows, x, i, 1, ROWS, w, i, i, sums, i, i, far, i)
+        score_tile(rows, x, i, ROWS, w, i, i, sums, i, i, far, i)
 
     return call
 

@@ -27,6 +27,7 @@ class Inputs:
     positions_T: Tensor
     meta: AttentionMeta
     rows_R: Tensor
+    """Distinct, ascending."""
 
 
 class ModelShard:
@@ -53,7 +54,9 @@ class ModelShard:
     def logits(self, inputs: Inputs) -> Tensor:
         """Raw logits [R, V] of the rows that need them; also stores the KV of every row."""
         context = PagedContext(self.ops, self.store, inputs.meta, self.model.config, self.layers)
-        logits_RV = self.model.forward(inputs.ids_T, inputs.positions_T, context, inputs.rows_R)
+        every = len(inputs.rows_R) == len(inputs.ids_T)  # they are distinct: nothing is picked out
+        rows_R = None if every else inputs.rows_R
+        logits_RV = self.model.forward(inputs.ids_T, inputs.positions_T, context, rows_R)
         return self.model.lm_head.gather(logits_RV)
 
     @torch.no_grad()

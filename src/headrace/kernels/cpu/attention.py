@@ -24,15 +24,16 @@ import numpy as np
 from numba import get_num_threads, prange
 
 from headrace.kernels.cpu.launch import kernel
-from headrace.kernels.cpu.memory import load1, pointer, store1
-from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial, room_for
+from headrace.kernels.cpu.memory import beyond, load1, pointer, store1
+from headrace.kernels.cpu.partial import NODES, ROWS, Paged, partial, prefetch_from, room_for
+from headrace.kernels.cpu.tiles import LANES
 from headrace.kernels.cpu.tree import finish, give, insert, last_start, levels_of, oldest_split
 from headrace.kernels.cpu.work import scratch, take
 from headrace.kernels.partials import SPLIT
 
 __all__ = ["WHOLE", "Result", "attend", "attention", "tiles_of"]
 
-TILE = 32  # rows of a work item: K and V of a split stay in the cache between its groups of rows
+TILE = 64  # rows of a work item: K and V of a split stay in the cache between its groups of rows
 
 WHOLE = np.empty((0, 2), np.int64)
 """Ranges of sequences whose whole context is here."""
@@ -68,14 +69,12 @@ class Rows(NamedTuple):
 
 @kernel
 def _pack(q, item, dim, room):
-    """An item's queries, a group of ROWS rows after another, for each element of the head the rows; what is missing
-    has 0."""
-    rows = item.tokens * item.group
-    for row in range((rows + ROWS - 1) // ROWS * ROWS):
+    """An item's queries, a group of ROWS rows after another, for each element of the head the rows."""
+    for row in range(item.tokens * item.group):
         to = room.queries + row // ROWS * ROWS * dim + row % ROWS
         at = ((item.token + row // item.group) * item.heads + item.head + row % item.group) * dim
         for c in range(dim):
-            store1(room.at, to + c * ROWS, load1(q, at + c) if row < rows else np.float32(0))
+            store1(room.at, to + c * ROWS, load1(q, at + c))
 
 
 @kernel
@@ -84,8 +83,10 @@ def _tile(q, paged, item, scale, room, stacks, levels):
     rows, window, position_R = item.tokens * item.group, item.window, np.empty(ROWS, np.int64)
     slots = 2 * levels if item.first else levels
     last = min(item.last, (paged.last - 1) // SPLIT + 1)
+    oldest = max(item.first * SPLIT, item.position - window + 1 if window else 0)
+    prefetch_from(paged, oldest & -LANES)
     _pack(q, item, paged.dim, room)
-    for split in range(max(item.first, oldest_split(item.position, window)), last):
+    for split in range(oldest // SPLIT, last):
         turned = 0
         for row in range(0, rows, ROWS):
             count = min(ROWS, rows - row)
@@ -155,9 +156,9 @@ def attend(
     """
     group, dim = heads // shape[3], shape[5]
     levels, rows = levels_of(context_S), max(1, TILE // group) * group
-    stacks = room_for(pointer(q), 0, rows, dim)[1]
+    stacks = room_for(pointer(q), rows, dim)[1]
     slots = 2 * levels if range_S2.size else levels
-    room, start = scratch(stacks + rows * slots * ((dim + 7) // 8 * 8 + 8))
+    room, aligned = scratch(stacks + rows * slots * ((dim + 7) // 8 * 8 + 8))
     result = Result(out, m, e, nodes)
     return _items(
         q,
@@ -175,7 +176,7 @@ def attend(
         tiles_S1,
         counter,
         room,
-        start,
+        aligned,
         levels,
     )
 
@@ -197,13 +198,13 @@ def _items(
     tiles_S1,
     counter,
     at,
-    start_of_room,
+    aligned,
     levels,
 ):
     _, layers, _, kv_heads, block_size, dim = shape
     sequences, group = context_S.size, heads // kv_heads
     tile = max(1, TILE // group)
-    room, stacks = room_for(pointer(at), start_of_room, tile * group, dim)
+    room, stacks = room_for(beyond(pointer(at), aligned), tile * group, dim)
     shift = 0
     while 1 << shift < block_size:
         shift += 1

@@ -15,7 +15,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from headrace.kernels.cpu.simd import FLOAT, I32, LANES, VECTOR, constant, f32x8, integers_like, intrinsic, mask
+from headrace.kernels.cpu.simd import FLOAT, I32, LANES, constant, f32x8, integers_like, intrinsic, mask
 
 __all__ = [
     "beyond",
@@ -29,7 +29,6 @@ __all__ = [
     "store1",
     "store8",
     "store8n",
-    "store_lanes",
 ]
 
 I16 = ir.IntType(16)
@@ -211,22 +210,6 @@ def prefetch(tyctx: Any, array: Any, offset: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(array, types.int64), codegen
-
-
-@intrinsic
-def store_lanes(tyctx: Any, array: Any, offset: Any, value: Any, first: Any, count: Any) -> Any:
-    """Lanes first … first + count − 1 (literals) to as many fp32 elements at `offset`."""
-    if not isinstance(first, types.IntegerLiteral) or not isinstance(count, types.IntegerLiteral):
-        return None
-    start, some = first.literal_value, ir.VectorType(FLOAT, count.literal_value)
-    lanes = ir.Constant(ir.VectorType(I32, some.count), list(range(start, start + some.count)))
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        piece = builder.shuffle_vector(args[2], ir.Constant(VECTOR, ir.Undefined), lanes)
-        builder.store(piece, address(context, builder, array, args[0], args[1], some), align=4)
-        return context.get_dummy_value()
-
-    return types.none(array, types.int64, f32x8, first, count), codegen
 
 
 @intrinsic

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from headrace.kernels.cpu.launch import WIDE, kernel
-from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, store1, store8
+from headrace.kernels.cpu.memory import load1, load8, load8n, narrow, prefetch, store1, store8
 from headrace.kernels.cpu.packing import Matrix, pack
 from headrace.kernels.cpu.simd import add8, fma8, hmax8, hsum8, max8, splat8, zero8
 from headrace.kernels.cpu.simd16 import exp16, high8, load16, low8, max16, mul16, splat16, store16, sub16
 from headrace.kernels.cpu.tiles import LANES, RESUME, score_tile, tile
 from headrace.kernels.partials import SPLIT
 
-__all__ = ["NODES", "ROWS", "Paged", "Room", "partial", "room_for"]
+__all__ = ["NODES", "ROWS", "Paged", "Room", "partial", "prefetch_from", "room_for"]
 
 ROWS = 16 if WIDE else 6
 """Rows of the highest tile."""
@@ -28,6 +28,9 @@ PITCH = SPLIT + LANES
 """Scores of a row, position j at j mod 256; rows 1 KB apart would share the sets of the cache."""
 NODES = ROWS * PITCH
 """Where in a room the partials lie."""
+
+AHEAD = 64
+"""Keys from those in use to those prefetched: blocks lie anywhere, so the hardware cannot predict the next one."""
 
 NEVER = np.float32(-np.inf)
 
@@ -65,8 +68,8 @@ class Room(NamedTuple):
 
 
 @kernel
-def room_for(at, start, rows, dim):
-    """(workspace of `rows` rows that begins at at[start], and its end)."""
+def room_for(at, rows, dim):
+    """(workspace of `rows` rows that begins at the pointer `at`, and its end)."""
     groups, node, panel = (rows + ROWS - 1) // ROWS, (dim + 7) // 8 * 8 + 8, dim * LANES
     queries = NODES + ROWS * node
     keys = queries + groups * ROWS * dim
@@ -80,6 +83,15 @@ def _key(paged, position):
     block = np.int64(paged.table_M[position >> paged.shift])
     return block * paged.block_stride + paged.keys + (position & ((1 << paged.shift) - 1)) * paged.dim
 
+
+@kernel
+def prefetch_from(paged, position):
+    """Prefetch AHEAD keys and values; those that follow are prefetched when these are read."""
+    count = LANES * paged.dim
+    for first in range(position, min(position + AHEAD, paged.last), LANES):
+        key = _key(paged, first)
+        for i in range(0, count, 32 if narrow(paged.blocks) else 16):
+            prefetch(paged.blocks, key + i), prefetch(paged.blocks, key + paged.values + i)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------
@@ -107,19 +119,19 @@ def _scores(room, count, queries, keys, dim, to, kv, ahead):
     """Of `count` rows and a panel of keys, by the lowest tile that holds them."""
     at = room.at
     if count == 1:
-        score_tile(1, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(1, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
     elif count == 2:
-        score_tile(2, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(2, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
     elif count == 3:
-        score_tile(3, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(3, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
     elif count == 4:
-        score_tile(4, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(4, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
     elif not WIDE:
-        score_tile(6, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(6, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
     elif count <= 8:
-        score_tile(8, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(8, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
     else:
-        score_tile(16, at, queries, 1, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
+        score_tile(16, at, queries, ROWS, at, keys, dim, at, to, PITCH, kv, ahead)
 
 
 # ---- softmax weights -------------------------------------------------------------------------------------------
@@ -160,7 +172,7 @@ def _values(paged, first, last, room, row, count):
     while first < last:
         stop = min(last, ((first >> paged.shift) + 1) << paged.shift)
         w, keys, p = _key(paged, first) + paged.values, stop - first, row * PITCH + (first & (SPLIT - 1))
-        ahead = _key(paged, first + SPLIT) if first + SPLIT < paged.last else w
+        ahead = _key(paged, min(first + AHEAD, paged.last - 1)) + paged.values
         c = 0
         while c + LANES <= dim:
             vectors = 4 if count <= 4 and c + 4 * LANES <= dim else 1
@@ -225,7 +237,7 @@ def partial(queries, position, count, paged, split, window, turned, scale, room)
     Rows that see nothing of the split get a node without meaning.
     """
     at, node, start = room.at, room.node, split * SPLIT
-    for to in range(NODES, NODES + ROWS * node, 8):
+    for to in range(NODES, NODES + count * node, 8):
         store8(at, to, zero8())
     outer_first, inner_last = seen(position[0], split, window)
     inner_first, outer_last = seen(position[ROWS - 1], split, window)
@@ -234,7 +246,7 @@ def partial(queries, position, count, paged, split, window, turned, scale, room)
         keys = room.keys + j // LANES * room.panel
         if start + j >= turned:
             _turn(paged, start + j, room, keys)
-        ahead = _key(paged, start + j) + paged.values
+        ahead = _key(paged, min(start + j + AHEAD, paged.last - 1))
         _scores(room, count, queries, keys, paged.dim, j, paged.blocks, ahead)
     for r in range(count):
         first, last = seen(position[r], split, window)

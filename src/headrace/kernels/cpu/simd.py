@@ -2,8 +2,8 @@
 
 Numba has no vector type, and leaving the shape of a sum to LLVM's vectoriser (`fastmath`) would let it change with
 the loop around it. Here the shape is explicit: an accumulator is eight lanes, lane i summing elements i, i + 8, …
-with one rounding each (`fma8`), and `hsum8` adds the lanes at distance 4, then 2, then 1. A tile of R rows × N
-keys is R·N such accumulators, so every tile gives equal bits, by construction. Products add nothing across lanes.
+with one rounding each (`fma8`), and `hsum8` adds the lanes at distance 4, then 2, then 1. Products add nothing across
+lanes.
 
     acc = zero8()
     for k in range(0, n - n % 8, 8):
@@ -18,7 +18,7 @@ built on them. Loads and stores are in `memory`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,6 @@ __all__ = [
     "fma8",
     "hmax8",
     "hsum8",
-    "hsum8x8",
     "log1",
     "log8",
     "max8",
@@ -143,21 +142,6 @@ def emit_fold(combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
     return emit
 
 
-FOLDS = (
-    ((0, 1, 2, 3, 12, 13, 14, 15), (4, 5, 6, 7, 8, 9, 10, 11)),
-    ((0, 1, 10, 11, 4, 5, 14, 15), (2, 3, 8, 9, 6, 7, 12, 13)),
-    ((0, 9, 2, 11, 4, 13, 6, 15), (1, 8, 3, 10, 5, 12, 7, 14)),
-)
-"""Lanes of x (0–7) and y (8–15) that stay, which is a blend, and those shuffled to be added, by distance: 4, 2, 1."""
-
-
-def emit_sums(builder: ir.IRBuilder, rows: Sequence[ir.Value], both: Callable[..., ir.Value]) -> ir.Value:
-    """Lane i is hsum8 of eight `rows`' i-th, with hsum8's own additions; both(x, y, lanes) picks lanes of two."""
-    for stays, comes in FOLDS:
-        rows = [builder.fadd(both(x, y, stays), both(x, y, comes)) for x, y in zip(rows, rows[len(rows) // 2 :])]
-    return rows[0]
-
-
 def emit_exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e^x in about 1 ulp: x = n·ln2 + r, a polynomial of degree 7 in r, then two exact scalings by powers of two."""
     like, ints = x.type, integers_like(x.type)
@@ -231,13 +215,6 @@ log8 = operator("log8", 1, _log, f32x8, f32x8)
 log1 = operator("log1", 1, _log, types.float32, types.float32)
 hsum8 = operator("hsum8", 1, emit_fold(lambda builder, a, b: builder.fadd(a, b)), f32x8, types.float32)
 hmax8 = operator("hmax8", 1, emit_fold(emit_select(">")), f32x8, types.float32)
-hsum8x8 = operator(
-    "hsum8x8",
-    8,
-    lambda builder, *a: emit_sums(builder, a, lambda x, y, lanes: builder.shuffle_vector(x, y, mask(*lanes))),
-    f32x8,
-    f32x8,
-)
 abs8 = operator(
     "abs8",
     1,

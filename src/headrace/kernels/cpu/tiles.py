@@ -205,11 +205,10 @@ def _panel_tile(
     resumes: bool,
     ahead: int,
 ) -> None:
-    """Body; `distances` are the panel's and the term's where they are literals, `ahead` bytes are prefetched for each k.
-    """
+    """Body; `distances`: of panels and of terms, where they are literals. `ahead` bytes are prefetched for each k."""
     x, row, step, valid, w, panel, apart, count, sums, pitch, adds, slab, far, on = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    chains = _Chains(builder, *shape, LANES, (x, row, step, valid), fixed)
+    chains = _Chains(builder, shape[0], shape[1], LANES, (x, row, step, valid), fixed)
     if resumes:
         chains.resume(sums, pitch)
     else:
@@ -240,7 +239,6 @@ def score_tile(
     rows: Any,
     x: Any,
     x0: Any,
-    row: Any,
     step: Any,
     w: Any,
     w0: Any,
@@ -254,38 +252,38 @@ def score_tile(
     """sums[to + r·pitch + n] = `hsum8` of the eight-lane dot product of x(r, …) and w(…, n), for sixteen n.
 
     Lane i of `hsum8` is the chain of the terms i, i + 8, …: chain by chain, each for all rows (a literal) and n.
-    x(r, k) is x[x0 + r·row + k·step] with literals `row` and `step`, and w(k, n) is w[w0 + 16·k + n]. Meanwhile
-    16·count elements are prefetched at far[ask].
+    x(r, k) is x[x0 + r + k·step] with the literal `step`, and w(k, n) is w[w0 + 16·k + n]. Meanwhile 16·count
+    elements are prefetched at far[ask].
     """
-    shape, fixed = _literals(rows), _literals(row, step)
-    if shape is None or fixed is None:
+    shape = _literals(rows, step)
+    if shape is None:
         return None
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        x, x0, row, step, w, w0, count, sums, to, pitch, far, ask = args[1:]
-        dtype, size, none = sig.args[5].dtype, _bytes(sig.args[11].dtype), I64(0)
-        what = ("score_tile", *shape, dtype, size, fixed)
+        x, x0, _, w, w0, count, sums, to, pitch, far, ask = args[1:]
+        dtype, size, none = sig.args[4].dtype, _bytes(sig.args[10].dtype), I64(0)
+        what = ("score_tile", *shape, dtype, size)
         function, new = _function(builder.module, what, (x.type, w.type, sums.type, BYTES))
         if new:
-            _score_tile(function, shape[0], dtype, fixed, size)
+            _score_tile(function, *shape, dtype, size)
         x, w, sums = builder.gep(x, [x0]), builder.gep(w, [w0]), builder.gep(sums, [to])
         far = builder.bitcast(builder.gep(far, [ask]), BYTES)
         builder.call(function, [x, none, none, none, w, none, none, count, sums, pitch, none, none, far, none])
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(rows, x, i, row, step, w, i, i, sums, i, i, far, i), codegen
+    return types.none(rows, x, i, step, w, i, i, sums, i, i, far, i), codegen
 
 
-def _score_tile(function: ir.Function, rows: int, dtype: Any, fixed: tuple[int, ...], size: int) -> None:
+def _score_tile(function: ir.Function, rows: int, step: int, dtype: Any, size: int) -> None:
     """Body: as many chains at once as it takes to hide an addition's latency; then the tree adds them up."""
-    x, row, step, valid, w, _, _, count, sums, pitch, _, _, far, _ = function.args
+    x, none, _, _, w, _, _, count, sums, pitch, _, _, far, _ = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     together, waiting = max(1, 8 // rows), []
-    whole = builder.and_(count, I64(-8))
+    whole, ahead = builder.and_(count, I64(-8)), LANES * size * together
     for start in range(0, 8, together):
         lanes = FOLD[start : start + together]
-        side = [_Chains(builder, rows, 1, LANES, (x, row, step, valid), fixed) for _ in lanes]
+        side = [_Chains(builder, rows, 1, LANES, (x, none, none, none), (1, step)) for _ in lanes]
 
         def add(first: ir.Value, lane: int, chains: _Chains) -> None:
             k = builder.add(first, I64(lane))
@@ -293,11 +291,10 @@ def _score_tile(function: ir.Function, rows: int, dtype: Any, fixed: tuple[int, 
 
         for chains in side:
             chains.start()
-        ahead = LANES * size * together
         with cgutils.for_range_slice(builder, I64(0), whole, I64(8)) as (first, _):
-            step_on = builder.udiv(builder.add(builder.mul(count, I64(start // together)), first), I64(8))
+            turn = builder.udiv(builder.add(builder.mul(whole, I64(start // together)), first), I64(8))
             for line in range(0, ahead, LINE):
-                at = builder.add(builder.mul(step_on, I64(ahead)), I64(line))
+                at = builder.add(builder.mul(turn, I64(ahead)), I64(line))
                 emit_prefetch(builder, builder.gep(far, [at]))
             for lane, chains in zip(lanes, side):
                 add(first, lane, chains)
