@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from headrace.attention.context import packed_meta, packed_positions
-from headrace.attention.paged import PagedContext
-from headrace.attention.store import KVStore
+from headrace.attention.context import packed_meta
 from headrace.config import ModelConfig
 from headrace.kernels.cpu import CpuOps
 from headrace.kernels.delegate import ServingOps
 from headrace.model.huggingface import fill_weights
 from headrace.model.transformer import Transformer
+from kernels.layers_kit import trunk
 
 LLAMA = ModelConfig("LlamaForCausalLM", 96, 48, 80, 3, 6, 2, 8, 512, dtype="bfloat16", tie_word_embeddings=True)
 MODELS = {
@@ -36,23 +34,6 @@ def models(config: ModelConfig, threads: int) -> tuple[Transformer, Transformer]
                 piece.tensor.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     fill_weights(panels, {name: piece.read() for name, piece in rows.tensors()})
     return rows.requires_grad_(False), panels.requires_grad_(False)
-
-
-def trunk(model: Transformer, lengths: list[int], one_call: bool, cache: torch.dtype) -> list[Tensor]:
-    """(x, residual) and the cache as bits."""
-    config, device = model.config, torch.device("cpu")
-    meta = packed_meta(lengths, 16, device)
-    blocks = int(meta.block_table_SM.max()) + 1
-    store = KVStore(blocks, config.num_layers, model.kv_heads, 16, config.head_dim, cache, device)
-    store.blocks.zero_()
-    layers = model.layers() if one_call else None
-    assert (layers is not None) == one_call
-    context = PagedContext(model.ops, store, meta, config, layers)
-    ids = torch.arange(sum(lengths)) * 7 % config.vocab_size
-    x, residual = model._trunk(ids, packed_positions(lengths, device), context)
-    assert residual is not None
-    found = (x, residual, store.blocks)
-    return [x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16).clone() for x in found]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

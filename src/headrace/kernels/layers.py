@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +14,7 @@ __all__ = ["LayerForm", "LayerWeights"]
 
 @dataclass(frozen=True, slots=True)
 class LayerForm:
-    """What all blocks have in common."""
+    """What all blocks have in common; heads, inner columns and shards are this rank's."""
 
     width: int
     heads: int
@@ -45,3 +46,5 @@ class LayerWeights:
     down: Weight
     down_bias: Tensor | None
     window: int
+    over_ranks: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None
+    """What becomes of the products of `out` and of `down`, whose biases come later then; None with one rank."""

@@ -72,6 +72,7 @@ class Block(nn.Module):
         linears = (attention.qkv, attention.out, mlp.gate_up, mlp.down)
         if type(mlp) is not GatedMLP or not all(linear.plain for linear in linears):
             return None
+        ranks = attention.out.group.size > 1
         (qkv, qkv_bias), (out, out_bias), (gate_up, gate_up_bias), (down, down_bias) = (
             (linear.weight, linear.bias) for linear in linears
         )
@@ -82,13 +83,14 @@ class Block(nn.Module):
             attention.q_norm,
             attention.k_norm,
             out,
-            out_bias,
+            None if ranks else out_bias,
             self.mlp_norm.weight,
             gate_up,
             gate_up_bias,
             down,
-            down_bias,
+            None if ranks else down_bias,
             window,
+            (attention.out.over_ranks, mlp.down.over_ranks) if ranks else None,
         )
 
     def init_(self, streams: Streams, std: float, out_std: float) -> None:
@@ -163,7 +165,10 @@ class Transformer(nn.Module):
         return self.lm_head.enter(self.norm(*self._trunk(ids_T, positions_T, ctx))[0])
 
     def layers(self) -> Layers | None:
-        """All blocks over a paged cache as one call, where the ops have one for what this model computes."""
+        """All blocks over a paged cache as one call, where the ops have one for what this model computes.
+
+        With several ranks it is a call for each half of a block, and an exchange after each.
+        """
         config, first = self.config, self.blocks[0]
         weights = [block.weights(config.window(layer)) for layer, block in enumerate(self.blocks)]
         if not all(weights):
@@ -172,10 +177,10 @@ class Transformer(nn.Module):
             config.hidden_size,
             *first.attention.qkv.split[:2],
             config.head_dim,
-            config.intermediate_size,
+            first.mlp.down.own_bounds[-1],
             config.rms_norm_eps,
-            first.attention.out.bounds,
-            first.mlp.down.bounds,
+            first.attention.out.own_bounds,
+            first.mlp.down.own_bounds,
             self.rope_Pd,
         )
         return self.ops.layers(form, [block for block in weights if block is not None])

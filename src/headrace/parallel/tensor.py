@@ -55,8 +55,8 @@ class _ParallelLinear(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether this is the product of its weight and bias, and nothing else: one rank, and slots as they were."""
-        return self.group.size == 1 and isinstance(self.kernel, LinearKernel)
+        """Whether this is the product of its weight and bias on rows that every rank has, with slots as they were."""
+        return not self.group.sequence and isinstance(self.kernel, LinearKernel)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's piece) of every weight and bias, to be read or filled."""
@@ -162,8 +162,8 @@ class RowParallelLinear(_ParallelLinear):
         self.bounds = bounds
         self.purpose = purpose
         self.after: Callable[[Tensor], Tensor] = _as_it_is
-        local = (0, *(b - start for _, b in _pairs(bounds, group)))
-        self.kernel = ops.row_kernel(self.weight, self.bias if group.size == 1 else None, local)
+        self.own_bounds = (0, *(b - start for _, b in _pairs(bounds, group)))
+        self.kernel = ops.row_kernel(self.weight, self.bias if group.size == 1 else None, self.own_bounds)
 
     @property
     def plain(self) -> bool:
@@ -171,12 +171,16 @@ class RowParallelLinear(_ParallelLinear):
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """[T, K], K being this rank's inputs → [T, N], the same on every rank."""
-        y_TN = self.kernel(x_TK)
-        if self.group.size > 1:
-            y_TN = _leave(y_TN, self.group, self.purpose)
-            if self.bias is not None:
-                y_TN = self.ops.add_bias(y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
-        return self.after(y_TN)
+        return self.after(self.over_ranks(self.kernel(x_TK)))
+
+    def over_ranks(self, y_TN: Tensor) -> Tensor:
+        """The sum of all ranks' products, then the bias; with one rank, whose kernel adds it, y itself."""
+        if self.group.size == 1:
+            return y_TN
+        y_TN = _leave(y_TN, self.group, self.purpose)
+        if self.bias is None:
+            return y_TN
+        return self.ops.add_bias(y_TN, shared(self.bias, self.group, self.group.sequence, "bias"))
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Piece]]:
         """(checkpoint name, this rank's columns) of the weight, and the bias."""

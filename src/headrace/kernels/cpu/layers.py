@@ -1,7 +1,7 @@
 """The blocks of a model that serves, in one compiled call: each stage is the kernel of the single operation.
 
-A step goes through the stages of layer after layer: norm, qkv, rotary and store, attention, o, norm, gate and up,
-silu, down. A thread takes a stage's tasks by its *ticket*, then waits until all of them are *done*; one that comes late
+A step goes through the stages of one half block after another: norm, qkv, rotary and store, attention, o; then norm,
+gate and up, silu, down. A thread takes a stage's tasks by its *ticket*, then waits until all of them are *done*; one that comes late
 finds no ticket left and goes on. So there is no barrier: one thread alone gets through, and which thread computes what
 changes no bits. Adding to `done` releases what a task has written, and reading it acquires that.
 """
@@ -48,8 +48,8 @@ FIELDS = 13
     WINDOW,
 ) = range(FIELDS)
 """A layer's row of the table: addresses of its weights, 0 where it has none, and the window of its attention."""
-STAGES = 9
-"""Of a layer."""
+STAGES = 5
+"""Of half a block, at most."""
 APART = 128
 """Bytes between counters, which different threads change."""
 
@@ -118,9 +118,9 @@ class PagedRows(NamedTuple):
     context_S: Any
 
 
-def counters(layers: int) -> int:
+def counters(halves: int) -> int:
     """int64 elements that `run_layers` counts in, zero at first: a ticket and a done for every stage, and sleepers."""
-    return (2 * layers * STAGES + 2) * APART // 8
+    return (2 * halves * STAGES + 2) * APART // 8
 
 
 @kernel
@@ -320,18 +320,21 @@ def _thread(table, first, last, room, weight, rows, shape, chunks, paged, cache,
         threads,
         cache,
     )
-    for layer in range(first, last):
-        row, stage = table[layer], (layer - first) * STAGES
-        _attention_half(step, stage, layer, row, paged)
-        _mlp_half(step, stage + 5, row)
+    for half in range(first, last):
+        layer, stage = half // 2, (half - first) * STAGES
+        if half % 2 == 0:
+            _attention_half(step, stage, layer, table[layer], paged)
+        else:
+            _mlp_half(step, stage, table[layer])
 
 
 @kernel(parallel=True)
 def run_layers(table, first, last, room, weight, rows, shape, chunks, paged, cache, counted, threads):
-    """Compute layers first … last − 1 for `rows` rows. `room` holds their x and residual; `buffers` says where.
+    """Compute halves first … last − 1 of blocks for `rows` rows: of layer i, 2·i is attention and 2·i + 1 the MLP.
 
-    table, int64 [layers, FIELDS]; room, fp32; weight, an array of the matrices' dtype; counted, `counters` zeros. The
-    caller has checked `paged`. Before layer 0 the rows' x lies where the residual does.
+    `room`, fp32, holds the rows' x and residual; `buffers` says where. table, int64 [layers, FIELDS]; weight, an array
+    of the matrices' dtype; counted, `counters` zeros. The caller has checked `paged`. Before layer 0 the rows' x lies
+    where the residual does.
     """
     for _ in prange(threads):
         _thread(table, first, last, room, weight, rows, shape, chunks, paged, cache, counted, threads)

@@ -1,4 +1,4 @@
-"""`CpuLayers`: a model's blocks as one compiled call, see `layers`."""
+"""`CpuLayers`: a model's blocks as one compiled call, or with ranks as one for each half block; see `layers`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class CpuLayers:
         )
         self._rope = dense(form.rope_Pd).reshape(-1)
         self._room = torch.empty(0)
+        halves = 2 * len(weights)
+        alone = weights[0].over_ranks is None
+        self._spans = [(0, halves)] if alone else [(half, half + 1) for half in range(halves)]
+        """The halves of blocks that are computed between two exchanges."""
 
     def __call__(
         self, x_TD: Tensor, positions_T: Tensor, blocks: Tensor, meta: AttentionMeta, scale: float
@@ -48,16 +52,13 @@ class CpuLayers:
             np.float32(scale),
             self._panels,
         )
-        at = buffers(rows, shape).tolist()
+        table, at = self._table(), buffers(rows, shape).tolist()
         if self._room.numel() < at[-1]:
             self._room = torch.empty(at[-1])
         x, residual = (self._room[start : start + rows * form.width].view(rows, form.width) for start in at[:2])
         residual.numpy()[:] = dense(x_TD)
         launch.set_threads(self.threads)
-        run_layers(
-            self._table(),
-            0,
-            len(self.weights),
+        step = (
             self._room.numpy(),
             _stored(self.weights[0].qkv).reshape(-1),
             rows,
@@ -73,9 +74,13 @@ class CpuLayers:
                 meta.context_len_S.numpy(),
             ),
             cache.shape,
-            self._counters(),
-            self.threads,
         )
+        for first, last in self._spans:
+            counted = np.zeros(counters(last - first), np.int64)  # no ticket taken, no task done
+            run_layers(table, first, last, *step, counted, self.threads)
+            over_ranks = self.weights[first // 2].over_ranks
+            if over_ranks is not None:
+                x.numpy()[:] = dense(over_ranks[first % 2](x))
         return x, residual
 
     def _check(self, rows: int, positions: np.ndarray, slots: np.ndarray, cache: np.ndarray) -> None:
@@ -88,10 +93,6 @@ class CpuLayers:
             raise IndexError(f"slot {slots.max()} is not in a cache of {cache.shape[0]} blocks")
         if cache.shape[1] != len(self.weights) or cache.shape[3::2] != (self.form.kv_heads, self.form.dim):
             raise IndexError(f"{len(self.weights)} layers of {self.form.kv_heads} heads are not in {cache.shape}")
-
-    def _counters(self) -> np.ndarray:
-        """Tickets and done tasks of every stage: none yet."""
-        return np.zeros(counters(len(self.weights)), np.int64)
 
     def _table(self) -> np.ndarray:
         """The addresses, read anew for each call, so none can be stale. It takes 0.1 µs for each."""

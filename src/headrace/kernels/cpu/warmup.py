@@ -59,7 +59,7 @@ def _layers_steps(ops: TrainingOps, weights: torch.dtype, cache: torch.dtype) ->
     blocks, meta = _one_token(cache)
     one, at = torch.ones(16), torch.zeros(1, dtype=torch.int64)
     qkv, out, gate_up, down = (ops.store(n, k, weights) for n, k in ((24, 16), (16, 8), (32, 16), (16, 16)))
-    layer = LayerWeights(one, qkv, None, None, None, out, None, one, gate_up, None, down, None, 0)
+    layer = LayerWeights(one, qkv, None, None, None, out, None, one, gate_up, None, down, None, 0, None)
     layers = ops.layers(LayerForm(16, 1, 1, 8, 16, 1.0, (0, 8), (0, 16), torch.zeros(1, 8)), [layer])
     if layers is not None:
         yield "layers", lambda: layers(torch.zeros(1, 16), at, blocks, meta, 1.0)
