@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 from dataclasses import fields
@@ -177,6 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
     waiting = status(f"loading {arguments.model} …")
 
     def ready(info: Any) -> None:
+        gc.freeze()  # as in the instance's process: what is here now is not collected again
         waiting.stop()
         print(
             f"headrace: {server.url} · model {server.model_name} · {info.kv_tokens:,} KV tokens · "

@@ -6,6 +6,7 @@ exits, whatever it is doing. A thread receives commands; the engine's thread sen
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -66,6 +67,7 @@ def main() -> int:
         instance = Instance(llm, send, start["name"])
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()
+        gc.freeze()  # all this lives as long as the process; a full collection over it would hold a step for 0.1 s
         send(instance.ready(time.monotonic() - start["began"]))
         instance.run()
     except HeadraceError as error:

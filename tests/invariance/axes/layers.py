@@ -19,8 +19,8 @@ def a_stage_is_over_early(patch):
     """The second stage counts a task as done that no thread has run."""
     counters = CpuLayers._counters
 
-    def wrong(self):
-        made = counters(self)
+    def wrong(self, halves):
+        made = counters(self, halves)
         for word in (1 + 2 * 1, 1 + 2 * 1 + 1):  # the ticket and the done of stage 1, after the sleepers
             made[word * APART // 8] = 1
         return made

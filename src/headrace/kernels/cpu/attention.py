@@ -154,8 +154,10 @@ def attend(
 
     Its workspace is passed on as an array, since an array is freed after its last use.
     """
-    group, dim = heads // shape[3], shape[5]
-    levels, rows = levels_of(context_S), max(1, TILE // group) * group
+    group, dim, longest = heads // shape[3], shape[5], np.int64(1)
+    for s in range(context_S.size):
+        longest = max(longest, np.int64(start_S1[s + 1] - start_S1[s]))
+    levels, rows = levels_of(context_S), min(longest, max(1, TILE // group)) * group
     stacks = room_for(pointer(q), rows, dim)[1]
     slots = 2 * levels if range_S2.size else levels
     room, aligned = scratch(stacks + rows * slots * ((dim + 7) // 8 * 8 + 8))
@@ -177,6 +179,7 @@ def attend(
         counter,
         room,
         aligned,
+        rows,
         levels,
     )
 
@@ -199,12 +202,13 @@ def _items(
     counter,
     at,
     aligned,
+    rows,
     levels,
 ):
     _, layers, _, kv_heads, block_size, dim = shape
     sequences, group = context_S.size, heads // kv_heads
     tile = max(1, TILE // group)
-    room, stacks = room_for(beyond(pointer(at), aligned), tile * group, dim)
+    room, stacks = room_for(beyond(pointer(at), aligned), rows, dim)
     shift = 0
     while 1 << shift < block_size:
         shift += 1
@@ -220,9 +224,9 @@ def _items(
         first, last = (range_S2[s, 0], range_S2[s, 1]) if range_S2.size else (0, position + tokens)
         keys = (2 * layer * kv_heads + head) * block_size * dim
         paged = Paged(pointer(blocks), table_SM[s], 2 * layers * part, keys, part, shift, dim, position + tokens)
-        rows = Rows(token, tokens, position, heads, head * group, group, window, first, last)
-        _tile(q, paged, rows, scale, room, stacks, levels)
-        _write(result, rows, room, stacks, levels, dim)
+        own = Rows(token, tokens, position, heads, head * group, group, window, first, last)
+        _tile(q, paged, own, scale, room, stacks, levels)
+        _write(result, own, room, stacks, levels, dim)
         did += 1
         item = take(counter)
     return did

@@ -1,9 +1,9 @@
 """The blocks of a model that serves, in one compiled call: each stage is the kernel of the single operation.
 
 A step goes through the stages of one half block after another: norm, qkv, rotary and store, attention, o; then norm,
-gate and up, silu, down. A thread takes a stage's tasks by its *ticket*, then waits until all of them are *done*; one that comes late
-finds no ticket left and goes on. So there is no barrier: one thread alone gets through, and which thread computes what
-changes no bits. Adding to `done` releases what a task has written, and reading it acquires that.
+gate and up, silu, down. A thread takes a stage's tasks by its *ticket*, then waits until all of them are *done*; one
+that comes late finds no ticket left and goes on. So there is no barrier: one thread alone gets through, and which
+thread computes what changes no bits. Adding to `done` releases what a task has written, and reading it acquires that.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ FEW = 8 if WIDE else 4
 """Most rows for which rows of a weight are turned in registers."""
 SLAB = HEIGHT * LANES
 """Elements of a tile's sums at one level of the tree of shards."""
-TASKS = 4
+TASKS = 8
 """For each thread."""
 DIRECT, TURNED, PACKED = range(3)
 """How tiles read the right operand: panels where they are, rows of a weight where they are, or from the workspace."""
@@ -84,22 +84,45 @@ class _Task(NamedTuple):
 
 
 @kernel
+def _across(rows):
+    """How many vectors the tile of so many rows has in panels: enough sums at once to hide an addition's latency."""
+    if rows <= 2:
+        return 4 if WIDE or rows == 1 else 2
+    if WIDE and rows <= 8:
+        return 4 if rows <= 4 else 2
+    return 1
+
+
+@kernel
 def _tile(single, rows, vectors, x, x0, w, w0, panel, count, sums, to, pitch, adds, far, ask, on):
     """The lowest tile that holds `rows` packed rows; `single`: the only row of a product, term after term."""
-    if vectors == 4:
+    if single and vectors == 4:
         tile(1, 4, x, x0, 1, 1, 1, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif single:
         tile(1, 1, x, x0, 1, 1, 1, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
-    elif vectors == 2:
-        tile(2, 2, x, x0, 1, HEIGHT, 2, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
-    elif rows <= 4:
-        tile(4, 1, x, x0, 1, HEIGHT, 4, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif not WIDE:
-        tile(6, 1, x, x0, 1, HEIGHT, 6, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
+        _narrow_tile(rows, vectors, x, x0, w, w0, panel, count, sums, to, pitch, adds, far, ask, on)
+    elif vectors == 4 and rows <= 2:
+        tile(2, 4, x, x0, 1, HEIGHT, 2, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
+    elif vectors == 4:
+        tile(4, 4, x, x0, 1, HEIGHT, 4, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
+    elif vectors == 2:
+        tile(8, 2, x, x0, 1, HEIGHT, 8, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     elif rows <= 8:
         tile(8, 1, x, x0, 1, HEIGHT, 8, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
     else:
         tile(16, 1, x, x0, 1, HEIGHT, 16, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
+
+
+@kernel
+def _narrow_tile(rows, vectors, x, x0, w, w0, panel, count, sums, to, pitch, adds, far, ask, on):
+    """The same in sixteen registers of 256 bits."""
+    if vectors == 2:
+        tile(2, 2, x, x0, 1, HEIGHT, 2, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
+    elif rows <= 4:
+        tile(4, 1, x, x0, 1, HEIGHT, 4, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
+    else:
+        tile(6, 1, x, x0, 1, HEIGHT, 6, w, w0, panel, LANES, count, sums, to, pitch, adds, SLAB, far, ask, on)
 
 
 @kernel
@@ -177,7 +200,7 @@ def _ahead(job, task, j, n, vectors, terms, first_right):
     if right.term > LANES:
         at = n // LANES * right.block + first_right * right.term
         return (at + right.block, right.term * size) if j == 0 else (at, 0)
-    if job.way == DIRECT and task.rows <= HEIGHT:  # a few long streams, which the hardware predicts
+    if job.way == DIRECT and task.rows <= 4:  # a few long streams, which the hardware predicts
         return n // LANES * right.block, 0
     tiles, bytes_a_term = (task.rows + HEIGHT - 1) // HEIGHT, vectors * LANES * size
     on, number = max(1, bytes_a_term // tiles), j // HEIGHT
@@ -220,7 +243,7 @@ def _pass(job, task, first, last, whole, held):
         _pack_left(job, task, first, last, terms)
     n, slot = task.n, job.sums
     while n < task.stop:
-        vectors = 1 if job.way != DIRECT else 4 if job.rows == 1 else 2 if task.rows == 2 else 1
+        vectors = _across(task.rows) if job.way == DIRECT else 1
         if n + (vectors - 1) * LANES >= task.stop:
             vectors = 1
         stop, pitch = min(n + vectors * LANES, task.stop), vectors * LANES

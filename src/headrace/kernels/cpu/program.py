@@ -76,8 +76,7 @@ class CpuLayers:
             cache.shape,
         )
         for first, last in self._spans:
-            counted = np.zeros(counters(last - first), np.int64)  # no ticket taken, no task done
-            run_layers(table, first, last, *step, counted, self.threads)
+            run_layers(table, first, last, *step, self._counters(last - first), self.threads)
             over_ranks = self.weights[first // 2].over_ranks
             if over_ranks is not None:
                 x.numpy()[:] = dense(over_ranks[first % 2](x))
@@ -93,6 +92,10 @@ class CpuLayers:
             raise IndexError(f"slot {slots.max()} is not in a cache of {cache.shape[0]} blocks")
         if cache.shape[1] != len(self.weights) or cache.shape[3::2] != (self.form.kv_heads, self.form.dim):
             raise IndexError(f"{len(self.weights)} layers of {self.form.kv_heads} heads are not in {cache.shape}")
+
+    def _counters(self, halves: int) -> np.ndarray:
+        """Tickets and done tasks of every stage: none yet."""
+        return np.zeros(counters(halves), np.int64)
 
     def _table(self) -> np.ndarray:
         """The addresses, read anew for each call, so none can be stale. It takes 0.1 µs for each."""
