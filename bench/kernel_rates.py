@@ -1,6 +1,6 @@
 """The CPU kernels alone and under a model, beside torch and the machine's own rates.
 
-    .venv/bin/python bench/kernels.py [--rounds 5] [--threads 2] [--only products,rows,…]
+    .venv/bin/python bench/kernel_rates.py [--rounds 5] [--threads 2] [--only products,rows,…]
 
 products: GFLOP/s of our linear and torch's fp32 one.   rows: a pass over cold bf16 weights by 1 to 16 rows.
 sums: what chunks and virtual shards cost against one chain.   attention: prefill's GFLOP/s and a decode's read rate.
