@@ -26,6 +26,10 @@ class Panels:
         """Of the stored elements."""
         return self.tensor.dtype
 
+    def data_ptr(self) -> int:
+        """Where the panels begin, as a tensor's."""
+        return self.tensor.data_ptr()
+
     def put(self, first: int, rows_NK: Tensor) -> None:
         """Store rows `first`, first + 1, …, rounded to the weight's dtype. Raises `IndexError` if they do not fit."""
         count, last = len(rows_NK), first + len(rows_NK)

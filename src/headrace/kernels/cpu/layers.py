@@ -29,7 +29,7 @@ from headrace.kernels.cpu.pool import arrive, await_total
 from headrace.kernels.cpu.product import LANES, tasks_of, work
 from headrace.kernels.cpu.work import take
 
-__all__ = ["FIELDS", "Chunks", "PagedRows", "Shape", "buffers", "counters", "run_layers"]
+__all__ = ["FIELDS", "WINDOW", "Chunks", "PagedRows", "Shape", "buffers", "counters", "run_layers"]
 
 FIELDS = 13
 (
@@ -47,7 +47,7 @@ FIELDS = 13
     DOWN_BIAS,
     WINDOW,
 ) = range(FIELDS)
-"""A layer's row of the table: addresses of its weights, 0 where it has none, and the window of its attention."""
+"""A layer's row of the table, in the order of `LayerWeights`: addresses, 0 where there is none, and its window."""
 STAGES = 5
 """Of half a block, at most."""
 APART = 128
