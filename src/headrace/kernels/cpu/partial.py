@@ -175,7 +175,7 @@ def _values(paged, first, last, room, row, count):
         ahead = _key(paged, min(first + AHEAD, paged.last - 1)) + paged.values
         c = 0
         while c + LANES <= dim:
-            vectors = 4 if count <= 4 and c + 4 * LANES <= dim else 1
+            vectors = 4 if count <= (4 if WIDE else 1) and c + 4 * LANES <= dim else 1
             _tile(at, p, count, vectors, kv, w + c, dim, keys, low + c, node, ahead + c)
             c += vectors * LANES
         while c < dim:

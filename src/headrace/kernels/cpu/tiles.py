@@ -279,7 +279,7 @@ def _score_tile(function: ir.Function, rows: int, step: int, dtype: Any, size: i
     """Body: as many chains at once as it takes to hide an addition's latency; then the tree adds them up."""
     x, none, _, _, w, _, _, count, sums, pitch, _, _, far, _ = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    together, waiting = max(1, 8 // rows), []
+    together, waiting = max(1, (8 if WIDE else 4) // rows), []
     whole, ahead = builder.and_(count, I64(-8)), LANES * size * together
     for start in range(0, 8, together):
         lanes = FOLD[start : start + together]
