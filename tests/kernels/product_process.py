@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.cpu import CpuOps, launch
+from kernels.attention_kit import attend, sequence
 from kernels.product_kit import DTYPES, STORAGES, assert_bits, bits, definition, multiply, normal
 
 SPANS, BOUNDS = ((0, 0, 0, 544), (1, 544, 544, 556)), (0, 544, 1100)
@@ -44,6 +45,9 @@ def products(threads: int) -> None:
     g, q, k, v, out = normal(5, 70, 2, 40)
     lse, starts = torch.full((70, 2), 3.0), torch.tensor([0, 9, 70], dtype=torch.int32)
     tell("attention", of=ops.attention_backward(g, q, k, v, out, lse, starts, 0.3))
+    for group, dim in product((1, 2, 3, 4, 7), (20, 64)):
+        keys = sequence(group, 300, 2, group, dim)
+        tell("paged", group, dim, of=tuple(attend(ops, [(keys, 299, 300), (keys, 250, 300), (keys, 0, 9)])))
     tell("large", of=(ops.linear(normal(64, 512), normal(512, 512)),))
     if threads > 1:  # only a parallel kernel starts a layer
         print("layer", numba.threading_layer(), sep="/")
