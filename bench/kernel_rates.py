@@ -26,10 +26,12 @@ from headrace.bench.measure import in_turn, rates, seconds, write_results
 from headrace.bench.models import SHAPES, random_checkpoint
 from headrace.kernels.cpu import program, serving
 from headrace.kernels.cpu.product import product
+from headrace.kernels.cpu.views import bounds_chunks
 from headrace.kernels.load import load_ops
 from headrace.kernels.ops import AttentionMeta
 from headrace.kernels.panels import Panels
 
+import numpy as np  # isort: skip
 import torch  # isort: skip
 
 SHAPES_NK = ((2048, 768), (768, 768), (768, 2048), (512, 128), (128, 512))
@@ -100,29 +102,30 @@ class Bench:
         """The law's chunks and shards against a single chain, for the widest sums of each model."""
         found: Results = {}
         for name, outputs, inputs, shards in (
-            ("small", 768, 2048, 4),
-            ("12.6M", 384, 1024, 2),
-            ("1M", 128, 512, 4),
-            ("1M, head", 512, 128, 1),
+            ("small, out", 768, 768, 4),
+            ("small, down", 768, 2048, 4),
+            ("12.6M, down", 384, 1024, 2),
+            ("1M, out", 128, 128, 4),
+            ("1M, down", 128, 512, 4),
         ):
-            x, w = torch.randn(512, inputs), torch.randn(outputs, inputs)
-            bounds = tuple(range(0, inputs + 1, inputs // shards))
-            chain = ([[0, 0, inputs, 0, 0, 0]], 1)
-            y = torch.empty(512, outputs)
+            sizes = 512 * inputs, outputs * inputs, 512 * outputs
+            x, w, y = (np.random.randn(size).astype(np.float32) for size in sizes)
 
-            def one(x: torch.Tensor = x, w: torch.Tensor = w, y: torch.Tensor = y, chain: Any = chain) -> None:
-                right = (w.numpy().reshape(-1), 1, w.shape[1], 16 * w.shape[1])
-                chunks = torch.tensor(chain[0]).numpy(), chain[1]
-                bias = torch.empty(0).numpy()
-                left = (x.numpy().reshape(-1), 1, x.shape[1])
-                product(*left, *right, bias, y.numpy().reshape(-1), *y.shape, False, *chunks, self.threads)
+            def multiply(chunks: Any, levels: int, x: Any = x, w: Any = w, y: Any = y, k: int = inputs) -> None:
+                bias, outputs = np.empty(0, np.float32), y.size // 512
+                product(x, 1, k, w, 1, k, 16 * k, bias, y, 512, outputs, False, chunks, levels, self.threads)
 
+            law = bounds_chunks(tuple(range(0, inputs + 1, inputs // shards)), inputs)
+            chain = np.array([[0, 0, inputs, 0, 0, 0]]), 1
             repeats = max(1, 400_000_000 // (512 * outputs * inputs))
-            law = lambda x=x, w=w, bounds=bounds: self.ops.linear(x, w, None, bounds)  # type: ignore[misc] # noqa: E731
-            ours, single = self.medians(law, one, repeats=repeats)
+            ours, single = self.medians(
+                lambda m=multiply, c=law: m(*c),  # type: ignore[misc]
+                lambda m=multiply, c=chain: m(*c),  # type: ignore[misc]
+                repeats=repeats,
+            )
             found[name] = {"law": ours, "one_chain": single}
             more = f"{(ours / single - 1) * 100:+5.1f}% against one chain"
-            print(f"{name:9} {outputs:4} × {inputs:4} in {shards} shards: {more}")
+            print(f"{name:12} {outputs:4} × {inputs:4} in {shards} shards: {more}")
         return found
 
     # ---- attention -----------------------------------------------------------------------------------------

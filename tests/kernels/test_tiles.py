@@ -13,8 +13,10 @@ from headrace.kernels.cpu.tiles import LANES, RESUME, score_tile, tile, turned_t
 FP32, BF16 = numba.types.CPointer(numba.types.float32), numba.types.CPointer(numba.types.uint16)
 I = numba.types.int64
 REGISTER = "%zmm" if launch.WIDE else "%ymm"
-PANELS = ((1, 4), (2, 2), (4, 1), *(((8, 1), (16, 1)) if launch.WIDE else ((6, 1),)))
-VALUES = ((1, 4), (1, 1), *(((2, 4), (3, 4), (4, 4), (16, 1)) if launch.WIDE else ((6, 1),)))
+WIDE_PANELS, NARROW_PANELS = ((2, 4), (4, 4), (8, 2), (8, 1), (16, 1)), ((2, 2), (4, 1), (6, 1))
+WIDE_VALUES, NARROW_VALUES = ((2, 4), (3, 4), (4, 4), (4, 1), (8, 1), (16, 1)), ((4, 1), (6, 1))
+PANELS = ((1, 4), (1, 1), *(WIDE_PANELS if launch.WIDE else NARROW_PANELS))
+VALUES = ((1, 4), (1, 1), *(WIDE_VALUES if launch.WIDE else NARROW_VALUES))
 SCORES = (1, 2, 3, 4, *((8, 16) if launch.WIDE else (6,)))
 TURNED = (1, 4, 8) if launch.WIDE else (1, 4)
 DTYPES = {"fp32": FP32, "bf16": BF16}

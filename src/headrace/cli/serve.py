@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
     waiting = status(f"loading {arguments.model} …")
 
     def ready(info: Any) -> None:
-        gc.freeze()  # as in the instance's process: what is here now is not collected again
+        gc.freeze()  # as in the instance's process: full collections skip the objects that exist now
         waiting.stop()
         print(
             f"headrace: {server.url} · model {server.model_name} · {info.kv_tokens:,} KV tokens · "

@@ -67,7 +67,7 @@ def main() -> int:
         instance = Instance(llm, send, start["name"])
         receiver = threading.Thread(target=_receive, args=(commands, instance), name="commands", daemon=True)
         receiver.start()
-        gc.freeze()  # all this lives as long as the process; a full collection over it would hold a step for 0.1 s
+        gc.freeze()  # a full collection would visit all these objects again, and stop a step for 0.1 s
         send(instance.ready(time.monotonic() - start["began"]))
         instance.run()
     except HeadraceError as error:

@@ -47,4 +47,7 @@ class LayerWeights:
     down_bias: Tensor | None
     window: int
     over_ranks: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None
-    """What becomes of the products of `out` and of `down`, whose biases come later then; None with one rank."""
+    """Functions that sum the outputs of `out` and of `down` over the ranks and then add their biases.
+
+    None with one rank, whose products add the biases themselves.
+    """

@@ -174,7 +174,7 @@ class RowParallelLinear(_ParallelLinear):
         return self.after(self.over_ranks(self.kernel(x_TK)))
 
     def over_ranks(self, y_TN: Tensor) -> Tensor:
-        """The sum of all ranks' products, then the bias; with one rank, whose kernel adds it, y itself."""
+        """Sum y [T, N] over the ranks, then add the bias. With one rank the kernel has added it, and y is returned."""
         if self.group.size == 1:
             return y_TN
         y_TN = _leave(y_TN, self.group, self.purpose)

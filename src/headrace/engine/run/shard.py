@@ -54,8 +54,8 @@ class ModelShard:
     def logits(self, inputs: Inputs) -> Tensor:
         """Raw logits [R, V] of the rows that need them; also stores the KV of every row."""
         context = PagedContext(self.ops, self.store, inputs.meta, self.model.config, self.layers)
-        every = len(inputs.rows_R) == len(inputs.ids_T)  # they are distinct: nothing is picked out
-        rows_R = None if every else inputs.rows_R
+        # Rows are distinct, so as many as there are tokens are all of them, and need no gather.
+        rows_R = None if len(inputs.rows_R) == len(inputs.ids_T) else inputs.rows_R
         logits_RV = self.model.forward(inputs.ids_T, inputs.positions_T, context, rows_R)
         return self.model.lm_head.gather(logits_RV)
 

@@ -31,7 +31,7 @@ from headrace.kernels.cpu.tree import finish, give, insert, last_start, levels_o
 from headrace.kernels.cpu.work import scratch, take
 from headrace.kernels.partials import SPLIT
 
-__all__ = ["WHOLE", "Result", "attend", "attention", "tiles_of"]
+__all__ = ["WHOLE", "Call", "Result", "attend", "attention", "tiles_of"]
 
 TILE = 64  # rows of a work item: K and V of a split stay in the cache between its groups of rows
 
@@ -49,6 +49,31 @@ class Result(NamedTuple):
     e: Any
     nodes: int
     """Nodes that a row has room for; 0 where rows are finished here."""
+
+
+class Call(NamedTuple):
+    """What all threads of a call read, and `Result`'s fields; no field is a tuple, which a parallel kernel refuses."""
+
+    q: Any
+    """[T, H, d] fp32, contiguous."""
+    blocks: Any
+    """The cache [block, layer, 2, kv_head, token, d], flattened."""
+    layers: int
+    kv_heads: int
+    block_size: int
+    dim: int
+    layer: int
+    table_SM: Any
+    start_S1: Any
+    context_S: Any
+    range_S2: Any
+    heads: int
+    out: Any
+    m: Any
+    e: Any
+    nodes: int
+    scale: Any
+    window: int
 
 
 class Rows(NamedTuple):
@@ -105,175 +130,86 @@ def _tile(q, paged, item, scale, room, stacks, levels):
 
 
 @kernel
-def _write(result, item, room, stacks, levels, dim):
-    """What `_tile` has left in the counters."""
+def _write(call, item, room, stacks, levels):
+    """Write the results of an item's rows, whose nodes `_tile` has left in the counters."""
     slots = 2 * levels if item.first else levels
     for row in range(item.tokens * item.group):
         at = item.position + row // item.group
         place = (item.token + row // item.group) * item.heads + item.head + row % item.group
         stack = stacks + row * slots * room.node
-        if result.nodes:
-            to, window, node = place * result.nodes, item.window, room.node
-            out, m, e = result.out, result.m, result.e
-            give(room.at, stack, at, window, item.first, item.last, levels, node, dim, out, m, e, to)
+        if call.nodes:
+            to, window, node, out, m, e = place * call.nodes, item.window, room.node, call.out, call.m, call.e
+            give(room.at, stack, at, window, item.first, item.last, levels, node, call.dim, out, m, e, to)
         else:
-            oldest = oldest_split(at, item.window)
-            finish(room.at, stack, at // SPLIT + 1, oldest, room.node, result.out, place * dim, dim, result.m)
+            oldest, to = oldest_split(at, item.window), place * call.dim
+            finish(room.at, stack, at // SPLIT + 1, oldest, room.node, call.out, to, call.dim, call.m)
+
+
+@kernel
+def _tile_tokens(group):
+    return max(1, TILE // group)
 
 
 @kernel
 def tiles_of(start_S1, group):
     """Where each sequence's tiles of rows begin, and how many there are, [S + 1]."""
-    tile, tiles_S1 = max(1, TILE // group), np.zeros(start_S1.size, np.int64)
+    tile, tiles_S1 = _tile_tokens(group), np.zeros(start_S1.size, np.int64)
     for s in range(start_S1.size - 1):
         tiles_S1[s + 1] = tiles_S1[s] + (start_S1[s + 1] - start_S1[s] + tile - 1) // tile
     return tiles_S1
 
 
 @kernel
-def attend(
-    q,
-    blocks,
-    shape,
-    layer,
-    table_SM,
-    start_S1,
-    context_S,
-    range_S2,
-    heads,
-    out,
-    m,
-    e,
-    nodes,
-    scale,
-    window,
-    tiles_S1,
-    counter,
-):
-    """One thread's work: it takes items, (kv head, sequence, tile of rows), until none is left. Returns how many.
-
-    Its workspace is passed on as an array, since an array is freed after its last use.
-    """
-    group, dim, longest = heads // shape[3], shape[5], np.int64(1)
-    for s in range(context_S.size):
-        longest = max(longest, np.int64(start_S1[s + 1] - start_S1[s]))
-    levels, rows = levels_of(context_S), min(longest, max(1, TILE // group)) * group
-    stacks = room_for(pointer(q), rows, dim)[1]
-    slots = 2 * levels if range_S2.size else levels
-    room, aligned = scratch(stacks + rows * slots * ((dim + 7) // 8 * 8 + 8))
-    result = Result(out, m, e, nodes)
-    return _items(
-        q,
-        blocks,
-        shape,
-        layer,
-        table_SM,
-        start_S1,
-        context_S,
-        range_S2,
-        heads,
-        result,
-        scale,
-        window,
-        tiles_S1,
-        counter,
-        room,
-        aligned,
-        rows,
-        levels,
-    )
+def attend(call, tiles_S1, counter):
+    """One thread's work: it takes items, (kv head, sequence, tile of rows), until none is left. Returns how many."""
+    group, longest = call.heads // call.kv_heads, np.int64(1)
+    for s in range(call.context_S.size):
+        longest = max(longest, np.int64(call.start_S1[s + 1] - call.start_S1[s]))
+    levels, rows = levels_of(call.context_S), min(longest, _tile_tokens(group)) * group
+    sizes, stacks = room_for(pointer(call.q), rows, call.dim)
+    slots = 2 * levels if call.range_S2.size else levels
+    room, aligned = scratch(stacks + rows * slots * sizes.node)
+    return _items(call, tiles_S1, counter, room, aligned, rows, levels)
 
 
 @kernel
-def _items(
-    q,
-    blocks,
-    shape,
-    layer,
-    table_SM,
-    start_S1,
-    context_S,
-    range_S2,
-    heads,
-    result,
-    scale,
-    window,
-    tiles_S1,
-    counter,
-    at,
-    aligned,
-    rows,
-    levels,
-):
-    _, layers, _, kv_heads, block_size, dim = shape
-    sequences, group = context_S.size, heads // kv_heads
-    tile = max(1, TILE // group)
+def _items(call, tiles_S1, counter, at, aligned, rows, levels):
+    """`attend` with its workspace as an argument, since a local array is freed after its last use."""
+    layers, kv_heads, dim = call.layers, call.kv_heads, call.dim
+    sequences, group = call.context_S.size, call.heads // kv_heads
+    tile = _tile_tokens(group)
     room, stacks = room_for(beyond(pointer(at), aligned), rows, dim)
     shift = 0
-    while 1 << shift < block_size:
+    while 1 << shift < call.block_size:
         shift += 1
-    part = kv_heads * block_size * dim
+    part = kv_heads * call.block_size * dim
     items, did = tiles_S1[sequences] * kv_heads, 0
     item = take(counter)
     while item < items:
         head, index = item // tiles_S1[sequences], item % tiles_S1[sequences]
         s = last_start(tiles_S1, index)
-        start, end = np.int64(start_S1[s]), np.int64(start_S1[s + 1])
+        start, end = np.int64(call.start_S1[s]), np.int64(call.start_S1[s + 1])
         token = start + (tiles_S1[s + 1] - 1 - index) * tile  # the last tile, which sees most, goes first
-        tokens, position = min(tile, end - token), context_S[s] - (end - token)
-        first, last = (range_S2[s, 0], range_S2[s, 1]) if range_S2.size else (0, position + tokens)
-        keys = (2 * layer * kv_heads + head) * block_size * dim
-        paged = Paged(pointer(blocks), table_SM[s], 2 * layers * part, keys, part, shift, dim, position + tokens)
-        own = Rows(token, tokens, position, heads, head * group, group, window, first, last)
-        _tile(q, paged, own, scale, room, stacks, levels)
-        _write(result, own, room, stacks, levels, dim)
+        tokens, position = min(tile, end - token), call.context_S[s] - (end - token)
+        first, last = (call.range_S2[s, 0], call.range_S2[s, 1]) if call.range_S2.size else (0, position + tokens)
+        keys = (2 * call.layer * kv_heads + head) * call.block_size * dim
+        blocks, table_M, last_key = pointer(call.blocks), call.table_SM[s], position + tokens
+        paged = Paged(blocks, table_M, 2 * layers * part, keys, part, shift, dim, last_key)
+        own = Rows(token, tokens, position, call.heads, head * group, group, call.window, first, last)
+        _tile(call.q, paged, own, call.scale, room, stacks, levels)
+        _write(call, own, room, stacks, levels)
         did += 1
         item = take(counter)
     return did
 
 
 @kernel(parallel=True)
-def _attention(
-    q,
-    blocks,
-    shape,
-    layer,
-    table_SM,
-    start_S1,
-    context_S,
-    range_S2,
-    heads,
-    out,
-    m,
-    e,
-    nodes,
-    scale,
-    window,
-    threads,
-):
+def _attention(call, threads):
     """Every item; a free thread takes the next one."""
-    tiles_S1, counter = tiles_of(start_S1, heads // shape[3]), np.zeros(1, np.int64)
-    items = tiles_S1[context_S.size] * shape[3]
+    tiles_S1, counter = tiles_of(call.start_S1, call.heads // call.kv_heads), np.zeros(1, np.int64)
+    items = tiles_S1[call.context_S.size] * call.kv_heads
     for _ in prange(max(1, min(threads, items))):
-        attend(
-            q,
-            blocks,
-            shape,
-            layer,
-            table_SM,
-            start_S1,
-            context_S,
-            range_S2,
-            heads,
-            out,
-            m,
-            e,
-            nodes,
-            scale,
-            window,
-            tiles_S1,
-            counter.ctypes.data,
-        )
+        attend(call, tiles_S1, counter.ctypes.data)
 
 
 def attention(
@@ -293,10 +229,14 @@ def attention(
     All arrays are C-contiguous; `blocks` [block, layer, 2, kv_head, token, dim] is float32, uint16 (bf16) or int16
     (fp16), the meta arrays are int32, q fp32 [T, H, d].
     """
-    _attention(
+    _, layers, _, kv_heads, block_size, dim = blocks.shape
+    call = Call(
         q_THd,
         blocks.reshape(-1),
-        blocks.shape,
+        layers,
+        kv_heads,
+        block_size,
+        dim,
         layer,
         block_table_SM,
         query_start_S1,
@@ -306,5 +246,5 @@ def attention(
         *result,
         np.float32(scale),
         window,
-        get_num_threads(),
     )
+    _attention(call, get_num_threads())

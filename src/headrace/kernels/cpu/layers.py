@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from headrace.kernels.cpu.attention import attend, tiles_of
+from headrace.kernels.cpu.attention import Call, attend, tiles_of
 from headrace.kernels.cpu.elementwise import (
     add_rms_norm_rows,
     rms_norm_rows,
@@ -101,7 +101,7 @@ class _Step(NamedTuple):
     sleepers: int
     threads: int
     cache: Any
-    """The shape of the cache, whose `blocks` are flat."""
+    """The cache's shape, [block, layer, 2, kv_head, token, dim]; `PagedRows.blocks` holds its elements flattened."""
 
 
 class PagedRows(NamedTuple):
@@ -229,10 +229,14 @@ def _rotary(step, stage, layer, row, paged):
 def _attention(step, stage, layer, window, paged):
     tiles_S1 = tiles_of(paged.start_S1, step.shape.heads // step.shape.kv_heads)
     none, whole = np.empty(0, np.float32), np.empty((0, 2), np.int64)  # no log-sum-exp, no range of the context
-    did = attend(
+    _, layers, _, kv_heads, block_size, dim = step.cache
+    call = Call(
         step.q,
         paged.blocks,
-        step.cache,
+        layers,
+        kv_heads,
+        block_size,
+        dim,
         layer,
         paged.table_SM,
         paged.start_S1,
@@ -245,9 +249,8 @@ def _attention(step, stage, layer, window, paged):
         0,
         step.shape.scale,
         window,
-        tiles_S1,
-        _ticket(step, stage),
     )
+    did = attend(call, tiles_S1, _ticket(step, stage))
     _join(step, stage, did, tiles_S1[paged.context_S.size] * step.shape.kv_heads)
 
 
