@@ -75,6 +75,7 @@ class Watcher:
         self.deltas = 0
         self.told: list[tuple[Any, ...]] = []
         self.steps = 0
+        self.restart = asyncio.Event()
 
     def ready(self, info: Any) -> None:
         pass
@@ -97,6 +98,7 @@ class Watcher:
 
     def restarted(self, instance: str) -> None:
         self.told.append(("restarted",))
+        self.restart.set()
 
     def _count(self) -> None:
         self.deltas += 1

@@ -31,7 +31,7 @@ from headrace.kernels.cpu.tree import finish, give, insert, last_start, levels_o
 from headrace.kernels.cpu.work import scratch, take
 from headrace.kernels.partials import SPLIT
 
-__all__ = ["WHOLE", "Call", "Result", "attend", "attention", "tiles_of"]
+__all__ = ["WHOLE", "AttentionInput", "Result", "attend", "attention", "tiles_of"]
 
 TILE = 64  # rows of a work item: K and V of a split stay in the cache between its groups of rows
 
@@ -51,8 +51,8 @@ class Result(NamedTuple):
     """Nodes that a row has room for; 0 where rows are finished here."""
 
 
-class Call(NamedTuple):
-    """What all threads of a call read, and `Result`'s fields; no field is a tuple, which a parallel kernel refuses."""
+class AttentionInput(NamedTuple):
+    """What one call reads, then the fields of its `Result`: a parallel kernel takes no tuple in a tuple."""
 
     q: Any
     """[T, H, d] fp32, contiguous."""
@@ -230,7 +230,7 @@ def attention(
     (fp16), the meta arrays are int32, q fp32 [T, H, d].
     """
     _, layers, _, kv_heads, block_size, dim = blocks.shape
-    call = Call(
+    call = AttentionInput(
         q_THd,
         blocks.reshape(-1),
         layers,

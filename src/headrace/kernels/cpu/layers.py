@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
-from headrace.kernels.cpu.attention import Call, attend, tiles_of
+from headrace.kernels.cpu.attention import AttentionInput, attend, tiles_of
 from headrace.kernels.cpu.elementwise import (
     add_rms_norm_rows,
     rms_norm_rows,
@@ -230,7 +230,7 @@ def _attention(step, stage, layer, window, paged):
     tiles_S1 = tiles_of(paged.start_S1, step.shape.heads // step.shape.kv_heads)
     none, whole = np.empty(0, np.float32), np.empty((0, 2), np.int64)  # no log-sum-exp, no range of the context
     _, layers, _, kv_heads, block_size, dim = step.cache
-    call = Call(
+    call = AttentionInput(
         step.q,
         paged.blocks,
         layers,
