@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.errors import CheckpointError, ConfigError, HeadraceError, RequestError
 
 if TYPE_CHECKING:
+    from headrace.engine.schedule.constraint import Constraint
     from headrace.engine.schedule.sampling import SamplingParams
     from headrace.llm.async_llm import AsyncLLM
     from headrace.llm.llm import LLM
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "Constraint",
     "HeadraceError",
     "Logprob",
     "RequestError",
@@ -40,6 +42,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 _HOMES = {
     "LLM": "llm.llm",
     "AsyncLLM": "llm.async_llm",
+    "Constraint": "engine.schedule.constraint",
     "SamplingParams": "engine.schedule.sampling",
     "CompletionOutput": "llm.outputs",
     "Logprob": "llm.outputs",

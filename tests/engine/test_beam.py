@@ -119,7 +119,7 @@ def test_beams_share_their_prompt_and_copy_only_written_blocks():
     assert [len(h.token_ids) for h in got] == [12] * 4 and [len(h.logprobs) for h in got] == [12] * 4
     assert stats.scheduled_tokens == 20 + 4 * 11  # every beam computes one token a step, and nothing twice
     assert 0 < stats.copied_blocks <= 4 * 11
-    assert stats.finished == {"stop": 0, "length": 0, "abort": 0}
+    assert stats.finished == {"stop": 0, "length": 0, "abort": 0, "error": 0}
 
 
 def test_scores_are_the_formula_and_records_add_up():

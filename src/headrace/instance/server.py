@@ -5,9 +5,11 @@ commands ──> EngineLoop ──> executed between steps ──> Frontend.step
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import fields
 
 import torch
@@ -37,7 +39,7 @@ from headrace.instance.wire import (
     WeightsUpdated,
 )
 from headrace.llm.llm import LLM
-from headrace.llm.loop import EngineLoop
+from headrace.llm.loop import EngineLoop, EngineStoppedError
 
 __all__ = ["Instance"]
 
@@ -63,6 +65,8 @@ class Instance:
         self._explainer = Explainer(self._scheduler)
         self._sent: dict[str, SentOutput] = {}
         self._embeds: dict[str, list[int]] = {}
+        self._compiling: dict[str, Add | Resume] = {}
+        """Requests that wait for a grammar, while steps go on."""
         self._events: list[EngineEvent] = []
         self._changed = False
         """Whether a request ended or the cache was emptied outside a step since the last report."""
@@ -138,10 +142,8 @@ class Instance:
 
     def _execute(self, command: Command) -> None:
         try:
-            if isinstance(command, Add):
-                self._add(command)
-            elif isinstance(command, Resume):
-                self._resume(command)
+            if isinstance(command, (Add, Resume)):
+                self._begin(command)
             elif isinstance(command, Abort):
                 self._abort(command.name)
             elif isinstance(command, Embed):
@@ -154,11 +156,37 @@ class Instance:
         except RequestError as error:
             self._events.append(Refused.by(getattr(command, "name", ""), error))
 
-    def _add(self, add: Add) -> None:
-        self._enter(self._frontend.add(add.prompt_token_ids, add.params, add.name, add.priority, add.cache_key))
+    def _begin(self, command: Add | Resume) -> None:
+        """Add a request, at once or when its grammar is compiled."""
+        params = command.params if isinstance(command, Add) else command.record.params
+        prepared = self._frontend.prepare(params)
+        if prepared is None:
+            self._add(command)
+            return
+        self._compiling[command.name] = command
+        prepared.add_done_callback(lambda done: self._post_compiled(command, done))
 
-    def _resume(self, resume: Resume) -> None:
-        self._enter(self._frontend.resume(resume.record))
+    def _post_compiled(self, command: Add | Resume, done: Future[None]) -> None:
+        with contextlib.suppress(EngineStoppedError):  # a stopped engine runs no request
+            self._loop.post(lambda: self._take_compiled(command, done))
+
+    def _take_compiled(self, command: Add | Resume, done: Future[None]) -> None:
+        if self._compiling.get(command.name) is not command:  # it was aborted
+            return
+        del self._compiling[command.name]
+        try:
+            done.result()
+            self._add(command)
+        except RequestError as error:
+            self._events.append(Refused.by(command.name, error))
+
+    def _add(self, command: Add | Resume) -> None:
+        if isinstance(command, Resume):
+            self._enter(self._frontend.resume(command.record))
+        else:
+            key = command.cache_key
+            ids, params = command.prompt_token_ids, command.params
+            self._enter(self._frontend.add(ids, params, command.name, command.priority, key))
 
     def _enter(self, name: str) -> None:
         """The gateway has what the output holds already: the output of a resumed request is not sent again."""
@@ -169,6 +197,7 @@ class Instance:
 
     def _abort(self, name: str) -> None:
         self._embeds.pop(name, None)
+        self._compiling.pop(name, None)
         output = self._frontend.abort(name)
         if output is not None:
             del self._sent[name]

@@ -15,6 +15,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import Runner
 from headrace.engine.run.shard import ModelShard
+from headrace.engine.schedule.mask import MaskFactory, no_masks
 from headrace.engine.schedule.plan import Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler
@@ -80,8 +81,13 @@ def host_slots(cache: CacheConfig, options: EngineOptions, store: KVStore) -> in
     return cache.swap_bytes // store.block_bytes if cache.swap_bytes else store.num_blocks - 1
 
 
-def assemble(model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None) -> Engine[Runner]:
-    """An engine around a loaded model. `ranks` are the processes that hold its other shards."""
+def assemble(
+    model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None, masks: MaskFactory = no_masks
+) -> Engine[Runner]:
+    """An engine around a loaded model. `ranks` are the processes that hold its other shards.
+
+    `masks` builds the masks of constrained requests.
+    """
     ranks = Ranks() if ranks is None else ranks
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
@@ -100,7 +106,12 @@ def assemble(model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks 
     runner = Runner(ModelShard(model, ops, store, slots), ranks)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
     scheduler = Scheduler(
-        options.scheduler_config(budget), replace(cache, num_blocks=blocks), length, config.eos_token_ids, slots
+        options.scheduler_config(budget),
+        replace(cache, num_blocks=blocks),
+        length,
+        config.eos_token_ids,
+        slots,
+        masks=masks,
     )
     return Engine(scheduler, runner, options.queue_depth)
 

@@ -58,6 +58,9 @@ class AsyncLLM:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         chosen = params or SamplingParams(**self._llm.default_sampling_params())
+        prepared = self.frontend.prepare(chosen)
+        if prepared is not None:
+            await asyncio.wrap_future(prepared)
         self._loop.post(lambda: self._add(name, deliver, prompt, chosen, request_id, priority))
         own = None
         try:

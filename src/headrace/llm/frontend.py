@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import Runner
 from headrace.engine.schedule.beam import BeamSearch
+from headrace.engine.schedule.mask import TokenMask
 from headrace.engine.schedule.request import Request, RequestUpdate
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import HeadraceError, RequestError
@@ -33,6 +36,9 @@ from headrace.parallel.group import RankGroup
 from headrace.parallel.heads import HeadLayout
 from headrace.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from headrace.grammar.grammars import Grammars
+
 __all__ = ["Frontend", "Prompt", "WeightSource"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -50,7 +56,7 @@ class Frontend:
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self.engine: Engine[Runner] = assemble(model, ops, options, ranks)
+        self.engine: Engine[Runner] = assemble(model, ops, options, ranks, self._mask)
         self.fingerprint = fingerprint(ops, model.config, options.cache_config())
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
@@ -112,6 +118,30 @@ class Frontend:
     def close(self) -> None:
         """End the processes of the other ranks. With tensor parallelism, no step can run afterwards."""
         self.engine.runner.ranks.close()
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The compiled constraints. Raises `RequestError` where llguidance is not installed."""
+        try:
+            from headrace.grammar.grammars import Grammars
+        except ModuleNotFoundError as error:
+            if error.name != "llguidance":
+                raise
+            reason = "{constraint} needs the package llguidance, which is not installed: pip install llguidance"
+            raise RequestError.about("constraint", reason) from None
+        return Grammars(self.tokenizer, self.model_config.vocab_size)
+
+    def prepare(self, params: SamplingParams) -> Future[None] | None:
+        """Compile a request's grammars on a thread, so that `add` need not; None where nothing is to be compiled.
+
+        Any thread may call it. The result raises `RequestError` where a grammar cannot be compiled.
+        """
+        if not params.masked or self.grammars.ready(params):
+            return None
+        return self.grammars.prepare(params)
+
+    def _mask(self, params: SamplingParams, stop_ids: Collection[int]) -> TokenMask:
+        return self.grammars.mask(params, stop_ids)
 
     def add(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.config import CacheConfig, one_of, require
 from headrace.engine.schedule.batching import BATCHING
-from headrace.engine.schedule.config import PREEMPTION, RESERVE, SchedulerConfig
+from headrace.engine.schedule.config import JUMPS, PREEMPTION, RESERVE, SchedulerConfig
 from headrace.engine.schedule.policies import POLICIES
 from headrace.errors import ConfigError
 from headrace.typed import check, read_value
@@ -104,6 +104,12 @@ class EngineOptions:
         0.0, "worst time between tokens in ms, from which auto chooses the tokens of a step", "no bound"
     )
     max_num_seqs: int = option(64, "requests that run at once", "on a CPU, decoding gains little beyond")
+    jump_forward: str = option(
+        "together",
+        "how forced tokens of a constrained output are computed: in one step, or one a step",
+        "fewer steps, the same tokens",
+        JUMPS,
+    )
     queue_depth: int = option(1, "steps planned ahead of results", "on a CPU, more gains nothing")
 
     def __post_init__(self) -> None:
@@ -199,6 +205,7 @@ class EngineOptions:
             tokens,
             self.max_num_seqs,
             self.queue_depth,
+            jump_forward=self.jump_forward,
         )
 
 

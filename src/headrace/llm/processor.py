@@ -27,7 +27,7 @@ class Choice:
         self._params = params
         self._tokenizer = tokenizer
         self._stream = TextStream(
-            tokenizer.detokenizer(params.skip_special_tokens, prompt_ids),
+            tokenizer.detokenizer(params.skip_special_tokens, prompt_ids, params.shown_special_ids),
             params.stop,
             params.include_stop_str_in_output,
             params.min_tokens,
@@ -38,7 +38,7 @@ class Choice:
         """Add a step's tokens. If a stop string ends the text, returns the number of output tokens to keep."""
         out, before = self.output, len(self.output.token_ids)
         out.token_ids += update.token_ids
-        hidden = update.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        hidden = update.stop_token and not self._params.include_stop_str_in_output
         ids = update.token_ids
         if hidden and ids and not self._stream.names(ids[-1]):  # one that it names may complete a stop string
             ids = ids[:-1]
@@ -120,6 +120,7 @@ class Group:
                     found.logprobs,
                     finish_reason=found.finish_reason,
                     stop_reason=found.stop_reason,
+                    stop_token=found.finish_reason == "stop",
                 )
             )
             choice.output.cumulative_logprob = found.cumulative_logprob

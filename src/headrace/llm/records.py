@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from headrace.cache.key import CacheKey
+from headrace.engine.schedule.constraint import Constraint
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError
@@ -98,7 +99,12 @@ class ResumeRecord:
     def from_dict(cls, data: Mapping[str, Any]) -> ResumeRecord:
         """The record of `to_dict`, also after JSON; `RequestError` names what is missing or wrong."""
         try:
-            params = {**data["params"], "logit_bias": dict(data["params"]["logit_bias"])}
+            constraint = data["params"]["constraint"]
+            params = {
+                **data["params"],
+                "logit_bias": dict(data["params"]["logit_bias"]),
+                "constraint": None if constraint is None else _make(Constraint, constraint),
+            }
             output = {**data["output"], "prompt_logprobs": _tables(data["output"]["prompt_logprobs"])}
             output["outputs"] = [
                 _make(CompletionOutput, {**choice, "logprobs": _tables(choice["logprobs"])})

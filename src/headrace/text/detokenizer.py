@@ -12,7 +12,7 @@ decides which is used:
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -252,9 +252,15 @@ class Detokenizer:
     together gives after the prompt's own text. A character that begins in the prompt belongs to the output.
     """
 
-    def __init__(self, table: PieceTable, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        table: PieceTable,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: Collection[int] = (),
+    ) -> None:
         self._table = table
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._skipped = table.special_ids.difference(shown_ids) if skip_special_tokens else frozenset()
         self._decoder = _KINDS[table.kind](table)
         self._texts: list[str] = []
         self._length = self._latest = 0

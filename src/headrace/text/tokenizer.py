@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,11 @@ class Tokenizer:
         """bos_token, eos_token, … as text, for chat templates."""
         return self._special
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out of a text."""
+        return self._table.special_ids
+
     def info(self) -> dict[str, Any]:
         """tokenizer_config.json as it applies: with the special tokens and the chat template, without file names."""
         config = {name: value for name, value in self._config.items() if name not in FILE_NAMES}
@@ -171,9 +176,11 @@ class Tokenizer:
         """The entries of the vocabulary, as its file has them; "" for an id without one."""
         return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
-    def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """An incremental decoder of what follows `prompt_ids`."""
-        return Detokenizer(self._table, skip_special_tokens, prompt_ids)
+    def detokenizer(
+        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), shown_ids: Collection[int] = ()
+    ) -> Detokenizer:
+        """An incremental decoder of what follows `prompt_ids`. Special tokens of `shown_ids` are shown all the same."""
+        return Detokenizer(self._table, skip_special_tokens, prompt_ids, shown_ids)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any

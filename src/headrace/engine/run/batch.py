@@ -28,22 +28,20 @@ class Batch:
     """Per row with logits: `SAMPLE` or the known token to score."""
     sample_rows: list[int]
     """Which of the R rows are sampled, in the order of the slices."""
-    sampled_requests: list[int]
+    sampled: list[Slice]
+    """The slices of these rows."""
     previous: list[tuple[int, int]]
     """(row of ids_T, request id): the token is the one sampled for this request by the step before."""
     params: SampleParams
     edits: tuple[Tensor, Tensor, Tensor, Tensor] | None
     """(row among the sampled ones, token id, divide, add), as `Ops.edit_logits_` takes them."""
-    masks: tuple[Tensor, Tensor] | None
-    """(row among the sampled ones, packed words), as `Ops.mask_logits_` takes them."""
 
 
 class BatchBuilder:
     """Packs plans. Unused entries of the block table are 0, the null block."""
 
-    def __init__(self, block_size: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
-        self.vocab_size = vocab_size
         self.device = device
 
     def build(self, plan: Plan) -> Batch:
@@ -80,11 +78,10 @@ class BatchBuilder:
             ),
             targets=targets,
             sample_rows=[i for i, t in enumerate(targets) if t == SAMPLE],
-            sampled_requests=[s.request_id for s in sampled],
+            sampled=sampled,
             previous=previous,
             params=_sample_params(sampled),
             edits=self._edits(sampled),
-            masks=self._masks(sampled),
         )
 
     def _block_table(self, slices: Sequence[Slice], contexts: Sequence[int]) -> np.ndarray:
@@ -103,18 +100,6 @@ class BatchBuilder:
         divide = np.concatenate([np.asarray(e.divide, np.float32) for _, e in edited])
         add = np.concatenate([np.asarray(e.add, np.float32) for _, e in edited])
         return (self._tensor(rows.astype(np.int64)), self._tensor(ids), self._tensor(divide), self._tensor(add))
-
-    def _masks(self, sampled: Sequence[Slice]) -> tuple[Tensor, Tensor] | None:
-        masked = [
-            (row, s.params.allowed_token_ids) for row, s in enumerate(sampled) if s.params.allowed_token_ids is not None
-        ]
-        if not masked:
-            return None
-        words = np.zeros((len(masked), -(-self.vocab_size // 32)), np.uint32)
-        for word_W, (_, allowed) in zip(words, masked):
-            ids = np.asarray(allowed, np.uint32)
-            np.bitwise_or.at(word_W, ids >> 5, np.uint32(1) << (ids & 31))
-        return self._tensor(np.asarray([row for row, _ in masked], np.int64)), self._tensor(words.view(np.int32))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

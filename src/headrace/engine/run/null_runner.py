@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from headrace.engine.schedule.accept import accepted
+from headrace.engine.schedule.mask import TokenMask
 from headrace.engine.schedule.plan import (
     PREVIOUS,
     SAMPLE,
@@ -151,7 +154,8 @@ class NullRunner:
         got = SliceResult([])
         rows = states[len(states) - len(s.targets) :]
         sampling = [state for state, target in zip(rows, s.targets) if target == SAMPLE]
-        sampled = [self.sample(state, s.seed, s.choice, s.edits, s.params.allowed_token_ids) for state in sampling]
+        allowed = s.params.allowed_token_ids if s.mask is None else self._allowed(s.mask)
+        sampled = [self.sample(state, s.seed, s.choice, s.edits, allowed) for state in sampling]
         got.token_ids = sampled[: accepted(s, sampled)]
         if got.token_ids:
             self._last[s.request_id] = got.token_ids[-1]
@@ -160,6 +164,12 @@ class NullRunner:
             got.scores = [self._logprobs(state, target, s.top) for state, target in scored]
             got.logprobs = [self._logprobs(state, token, s.top) for state, token in zip(sampling, got.token_ids)]
         return got
+
+    def _allowed(self, mask: TokenMask) -> list[int]:
+        words_W = np.zeros(-(-self.vocab_size // 32), np.uint32)
+        mask.fill(words_W)
+        bits = np.unpackbits(words_W.view(np.uint8), bitorder="little")[: self.vocab_size]
+        return [int(token) for token in np.flatnonzero(bits)]
 
     def _logprobs(self, state: int, token: int, top: int) -> TokenLogprobs:
         ranked = sorted(range(self.vocab_size), key=lambda t: (-self.logprob(state, t), t))

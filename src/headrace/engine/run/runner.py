@@ -12,6 +12,7 @@ from torch import Tensor
 from headrace.cache.manager import BlockMoves
 from headrace.engine.run.batch import Batch, BatchBuilder
 from headrace.engine.run.frames import frame, step_frame
+from headrace.engine.run.masks import MaskFiller, MaskRows
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.shard import ModelShard
 from headrace.engine.schedule.accept import draft_tokens
@@ -51,7 +52,8 @@ class Runner:
         self.model, self.ops, self.store = shard.model, shard.ops, shard.store
         self._shard = shard
         self.ranks = ranks
-        self._builder = BatchBuilder(shard.store.block_size, shard.model.config.vocab_size, shard.ops.device)
+        self._builder = BatchBuilder(shard.store.block_size, shard.ops.device)
+        self.masks = MaskFiller(shard.model.config.vocab_size, shard.ops.device)
         self._sampled: dict[int, int] = {}
         self._last: Tensor | None = None
 
@@ -72,9 +74,10 @@ class Runner:
         self._shard.move(moves)
         if batch is None:
             return Handle(plan, None, None, None)
+        masks = self.masks.start(batch.sampled)
         logits_RV = self.logits(batch)
-        sampled, logprobs = self._finish(batch, logits_RV, plan.slices)
-        self._sampled = {request: row for row, request in enumerate(batch.sampled_requests)}
+        sampled, logprobs = self._finish(batch, logits_RV, plan.slices, masks())
+        self._sampled = {s.request_id: row for row, s in enumerate(batch.sampled)}
         self._last = sampled
         return Handle(plan, batch, sampled, logprobs)
 
@@ -144,14 +147,14 @@ class Runner:
         batch.inputs.ids_T[rows] = self._last[[self._sampled[request] for _, request in batch.previous]]
 
     def _finish(
-        self, batch: Batch, logits_RV: Tensor, slices: Sequence[Slice]
+        self, batch: Batch, logits_RV: Tensor, slices: Sequence[Slice], masks: MaskRows | None
     ) -> tuple[Tensor | None, _Logprobs | None]:
         """Sample the rows that ask for it, and score rows against the distribution before edits."""
         tops = [s.top for s in slices if s.targets and s.top is not None]
         if not batch.targets:
             return None, None
         every_row = len(batch.sample_rows) == len(batch.targets)
-        edited = batch.edits is not None or batch.masks is not None
+        edited = batch.edits is not None or masks is not None
         picked_RV = logits_RV
         if not every_row or (tops and edited):
             picked_RV = self.ops.embedding(self._index(batch.sample_rows), logits_RV)
@@ -159,8 +162,8 @@ class Runner:
         if batch.sample_rows:
             if batch.edits is not None:
                 self.ops.edit_logits_(picked_RV, *batch.edits)
-            if batch.masks is not None:
-                self.ops.mask_logits_(picked_RV, *batch.masks)
+            if masks is not None:
+                self.ops.mask_logits_(picked_RV, *masks)
             sampled = self.ops.sample(picked_RV, batch.params)
         return sampled, self._score(batch, logits_RV, sampled, max(tops)) if tops else None
 

@@ -79,7 +79,7 @@ class Admission:
             cache.fork(parent.kv, kv, request.num_tokens - 1)
         else:
             cache.adopt(kv, path)
-        count = batching.first(request.num_tokens - max(kv.num_tokens, kv.host_tokens))
+        count = batching.first(request.next_span(max(kv.num_tokens, kv.host_tokens)))
         need = cache.need(kv, max(request.num_tokens, request.reserve))
         # Block moves need a slice to go with, and a fork must copy its last block before the parent commits it.
         fits = count > 0 or (batching.joins_empty and not kv.host and parent is None)
@@ -100,8 +100,7 @@ class Admission:
 
     def _cacheable(self, request: Request) -> int:
         """How many tokens may come from the cache: never the last one, and none that still needs a score."""
-        last = request.num_prompt_tokens - 1
-        return request.num_scored if request.num_scored < last else request.num_tokens - 1
+        return request.num_scored if request.num_scored < request.score_end else request.num_wanted - 1
 
     def _cached_tokens(self, request: Request) -> int:
         path = self._cache.match(request.token_ids, request.cache_key, self._cacheable(request))

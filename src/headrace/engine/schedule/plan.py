@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from headrace.engine.schedule.mask import TokenMask
 from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["PREVIOUS", "SAMPLE", "LogitEdits", "Plan", "Slice", "SliceResult", "StepResult", "TokenLogprobs"]
@@ -46,6 +47,8 @@ class Slice:
     seed: int
     choice: int
     edits: LogitEdits | None = None
+    mask: TokenMask | None = None
+    """What may be sampled; it accounts for `params.allowed_token_ids` too."""
     top: int | None = None
     """How many best tokens to report beside each sampled or scored one; None for no log-probabilities at all."""
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from headrace.cache.manager import CachedSequence, CacheManager
 from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.limits import RequestLimits
+from headrace.engine.schedule.mask import MaskFactory, no_masks, replay
 from headrace.engine.schedule.plan import Plan, SliceResult
 from headrace.engine.schedule.policies import Policy
 from headrace.engine.schedule.request import Request, RequestUpdate, Status
@@ -22,8 +24,18 @@ from headrace.errors import RequestError
 __all__ = ["Grant", "RequestPool"]
 
 
-Grant = tuple[Request, int, int, int, int]
-"""A request's part of a plan: the request, its epoch when planned, start, end, rows sampled at the end."""
+class Grant(NamedTuple):
+    """A request's part of a plan: positions [start, end)."""
+
+    request: Request
+    epoch: int
+    """The request's when planned."""
+    start: int
+    end: int
+    samples: int
+    """Rows sampled at the end."""
+    prompt_scores: int
+    """Rows that score a token of the prompt; the rows behind them that are scored have a forced one."""
 
 
 class RequestPool:
@@ -32,8 +44,20 @@ class RequestPool:
     `cache` changes the KV blocks; `counters` has the statistics.
     """
 
-    def __init__(self, cache: CacheManager, policy: Policy, limits: RequestLimits, seats: int, swap: bool) -> None:
-        """`seats` requests run at once. `swap`: preempted requests move to the host where it has room."""
+    def __init__(
+        self,
+        cache: CacheManager,
+        policy: Policy,
+        limits: RequestLimits,
+        seats: int,
+        swap: bool,
+        masks: MaskFactory = no_masks,
+        stepwise: bool = False,
+    ) -> None:
+        """`seats` requests run at once. `swap`: preempted requests move to the host where it has room.
+
+        `stepwise`: each forced token is computed in a step of its own.
+        """
         self.cache = cache
         self.policy = policy
         self.limits = limits
@@ -46,6 +70,8 @@ class RequestPool:
         self.waiting: list[Request] = []
         """In policy order."""
         self._swap = swap
+        self._masks = masks
+        self._stepwise = stepwise
         self._grants: list[Grant] = []
         self._arrivals = 0
 
@@ -68,10 +94,21 @@ class RequestPool:
             request.edits = EditState(params, request.stop_ids, request.prompt_token_ids)
             for token in request.output_token_ids:
                 request.edits.append(token)
+        if params.masked:
+            self._constrain(request)
         request.arrival = self._arrivals
         self._arrivals += 1
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=self.policy.key)
+
+    def _constrain(self, request: Request) -> None:
+        """Give a new request its mask, and the forced tokens that its output begins or goes on with."""
+        params = request.params
+        mask = self._masks(params, request.stop_ids)
+        run = replay(mask, request.output_token_ids, params.jump_forward)
+        request.mask = mask
+        request.forced_apart = self._stepwise
+        self._extend_forced(request, run)
 
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, keep_tokens: int | None = None
@@ -192,27 +229,24 @@ class RequestPool:
         known = len(request.token_ids)
         self.cache.grow(kv, end, request.reserve)
         self.cache.commit(kv, request.token_ids, known)
-        samples = end - (known + request.num_pending) + 1
+        samples = 0 if request.closing else max(end - (known + request.num_pending) + 1, 0)
         edits = None
-        if samples > 0:
-            if request.edits is not None:
-                edits = request.edits.current(known + request.num_pending - request.num_prompt_tokens)
-        else:
-            samples = 0
+        if samples and request.edits is not None:
+            edits = request.edits.current(known + request.num_pending - request.num_prompt_tokens)
         plan.slices.append(make_slice(request, start, end, samples, edits))
-        last_scored = request.num_prompt_tokens - 1
-        if request.num_scored < last_scored:
-            request.num_scored = max(request.num_scored, min(end, last_scored))
+        prompt_scores = max(min(end, request.num_prompt_tokens - 1) - max(start, request.num_scored), 0)
+        if request.num_scored < request.score_end:
+            request.num_scored = max(request.num_scored, min(end, request.score_end))
         if samples:
             request.num_pending += 1
-        self._grants.append((request, request.epoch, start, end, samples))
+        self._grants.append(Grant(request, request.epoch, start, end, samples, prompt_scores))
         self.counters.scheduled_tokens += count
 
     def written(self, request: Request) -> int:
         """Tokens of a running request that earlier plans compute: what a copy in this plan may read."""
-        for other, _, start, _, _ in self._grants:
-            if other is request:
-                return start
+        for grant in self._grants:
+            if grant.request is request:
+                return grant.start
         return request.kv.num_tokens
 
     def take_grants(self) -> list[Grant]:
@@ -225,7 +259,7 @@ class RequestPool:
 
         A beam gets no tokens here: its search chooses them.
         """
-        request, epoch, start, end, samples = grant
+        request, epoch, start, end, samples, prompt_scores = grant
         if request.status is Status.FINISHED:
             self.counters.discarded_tokens += end - start
             return None
@@ -233,40 +267,101 @@ class RequestPool:
             request.num_pending -= 1
         if request.epoch == epoch:
             request.num_computed_tokens = end
-        if result is None or not (result.token_ids or result.scores):
+        if result is None or not (result.token_ids or result.scores or request.closing):
             return None
         update = RequestUpdate(
             request.request_id,
             request.group_id,
-            result.token_ids,
-            result.logprobs,
-            result.scores,
+            [],
+            [*result.scores[prompt_scores:], *result.logprobs],
+            result.scores[:prompt_scores],
             request.num_cached_tokens,
         )
         if request.is_beam:
-            update.token_ids = []
             request.parked = samples > 0
             return update
-        tokens, edits = request.token_ids, request.edits
+        if result.token_ids:
+            stand = self._absorb(request, result.token_ids)
+            update.logprobs = update.logprobs[: len(update.logprobs) - len(result.token_ids) + stand]
+            if samples > 1 and not request.closing:  # take back the drafts that were not accepted
+                computed = request.num_tokens - request.num_forced - 1
+                request.spec_token_ids = []
+                self.cache.rewind(request.kv, computed)
+                request.num_computed_tokens = min(request.num_computed_tokens, computed)
+        self._give(request, update, end)
+        return update
+
+    def _absorb(self, request: Request, sampled: Sequence[int]) -> int:
+        """Append sampled tokens, up to one that ends the output, and the forced ones behind; returns how many stand."""
+        tokens, edits, mask = request.token_ids, request.edits, request.mask
         last = request.num_prompt_tokens + request.max_output
-        for i, token in enumerate(result.token_ids):
+        if mask is not None and mask.failed:
+            request.closing, request.stop_reason = "error", mask.failed
+            return 0
+        request.num_forced, count = 0, 0
+        while count < len(sampled) and not request.closing:
+            token = sampled[count]
+            count += 1
             tokens.append(token)
             if edits is not None:
                 edits.append(token)
-            if token in request.stop_ids or len(tokens) >= last:
-                update.token_ids = result.token_ids[: i + 1]
-                update.logprobs = result.logprobs[: i + 1]
-                update.finish_reason = "stop" if token in request.stop_ids else "length"
-                update.stop_reason = request.stop_ids.get(token)
-                break
-        self.counters.generated_tokens += len(update.token_ids)
-        if update.finish_reason is not None:
-            self.finish(request, update.finish_reason, update.stop_reason)
-        elif samples > 1:  # take back the drafts that were not accepted
-            request.spec_token_ids = []
-            self.cache.rewind(request.kv, len(tokens) - 1)
-            request.num_computed_tokens = min(request.num_computed_tokens, len(tokens) - 1)
-        return update
+            if token in request.stop_ids:
+                request.closing, request.stop_reason = "stop", request.stop_ids[token]
+            elif mask is not None:
+                mask.accept((token,))
+                self._close_at_end(request)
+            elif len(tokens) >= last:
+                request.closing = "length"
+        if mask is not None and not request.closing:
+            request.num_scored = max(request.num_scored, len(tokens) - 1)
+            run = mask.forced() if request.params.jump_forward else []
+            mask.accept(run)
+            self._extend_forced(request, run)
+        return count
+
+    def _extend_forced(self, request: Request, run: Sequence[int]) -> None:
+        """Append forced tokens, which the mask has accepted, as far as the output may go."""
+        room = request.max_output - request.num_output_tokens
+        cut, run = len(run) > room, run[:room]
+        request.token_ids.extend(run)
+        if request.edits is not None:
+            for token in run:
+                request.edits.append(token)
+        request.num_forced = len(run)
+        self.counters.forced_tokens += len(run)
+        if cut:
+            request.closing = "length"
+        else:
+            self._close_at_end(request)
+
+    def _close_at_end(self, request: Request) -> None:
+        """Say why a constrained output ends here, if it does."""
+        mask = request.mask
+        assert mask is not None
+        if mask.failed:
+            request.closing, request.stop_reason = "error", mask.failed
+        elif mask.ended:
+            request.closing = "stop"
+        elif request.num_output_tokens >= request.max_output:
+            request.closing = "length"
+
+    def _give(self, request: Request, update: RequestUpdate, end: int) -> None:
+        """Put the output tokens that were not given yet into an update, and end the request behind its last one.
+
+        With log-probabilities, a forced token is given when its own is there; without, when the prompt is computed.
+        """
+        whole = end >= request.score_end
+        count = request.num_output_tokens - request.num_given if whole else 0
+        if request.params.logprobs is not None:
+            count = len(update.logprobs)
+        first = request.num_prompt_tokens + request.num_given
+        update.token_ids = request.token_ids[first : first + count]
+        request.num_given += count
+        self.counters.generated_tokens += count
+        if request.closing and request.num_given == request.num_output_tokens and whole:
+            update.finish_reason, update.stop_reason = request.closing, request.stop_reason
+            update.stop_token = bool(count) and update.token_ids[-1] in request.stop_ids
+            self.finish(request, request.closing, request.stop_reason)
 
     def check_integrity(self, in_flight: Sequence[Grant]) -> None:
         """Raise AssertionError unless queues, requests, blocks and the grants in flight agree. For tests: slow."""
@@ -278,7 +373,7 @@ class RequestPool:
         for queue in (self.running, self.waiting):
             keys = [self.policy.key(request) for request in queue]
             assert keys == sorted(keys), "a queue out of order"
-        sampling = [request for request, *_, samples in in_flight if samples]
+        sampling = [grant.request for grant in in_flight if grant.samples]
         for request in self.requests.values():
             kv = request.kv
             running = request.status is Status.RUNNING

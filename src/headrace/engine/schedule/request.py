@@ -9,6 +9,7 @@ from enum import Enum
 from headrace.cache.key import CacheKey
 from headrace.cache.manager import CachedSequence, Segment
 from headrace.engine.schedule.edits import EditState
+from headrace.engine.schedule.mask import TokenMask
 from headrace.engine.schedule.plan import TokenLogprobs
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError
@@ -42,6 +43,8 @@ class RequestUpdate:
     """Prompt tokens that were computed before, by another request."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    stop_token: bool = False
+    """Whether the last token ended the output, and is no part of its text."""
 
 
 class Request:
@@ -57,15 +60,20 @@ class Request:
         "arrival",
         "cache_key",
         "choice",
+        "closing",
         "cumulative_logprob",
         "edits",
         "epoch",
         "finish_reason",
+        "forced_apart",
         "group_id",
         "kv",
+        "mask",
         "max_output",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_forced",
+        "num_given",
         "num_pending",
         "num_prompt_tokens",
         "num_scored",
@@ -121,8 +129,8 @@ class Request:
         self.num_cached_tokens = 0
         """Prompt tokens that the first admission found computed."""
         scores = params.prompt_logprobs is not None and not choice and not output_token_ids
-        self.num_scored = num_scored if scores else self.num_prompt_tokens - 1
-        """Prompt positions whose next token has been scored, where `prompt_logprobs` asks for it."""
+        self.num_scored = num_scored if scores else len(self.token_ids) - 1
+        """Positions whose next token is planned to be scored or sampled; see `score_end`."""
         self.kv = CachedSequence(cache_key)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
@@ -145,6 +153,16 @@ class Request:
         self.stop_ids: dict[int, int | None] = {}
         """Token ids that end the request, with the `stop_reason` they give."""
         self.edits: EditState | None = None
+        self.mask: TokenMask | None = None
+        """What may be sampled next; it has accepted all known tokens."""
+        self.num_forced = 0
+        """Known tokens behind the last sampled one, about which the mask left no choice."""
+        self.forced_apart = False
+        """Whether each of them is computed in a step of its own."""
+        self.closing: str | None = None
+        """The finish reason, once the last token is known and some of the forced ones have no score yet."""
+        self.num_given = len(output_token_ids)
+        """Output tokens in the updates so far. With log-probabilities, forced ones are given when they are scored."""
         asked = [n for n in (params.logprobs, None if choice else params.prompt_logprobs) if n is not None]
         self.top = max(asked, default=None)
 
@@ -169,6 +187,16 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def score_end(self) -> int:
+        """Positions before this have their next token scored, unless they sampled it: the prompt's, or all known.
+
+        Of a slice, the rows with logits are its last ones, so forced tokens are scored where only the prompt was asked.
+        """
+        if self.mask is not None and self.top is not None:
+            return len(self.token_ids) - 1
+        return self.num_prompt_tokens - 1
+
+    @property
     def num_scheduled(self) -> int:
         """Tokens with KV once every plan made so far has run."""
         return self.kv.num_tokens
@@ -183,6 +211,11 @@ class Request:
         """Whether a beam search, not the sampler, chooses the next token."""
         return self.params.beam_width > 0
 
+    @property
+    def num_following(self) -> int:
+        """Tokens that a decode computes behind the last sampled one: forced ones and drafts."""
+        return self.num_forced + len(self.spec_token_ids)
+
     def remaining(self) -> int:
         """Known, pending and draft tokens that no plan computes yet: what the next step may be granted.
 
@@ -190,12 +223,25 @@ class Request:
         """
         known = len(self.token_ids) - self.kv.num_tokens
         if self.num_pending == 0:
-            return known + len(self.spec_token_ids)
+            span = self.next_span(self.kv.num_tokens)
+            return span + len(self.spec_token_ids) if span == known else span
         if self.serial or known + self.num_pending > 1:
             return max(known, 0)
         if len(self.token_ids) + self.num_pending - self.num_prompt_tokens >= self.max_output:
             return 0
         return known + self.num_pending
+
+    @property
+    def num_wanted(self) -> int:
+        """Known tokens that are to be computed: of an output that is complete, those whose rows are scored."""
+        return max(self.score_end, 1) if self.closing else len(self.token_ids)
+
+    def next_span(self, computed: int) -> int:
+        """Known tokens from `computed` on that one step may compute."""
+        span = self.num_wanted - computed
+        if self.forced_apart and span > 1:
+            return min(span, max(span - self.num_forced, 1))
+        return span
 
     def sibling(self, request_id: int, choice: int) -> Request:
         """Another choice of the same prompt, which forks from this request once the prompt is computed."""

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from headrace.engine.schedule.constraint import Constraint
 from headrace.errors import RequestError
 
 __all__ = ["SamplingParams"]
 
 MAX_LOGPROBS = 20
 MAX_BEAMS = 64
+MAX_BAD_WORDS = 256
 MOST = 2**31 - 1
 """The largest count that a parameter may have."""
 
@@ -47,8 +49,16 @@ class SamplingParams:
     the same seed gives the same tokens whatever else runs; None or -1 is a random one. `max_tokens=None` goes to
     the end of the context.
 
+    The text has no special tokens but those of `shown_special_ids`, or all with `skip_special_tokens=False`.
+
     `logprobs` and `prompt_logprobs` ask for the chosen token (0) and that many best ones beside it, of the *raw*
     distribution, before penalties and temperature. `prompt_logprobs` recomputes the prompt from position 0.
+
+    `constraint` is a language that the whole output is in, and `bad_words` are texts that it does not contain; tokens
+    that leave it are never sampled. Where they leave one text only, its tokens are not sampled at all and have
+    probability 1: `jump_forward=False` samples them too, which may choose another spelling. What is sampled comes from
+    the model's distribution renormalised over what is allowed behind its prefix, which is not the model's distribution
+    given that the whole text is valid.
 
     With `beam_width` > 0 the request is a beam search: `n` best beams come back, ranked by
     Σ logprob / length ** length_penalty; the sampling fields above do not apply.
@@ -74,13 +84,17 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_ids: tuple[int, ...] = ()
     beam_width: int = 0
     length_penalty: float = 1.0
+    constraint: Constraint | None = None
+    bad_words: tuple[str, ...] = ()
+    jump_forward: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "shown_special_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
@@ -90,6 +104,7 @@ class SamplingParams:
         self._check_lengths()
         self._check_distribution()
         self._check_tokens()
+        self._check_text()
 
     def _check_lengths(self) -> None:
         _integer("n", self.n, 1, 256)
@@ -135,8 +150,9 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, place=" key")
             _number("logit_bias", bias, -100.0, 100.0, place=f"[{token}]")
-        for i, token in enumerate(self.stop_token_ids):
-            _integer("stop_token_ids", token, 0, place=f"[{i}]")
+        for name in ("stop_token_ids", "shown_special_ids"):
+            for i, token in enumerate(getattr(self, name)):
+                _integer(name, token, 0, place=f"[{i}]")
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
             _check(
@@ -146,12 +162,30 @@ class SamplingParams:
             )
             for i, token in enumerate(self.allowed_token_ids):
                 _integer("allowed_token_ids", token, 0, place=f"[{i}]")
-        for i, text in enumerate(self.stop):
-            ok = isinstance(text, str) and text != ""
-            _check(ok, "stop", "{stop}[{}]={} must be a non-empty string", i, repr(text))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    def _check_text(self) -> None:
+        for name in ("stop", "bad_words"):
+            for i, text in enumerate(getattr(self, name)):
+                ok = isinstance(text, str) and text != ""
+                _check(ok, name, f"{{{name}}}[{{}}]={{}} must be a non-empty string", i, repr(text))
+        count = len(self.bad_words)
+        _check(count <= MAX_BAD_WORDS, "bad_words", "{bad_words} has {} texts: at most {}", count, MAX_BAD_WORDS)
+        ok = self.constraint is None or isinstance(self.constraint, Constraint)
+        _check(ok, "constraint", "{constraint} must be a Constraint, not {}", type(self.constraint).__name__)
+        name = "bad_words" if self.constraint is None else "constraint"
+        _check(
+            not (self.masked and self.beam_width),
+            name,
+            f"{{{name}}} cannot be honoured by a beam search: leave one of them out",
+        )
+
+    @property
+    def masked(self) -> bool:
+        """Whether a `TokenMask` says which tokens may come next."""
+        return self.constraint is not None or bool(self.bad_words)
 
     @property
     def follows_output(self) -> bool:
@@ -164,4 +198,5 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
             or self.beam_width > 0
+            or self.masked
         )

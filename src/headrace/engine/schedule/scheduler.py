@@ -18,6 +18,7 @@ from headrace.engine.schedule.admission import Admission
 from headrace.engine.schedule.batching import BATCHING, Batching
 from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.limits import RequestLimits
+from headrace.engine.schedule.mask import MaskFactory, no_masks
 from headrace.engine.schedule.plan import Plan, StepResult
 from headrace.engine.schedule.policies import POLICIES
 from headrace.engine.schedule.pool import Grant, RequestPool
@@ -43,9 +44,11 @@ class Scheduler:
         host_slots: int = 0,
         num_blocks: int = 0,
         batching: Batching | None = None,
+        masks: MaskFactory = no_masks,
     ) -> None:
         """`max_model_len` is cut to what the KV cache can hold for one request. `host_slots` blocks of host memory
-        take what `preemption="swap"` moves out. `batching` replaces the policy that `config` names.
+        take what `preemption="swap"` moves out. `batching` replaces the policy that `config` names. `masks` builds the
+        masks of constrained requests.
         """
         self.cache = CacheManager(num_blocks or cache.num_blocks, cache.block_size, host_slots, cache.prefix_caching)
         self.batching = batching or BATCHING[config.batching](config.max_num_batched_tokens, config.max_num_seqs)
@@ -54,7 +57,9 @@ class Scheduler:
         )
         policy = POLICIES[config.policy](config.lpm_patience)
         swap = config.preemption == "swap"
-        self.pool = RequestPool(self.cache, policy, self.limits, self.batching.seats, swap)
+        self.pool = RequestPool(
+            self.cache, policy, self.limits, self.batching.seats, swap, masks, config.jump_forward == "stepwise"
+        )
         self._admission = Admission(self.pool, self.batching, config.prefix_patience)
         self._in_flight: deque[tuple[Plan, list[Grant]]] = deque()
 
@@ -168,7 +173,7 @@ class Scheduler:
         pool, cache = self.pool, self.cache
         running = tuple(pool.running)
         remaining = [request.remaining() for request in running]
-        granted = self.batching.share(remaining, [len(request.spec_token_ids) for request in running])
+        granted = self.batching.share(remaining, [request.num_following for request in running])
         crowded = False
         for request, count in zip(running, granted):
             if count and request.status is Status.RUNNING:

@@ -15,8 +15,8 @@ def make_slice(request: Request, start: int, end: int, samples: int, edits: Logi
     """The slice for positions [start, end) of `request`; its blocks are allocated.
 
     The last `samples` rows, from the last known token on, are sampled: several where there are drafts. Rows of
-    the prompt that `prompt_logprobs` has not scored yet are scored. The block table is the live list: runners
-    read it in `submit`.
+    the prompt that `prompt_logprobs` has not scored yet are scored, and those before forced tokens. The block table
+    is the live list: runners read it in `submit`.
     """
     tokens = request.token_ids
     known = len(tokens)
@@ -27,7 +27,7 @@ def make_slice(request: Request, start: int, end: int, samples: int, edits: Logi
     else:
         ids = [*tokens[start:known], *request.spec_token_ids[: end - known]]
     targets = _ONE_SAMPLE
-    last_scored = request.num_prompt_tokens - 1
+    last_scored = request.score_end
     if request.num_scored < last_scored:
         first, stop = max(start, request.num_scored), min(end, last_scored)
         targets = tokens[first + 1 : stop + 1] + [SAMPLE] * samples
@@ -43,5 +43,6 @@ def make_slice(request: Request, start: int, end: int, samples: int, edits: Logi
         request.seed,
         request.choice,
         edits,
+        request.mask if samples else None,
         request.top,
     )

@@ -28,6 +28,8 @@ class SchedulerStats:
     steps: int = 0
     scheduled_tokens: int = 0
     generated_tokens: int = 0
+    forced_tokens: int = 0
+    """Output tokens about which a mask left no choice: they were not sampled."""
     prompt_tokens: int = 0
     """Prompt tokens of admitted requests."""
     preemptions: int = 0
@@ -45,5 +47,5 @@ class SchedulerStats:
     """Tokens computed for requests that had stopped meanwhile."""
     held_slot_steps: int = 0
     used_slot_steps: int = 0
-    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0})
+    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
     """Finished requests by reason."""

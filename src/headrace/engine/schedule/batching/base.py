@@ -16,8 +16,11 @@ class Batching(Protocol):
     joins_empty: bool
     """Whether a request may join in a step that has no tokens left for it."""
 
-    def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
-        """Tokens granted to each running request; starts the step. `drafts[i]` of its tokens are drafts."""
+    def share(self, remaining: Sequence[int], following: Sequence[int]) -> list[int]:
+        """Tokens granted to each running request; starts the step.
+
+        `following[i]` of its tokens are forced ones or drafts, which a decode computes with the sampled one.
+        """
         ...
 
     def admits(self, group_id: int, running_groups: Collection[int]) -> bool:

@@ -22,13 +22,13 @@ class Orca:
         self._left = budget
         self._prompts = 0
 
-    def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
+    def share(self, remaining: Sequence[int], following: Sequence[int]) -> list[int]:
         self._left = self.budget
         self._prompts = 0
-        granted = [count if count <= 1 + drafts[i] else 0 for i, count in enumerate(remaining)]
+        granted = [count if count <= 1 + following[i] else 0 for i, count in enumerate(remaining)]
         self._left -= sum(granted)
         for i, count in enumerate(remaining):
-            if count > 1 + drafts[i]:
+            if count > 1 + following[i]:
                 granted[i] = self.first(count)
                 self.take(granted[i])
         return granted

@@ -24,7 +24,7 @@ class Sarathi:
         self._spare = budget % TILE if budget > TILE else 0
         self._left = budget
 
-    def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
+    def share(self, remaining: Sequence[int], following: Sequence[int]) -> list[int]:
         left = self.budget - sum(remaining)
         if left >= 0:  # the common step: every request gets all it can use
             self._left = left
@@ -33,13 +33,13 @@ class Sarathi:
         left = self.budget
         waiting = sum(1 for count in remaining if count)
         for i, count in enumerate(remaining):
-            if 0 < count <= 1 + drafts[i]:
+            if 0 < count <= 1 + following[i]:
                 waiting -= 1
                 granted[i] = min(count, max(1, left - waiting))
                 left -= granted[i]
         self._left = left
         for i, count in enumerate(remaining):
-            if count > 1 + drafts[i] and self._left > 0:
+            if count > 1 + following[i] and self._left > 0:
                 granted[i] = self.first(count)
                 self.take(granted[i])
         return granted

@@ -22,9 +22,9 @@ class Static(Orca):
         super().__init__(budget, max_num_seqs)
         self._open = True
 
-    def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
+    def share(self, remaining: Sequence[int], following: Sequence[int]) -> list[int]:
         self._open = not remaining
-        return super().share(remaining, drafts)
+        return super().share(remaining, following)
 
     def admits(self, group_id: int, running_groups: Collection[int]) -> bool:
         return self._open or group_id in running_groups
