@@ -31,6 +31,7 @@ ROOMS = [
     "engine",
     "speculate",
     "grammar",
+    "dialects",
     "llm",
     "instance",
     "lang",
