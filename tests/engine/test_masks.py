@@ -199,6 +199,18 @@ def test_outputs_do_not_depend_on_the_schedule(case):
     assert got == {r.request_id: expected[r.request_id] for r in fits}
 
 
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from(["together", "stepwise"]), st.sampled_from([7, 64]))
+def test_choices_of_one_prompt_are_those_of_single_requests(seed, jump, budget):
+    for request in workload(seed, 3):
+        engine = make(jump_forward=jump, max_num_batched_tokens=budget)
+        siblings = [request.sibling(100 + i, i) for i in range(1, 4)]
+        first = copy_of(request)
+        got = run(engine, [first, *siblings])
+        for one in (first, *siblings):
+            assert got[one.request_id][0::3] == alone(one)[0::3]
+
+
 def test_log_probabilities_are_one_a_token():
     seen = 0
     for seed in range(20):

@@ -93,6 +93,9 @@ class Watcher:
     def finished(self, instance: str, name: str, reason: str, *details: Any) -> None:
         self.told.append(("finished", name, reason))
 
+    def called(self, instance: str, calls: int) -> None:
+        self.told.append(("called", calls))
+
     def stepped(self, report: Any) -> None:
         self.steps += 1
 

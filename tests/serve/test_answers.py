@@ -192,7 +192,7 @@ def test_keys_that_typed_clients_read_are_null_where_there_is_nothing(server):
     assert completion["choices"][0]["prompt_logprobs"] is None is completion["choices"][0]["prompt_token_ids"]
     message = chat["choices"][0]["message"]
     assert message.keys() - {"role", "content"} == {
-        "refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning"
+        "refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning", "reasoning_content"
     }  # fmt: skip
     assert all(message[name] is None for name in message.keys() - {"role", "content"})
     chunks = streamed(server, CHAT, messages=MESSAGES, max_tokens=2, stream_options={"include_usage": True})

@@ -38,6 +38,8 @@ BASE: dict[str, dict[str, Any]] = {
     DETOKENIZE: {"tokens": [5, 6]},
 }
 TEMPLATE = "{{ messages[0].content }}{{ reasoning_effort }}{{ mood }}"
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+CALLS = "{{ messages[0].content }}{{ tools }}{# <tool_call> arguments #}"
 # A value that a server honours, with the fields that it needs.
 VALUES: dict[str | tuple[str, str], Any] = {
     "model": "tiny",
@@ -86,6 +88,15 @@ VALUES: dict[str | tuple[str, str], Any] = {
     "use_beam_search": (True, {"n": 2}),
     "length_penalty": (0.5, {"use_beam_search": True, "n": 2}),
     "top_logprobs": (2, {"logprobs": True}),
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"choice": ["red", "green"]},
+    "bad_words": ["ugly", "bad"],
+    "jump_forward": False,
+    ("tools", CHAT): (TOOLS, {"chat_template": CALLS}),
+    ("tools", TOKENIZE): (TOOLS, {"prompt": None, "messages": BASE[CHAT]["messages"], "chat_template": CALLS}),
+    "tool_choice": ("required", {"tools": TOOLS, "chat_template": CALLS}),
+    "parallel_tool_calls": (False, {"tools": TOOLS, "chat_template": CALLS}),
+    "include_reasoning": False,
     "reasoning_effort": ("low", {"chat_template": TEMPLATE}),
     "chat_template_kwargs": ({"mood": "good"}, {"chat_template": TEMPLATE}),
     "continue_final_message": (
@@ -115,6 +126,8 @@ SHOWN_ELSEWHERE = {f.name for f in TABLE if f.sampling} - {"prompt_logprobs"} | 
     "cache_salt",
     "add_special_tokens",
     "add_generation_prompt",
+    "parallel_tool_calls",
+    "include_reasoning",
 }
 # Wrong for every honoured field of any type.
 WRONG = {"not": ["what", {"is": "expected"}]}
@@ -271,6 +284,15 @@ def test_a_required_field_must_be_there(server, endpoint):
         (CHAT, {"messages": [{"content": "x"}]}, "messages"),
         (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
         (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        (CHAT, {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        (CHAT, {"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        (CHAT, {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs"),
+        (CHAT, {"response_format": {"type": "structural_tag"}}, "response_format"),
+        (COMPLETIONS, {"response_format": {"type": "json_object"}, "use_beam_search": True}, "response_format"),
+        (COMPLETIONS, {"bad_words": ["a"], "use_beam_search": True}, "bad_words"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        (CHAT, {"tools": TOOLS * 2}, "tools"),
         (TOKENIZE, {"messages": [{"role": "user", "content": "a"}]}, "prompt"),
         (DETOKENIZE, {"tokens": [10**6]}, "tokens"),
     ],

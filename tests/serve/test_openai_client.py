@@ -213,8 +213,9 @@ def test_errors_have_openais_shape(client):
     with pytest.raises(openai.BadRequestError, match="context") as overflow:
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10**6)
     assert overflow.value.code == "context_length_exceeded" and overflow.value.param == "max_tokens"
-    with pytest.raises(openai.BadRequestError, match="constrained decoding"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES, response_format={"type": "json_object"})
+    with pytest.raises(openai.BadRequestError, match="structural_tag cannot be honoured"):
+        tag: Any = {"structured_outputs": {"structural_tag": {}}}
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=tag)
 
 
 def test_the_async_client_streams_many_at_once(server):

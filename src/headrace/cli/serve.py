@@ -59,6 +59,11 @@ def _add_server(group: Any) -> None:
         help="names that requests may use; answers carry the first (default: MODEL as given)",
     )
     group.add_argument(
+        "--tool-format",
+        metavar="NAME",
+        help="format of tool calls: hermes, llama3, mistral or json (default: as the chat template writes them)",
+    )
+    group.add_argument(
         "--restart",
         action=argparse.BooleanOptionalAction,
         default=True,

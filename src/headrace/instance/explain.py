@@ -25,6 +25,7 @@ class _Timeline:
     arrived: float
     known: int
     """Tokens to compute before the first new one: the prompt, and what a previous process had generated."""
+    compile_time: float
     requests: dict[int, Request] = field(default_factory=dict)
     started: float | None = None
     prefilled: float | None = None
@@ -41,12 +42,16 @@ class Explainer:
         self._timelines: dict[str, _Timeline] = {}
         self._names: dict[int, str] = {}
 
-    def arrived(self, name: str, request_ids: Iterable[int]) -> None:
-        """A request was added. `request_ids` are those of its choices; the scheduler has the unfinished ones."""
-        known = self._scheduler.requests
-        requests = {number: known[number] for number in request_ids if number in known}
+    def arrived(self, name: str, request_ids: Iterable[int], compile_time: float = 0.0) -> None:
+        """A request was added. `request_ids` are those of its choices; the scheduler has the unfinished ones.
+
+        It has waited for its grammar for `compile_time` seconds.
+        """
+        unfinished = self._scheduler.requests
+        requests = {number: unfinished[number] for number in request_ids if number in unfinished}
         self._names |= dict.fromkeys(requests, name)
-        self._timelines[name] = _Timeline(self._clock(), max(r.num_tokens for r in requests.values()), requests)
+        known = max(request.num_tokens for request in requests.values())
+        self._timelines[name] = _Timeline(self._clock(), known, compile_time, requests)
 
     def observe(self, plan: Plan, began: float) -> tuple[int, int]:
         """Record a plan that was computed from `began` to now; returns its (prompt tokens, other tokens).
@@ -89,6 +94,8 @@ class Explainer:
             num_cached_tokens=num_cached_tokens,
             chunks=timeline.chunks,
             preemptions=sum(request.epoch for request in timeline.requests.values()),
+            compile_time=timeline.compile_time,
+            forced_tokens=sum(request.forced_tokens for request in timeline.requests.values()),
             batch_sizes=list(timeline.batch_sizes),
         )
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
@@ -65,8 +65,8 @@ class Instance:
         self._explainer = Explainer(self._scheduler)
         self._sent: dict[str, SentOutput] = {}
         self._embeds: dict[str, list[int]] = {}
-        self._compiling: dict[str, Add | Resume] = {}
-        """Requests that wait for a grammar, while steps go on."""
+        self._compiling: dict[str, tuple[Add | Resume, float]] = {}
+        """Requests that wait for a grammar while steps go on, and since when."""
         self._events: list[EngineEvent] = []
         self._changed = False
         """Whether a request ended or the cache was emptied outside a step since the last report."""
@@ -136,6 +136,7 @@ class Instance:
     def _report(self, prefill_tokens: int = 0, decode_tokens: int = 0, seconds: float = 0.0) -> StepReport:
         stats = self._scheduler.stats
         values = {name: getattr(stats, name) for name in _STATS} | {"finished": stats.finished}
+        values |= asdict(self._frontend.mask_stats)
         return StepReport(self._name, values, prefill_tokens, decode_tokens, seconds)
 
     # ---- commands
@@ -163,7 +164,7 @@ class Instance:
         if prepared is None:
             self._add(command)
             return
-        self._compiling[command.name] = command
+        self._compiling[command.name] = command, time.monotonic()
         prepared.add_done_callback(lambda done: self._post_compiled(command, done))
 
     def _post_compiled(self, command: Add | Resume, done: Future[None]) -> None:
@@ -171,28 +172,29 @@ class Instance:
             self._loop.post(lambda: self._take_compiled(command, done))
 
     def _take_compiled(self, command: Add | Resume, done: Future[None]) -> None:
-        if self._compiling.get(command.name) is not command:  # it was aborted
+        waiting, since = self._compiling.get(command.name, (None, 0.0))
+        if waiting is not command:  # it was aborted
             return
         del self._compiling[command.name]
         try:
             done.result()
-            self._add(command)
+            self._add(command, time.monotonic() - since)
         except RequestError as error:
             self._events.append(Refused.by(command.name, error))
 
-    def _add(self, command: Add | Resume) -> None:
+    def _add(self, command: Add | Resume, compile_time: float = 0.0) -> None:
         if isinstance(command, Resume):
-            self._enter(self._frontend.resume(command.record))
+            name = self._frontend.resume(command.record)
         else:
-            key = command.cache_key
             ids, params = command.prompt_token_ids, command.params
-            self._enter(self._frontend.add(ids, params, command.name, command.priority, key))
+            name = self._frontend.add(ids, params, command.name, command.priority, command.cache_key)
+        self._enter(name, compile_time)
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, compile_time: float) -> None:
         """The gateway has what the output holds already: the output of a resumed request is not sent again."""
         group = self._frontend.group(name)
         self._sent[name] = SentOutput(group.output)
-        self._explainer.arrived(name, group.choices)
+        self._explainer.arrived(name, group.choices, compile_time)
         self._events.append(Accepted(name))
 
     def _abort(self, name: str) -> None:

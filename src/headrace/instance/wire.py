@@ -144,6 +144,10 @@ class Explanation(_Message):
     chunks: int = 0
     """Steps that computed prompt tokens."""
     preemptions: int = 0
+    compile_time: float = 0.0
+    """Before all these: how long it waited for its grammar."""
+    forced_tokens: int = 0
+    """Output tokens that a constraint left no choice about."""
     batch_sizes: list[int] = []
     """Requests in the batch, for each step of this request (the last 256)."""
     resumes: int = 0
@@ -201,7 +205,7 @@ class WeightsUpdated(_Message):
 
 
 class StepReport(_Message):
-    """After every step of `instance`, and after an abort: `SchedulerStats` as a dict, and the batch that ran.
+    """After every step of `instance`, and after an abort: `SchedulerStats` and `MaskStats`, and the batch that ran.
 
     Counters start at 0 in every process. `decode_tokens` are all tokens outside prompts, including those computed again
     after a preemption. Seconds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,24 @@ from headrace.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from headrace.grammar.grammars import Grammars
 
-__all__ = ["Frontend", "Prompt", "WeightSource"]
+__all__ = ["Frontend", "MaskStats", "Prompt", "WeightSource"]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskStats:
+    """Counters since the start. Seconds."""
+
+    mask_seconds: float = 0.0
+    """Filling the rows of masks, on a thread beside the model."""
+    mask_wait_seconds: float = 0.0
+    """Steps that waited for rows."""
+    grammar_seconds: float = 0.0
+    """Compiling grammars."""
+    grammar_queries: int = 0
+    """Grammars that were asked for."""
+    grammar_hits: int = 0
+    """Of these, compiled before."""
+
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
@@ -130,6 +148,15 @@ class Frontend:
             reason = "{constraint} needs the package llguidance, which is not installed: pip install llguidance"
             raise RequestError.about("constraint", reason) from None
         return Grammars(self.tokenizer, self.model_config.vocab_size)
+
+    @property
+    def mask_stats(self) -> MaskStats:
+        """What masks and their grammars have cost so far."""
+        masks = self.engine.runner.masks
+        if "grammars" not in self.__dict__:  # no request has had one
+            return MaskStats(masks.seconds, masks.waited)
+        made = self.grammars
+        return MaskStats(masks.seconds, masks.waited, made.seconds, made.hits + made.misses, made.hits)
 
     def prepare(self, params: SamplingParams) -> Future[None] | None:
         """Compile a request's grammars on a thread, so that `add` need not; None where nothing is to be compiled.

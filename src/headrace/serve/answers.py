@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from headrace.serve.http import JSON, EventStream, unless_gone
 from headrace.serve.models import ServedModel
 from headrace.serve.protocol.forms import Form, prompt_tables, usage
 from headrace.serve.protocol.logprobs import PlacedToken, TokenQueue, TokenShapes
+from headrace.serve.protocol.message import MessagePart, MessageReader, ReasoningCounter
 from headrace.serve.protocol.requests import GenerationRequest
 from headrace.serve.text_service import TokenizedPrompt
 from headrace.text.places import TokenPlace
@@ -165,7 +166,7 @@ class Answers:
 
     def _whole(self, job: _Job, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         generation, form = job.generation, job.form
-        choices, on_top = [], {}
+        choices, texts, on_top = [], list[_ChoiceText](), {}
         for i, output in enumerate(outputs):
             of_prompt = {
                 "prompt_logprobs": prompt_tables(output) if generation.prompt_tables else None,
@@ -173,17 +174,20 @@ class Answers:
             }
             for choice in output.outputs:
                 part = CompletionOutput(0, finish_reason="length") if generation.only_echo else choice
-                text = _ChoiceText(job, i)
-                part, tokens = text.take(part)
+                text = _ChoiceText(job, i, choice.index)
+                texts.append(text)
+                part, message, tokens = text.take(part)
+                self._gateway.called(job.streams[i], text.calls)
                 logprobs = None if text.queue is None else form.logprobs(job.shapes, tokens)
-                shape = form.answer_choice(i * len(output.outputs) + choice.index, part, logprobs)
+                shape = form.answer_choice(i * len(output.outputs) + choice.index, part, message, logprobs)
                 shape["token_ids"] = None
                 if generation.token_ids:
                     shape["token_ids"] = [] if generation.only_echo else choice.token_ids
                 choices.append(shape if form.prompt_on_top else shape | of_prompt)
             on_top = of_prompt if form.prompt_on_top else {}
         generated = 0 if generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
-        spent = usage(_prompt_tokens(job), generated, sum(output.num_cached_tokens for output in outputs))
+        cached = sum(output.num_cached_tokens for output in outputs)
+        spent = usage(_prompt_tokens(job), generated, cached, _reasoning(texts))
         answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": spent}
         answer |= {"kv_transfer_params": None, **on_top}
         if generation.explain:
@@ -194,7 +198,7 @@ class Answers:
 
     async def _chunks(self, job: _Job) -> AsyncIterator[list[Mapping[str, Any]]]:
         """Chunks; those of one delta are in one list."""
-        chunker = _Chunker(job)
+        chunker = _Chunker(job, self._gateway.called)
         opening = chunker.opening()
         if opening:
             yield opening
@@ -209,7 +213,10 @@ class Answers:
 class _ChoiceText:
     """A choice of prompt `i` as it is returned: after the echo, with tokens that wait for their text."""
 
-    def __init__(self, job: _Job, i: int) -> None:
+    def __init__(self, job: _Job, i: int, choice: int) -> None:
+        generation = job.generation
+        seed = f"{job.head.get('id')}/{i}/{choice}"
+        self._message = MessageReader(generation.shape, seed, generation.begun, generation.include_reasoning)
         self._echo = job.echoes[i] if job.echoes else None
         self._output = job.streams[i].output
         self._job = job
@@ -218,28 +225,48 @@ class _ChoiceText:
         """Where log-probabilities are shown, once the text has begun."""
         self._echoed = 0
         """Tokens of the echo, which come with the first part."""
+        self._reasoning: ReasoningCounter | None = None
+        if generation.shape is not None and generation.shape.reasoning is not None:
+            ids, shown = self._output.prompt_token_ids, generation.params.shown_special_ids
+            text = job.tokenizer.detokenizer(True, ids, shown)
+            self._reasoning = ReasoningCounter(text, generation.shape.reasoning == "begun")
         self.begun = False
 
-    def take(self, part: CompletionOutput) -> tuple[CompletionOutput, list[PlacedToken]]:
-        """Add a part; returns it as it is to be sent, and the tokens to send with it."""
+    @property
+    def calls(self) -> int:
+        """Calls of tools so far."""
+        return self._message.calls
+
+    def take(self, part: CompletionOutput) -> tuple[CompletionOutput, MessagePart, list[PlacedToken]]:
+        """Add a part; returns it as it is to be sent, what its text says, and the tokens to send with it."""
         if not self.begun:
             self.begun = True
             if self._job.generation.logprobs is not None:
                 self.queue = self._new_queue()
             if self._echo is not None:
                 part = replace(part, text=self._echo.text + part.text)
+        if self._reasoning is not None:
+            self._reasoning.take(part.token_ids)
+        message = self._message.take(part.text, part.finish_reason is not None)
+        sent = replace(part, finish_reason=self._message.finish_reason(part.finish_reason))
         if self.queue is None:
-            return part, []
+            return sent, message, []
         tokens = self.queue.take(part)
         echoed, self._echoed = self._echoed, 0
-        return replace(part, token_ids=[token.token_id for token in tokens[echoed:]]), tokens
+        return replace(sent, token_ids=[token.token_id for token in tokens[echoed:]]), message, tokens
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Of its tokens so far; None where reasoning is not told apart."""
+        return None if self._reasoning is None else self._reasoning.count
 
     def _new_queue(self) -> TokenQueue:
-        ids, skip = self._output.prompt_token_ids, self._job.generation.params.skip_special_tokens
+        ids, params = self._output.prompt_token_ids, self._job.generation.params
         echo = self._echo or _Echo("")
         prompt = self._prompt_tokens(echo)
         self._echoed = len(prompt)
-        return TokenQueue(self._tokenizer.detokenizer(skip, ids), echo.text, prompt)
+        text = self._tokenizer.detokenizer(params.skip_special_tokens, ids, params.shown_special_ids)
+        return TokenQueue(text, echo.text, prompt)
 
     def _prompt_tokens(self, echo: _Echo) -> list[PlacedToken]:
         """The tokens of the echo. The first one is not predicted: its rank is 0."""
@@ -253,9 +280,12 @@ class _ChoiceText:
 class _Chunker:
     """Turns deltas into chunks; keeps the progress of each choice."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, called: Callable[[Stream, int], None]) -> None:
+        """`called` is told how many tools a choice of a stream has called, when it ends."""
         self._job = job
-        self._choices = [_ChoiceText(job, i) for i in range(len(job.streams)) for _ in range(job.generation.params.n)]
+        self._called = called
+        indices = range(job.generation.params.n)
+        self._choices = [_ChoiceText(job, i, choice) for i in range(len(job.streams)) for choice in indices]
         self._shapes = job.shapes
         self._generated = 0
         self._cached = [0] * len(job.streams)
@@ -298,12 +328,14 @@ class _Chunker:
             part = CompletionOutput(0, finish_reason=part.finish_reason)
         self._generated += len(part.token_ids)
         choice, first = self._choices[index], not self._choices[index].begun
-        sent, tokens = choice.take(part)
+        sent, message, tokens = choice.take(part)
+        if sent.finish_reason is not None:
+            self._called(job.streams[i], choice.calls)
         token_ids = sent.token_ids if job.generation.token_ids else []
-        if not (sent.text or sent.finish_reason or tokens or token_ids):
+        if not (message or sent.finish_reason or tokens or token_ids):
             return None
         logprobs = None if choice.queue is None else job.form.logprobs(self._shapes, tokens)
-        shape = job.form.chunk_choice(index, sent, logprobs)
+        shape = job.form.chunk_choice(index, sent, message, logprobs)
         if job.generation.token_ids:
             shape["token_ids"] = token_ids
             if first and not job.form.prompt_on_top:
@@ -312,7 +344,7 @@ class _Chunker:
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""
-        return usage(_prompt_tokens(self._job), self._generated, sum(self._cached))
+        return usage(_prompt_tokens(self._job), self._generated, sum(self._cached), _reasoning(self._choices))
 
     def _chunk(self, shape: Mapping[str, Any], version: int) -> dict[str, Any]:
         generation = self._job.generation
@@ -322,6 +354,11 @@ class _Chunker:
         elif generation.include_usage:
             chunk["usage"] = None
         return chunk
+
+
+def _reasoning(texts: Sequence[_ChoiceText]) -> int | None:
+    counts = [text.reasoning_tokens for text in texts]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def _prompt_tokens(job: _Job) -> int:

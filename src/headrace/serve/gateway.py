@@ -315,6 +315,11 @@ class Gateway:
         if death.restarting and death.in_a_row >= DROP_AFTER:
             self._fail_requests(name, f"{death.reason} {death.in_a_row} times in a row")
 
+    def called(self, stream: Stream, calls: int) -> None:
+        """Count the tool calls of a finished choice of a stream."""
+        if self.observer is not None and calls:
+            self.observer.called(stream.instance, calls)
+
     def on_restart(self, name: str, before: Ready) -> None:
         """Send an instance's unfinished requests to its new process, in the order they came."""
         now = self._instances[name].ready.fingerprint

@@ -65,6 +65,12 @@ ENGINE_COUNTERS = {
     "vllm:num_preemptions": ("preemptions", "Times a running request gave way and was computed again later."),
     "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices, those that the cache had included."),
     "vllm:generation_tokens": ("generated_tokens", "Tokens generated, those of clients that left included."),
+    "headrace:forced_tokens": ("forced_tokens", "Tokens that a constraint left no choice about: they are not sampled."),
+    "headrace:mask_seconds": ("mask_seconds", "Seconds of filling masks, on a thread beside the model."),
+    "headrace:mask_wait_seconds": ("mask_wait_seconds", "Seconds that steps waited for masks."),
+    "headrace:grammar_compile_seconds": ("grammar_seconds", "Seconds of compiling constraints."),
+    "headrace:grammar_cache_queries": ("grammar_queries", "Constraints that were looked up among the compiled ones."),
+    "headrace:grammar_cache_hits": ("grammar_hits", "Constraints that were found among the compiled ones."),
     "headrace:steps": ("steps", "Steps of the engine."),
     "headrace:swapped_blocks": ("swapped_blocks", "KV blocks moved to the host and back."),
     "headrace:copied_blocks": ("copied_blocks", "KV blocks copied because a request wrote to a shared one."),
@@ -144,6 +150,10 @@ class ServerMetrics:
     ) -> None:
         """A request ended. Without an explanation (an abort, an error) the times of its parts are not known."""
         self._instances[instance].finished(reason, params, output, explanation, seconds)
+
+    def called(self, instance: str, calls: int) -> None:
+        """An answer called tools."""
+        self._instances[instance].tool_calls.inc(calls)
 
     def stepped(self, report: StepReport) -> None:
         """A step ran, or something ended between steps."""
@@ -324,6 +334,7 @@ class _InstanceMetrics:
     def _make_requests(self, sizes: Sequence[int]) -> None:
         """What is measured at the gateway, request by request. `sizes` are bucket edges, in tokens."""
         self.requests = self._counter("headrace:requests", "Requests that came, embeddings included.")
+        self.tool_calls = self._counter("headrace:tool_calls", "Calls of tools in answers.")
         self._refused = self._counter("headrace:refused_requests", "Requests that the engine could never serve.")
         self._success = self._families.labelled(
             Counter, "vllm:request_success", "Requests that ended, by reason.", (*LABELS, "finished_reason")

@@ -10,6 +10,7 @@ from headrace.serve.errors import NotFoundError
 from headrace.serve.gateway import Gateway
 from headrace.serve.protocol.bodies import Body
 from headrace.serve.text_service import TextService
+from headrace.serve.trials import ConstraintTrials
 
 __all__ = ["ModelDirectory", "ServedModel"]
 
@@ -21,14 +22,21 @@ class ServedModel:
         self,
         gateway: Gateway,
         text: TextService,
+        trials: ConstraintTrials,
         names: Sequence[str],
         *,
         defaults: Mapping[str, Any],
         priorities: bool,
+        tool_format: str | None = None,
     ) -> None:
-        """`defaults` are sampling parameters; `priorities` is whether the engine schedules by priority."""
+        """`defaults` are sampling parameters; `priorities` is whether the engine schedules by priority.
+
+        `tool_format` names the dialect of its tool calls, where its chat template does not decide.
+        """
         self.gateway = gateway
         self.text = text
+        self.trials = trials
+        self.tool_format = tool_format
         self.names = tuple(names)
         self.defaults = dict(defaults)
         self.priorities = priorities

@@ -38,6 +38,9 @@ class GatewayObserver(Protocol):
     ) -> None:
         """A request ended: "stop" or "length", or without an explanation "abort", "error" or "refused"."""
 
+    def called(self, instance: str, calls: int) -> None:
+        """An answer of one choice called tools, so many times."""
+
     def stepped(self, report: StepReport) -> None:
         """An engine did a step."""
 

@@ -23,6 +23,7 @@ from headrace.serve.metrics import ServerMetrics
 from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.settings import ServeSettings
 from headrace.serve.text_service import TextService
+from headrace.serve.trials import ConstraintTrials
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Server"]
@@ -142,19 +143,23 @@ class Server:
         loop = asyncio.get_running_loop()
         before = {n: signal.signal(n, lambda *_: loop.call_soon_threadsafe(lambda: self._interrupt())) for n in SIGNALS}
         text: TextService | None = None
+        trials: ConstraintTrials | None = None
         try:
             text = await self._start()
+            info = self.gateway.info
+            trials = ConstraintTrials(info.folder, info.vocab_size)
             self._interrupt = self._end
             if until is not None:
                 self._ending.append(asyncio.ensure_future(self._end_after(until)))
-            await self._serve(text, lambda: ready(self.gateway.info))
+            await self._serve(text, trials, lambda: ready(self.gateway.info))
         finally:
             await self.gateway.stop()
             for task in self._ending:
                 task.cancel()
             await asyncio.gather(*self._ending, return_exceptions=True)
-            if text is not None:
-                await text.close()
+            for part in (text, trials):
+                if part is not None:
+                    await part.close()
             self._socket.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -178,14 +183,16 @@ class Server:
         await text.start()
         return text
 
-    async def _serve(self, text: TextService, ready: Callable[[], None]) -> None:
+    async def _serve(self, text: TextService, trials: ConstraintTrials, ready: Callable[[], None]) -> None:
         settings = self._settings
         model = ServedModel(
             self.gateway,
             text,
+            trials,
             self._names,
             defaults=self.gateway.info.default_sampling_params,
             priorities=self._options.get("scheduling_policy") == "priority",
+            tool_format=settings.tool_format,
         )
         config = uvicorn.Config(
             create_app(ModelDirectory(model), self._metrics, settings),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from headrace.config import require
+from headrace.dialects.choose import dialect_named
 
 __all__ = ["ServeSettings"]
 
@@ -32,6 +33,8 @@ class ServeSettings:
     allow_credentials: bool = False
     """Whether browsers may send cookies, for a proxy in front that asks for them."""
     allow_weight_updates: bool = False
+    tool_format: str | None = None
+    """The dialect of tool calls; None: as the chat template writes them."""
     max_logprobs: int = 20
     max_body_mib: float = 8.0
     max_queue: int = 1024
@@ -39,6 +42,8 @@ class ServeSettings:
     restart: bool = True
 
     def __post_init__(self) -> None:
+        if self.tool_format is not None:
+            dialect_named(self.tool_format)
         require(0 <= self.port <= 65535, f"port={self.port} must be from 0 (any that is free) to 65535")
         require(0 < self.max_body_mib <= 1024, f"max_body_mib={self.max_body_mib:g} must be more than 0, at most 1024")
         require(0 <= self.drain_timeout < math.inf, f"drain_timeout={self.drain_timeout:g} must be a time in seconds")

@@ -106,6 +106,12 @@ class TextService:
             for place, one in zip(places, many)
         ]
 
+    def template_source(self, chat_template: str | None = None) -> str:
+        """The text of a request's chat template, or of all the model's."""
+        if chat_template is not None or not self.tokenizer.has_chat_template:
+            return chat_template or ""
+        return "\n".join(self.tokenizer.chat_template.sources.values())
+
     async def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -114,6 +120,7 @@ class TextService:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         variables: Mapping[str, tuple[str, Any]] = {},
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_special_tokens: bool = False,
     ) -> TokenizedPrompt:
         """A conversation as a prompt. `variables` are the template's, each with the request field it came from."""
@@ -138,6 +145,7 @@ class TextService:
                 "messages": messages,
                 "add_generation_prompt": add_generation_prompt and not continue_final_message,
                 "variables": variables,
+                "tools": tools,
             }
         )
         if mark:

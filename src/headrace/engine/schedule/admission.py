@@ -76,7 +76,7 @@ class Admission:
         pool, cache, batching, kv = self._pool, self._cache, self._batching, request.kv
         parent = pool.parent(request)
         if parent is not None:
-            cache.fork(parent.kv, kv, request.num_tokens - 1)
+            cache.fork(parent.kv, kv, self._cacheable(request))
         else:
             cache.adopt(kv, path)
         count = batching.first(request.next_span(max(kv.num_tokens, kv.host_tokens)))
@@ -113,7 +113,7 @@ class Admission:
         parent = self._pool.parent(request)
         if parent is None:
             return False
-        return parent.status is not Status.RUNNING or self._pool.written(parent) < request.num_tokens - 1
+        return parent.status is not Status.RUNNING or self._pool.written(parent) < self._cacheable(request)
 
     def _prefix_in_progress(self, request: Request, path: list[RadixNode]) -> bool:
         """Whether a running request is about to compute this one's next block, which may wait for it a while longer."""

@@ -328,6 +328,7 @@ class RequestPool:
             for token in run:
                 request.edits.append(token)
         request.num_forced = len(run)
+        request.forced_tokens += len(run)
         self.counters.forced_tokens += len(run)
         if cut:
             request.closing = "length"

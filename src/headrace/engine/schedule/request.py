@@ -66,6 +66,7 @@ class Request:
         "epoch",
         "finish_reason",
         "forced_apart",
+        "forced_tokens",
         "group_id",
         "kv",
         "mask",
@@ -157,6 +158,8 @@ class Request:
         """What may be sampled next; it has accepted all known tokens."""
         self.num_forced = 0
         """Known tokens behind the last sampled one, about which the mask left no choice."""
+        self.forced_tokens = 0
+        """Forced tokens of its output so far."""
         self.forced_apart = False
         """Whether each of them is computed in a step of its own."""
         self.closing: str | None = None

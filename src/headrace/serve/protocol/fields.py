@@ -61,6 +61,7 @@ def _few(value: Any) -> Any:
 
 
 StopTexts = Annotated[list[StopText], Constraint(max_length=64, fail_fast=True)]
+BadWords = Annotated[list[StopText], Constraint(max_length=256, fail_fast=True)]
 AllowedIds = Annotated[list[Id], Constraint(min_length=1, max_length=2**18, fail_fast=True)]
 StopIds = Annotated[list[Id], Constraint(max_length=1024, fail_fast=True)]
 Biases = Annotated[dict[str, float], Constraint(max_length=MOST_BIASES), BeforeValidator(_few)]
@@ -110,10 +111,10 @@ def ignored(name: str, description: str, on: tuple[str, ...] = BOTH) -> Field:
     return Field(name=name, description=description, on=on, handling="ignored")
 
 
-LATER = "constrained decoding is not there yet"
+NEWER = "tools and tool_choice are the newer names"
+STRUCTURED = "structured_outputs takes it"
 TEXT_ONLY = "text only"
 NO_EXPERTS = "models served here have no experts"
-NO_REASONING = "reasoning is not separated from the answer"
 BEAMS = "a beam search of this many beams"
 
 TABLE: tuple[Field, ...] = (
@@ -160,6 +161,34 @@ TABLE: tuple[Field, ...] = (
         "beams rank by log-probability / length to this power. Needs use_beam_search",
         sets="length_penalty",
     ),
+    # Constraints and tools.
+    honoured(
+        "response_format",
+        dict[str, Any],
+        "OpenAI's: json_schema or json_object; text is no constraint. In a chat, of the answer beside tool calls",
+    ),
+    honoured(
+        "structured_outputs",
+        dict[str, Any],
+        "vLLM's: one of json (a schema), json_object, regex, choice, grammar (Lark). whitespace_pattern and "
+        "disable_any_whitespace: false let JSON have other space than after its commas and colons",
+    ),
+    honoured("bad_words", BadWords, "texts that the output does not contain, however tokenized", sets="bad_words"),
+    honoured(
+        "jump_forward",
+        bool,
+        "take tokens that a constraint leaves no choice about without sampling; true by default",
+        sets="jump_forward",
+    ),
+    honoured("tools", list[dict[str, Any]], "functions that the answer may call", (CHAT, TOKENIZE)),
+    honoured(
+        "tool_choice",
+        Literal["none", "auto", "required"] | dict[str, Any],
+        "whether it calls some: none, auto (the default with tools), required, or the one that is named",
+        (CHAT,),
+    ),
+    honoured("parallel_tool_calls", bool, "false: at most one call; true by default", (CHAT,)),
+    honoured("include_reasoning", bool, "false leaves the text of a think block out of the answer", (CHAT,)),
     # Stopping.
     honoured("stop", StopText | StopTexts, "strings that end it, special tokens too, shown or not; at most 64"),
     honoured("stop_token_ids", StopIds, "tokens that end it; at most 1024", sets="stop_token_ids"),
@@ -258,19 +287,13 @@ TABLE: tuple[Field, ...] = (
     ),
     honoured("cache_salt", Name, "share cached prefixes only with requests of the same salt"),
     # Refused.
-    refused("response_format", f"only text: {LATER}", {"type": "text"}),
-    refused("tools", f"tool calls: {LATER}", [], on=(CHAT, TOKENIZE)),
-    refused("tool_choice", f"tool calls: {LATER}", "none", "auto", on=(CHAT,)),
-    refused("parallel_tool_calls", f"tool calls: {LATER}", True, False, on=(CHAT,)),
-    refused("functions", f"tool calls: {LATER}", [], on=(CHAT,)),
-    refused("function_call", f"tool calls: {LATER}", "none", "auto", on=(CHAT,)),
-    refused("structured_outputs", LATER, {}),
-    refused("json_schema", LATER),
-    refused("regex", LATER),
-    refused("ebnf", LATER),
+    refused("functions", NEWER, [], on=(CHAT,)),
+    refused("function_call", NEWER, "none", "auto", on=(CHAT,)),
+    refused("json_schema", f"{STRUCTURED} as json"),
+    refused("regex", f"{STRUCTURED}"),
+    refused("ebnf", f"{STRUCTURED} as grammar, in Lark's form"),
     refused("stop_regex", "stop takes plain strings", "", []),
     refused("no_stop_trim", "include_stop_str_in_output does that", False),
-    refused("bad_words", "words cannot be banned: logit_bias and allowed_token_ids act on tokens", []),
     refused("logits_processors", "no code is run on logits: logit_bias and allowed_token_ids act on tokens", []),
     refused("custom_logit_processor", "no code is run on logits: logit_bias and allowed_token_ids act on tokens"),
     refused("custom_params", "there is no custom_logit_processor to take them", {}),
@@ -289,10 +312,9 @@ TABLE: tuple[Field, ...] = (
     refused("routed_experts_prompt_start", NO_EXPERTS, 0),
     refused("stream_interval", "a chunk is sent as soon as it is there", 1),
     refused("repetition_detection", "repetitions do not end an output: see repetition_penalty"),
-    refused("thinking_token_budget", NO_REASONING, -1),
-    refused("include_reasoning", NO_REASONING, True, on=(CHAT,)),
-    refused("separate_reasoning", NO_REASONING, True, False, on=(CHAT,)),
-    refused("stream_reasoning", NO_REASONING, True, on=(CHAT,)),
+    refused("thinking_token_budget", "reasoning ends where the model ends it", -1),
+    refused("separate_reasoning", "reasoning is always separated: include_reasoning leaves it out", True, on=(CHAT,)),
+    refused("stream_reasoning", "reasoning is streamed as it comes: include_reasoning leaves it out", True, on=(CHAT,)),
     refused("documents", "documents are not passed to chat templates: put them into messages", [], on=(CHAT,)),
     refused("prompt_embeds", "prompts are text or token ids", on=(COMPLETIONS,)),
     refused("input_ids", "send token ids to /v1/completions", on=(CHAT,)),

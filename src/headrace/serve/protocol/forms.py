@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.protocol.logprobs import PlacedToken, TokenShapes
+from headrace.serve.protocol.message import MessagePart
 
 __all__ = ["CHAT_FORM", "COMPLETION_FORM", "Form", "prompt_tables", "usage"]
 
@@ -21,14 +22,16 @@ def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
     ]
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
     """A `usage` object. All in tokens."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": None,
+        "completion_tokens_details": None if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -50,10 +53,14 @@ class Form(Protocol):
     def opening_choice(self, index: int) -> dict[str, Any] | None:
         """The choice of a stream's first chunk, if there is one before any token."""
 
-    def chunk_choice(self, index: int, part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """A chunk's choice."""
+    def chunk_choice(
+        self, index: int, part: CompletionOutput, message: MessagePart, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """A chunk's choice. `message` is what the part's text says."""
 
-    def answer_choice(self, index: int, part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def answer_choice(
+        self, index: int, part: CompletionOutput, message: MessagePart, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """An answer's choice."""
 
 
@@ -70,13 +77,17 @@ class CompletionForm:
     def opening_choice(self, index: int) -> None:
         """None."""
 
-    def chunk_choice(self, index: int, part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def chunk_choice(
+        self, index: int, part: CompletionOutput, message: MessagePart, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """The same shape in chunks and answers."""
         return {"index": index, "text": part.text, **_end(part, logprobs)}
 
-    def answer_choice(self, index: int, part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def answer_choice(
+        self, index: int, part: CompletionOutput, message: MessagePart, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """A chunk's choice that holds the whole text."""
-        return self.chunk_choice(index, part, logprobs)
+        return self.chunk_choice(index, part, message, logprobs)
 
 
 class ChatForm:
@@ -94,21 +105,37 @@ class ChatForm:
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
-    def chunk_choice(self, index: int, part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def chunk_choice(
+        self, index: int, part: CompletionOutput, message: MessagePart, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """The choice's `delta`."""
-        delta = {"content": part.text} if part.text or part.finish_reason is None else {}
+        delta: dict[str, Any] = {}
+        if message.reasoning:
+            delta |= dict.fromkeys(REASONING, message.reasoning)
+        if message.calls:
+            delta["tool_calls"] = message.calls
+        if message.content or (not delta and part.finish_reason is None):
+            delta["content"] = message.content
         return {"index": index, "delta": delta, **_end(part, logprobs)}
 
-    def answer_choice(self, index: int, part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        """The choice's `message`, with the keys that clients' types have."""
-        message = {"role": "assistant", "content": part.text, **NOT_IN_MESSAGES}
-        return {"index": index, "message": message, **_end(part, logprobs)}
+    def answer_choice(
+        self, index: int, part: CompletionOutput, message: MessagePart, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The choice's `message`, with the keys that clients' types have. An empty list is no value of theirs."""
+        whole: dict[str, Any] = {"role": "assistant", "content": message.content, **NOT_IN_MESSAGES}
+        if message.calls:
+            whole["content"] = message.content or None
+            whole["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in message.calls]
+        whole |= dict.fromkeys(REASONING, message.reasoning or None)
+        return {"index": index, "message": whole, **_end(part, logprobs)}
 
 
 def _end(part: CompletionOutput, logprobs: dict[str, Any] | None) -> dict[str, Any]:
     return {"logprobs": logprobs, "finish_reason": part.finish_reason, "stop_reason": part.stop_reason}
 
 
-NOT_IN_MESSAGES = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning"))
+NOT_IN_MESSAGES = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+REASONING = ("reasoning_content", "reasoning")
+"""The names that clients read."""
 COMPLETION_FORM: Form = CompletionForm()
 CHAT_FORM: Form = ChatForm()

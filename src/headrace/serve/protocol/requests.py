@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.cache.key import CacheKey
+from headrace.dialects.base import AnswerShape
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import renamed_fields
 from headrace.serve.errors import RefusedError
 from headrace.serve.protocol.bodies import Body
+from headrace.serve.protocol.constraints import constraint_field, read_constraint
 from headrace.serve.protocol.fields import CHAT, TABLE
 
 __all__ = ["GenerationRequest", "read_generation_request"]
@@ -46,6 +48,11 @@ class GenerationRequest:
     request_id: str | None = None
     priority: int = 0
     cache_key: CacheKey
+    shape: AnswerShape | None = None
+    """What an assistant's message may be, where it is more than content."""
+    begun: str = ""
+    """The text of the message before what is generated, where the answer does not repeat it."""
+    include_reasoning: bool = True
     names: Mapping[str, str]
     """The request's names of fields that the engine calls otherwise."""
 
@@ -76,16 +83,18 @@ def read_generation_request(
         request_id=body.get("request_id"),
         priority=body.get("priority", 0),
         cache_key=CacheKey(salt=body.get("cache_salt")),
+        include_reasoning=body.get("include_reasoning", True),
         names=names,
     )
 
 
 def _names(body: Body, endpoint: str) -> Mapping[str, str]:
     """The engine's names of fields to those of this request."""
+    names = {"beam_width": "n", "constraint": constraint_field(body)}
     if endpoint != CHAT:
-        return {"beam_width": "n"}
+        return names
     length = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    return {"beam_width": "n", "logprobs": "top_logprobs", "max_tokens": length}
+    return {**names, "logprobs": "top_logprobs", "max_tokens": length}
 
 
 def _need(ok: bool, message: str, param: str) -> None:
@@ -149,6 +158,7 @@ def _sampling_params(
     given["logit_bias"] = _biases(body.get("logit_bias", {}))
     given["n"] = body.get("n", 1)
     given["stop"] = body.get("stop", ())
+    given["constraint"] = read_constraint(body)
     if body.get("use_beam_search", False):
         given["beam_width"] = given["n"]
     for name in ("max_completion_tokens", "max_tokens"):

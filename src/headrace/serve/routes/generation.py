@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 
+from headrace.errors import renamed_fields
 from headrace.serve.answers import Answers
+from headrace.serve.conversation import read_conversation, shaped
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import unless_gone
 from headrace.serve.models import ModelDirectory, ServedModel
@@ -14,11 +14,10 @@ from headrace.serve.protocol.bodies import Body, Reader
 from headrace.serve.protocol.document import CHAT_ANSWER, COMPLETION, GENERATING, responses
 from headrace.serve.protocol.fields import CHAT, COMPLETIONS
 from headrace.serve.protocol.forms import CHAT_FORM, COMPLETION_FORM
-from headrace.serve.protocol.requests import read_generation_request
+from headrace.serve.protocol.requests import GenerationRequest, read_generation_request
 from headrace.serve.text_service import TokenizedPrompt, several
-from headrace.text.messages import read_messages
 
-__all__ = ["generation_router", "read_chat", "truncated"]
+__all__ = ["generation_router", "truncated"]
 
 
 def generation_router(models: ModelDirectory) -> APIRouter:
@@ -37,6 +36,7 @@ def generation_router(models: ModelDirectory) -> APIRouter:
         model = models.of(body)
         answers = Answers(model)
         generation = read_generation_request(body, COMPLETIONS, model.defaults, model.priorities)
+        await _check_constraint(request, generation, model)
         answers.check(generation, len(several(body["prompt"])))
         special = body.get("add_special_tokens", True)
         prompts = await unless_gone(request, model.text.prompts("prompt", body["prompt"], special))
@@ -52,33 +52,22 @@ def generation_router(models: ModelDirectory) -> APIRouter:
         body = chat.read(await request.body())
         model = models.of(body)
         generation = read_generation_request(body, CHAT, model.defaults, model.priorities)
-        echo = _last_message(body) if generation.echo else None
-        prompt = await unless_gone(request, read_chat(body, model))
-        return await Answers(model).answer(request, generation, CHAT_FORM, [truncated(prompt, body, model)], echo)
+        if generation.echo and not body.get("continue_final_message", False):
+            raise RefusedError("echo needs continue_final_message: true", "echo")
+        conversation = await unless_gone(request, read_conversation(body, model))
+        generation = shaped(generation, conversation, model.text.tokenizer)
+        await _check_constraint(request, generation, model)
+        echo = conversation.begun if generation.echo else None
+        prompts = [truncated(conversation.prompt, body, model)]
+        return await Answers(model).answer(request, generation, CHAT_FORM, prompts, echo)
 
     return router
 
 
-async def read_chat(body: Body, model: ServedModel) -> TokenizedPrompt:
-    """The prompt that a conversation becomes."""
-    continuing = body.get("continue_final_message", False)
-    if continuing and body.get("add_generation_prompt", False):
-        raise RefusedError(
-            "continue_final_message and add_generation_prompt are opposites: send one of them", "continue_final_message"
-        )
-    variables: dict[str, tuple[str, Any]] = {
-        name: ("chat_template_kwargs", value) for name, value in body.get("chat_template_kwargs", {}).items()
-    }
-    if "reasoning_effort" in body:
-        variables["reasoning_effort"] = "reasoning_effort", body["reasoning_effort"]
-    return await model.text.chat(
-        body["messages"],
-        add_generation_prompt=body.get("add_generation_prompt", True),
-        continue_final_message=continuing,
-        chat_template=body.get("chat_template"),
-        variables=variables,
-        add_special_tokens=body.get("add_special_tokens", False),
-    )
+async def _check_constraint(request: Request, generation: GenerationRequest, model: ServedModel) -> None:
+    """Refuse a constraint that the engine could not compile, before the engine is asked to."""
+    with renamed_fields(generation.names):
+        await unless_gone(request, model.trials.check(generation.params))
 
 
 def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> TokenizedPrompt:
@@ -94,9 +83,3 @@ def truncated(prompt: TokenizedPrompt, body: Body, model: ServedModel) -> Tokeni
         raise RefusedError(reason, "truncate_prompt_tokens")
     # With -1, one place is left for a token to be generated.
     return prompt.cut(most - 1 if count < 0 else count, side == "right")
-
-
-def _last_message(body: Body) -> str:
-    if not body.get("continue_final_message", False):
-        raise RefusedError("echo needs continue_final_message: true", "echo")
-    return str(read_messages(body["messages"])[-1]["content"])

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 
 from headrace.errors import renamed_fields
 from headrace.instance.wire import Embedding
+from headrace.serve.conversation import read_conversation
 from headrace.serve.errors import RefusedError
 from headrace.serve.http import JSON, unless_gone
 from headrace.serve.models import ModelDirectory, ServedModel
@@ -28,7 +29,7 @@ from headrace.serve.protocol.document import (
     responses,
 )
 from headrace.serve.protocol.fields import DETOKENIZE, EMBEDDINGS, TOKENIZE
-from headrace.serve.routes.generation import read_chat, truncated
+from headrace.serve.routes.generation import truncated
 from headrace.serve.text_service import TokenizedPrompt, several
 
 __all__ = ["texts_router"]
@@ -106,7 +107,7 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
         if ("prompt" in body) == ("messages" in body):
             raise RefusedError("send prompt or messages, one of them", "prompt")
         if "messages" in body:
-            prompt = await unless_gone(request, read_chat(body, model))
+            prompt = (await unless_gone(request, read_conversation(body, model))).prompt
         else:
             special = body.get("add_special_tokens", True)
             [prompt] = await unless_gone(request, model.text.prompts("prompt", body["prompt"], special))

@@ -1,0 +1,106 @@
+"""`MessageReader`: the text of a choice as the parts of an assistant's message: reasoning, content, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.dialects.base import THINK, UNTHINK, AnswerShape
+from headrace.dialects.parser import AnswerParser, AnswerPart, Arguments, CallStart, Content, Reasoning
+from headrace.text.detokenizer import Detokenizer
+
+__all__ = ["MessagePart", "MessageReader", "ReasoningCounter"]
+
+
+@dataclass(slots=True)
+class MessagePart:
+    """What a part of a text adds to a message. `calls` are OpenAI's deltas, one for each call that goes on in it."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.reasoning or self.calls)
+
+
+class MessageReader:
+    """Reads one choice's text as it comes. Where nothing but content is possible, the text is the content."""
+
+    def __init__(self, shape: AnswerShape | None, seed: str, begun: str = "", include_reasoning: bool = True) -> None:
+        """`seed` decides the ids of calls. `begun` is the text of the message before this one's: it was sent."""
+        self._shape = shape
+        self._include_reasoning = include_reasoning
+        self.calls = 0
+        """Calls of tools so far."""
+        self._parser: AnswerParser | None = None
+        if shape is not None:
+            self._parser = AnswerParser(shape, _ids(shape, seed), begun)
+
+    def take(self, text: str, ended: bool) -> MessagePart:
+        """Add a text, after which the choice has `ended` or not."""
+        if self._parser is None:
+            return MessagePart(text)
+        parts: Sequence[AnswerPart] = self._parser.push(text)
+        if ended:
+            parts = [*parts, *self._parser.finish()]
+        part = MessagePart()
+        for one in parts:
+            if isinstance(one, Content):
+                part.content += one.text
+            elif isinstance(one, Reasoning):
+                part.reasoning += one.text if self._include_reasoning else ""
+            else:
+                self.calls += isinstance(one, CallStart)
+                _add_call(part.calls, one)
+        return part
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """OpenAI's reason for an engine's: a message ends with the calls that the model chose to make."""
+        chose = self._shape is not None and self._shape.choice.name is None
+        return "tool_calls" if reason == "stop" and self.calls and chose else reason
+
+
+class ReasoningCounter:
+    """Counts the tokens of one choice's reasoning, with those of its markers."""
+
+    def __init__(self, detokenizer: Detokenizer, begun: bool) -> None:
+        """`begun`: the prompt has opened the block."""
+        self._detokenizer = detokenizer
+        self._text = THINK if begun else ""
+        self._waiting = 0
+        """Tokens that may be white space before a block."""
+        self._over = False
+        self.count = 0
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """Add a part's tokens."""
+        for token in token_ids:
+            if self._over:
+                return
+            self._text += self._detokenizer.push((token,))
+            self._waiting += 1
+            begin = self._text.lstrip()
+            if begin.startswith(THINK):
+                self.count += self._waiting
+                self._waiting = 0
+                self._over = UNTHINK in begin
+                # What a later token may complete.
+                self._text = THINK + begin[len(THINK) :][1 - len(UNTHINK) :]
+            elif not THINK.startswith(begin):
+                self._over = True
+
+
+def _ids(shape: AnswerShape, seed: str) -> Callable[[int], str]:
+    return str if shape.dialect is None else shape.dialect.call_ids(seed)
+
+
+def _add_call(calls: list[dict[str, Any]], part: CallStart | Arguments) -> None:
+    if isinstance(part, CallStart):
+        function = {"name": part.name, "arguments": ""}
+        calls.append({"index": part.index, "id": part.id, "type": "function", "function": function})
+    elif calls and calls[-1]["index"] == part.index:
+        calls[-1]["function"]["arguments"] += part.text
+    else:
+        calls.append({"index": part.index, "function": {"arguments": part.text}})
