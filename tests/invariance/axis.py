@@ -8,7 +8,6 @@ from typing import Any
 
 from headrace.engine.engine import Engine
 from headrace.engine.schedule.request import Request
-from headrace.engine.schedule.sampling import SamplingParams
 
 __all__ = ["PROMPTS", "TOKENS", "Axis", "Mutant", "Setup"]
 
@@ -24,7 +23,8 @@ class Setup:
     """How the engine of one cell is made, and what it is asked. Each axis sets its part."""
 
     model: str = ""
-    params: SamplingParams = field(default_factory=SamplingParams)
+    params: dict[str, Any] = field(default_factory=dict)
+    """Fields of `SamplingParams`."""
     prompts: list[int] = field(default_factory=list)
     """Numbers of the prompts that run."""
     threads: int = 1

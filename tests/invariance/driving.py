@@ -30,7 +30,7 @@ class Trace:
 
 
 class Recorder:
-    """Stands before a runner and keeps the logits of every row that is sampled."""
+    """Stands before a runner and keeps the logits of every row that is sampled or scored."""
 
     def __init__(self, engine: Engine) -> None:
         self.traces: dict[int, Trace] = {}
@@ -44,9 +44,11 @@ class Recorder:
 
         def spy_logits(batch: Any) -> torch.Tensor:
             rows = logits(batch)
-            sampled = [s for s in self._plan.slices if s.targets]
-            for s, row in zip(sampled, rows):
-                self.trace(s.request_id).logits[s.start + len(s.token_ids)] = row.numpy().tobytes()
+            taken = iter(rows)
+            for s in self._plan.slices:
+                end = s.start + len(s.token_ids) + 1
+                for position in range(end - len(s.targets), end):
+                    self.trace(s.request_id).logits[position] = next(taken).numpy().tobytes()
             return rows
 
         runner.submit, runner.logits = spy_submit, spy_logits

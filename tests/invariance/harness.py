@@ -22,11 +22,14 @@ import torch
 from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.grammar.grammars import Grammars
 from headrace.kernels.load import load_ops
 from headrace.llm.assemble import assemble
 from headrace.llm.options import EngineOptions
 from headrace.llm.records import ResumeRecord
 from headrace.model.huggingface import load_model
+from headrace.text.tokenizer import Tokenizer
 from invariance.axis import PROMPTS, TOKENS, Setup
 from invariance.cells import AXES, Cell, question
 from invariance.driving import Recorder, Trace, drive
@@ -66,6 +69,11 @@ def loaded(folder: Path, threads: int, ranks: int = 1, serving: bool = False) ->
     return load_model(folder, ops, group=others(folder, ranks).group, serving=serving), ops
 
 
+@lru_cache
+def grammars(folder: Path, vocab_size: int) -> Grammars:
+    return Grammars(Tokenizer.from_folder(folder), vocab_size)
+
+
 def hooks(cell: Cell, hook: str) -> Iterator[tuple[Callable[..., Any], Any]]:
     """The axes' functions of this name, each with the cell's value on its axis."""
     for name, axis in AXES.items():
@@ -88,7 +96,8 @@ def chosen(cell: Cell) -> list[int]:
 def request(number: int, cell: Cell, vocab_size: int) -> Request:
     """Prompt `number` as a request of the same number."""
     prompt = prompts(vocab_size)[number]
-    return Request(number, prompt, setup_of(cell).params, seed=1000 + prompt[0] + len(prompt), choice=0)
+    params = SamplingParams(**setup_of(cell).params)
+    return Request(number, prompt, params, seed=1000 + prompt[0] + len(prompt), choice=0)
 
 
 def engine_for(setup: Setup, folder: Path, longest: int) -> Engine:
@@ -97,7 +106,7 @@ def engine_for(setup: Setup, folder: Path, longest: int) -> Engine:
     size = setup.options["block_size"]
     blocks = 1 + setup.sequences * -(-(longest + TOKENS) // size) + setup.spare_tokens // size
     options = EngineOptions(threads=setup.threads, num_kv_blocks=blocks, max_num_seqs=PROMPTS, **setup.options)
-    return assemble(model, ops, options, others(folder, setup.ranks))
+    return assemble(model, ops, options, others(folder, setup.ranks), grammars(folder, model.config.vocab_size).mask)
 
 
 class Run:

@@ -19,6 +19,7 @@ from headrace.serve.metrics import ServerMetrics
 from headrace.serve.models import ModelDirectory, ServedModel
 from headrace.serve.settings import ServeSettings
 from headrace.serve.text_service import TextService
+from headrace.serve.trials import ConstraintTrials
 from headrace.text.tokenizer import Tokenizer
 from invariance.harness import prompts
 from serve.gateway_kit import start
@@ -113,7 +114,8 @@ def test_a_door_that_rounds_is_noticed(folders, monkeypatch):
     async def ask():
         gateway, _ = await start(folders["tinyworld"])
         texts = TextService(Tokenizer.from_folder(folders["tinyworld"]))
-        models = ModelDirectory(ServedModel(gateway, texts, ["door"], defaults={}, priorities=False))
+        trials = ConstraintTrials(str(folders["tinyworld"]), gateway.info.vocab_size)
+        models = ModelDirectory(ServedModel(gateway, texts, trials, ["door"], defaults={}, priorities=False))
         transport = httpx.ASGITransport(create_app(models, ServerMetrics("door"), ServeSettings()))
         async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
             fields = {**SAMPLING["greedy"], **ASKED, "prompt": ids, "return_token_ids": True}
@@ -121,6 +123,7 @@ def test_a_door_that_rounds_is_noticed(folders, monkeypatch):
             monkeypatch.setattr(http, "_encoder", Rounds)
             wrong = (await client.post("/v1/completions", json=fields)).json()["choices"]
         await texts.close()
+        await trials.close()
         await gateway.stop()
         return read(right), read(wrong)
 
