@@ -1,6 +1,7 @@
 """The playground in a real browser, over a real server."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -363,3 +364,43 @@ def test_a_reply_survives_an_engine_restart_and_a_lost_server_is_shown(browser, 
         visit.expect(visit.at("#prompt")).to_have_value(QUESTION)
         visit.expect(visit.at("#retry")).to_be_visible()
         assert visit.problems != []
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "parameters": {
+            "type": "object",
+            "properties": {"who": {"enum": ["Mia", "Finn"]}},
+            "required": ["who"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_a_schema_and_a_tool(browser, server):
+    with visiting(browser, server.url) as visit:
+        visit.ready().ask_for(max_tokens=80)
+        visit.page.click("#tune")
+        visit.page.fill("#schema", json.dumps(TOOL["function"]["parameters"]))
+        assert json.loads(visit.reply())["who"] in ("Mia", "Finn")
+        visit.expect(visit.at(".reply .facts")).to_contain_text(" forced")
+        visit.page.fill("#schema", "{")
+        visit.page.fill("#prompt", "again")
+        visit.page.keyboard.press("Enter")
+        visit.expect(visit.at("#notice-text")).to_contain_text("The schema: this is no JSON")
+        visit.page.keyboard.press("Control+k")
+        visit.page.fill("#schema", "")
+        visit.page.fill("#tools", json.dumps([TOOL]))
+        visit.ask_for(max_tokens=80, tool_choice="required", parallel_tool_calls=False)
+        visit.page.fill("#prompt", QUESTION)
+        visit.page.keyboard.press("Enter")
+        visit.expect(visit.at(".reply .call")).to_have_text(re.compile(r'^find \{"who": "(Mia|Finn)"\}$'))
+        visit.expect(visit.at("#prompt")).to_have_attribute("placeholder", "Write what find returns")
+        visit.ask_for(max_tokens=4, tool_choice="none")
+        visit.reply("at the mill")
+        asked, called, returned = visit.bodies[-1]["messages"]
+        assert (asked["role"], called["role"], returned["role"]) == ("user", "assistant", "tool")
+        assert returned["tool_call_id"] == called["tool_calls"][0]["id"]

@@ -10,6 +10,7 @@ from headrace.engine.run.ranks import Ranks
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError, renamed_fields
 from headrace.kernels.ops import Ops
+from headrace.llm.chat import ChatOutput, ToolRequest, chat_output, message_shape, shaped_params
 from headrace.llm.defaults import sampling_defaults
 from headrace.llm.frontend import Frontend, Prompt, WeightSource
 from headrace.llm.options import EngineOptions
@@ -17,6 +18,7 @@ from headrace.llm.outputs import RequestOutput
 from headrace.llm.records import ResumeRecord
 from headrace.model.folder import resolve
 from headrace.model.transformer import Transformer
+from headrace.text.messages import read_tools
 from headrace.text.template_process import TemplateProcess
 from headrace.text.tokenizer import Tokenizer
 
@@ -123,17 +125,38 @@ class LLM:
         finally:
             self.frontend.abort(name)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer one conversation, formatted by the model's chat template."""
-        return self.generate([self.chat_prompt(messages)], params)[0]
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool = True,
+    ) -> ChatOutput:
+        """Answer one conversation, formatted by the model's chat template.
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        `tools`, `tool_choice` and `parallel_tool_calls` are as in OpenAI's API: a call that the answer makes is always
+        valid. Each of the output's `messages` has a choice's content, reasoning and calls.
+        """
+        template = self.tokenizer.chat_template
+        asked = ToolRequest(read_tools(tools), tool_choice, parallel_tool_calls)
+        shape = message_shape("\n".join(template.sources.values()), asked)
+        prompt = self.chat_prompt(messages, asked.tools)
+        given = params or SamplingParams(**self._defaults)
+        shape, given = shaped_params(shape, prompt["prompt"], given, self.tokenizer)
+        with renamed_fields({"constraint": "tools"} if shape.allowed else {}):
+            return chat_output(self.generate([prompt], given)[0], shape)
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """The prompt of a conversation. The template adds the special tokens.
 
         Messages have the forms that `read_messages` takes. The template runs in a process of its own, which is stopped
         after two seconds. Raises `RequestError` where the messages do not suit it, `CheckpointError` at its limits.
         """
-        text = self._templates.render(self.tokenizer.chat_template, messages)
+        text = self._templates.render(self.tokenizer.chat_template, messages, tools=tools)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def resume(self, records: Sequence[ResumeRecord]) -> list[RequestOutput]:

@@ -249,6 +249,8 @@ class _ChoiceText:
             self._reasoning.take(part.token_ids)
         message = self._message.take(part.text, part.finish_reason is not None)
         sent = replace(part, finish_reason=self._message.finish_reason(part.finish_reason))
+        if part.finish_reason == "error":
+            sent = replace(sent, stop_reason=_with_names(str(part.stop_reason), self._job.generation.names))
         if self.queue is None:
             return sent, message, []
         tokens = self.queue.take(part)
@@ -354,6 +356,12 @@ class _Chunker:
         elif generation.include_usage:
             chunk["usage"] = None
         return chunk
+
+
+def _with_names(reason: str, names: Mapping[str, str]) -> str:
+    """Why a mask failed, with the request's names of the fields that it begins with."""
+    fields, colon, why = reason.partition(": ")
+    return ", ".join(names.get(name, name) for name in fields.split(", ")) + colon + why
 
 
 def _reasoning(texts: Sequence[_ChoiceText]) -> int | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from headrace.dialects.base import AnswerShape
-from headrace.dialects.choose import answer_dialect, opens_reasoning, template_reasons
-from headrace.dialects.grammar import answer_constraint
-from headrace.dialects.request import described_tools, read_tool_choice
 from headrace.errors import renamed_fields
+from headrace.llm.chat import ToolRequest, message_shape, shaped_params
 from headrace.serve.errors import RefusedError
 from headrace.serve.models import ServedModel
 from headrace.serve.protocol.bodies import Body
@@ -38,40 +36,30 @@ async def read_conversation(body: Body, model: ServedModel) -> Conversation:
         raise RefusedError(
             "continue_final_message and add_generation_prompt are opposites: send one of them", "continue_final_message"
         )
-    given = read_tools(body.get("tools"))
-    tools = described_tools(given)
-    choice = read_tool_choice(body.get("tool_choice"), tools)
+    tools = read_tools(body.get("tools"))
+    parallel = body.get("parallel_tool_calls", True)
     source = model.text.template_source(body.get("chat_template"))
-    dialect = answer_dialect(source, tools, choice, model.tool_format)
+    shape = message_shape(source, ToolRequest(tools, body.get("tool_choice"), parallel, model.tool_format))
     prompt = await model.text.chat(
         body["messages"],
         add_generation_prompt=body.get("add_generation_prompt", True),
         continue_final_message=continuing,
         chat_template=body.get("chat_template"),
         variables=_variables(body),
-        tools=given,
+        tools=tools,
         add_special_tokens=body.get("add_special_tokens", False),
     )
-    reasoning: Literal["may begin", "begun"] | None = None
-    if prompt.text is not None and opens_reasoning(prompt.text):
-        reasoning = "begun"
-    elif template_reasons(source):
-        reasoning = "may begin"
     begun = str(read_messages(body["messages"])[-1]["content"]) if continuing else ""
-    parallel = body.get("parallel_tool_calls", True)
-    return Conversation(prompt, AnswerShape(dialect, tools, choice, parallel, reasoning), begun)
+    return Conversation(prompt, shape, begun)
 
 
 def shaped(generation: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer) -> GenerationRequest:
     """The request with its message's shape, and with the constraint that holds the message to it."""
-    shape = replace(conversation.shape, content=generation.params.constraint)
-    names = {**generation.names, **({"constraint": "tools"} if shape.allowed else {})}
+    names = {**generation.names, **({"constraint": "tools"} if conversation.shape.allowed else {})}
     with renamed_fields(names):
-        constraint = answer_constraint(shape, lambda text: _special(tokenizer, text))
-        if constraint is not None and conversation.begun:
-            constraint = replace(constraint, prefix=conversation.begun)
-        shown = [token for text in shape.markers if (token := _special(tokenizer, text)) is not None]
-        params = replace(generation.params, constraint=constraint, shown_special_ids=tuple(shown))
+        shape, params = shaped_params(
+            conversation.shape, conversation.prompt.text, generation.params, tokenizer, conversation.begun
+        )
     plain = not shape.allowed and shape.reasoning is None
     return replace(
         generation,
@@ -80,12 +68,6 @@ def shaped(generation: GenerationRequest, conversation: Conversation, tokenizer:
         begun="" if generation.echo else conversation.begun,
         names=names,
     )
-
-
-def _special(tokenizer: Tokenizer, text: str) -> int | None:
-    """The id of a text that is one special token."""
-    token = tokenizer.token_id(text)
-    return token if token in tokenizer.special_ids else None
 
 
 def _variables(body: Body) -> dict[str, tuple[str, Any]]:

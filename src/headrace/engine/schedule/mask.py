@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["MaskFactory", "TokenMask", "no_masks", "replay"]
 
@@ -23,7 +24,7 @@ class TokenMask(Protocol):
 
     @property
     def failed(self) -> str | None:
-        """Why the output cannot go on: nothing is allowed, or a limit is exceeded. It stays so."""
+        """Why the output cannot go on: nothing is allowed, or a limit is exceeded. None where nothing says so yet."""
         ...
 
     def fill(self, words_W: np.ndarray) -> None:

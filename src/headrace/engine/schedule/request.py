@@ -114,21 +114,15 @@ class Request:
         """`output_token_ids` and `num_scored` are what another engine has computed of the request."""
         if not prompt_token_ids:
             raise RequestError.about("prompt", "{prompt} has no tokens: there is nothing to continue")
-        self.request_id = request_id
-        self.params = params
-        self.seed = seed
-        self.choice = choice
-        self.priority = priority
-        self.parent_id = parent_id
-        self.group_id = request_id if group_id is None else group_id
-        self.cache_key = cache_key
+        self.request_id, self.params, self.seed, self.choice = request_id, params, seed, choice
+        self.priority, self.parent_id = priority, parent_id
+        self.cache_key, self.group_id = cache_key, request_id if group_id is None else group_id
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
         self.spec_token_ids: list[int] = []
         """Drafts after the known tokens: computed with them, kept only as far as they are accepted."""
-        self.num_computed_tokens = self.num_pending = 0
-        self.num_cached_tokens = 0
-        """Prompt tokens that the first admission found computed."""
+        self.num_computed_tokens = self.num_pending = self.num_cached_tokens = 0
+        """The last: prompt tokens that the first admission found computed."""
         scores = params.prompt_logprobs is not None and not choice and not output_token_ids
         self.num_scored = num_scored if scores else len(self.token_ids) - 1
         """Positions whose next token is planned to be scored or sampled; see `score_end`."""
@@ -141,14 +135,10 @@ class Request:
         """Preemptions so far. A result planned in an earlier epoch still has valid tokens, but its KV is gone."""
         self.parked = False
         """A beam whose search has its log-probabilities and has not chosen its next token."""
-        self.overtaken = 0
-        """Steps in which later requests were seated before it."""
-        self.prefix_waits = 0
-        """Steps in which it waited for a prefix that another request computes."""
-        self.max_output = 0
-        """Output tokens after which it ends by length."""
-        self.reserve = 0
-        """Tokens for which it takes blocks at admission; 0 without a reservation."""
+        self.overtaken = self.prefix_waits = 0
+        """Steps in which later requests were seated before it; in which it waited for a prefix being computed."""
+        self.max_output = self.reserve = 0
+        """Output tokens after which it ends by length; tokens for which it takes blocks at admission, if it does."""
         self.serial = params.follows_output
         """Whether each token must be known before the next is planned."""
         self.stop_ids: dict[int, int | None] = {}
@@ -156,10 +146,8 @@ class Request:
         self.edits: EditState | None = None
         self.mask: TokenMask | None = None
         """What may be sampled next; it has accepted all known tokens."""
-        self.num_forced = 0
-        """Known tokens behind the last sampled one, about which the mask left no choice."""
-        self.forced_tokens = 0
-        """Forced tokens of its output so far."""
+        self.num_forced = self.forced_tokens = 0
+        """Known tokens behind the last sampled one about which the mask left no choice; all such of the output."""
         self.forced_apart = False
         """Whether each of them is computed in a step of its own."""
         self.closing: str | None = None

@@ -74,13 +74,27 @@ function offer() {
 
 // ---- a request
 
+// The JSON in a box; undefined where it is empty. Throws a ServerError, which is shown as the server's are.
+function json(id, name) {
+  const text = at(id).value.trim();
+  if (!text) return undefined;
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new ServerError(400, `${name}: this is no JSON: ${error.message}`, { param: id });
+  }
+}
+
 function request() {
   const system = at("system").value.trim();
   const body = { model: model.id, stream: true, stream_options: { include_usage: true }, explain: true,
     ...settings.values() };
-  const said = transcript.messages.map(({ role, content }) => ({ role, content }));
+  const said = transcript.messages.map(({ turn, ...message }) => message);
+  const schema = json("schema", "The schema");
+  if (schema !== undefined) body.response_format = { type: "json_schema", json_schema: { name: "reply", schema } };
   if (model.chat) {
     body.messages = system ? [{ role: "system", content: system }, ...said] : said;
+    body.tools = json("tools", "The tools");
     if (logprobs !== null) Object.assign(body, { logprobs: true, top_logprobs: logprobs });
     return ["v1/chat/completions", body];
   }
@@ -131,10 +145,12 @@ async function answer() {
       explanation = chunk.explanation ?? explanation;
       for (const choice of chunk.choices ?? []) {
         reply.add(...news(choice));
+        reply.note(choice.delta?.reasoning_content, choice.delta?.tool_calls);
         reason = choice.finish_reason ?? reason;
       }
     }
     reply.end(reason, usage, explanation);
+    prompt.placeholder = transcript.awaited ? `Write what ${transcript.awaited.function.name} returns` : "Write a message";
     at("said").textContent = reply.tokens.text;
   } catch (error) {
     stumble(error, reply, usage);
@@ -259,7 +275,10 @@ at("composer").addEventListener("submit", (event) => {
 at("new").addEventListener("click", newChat);
 at("tune").addEventListener("click", () => showSettings(at("settings").hidden));
 at("settings").addEventListener("submit", (event) => event.preventDefault());
-at("reset").addEventListener("click", () => { settings.reset(); at("system").value = ""; });
+at("reset").addEventListener("click", () => {
+  settings.reset();
+  for (const box of ["system", "schema", "tools"]) at(box).value = "";
+});
 at("dismiss").addEventListener("click", untell);
 at("retry").addEventListener("click", () => { const again = retry; untell(); again?.(); });
 at("key-form").addEventListener("submit", (event) => {

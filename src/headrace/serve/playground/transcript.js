@@ -30,9 +30,17 @@ export class Transcript {
     words.textContent = text;
     turn.append(words);
     this.log.append(turn);
-    this.messages.push({ role: "user", content: text, turn });
+    const call = this.awaited;
+    this.messages.push(call ? { role: "tool", tool_call_id: call.id, content: text, turn } : { role: "user", content: text, turn });
     this.follow = true;
     this.scroll();
+  }
+
+  // The first call of the last reply that has no result yet: what is written next is its result.
+  get awaited() {
+    const results = this.messages.filter(({ role }) => role === "tool").map((message) => message.tool_call_id);
+    const last = this.messages.findLast(({ role }) => role === "assistant");
+    return last?.tool_calls?.find(({ id }) => !results.includes(id)) ?? null;
   }
 
   // Take back the last message of the user, for another try.
@@ -66,6 +74,7 @@ class Reply {
     this.facts.className = "facts";
     this.turn.append(words, this.facts);
     transcript.log.append(this.turn);
+    this.calls = [];
     this.tokens = new TokenText(words);
     transcript.scroll();
   }
@@ -76,13 +85,34 @@ class Reply {
   }
 
   get empty() {
-    return this.tokens.count === 0 && this.tokens.text === "";
+    return this.tokens.count === 0 && this.tokens.text === "" && !this.calls.length && !this.thought;
   }
 
   add(text, entries) {
     if (this.firstToken === null && (text || entries.length)) this.firstToken = performance.now();
     this.tokens.add(text, entries);
     this.transcript.scroll();
+  }
+
+  // Reasoning, and tool calls as a stream brings them: the first part has the name, later ones more of the arguments.
+  note(reasoning, calls) {
+    if (reasoning) {
+      this.thought ??= this.#aside("thought");
+      this.thought.textContent += reasoning;
+    }
+    for (const part of calls ?? []) {
+      const call = this.calls[part.index] ??= { id: part.id, type: "function", function: { name: part.function.name, arguments: "" } };
+      call.function.arguments += part.function.arguments ?? "";
+      call.shown ??= this.#aside("call");
+      call.shown.textContent = `${call.function.name} ${call.function.arguments}`;
+    }
+    this.transcript.scroll();
+  }
+
+  #aside(kind) {
+    const element = Object.assign(document.createElement("div"), { className: kind });
+    this.turn.insertBefore(element, kind === "thought" ? this.turn.firstChild : this.facts);
+    return element;
   }
 
   // `reason` is a finish reason, or "stopped" where the user did it, or "cut off".
@@ -95,7 +125,9 @@ class Reply {
       if (title) fact.title = title;
       return fact;
     }));
-    this.transcript.messages.push({ role: "assistant", content: this.tokens.text, turn: this.turn });
+    const message = { role: "assistant", content: this.tokens.text, turn: this.turn };
+    if (this.calls.length) message.tool_calls = this.calls.map(({ shown, ...call }) => call);
+    this.transcript.messages.push(message);
     this.transcript.scroll();
   }
 
@@ -114,6 +146,9 @@ class Reply {
     const cached = usage?.prompt_tokens_details?.cached_tokens;
     if (cached !== undefined) {
       facts.push([`${cached} of ${usage.prompt_tokens} prompt tokens cached`, "Found in the prefix cache"]);
+    }
+    if (explanation?.forced_tokens) {
+      facts.push([`${explanation.forced_tokens} forced`, "Tokens that the schema or the tools left no choice about: they were not sampled"]);
     }
     if (explanation?.preemptions) facts.push([`preempted ${explanation.preemptions}×`, "Gave way to others, and was computed again"]);
     if (explanation?.resumes) facts.push([`resumed ${explanation.resumes}×`, "Went on in a new engine process"]);

@@ -29,22 +29,30 @@ class MessageReader:
     """Reads one choice's text as it comes. Where nothing but content is possible, the text is the content."""
 
     def __init__(self, shape: AnswerShape | None, seed: str, begun: str = "", include_reasoning: bool = True) -> None:
-        """`seed` decides the ids of calls. `begun` is the text of the message before this one's: it was sent."""
+        """`seed` decides the ids of calls.
+
+        `begun` is the text of the message before this one's: it was sent, but its calls are given with those behind.
+        """
         self._shape = shape
         self._include_reasoning = include_reasoning
         self.calls = 0
         """Calls of tools so far."""
         self._parser: AnswerParser | None = None
+        self._sent: list[AnswerPart] = []
+        """Calls of `begun` that are to be given; its last one may go on."""
         if shape is not None:
             self._parser = AnswerParser(shape, _ids(shape, seed), begun)
+            parts = AnswerParser(shape, _ids(shape, seed)).push(begun)
+            self._sent = [part for part in parts if isinstance(part, CallStart | Arguments)]
 
     def take(self, text: str, ended: bool) -> MessagePart:
         """Add a text, after which the choice has `ended` or not."""
         if self._parser is None:
             return MessagePart(text)
-        parts: Sequence[AnswerPart] = self._parser.push(text)
+        parts = [*self._sent, *self._parser.push(text)]
+        self._sent = []
         if ended:
-            parts = [*parts, *self._parser.finish()]
+            parts += self._parser.finish()
         part = MessagePart()
         for one in parts:
             if isinstance(one, Content):
