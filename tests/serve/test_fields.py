@@ -39,6 +39,7 @@ BASE: dict[str, dict[str, Any]] = {
 }
 TEMPLATE = "{{ messages[0].content }}{{ reasoning_effort }}{{ mood }}"
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+JSON_OBJECT = {"type": "json_object"}
 CALLS = "{{ messages[0].content }}{{ tools }}{# <tool_call> arguments #}"
 # A value that a server honours, with the fields that it needs.
 VALUES: dict[str | tuple[str, str], Any] = {
@@ -284,7 +285,7 @@ def test_a_required_field_must_be_there(server, endpoint):
         (CHAT, {"messages": [{"content": "x"}]}, "messages"),
         (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
         (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-        (CHAT, {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        (CHAT, {"response_format": JSON_OBJECT, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         (CHAT, {"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
         (CHAT, {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs"),
         (CHAT, {"response_format": {"type": "structural_tag"}}, "response_format"),

@@ -98,11 +98,11 @@ def percent(p):
 
 
 def test_log_probabilities_are_the_apis_by_hover_and_by_focus(browser, server):
-    choice = asked_of_the_api(server, logprobs=True, top_logprobs=5, max_tokens=12, ignore_eos=True)
+    choice = asked_of_the_api(server, logprobs=True, top_logprobs=5, max_tokens=8, ignore_eos=True)
     told = choice["logprobs"]["content"]
     with visiting(browser, server.url) as visit:
         visit.ready()
-        visit.ask_for(max_tokens=12, ignore_eos=True)
+        visit.ask_for(max_tokens=8, ignore_eos=True)
         visit.set(temperature=0)
         visit.reply()
         assert visit.bodies[-1]["logprobs"] is True
@@ -366,25 +366,20 @@ def test_a_reply_survives_an_engine_restart_and_a_lost_server_is_shown(browser, 
         assert visit.problems != []
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "find",
-        "parameters": {
-            "type": "object",
-            "properties": {"who": {"enum": ["Mia", "Finn"]}},
-            "required": ["who"],
-            "additionalProperties": False,
-        },
-    },
+WHO = {
+    "type": "object",
+    "properties": {"who": {"enum": ["Mia", "Finn"]}},
+    "required": ["who"],
+    "additionalProperties": False,
 }
+TOOL = {"type": "function", "function": {"name": "find", "parameters": WHO}}
 
 
 def test_a_schema_and_a_tool(browser, server):
     with visiting(browser, server.url) as visit:
         visit.ready().ask_for(max_tokens=80)
         visit.page.click("#tune")
-        visit.page.fill("#schema", json.dumps(TOOL["function"]["parameters"]))
+        visit.page.fill("#schema", json.dumps(WHO))
         assert json.loads(visit.reply())["who"] in ("Mia", "Finn")
         visit.expect(visit.at(".reply .facts")).to_contain_text(" forced")
         visit.page.fill("#schema", "{")

@@ -19,7 +19,10 @@ SCHEMA = {
 ASKED = {
     "none": {},
     "json": {"constraint": Constraint.json_schema(SCHEMA), "logprobs": 0},
-    "regex": {"constraint": Constraint.regex("[a-z]{3,8}[0-9]{2}, ab[c-f]{1,4} [a-z ]{3,40}!"), "bad_words": ("e", "th")},
+    "regex": {
+        "constraint": Constraint.regex("[a-z]{3,8}[0-9]{2}, ab[c-f]{1,4} [a-z ]{3,40}!"),
+        "bad_words": ("e", "th"),
+    },
 }
 
 

@@ -11,6 +11,7 @@ def setup(setup: Setup, jump: str) -> None:
 
 def leaves_out_a_forced_token(patch):
     """Forced tokens of which the KV that is stored is another token's."""
+
     def changed(request, start, end, samples, edits):
         made = make_slice(request, start, end, samples, edits)
         if request.forced_apart and start >= request.num_prompt_tokens and not samples:

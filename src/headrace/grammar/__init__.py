@@ -1,0 +1,1 @@
+"""Constraints as token masks, by llguidance."""

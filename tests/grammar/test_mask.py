@@ -1,0 +1,194 @@
+"""`GrammarMask`: which tokens may come, which must, and states that do not depend on how they were reached."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.engine.schedule.constraint import Constraint
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.errors import RequestError
+from headrace.grammar import grammars as module
+from headrace.grammar.grammars import Grammars
+from headrace.grammar.mask import GrammarMask
+from headrace.text.tokenizer import Tokenizer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "n": {"type": "integer"},
+        "k": {"enum": ["cat", "cow"]},
+    },
+    "required": ["name", "n", "k"],
+    "additionalProperties": False,
+}
+PARAMS = [
+    SamplingParams(constraint=Constraint.json_schema(SCHEMA)),
+    SamplingParams(constraint=Constraint.json_schema(SCHEMA), bad_words=("x", "on")),
+    SamplingParams(constraint=Constraint.regex("[a-c]{2,9}(x|yz)*!")),
+    SamplingParams(constraint=Constraint.choice(["red", "red wine", "green"])),
+    SamplingParams(bad_words=("once", "th")),
+]
+PADDING = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tinyworld_checkpoint):
+    return Tokenizer.from_folder(tinyworld_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+    return Grammars(tokenizer, tokenizer.vocab_size + PADDING)
+
+
+def mask_of(grammars: Grammars, params: SamplingParams, stops=(0,)) -> GrammarMask:
+    return grammars.mask(params, stops)
+
+
+def allowed(mask: GrammarMask, size: int) -> list[int]:
+    words = np.zeros(-(-size // 32), np.uint32)
+    mask.fill(words)
+    return [int(i) for i in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
+
+
+def state(mask: GrammarMask, size: int):
+    may = allowed(mask, size)
+    return may, mask.ended, mask.failed, mask.forced()
+
+
+@settings(max_examples=60)
+@given(
+    which=st.integers(0, len(PARAMS) - 1),
+    choices=st.lists(st.integers(0, 10**6), min_size=1, max_size=25),
+    data=st.data(),
+)
+def test_a_rewound_mask_is_a_fresh_one(tokenizer, grammars, which, choices, data):
+    size = tokenizer.vocab_size + PADDING
+    mask, tokens = mask_of(grammars, PARAMS[which]), []
+    for choice in choices:
+        may = [token for token in allowed(mask, size) if token != 0]
+        if mask.failed or mask.ended or not may:
+            break
+        tokens.append(may[choice % len(may)])
+        mask.accept(tokens[-1:])
+    back = data.draw(st.integers(0, len(tokens)))
+    twin = mask.fork()
+    twin.rewind(back)
+    fresh = mask_of(grammars, PARAMS[which])
+    fresh.accept(tokens[: len(tokens) - back])
+    assert state(twin, size) == state(fresh, size)
+    twin.accept(tokens[len(tokens) - back :])
+    assert state(twin, size) == state(mask, size), "a fork or its rewinding changed the mask it came from"
+
+
+@settings(max_examples=40)
+@given(which=st.integers(0, len(PARAMS) - 1), choices=st.lists(st.integers(0, 10**6), min_size=1, max_size=40))
+def test_forced_tokens_are_the_only_ones_allowed_or_another_spelling_of_the_same_text(
+    tokenizer, grammars, which, choices
+):
+    size = tokenizer.vocab_size + PADDING
+    mask = mask_of(grammars, PARAMS[which])
+    for choice in choices:
+        run = mask.forced()
+        text = b"".join(tokenizer.token_bytes(token) for token in run)
+        for token in run:
+            may = allowed(mask, size)
+            assert token in may
+            for other in may:  # every way on is a part of the same text
+                piece = tokenizer.token_bytes(other)
+                assert text.startswith(piece) or piece.startswith(text)
+            mask.accept((token,))
+            text = text[len(tokenizer.token_bytes(token)) :]
+        may = [token for token in allowed(mask, size) if token != 0]
+        if mask.failed or mask.ended or not may:
+            break
+        mask.accept((may[choice % len(may)],))
+
+
+@pytest.mark.parametrize("which", range(len(PARAMS)))
+def test_padding_of_the_vocabulary_is_never_allowed(tokenizer, grammars, which):
+    size = tokenizer.vocab_size + PADDING
+    assert max(allowed(mask_of(grammars, PARAMS[which]), size)) < tokenizer.vocab_size
+
+
+def test_an_answer_is_accepted_with_its_forced_tokens_as_the_tokenizer_spells_it(tokenizer, grammars):
+    text = json.dumps({"name": "Mia", "n": 12, "k": "cow"})
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    mask, known, forced = mask_of(grammars, PARAMS[0]), 0, 0
+    while known < len(ids):
+        run = mask.forced()
+        assert ids[known : known + len(run)] == run
+        mask.accept(run)
+        known, forced = known + len(run), forced + len(run)
+        mask.accept(ids[known : known + 1])
+        known += 1
+    assert mask.ended and not mask.failed and forced > len(ids) // 3
+
+
+def test_an_end_token_is_allowed_where_the_text_may_end(tokenizer, grammars):
+    size, green = tokenizer.vocab_size + PADDING, tokenizer.encode("red", add_special_tokens=False)
+    mask = mask_of(grammars, PARAMS[3], stops=(0, 7))
+    assert not {0, 7} & set(allowed(mask, size))
+    mask.accept(green)
+    assert {0, 7} <= set(allowed(mask, size)) and not mask.ended
+    ignoring = mask_of(grammars, PARAMS[3], stops=())
+    ignoring.accept(green)
+    assert 0 not in allowed(ignoring, size)
+    assert ignoring.failed is None
+
+
+def test_before_min_tokens_the_end_is_a_dead_end(tokenizer, grammars):
+    params = SamplingParams(constraint=Constraint.choice(["no"]), min_tokens=9, max_tokens=20)
+    mask = mask_of(grammars, params)
+    mask.accept(tokenizer.encode("no", add_special_tokens=False))
+    assert mask.failed is not None and mask.failed.startswith("constraint, min_tokens: ")
+    assert not mask.ended
+
+
+def test_fields_that_leave_no_token_fail_by_their_names(tokenizer, grammars):
+    size = tokenizer.vocab_size + PADDING
+    params = SamplingParams(constraint=Constraint.regex("[a-z]+"), allowed_token_ids=tuple(tokenizer.encode("7")))
+    mask = mask_of(grammars, params)
+    assert mask.forced() == []
+    assert len(allowed(mask, size)) >= size and mask.failed is not None
+    assert mask.failed.startswith("constraint, allowed_token_ids: ")
+
+
+def test_nothing_is_forced_that_another_field_forbids(tokenizer, grammars):
+    choice = Constraint.choice(["green"])
+    run = mask_of(grammars, SamplingParams(constraint=choice)).forced()
+    assert tokenizer.decode(run) == "green"
+    banned = mask_of(grammars, SamplingParams(constraint=choice, bad_words=("een",)))
+    assert tokenizer.decode(banned.forced()) != "green"
+    held = tuple(token for token in range(tokenizer.vocab_size) if token != run[0])
+    assert mask_of(grammars, SamplingParams(constraint=choice, allowed_token_ids=held)).forced() == []
+
+
+def test_the_prefix_of_a_constraint_counts(tokenizer, grammars):
+    begun = Constraint("choice", json.dumps(["red", "green"]), prefix="gr")
+    mask = mask_of(grammars, SamplingParams(constraint=begun))
+    assert tokenizer.decode(mask.forced()) == "een"
+    with pytest.raises(RequestError, match="does not satisfy"):
+        mask_of(grammars, SamplingParams(constraint=Constraint("choice", json.dumps(["red"]), prefix="blue")))
+
+
+def test_compiled_grammars_are_kept_and_the_oldest_are_dropped(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "MOST", 2)
+    made = Grammars(tokenizer, tokenizer.vocab_size)
+    one, two, three = (SamplingParams(constraint=Constraint.choice([text])) for text in ("a", "b", "c"))
+    for params in (one, two, one, three, one):
+        made.mask(params, ())
+    assert (made.hits, made.misses) == (2, 3)
+    assert made.ready(one) and made.ready(three) and not made.ready(two)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer):
+    endless = Tokenizer(tokenizer._backend, {}, None)
+    with pytest.raises(RequestError, match="end token"):
+        Grammars(endless, endless.vocab_size).mask(PARAMS[0], ())
