@@ -28,6 +28,12 @@ def test_openai_client(tinyworld_checkpoint, tmp_path):
     assert len(lines) >= 9 and all(float(line.split()[-1]) <= 0 for line in lines[-8:])
 
 
+def test_tools(tinyworld_checkpoint, tmp_path):
+    with served(tinyworld_checkpoint) as server:
+        first, *_, last = run("tools.py", server.url, cwd=tmp_path).splitlines()
+    assert first.startswith("the model calls find with {'who': ") and last.startswith("as JSON: {'name': ")
+
+
 def test_own_text(tmp_path):
     (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 400)
     out = run("own_text.py", "own", "fox.txt", "--steps=40", cwd=tmp_path)

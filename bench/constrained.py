@@ -1,0 +1,149 @@
+"""Constrained decoding in the engine: what jumping forward saves, and what masks cost.
+
+    python bench/constrained.py [--quick] [--data FOLDER]
+
+    passes      recorded answers given token by token: tokens for each pass of the model, with forced tokens together
+    profile     the character profile at 1 and 16 streams: forced tokens together against one a step
+    masks       16 streams of the same length, with a mask a token that allows any text, against free text
+    hidden      the share of the masks' seconds that steps did not wait for
+
+The model is random, of 100M parameters in bf16, on 2 threads; sides run in turn. FOLDER holds the schemas and the
+vocabulary of phi-2, as for bench/grammar.py; without it, the passes of recorded schemas are not counted. Writes
+docs/results/constrained.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grammar import read_cases
+from headrace import LLM, Constraint, SamplingParams
+from headrace.bench.measure import Pairs, interleave, seconds, write_results
+from headrace.bench.models import random_checkpoint
+from headrace.bench.profile import profile_answers, profile_schema, walk
+from headrace.errors import RequestError
+from headrace.grammar.grammars import Grammars
+from headrace.text.tokenizer import Tokenizer
+
+TOOLS = "Glaiveai2K"
+"""The schemas of MaskBench that describe the arguments of tools begin so."""
+ANY_TEXT = "(?s:.*)"
+TOKENS = 64
+PROMPT = [5, 6, 7, 8] * 8
+
+
+def main() -> None:
+    """Count and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer schemas and one round, to try the script")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("HEADRACE_DATA", "../shared/data")))
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    archive = arguments.data / "schema" / "schema_cases.tar.gz"
+    if archive.exists():
+        results["passes"] = passes(archive, arguments.data, arguments.quick)
+    rounds = 1 if arguments.quick else 5
+    with tempfile.TemporaryDirectory() as work:
+        folder = random_checkpoint("small", Path(work) / "small")
+        sides = {
+            jump: LLM(folder, threads=2, jump_forward=jump, max_num_seqs=16, kv_cache_memory="512MiB")
+            for jump in ("together", "stepwise")
+        }
+        results["profile"] = {streams: profile(sides, streams, rounds) for streams in (1, 16)}
+        results["masks"] = masks(sides["together"], rounds)
+    if not arguments.quick:
+        print(write_results("constrained", results))
+
+
+def passes(archive: Path, data: Path, quick: bool) -> dict[str, Any]:
+    """Tokens for each pass, over all answers of a group."""
+    tokenizer = Tokenizer.from_folder(data / "tokenizers" / "ort_ext" / "phi-2")
+    grammars = Grammars(tokenizer, 51200)
+    groups: dict[str, list[int]] = {"profile": [0, 0, 0], "tools": [0, 0, 0], "all": [0, 0, 0]}
+    for name, constraint, text in answers(archive, quick):
+        try:
+            forced, sampled = walk(grammars, constraint, tokenizer.encode(text, add_special_tokens=False))
+        except (RequestError, ValueError):  # not served, or its properties stand in another order
+            continue
+        group = ["profile"] if name == "profile" else ["all", *(["tools"] if name.startswith(TOOLS) else [])]
+        for counts in (groups[one] for one in group):
+            counts[:] = counts[0] + 1, counts[1] + forced, counts[2] + sampled
+    found = {
+        name: {"answers": count, "forced": forced, "sampled": sampled, "ratio": (forced + sampled) / max(sampled, 1)}
+        for name, (count, forced, sampled) in groups.items()
+    }
+    for name, figures in found.items():
+        print(f"passes saved, {name:8s} {figures['ratio']:.2f}×  ({figures['answers']} answers)", flush=True)
+    return found
+
+
+def answers(archive: Path, quick: bool) -> Iterator[tuple[str, Constraint, str]]:
+    """(name, constraint, an answer that is valid)."""
+    for text in profile_answers():
+        yield "profile", Constraint.json_schema(profile_schema()), text
+    for case in list(read_cases(archive, "maskbench/"))[:: 20 if quick else 1]:
+        for value, valid, _ in case.tests:
+            text = json.dumps(value, ensure_ascii=False)
+            if valid and not any("\ud800" <= character <= "\udfff" for character in text):
+                yield case.name, Constraint.json_schema(case.schema), text
+
+
+def profile(sides: dict[str, LLM], streams: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second of both sides; their tokens must be equal."""
+    params = [
+        SamplingParams(constraint=Constraint.json_schema(profile_schema()), max_tokens=400, seed=i, ignore_eos=True)
+        for i in range(streams)
+    ]
+    outputs: dict[str, list[list[int]]] = {}
+
+    def rate(side: str) -> float:
+        def work() -> None:
+            found = sides[side].generate([PROMPT] * streams, params)
+            outputs[side] = [output.outputs[0].token_ids for output in found]
+
+        return 1 / seconds(work) * sum(map(len, outputs.get(side, [[0]])))
+
+    found: Pairs = interleave(lambda: rate("together"), lambda: rate("stepwise"), rounds)
+    if outputs["together"] != outputs["stepwise"]:
+        raise RuntimeError("forced tokens together and one a step gave different tokens: a bug in headrace")
+    tokens = sum(map(len, outputs["together"]))
+    print(f"profile, {streams:2d} streams    {found.verdict}  ({tokens} tokens)", flush=True)
+    return {"tokens_per_second": asdict(found), "tokens": tokens}
+
+
+def masks(llm: LLM, rounds: int) -> dict[str, Any]:
+    """Tokens per second with a mask a token, against none; and how much of the masks' time is hidden."""
+
+    def rate(constraint: Constraint | None) -> float:
+        params = [
+            SamplingParams(constraint=constraint, max_tokens=TOKENS, seed=i, ignore_eos=True, jump_forward=False)
+            for i in range(16)
+        ]
+        return 16 * TOKENS / seconds(lambda: llm.generate([PROMPT] * 16, params))
+
+    before = llm.frontend.mask_stats
+    found: Pairs = interleave(lambda: rate(Constraint.regex(ANY_TEXT)), lambda: rate(None), rounds)
+    after = llm.frontend.mask_stats
+    filled = after.mask_seconds - before.mask_seconds
+    waited = after.mask_wait_seconds - before.mask_wait_seconds
+    hidden = 1 - waited / filled
+    row_us = filled / ((rounds + 1) * 16 * TOKENS) * 1e6
+    print(f"masks, 16 streams      {found.verdict}  {row_us:.0f} µs a row, {hidden:.1%} of it hidden", flush=True)
+    return {
+        "tokens_per_second": asdict(found),
+        "row_us": row_us,
+        "hidden": hidden,
+        "median": statistics.median(found.ours),
+    }
+
+
+if __name__ == "__main__":
+    main()
