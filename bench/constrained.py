@@ -6,6 +6,8 @@
     profile     the character profile at 1 and 16 streams: forced tokens together against one a step
     masks       16 streams of the same length, with a mask a token that allows any text, against free text
     hidden      the share of the masks' seconds that steps did not wait for
+    bombs       over HTTP: the 99th percentile of the time between tokens of 4 streams, while schemas that take
+                seconds to compile arrive twice a second, against the same without them
 
 The model is random, of 100M parameters in bf16, on 2 threads; sides run in turn. FOLDER holds the schemas and the
 vocabulary of phi-2, as for bench/grammar.py; without it, the passes of recorded schemas are not counted. Writes
@@ -15,14 +17,21 @@ docs/results/constrained.json.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from grammar import read_cases
 from headrace import LLM, Constraint, SamplingParams
@@ -59,6 +68,8 @@ def main() -> None:
         }
         results["profile"] = {streams: profile(sides, streams, rounds) for streams in (1, 16)}
         results["masks"] = masks(sides["together"], rounds)
+        del sides
+        results["bombs"] = bombs(folder, rounds)
     if not arguments.quick:
         print(write_results("constrained", results))
 
@@ -143,6 +154,60 @@ def masks(llm: LLM, rounds: int) -> dict[str, Any]:
         "hidden": hidden,
         "median": statistics.median(found.ours),
     }
+
+
+def bombs(folder: Path, rounds: int) -> dict[str, Any]:
+    """The 99th percentile of the time between tokens, in ms."""
+    command = [sys.executable, "-m", "headrace", "serve", str(folder), "--port", "0", "--threads", "2"]
+    command += ["--served-model-name", "m", "--kv-cache-memory", "512MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().split(" ")[1]
+        try:
+            found = interleave(lambda: asyncio.run(p99(url, True)), lambda: asyncio.run(p99(url, False)), rounds)
+        finally:
+            server.terminate()
+    print(f"bombs, p99 of gaps     {found.verdict}  ({statistics.median(found.theirs):.0f} ms without)", flush=True)
+    return {"p99_ms": asdict(found)}
+
+
+async def p99(url: str, armed: bool) -> float:
+    """Of four streams, with bombs beside them or without."""
+    gaps: list[float] = []
+    over = asyncio.Event()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+
+        async def stream(seed: int) -> None:
+            body = {"prompt": PROMPT, "max_tokens": 2 * TOKENS, "ignore_eos": True, "seed": seed, "stream": True}
+            async with http.stream("POST", "/v1/completions", json=body) as answer:
+                last = None
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        now = time.perf_counter()
+                        if last is not None:
+                            gaps.append((now - last) * 1e3)
+                        last = now
+
+        async def arm() -> None:
+            number = 0
+            sent: set[asyncio.Task[Any]] = set()
+            while armed and not over.is_set():
+                number += 1  # each is another schema, so that none is known
+                properties = {f"p{number}_{i}": {"type": "string"} for i in range(5000)}
+                form = {"json": {"type": "object", "properties": properties}}
+                body = {"prompt": PROMPT, "max_tokens": 2, "structured_outputs": form}
+                sent.add(asyncio.create_task(http.post("/v1/completions", json=body)))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(over.wait(), 0.5)
+            for task in sent:
+                task.cancel()
+
+        bomber = asyncio.create_task(arm())
+        await asyncio.gather(*(stream(i) for i in range(4)))
+        over.set()
+        await bomber
+    return statistics.quantiles(gaps, n=100)[98]
 
 
 if __name__ == "__main__":

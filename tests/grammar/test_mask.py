@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from headrace.errors import RequestError
 from headrace.grammar import grammars as module
 from headrace.grammar.grammars import Grammars
 from headrace.grammar.mask import GrammarMask
+from headrace.text.line_process import NICE
 from headrace.text.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -186,6 +188,16 @@ def test_compiled_grammars_are_kept_and_the_oldest_are_dropped(tokenizer, monkey
         made.mask(params, ())
     assert (made.hits, made.misses) == (2, 3)
     assert made.ready(one) and made.ready(three) and not made.ready(two)
+
+
+def test_a_grammar_is_compiled_on_a_thread_that_gives_way(tokenizer):
+    made = Grammars(tokenizer, tokenizer.vocab_size)
+    assert made.prepare(PARAMS[0]).result() is None and made.ready(PARAMS[0])
+    [thread] = made._thread._threads
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == min(own + NICE, 19)
+    with pytest.raises(RequestError, match="lookahead"):
+        made.prepare(SamplingParams(constraint=Constraint.regex("(?=a)b"))).result()
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from headrace.errors import RequestError
 from headrace.grammar.mask import GrammarMask
 from headrace.grammar.text import bad_words_text, compile_error, grammar_text, refuse_empty
 from headrace.grammar.vocabulary import grammar_tokenizer
+from headrace.text.line_process import NICE
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Grammars"]
@@ -37,7 +39,7 @@ class Grammars:
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[Constraint | tuple[str, ...], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._thread = ThreadPoolExecutor(1, "grammars", initializer=_give_way)
         self.hits = self.misses = 0
         """Grammars that were compiled already when they were wanted, and that were not."""
         self.seconds = 0.0
@@ -116,6 +118,12 @@ class Grammars:
         ids = np.asarray(params.allowed_token_ids, np.uint32)
         np.bitwise_or.at(words_W, ids >> 5, np.uint32(1) << (ids & 31))
         return words_W
+
+
+def _give_way() -> None:
+    """Make this thread alone nicer."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICE)
 
 
 def _keys(params: SamplingParams) -> list[Constraint | tuple[str, ...]]:

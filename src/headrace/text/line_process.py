@@ -18,16 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["LineProcess", "serve_lines"]
+__all__ = ["NICE", "LineProcess", "serve_lines"]
 
 START_SECONDS = 20.0
 MEMORY = 1 << 30
 """Limit of the process's address space, in bytes."""
 MAX_LINE = 1 << 26
 """Limit of an answer, in bytes."""
+NICE = 10
+"""What such work adds to its niceness: it gives way to the engine's threads."""
 READ = 1 << 16
-MAIN = "import sys; sys.path.append(sys.argv[1]); from {} import {} as main; main(*sys.argv[2:])"
-"""This package's folder is last on the path, for where headrace is imported without being installed."""
+MAIN = "import os, sys; os.nice({}); sys.path.append(sys.argv[1]); from {} import {} as main; main(*sys.argv[2:])"
+"""Imports are a second of work, so they give way too. This package's folder is last on the path, for where headrace is
+imported without being installed."""
 
 
 class LineProcess:
@@ -36,7 +39,7 @@ class LineProcess:
     def __init__(self, what: str, module: str, function: str, seconds: float, arguments: Sequence[str] = ()) -> None:
         """`function` of `module` is the process's main, which calls `serve_lines`; `what` names it in errors."""
         self._what = what
-        self._main = MAIN.format(module, function)
+        self._main = MAIN.format(NICE, module, function)
         self._arguments = list(arguments)
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
