@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from headrace import LLM, SamplingParams
+from headrace import LLM, Constraint, SamplingParams
 from headrace.serve import http
 from headrace.serve.app import create_app
 from headrace.serve.metrics import ServerMetrics
@@ -26,11 +26,29 @@ from serve.gateway_kit import start
 from serve.http_kit import served
 
 COUNT = 16
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["Mia", "Max"]},
+        "n": {"type": "integer"},
+        "say": {"type": "string", "maxLength": 9},
+    },
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
 FLAGS = ("--max-num-batched-tokens", "13", "--block-size", "8", "--num-kv-blocks", "44", "--served-model-name", "door")
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "seeded": {"temperature": 1.1, "top_p": 0.95, "seed": 11},
     "penalised": {"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.3, "seed": 12},
+    "json": {"temperature": 1.0, "seed": 13, "structured_outputs": {"json": SCHEMA}},
+    "regex": {
+        "temperature": 1.0,
+        "seed": 14,
+        "structured_outputs": {"regex": "[a-z]{3,8}[0-9]{2}, ab[c-f]{1,4} [a-z ]{3,40}!"},
+        "bad_words": ["e", "th"],
+        "jump_forward": False,
+    },
 }
 ASKED: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "logprobs": 3}
 
@@ -46,7 +64,13 @@ def model(request, folders):
 
 def inside(llm, ids, sampling):
     """Tokens, texts and log-probabilities of one request, in the form that HTTP has them."""
-    params = SamplingParams(**sampling, **ASKED, prompt_logprobs=3)
+    asked = {name: value for name, value in sampling.items() if name != "structured_outputs"}
+    outputs = sampling.get("structured_outputs", {})
+    if "json" in outputs:
+        asked["constraint"] = Constraint.json_schema(outputs["json"])
+    elif "regex" in outputs:
+        asked["constraint"] = Constraint.regex(outputs["regex"])
+    params = SamplingParams(**asked, **ASKED, prompt_logprobs=3)
     output = llm.generate({"prompt_token_ids": ids}, params)[0]
     choice = output.outputs[0]
     scores = [
