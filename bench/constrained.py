@@ -5,6 +5,8 @@
     passes      recorded answers given token by token: tokens for each pass of the model, with forced tokens together
     profile     the character profile at 1 and 16 streams: forced tokens together against one a step
     masks       16 streams of the same length, with a mask a token that allows any text, against free text
+    bad words   the same with a mask that bans 8 texts
+    spelling    how many of 64 profiles have other tokens where forced ones are sampled under their masks
     hidden      the share of the masks' seconds that steps did not wait for
     bombs       over HTTP: the 99th percentile of the time between tokens of 4 streams, while schemas that take
                 seconds to compile arrive twice a second, against the same without them
@@ -45,6 +47,26 @@ from headrace.text.tokenizer import Tokenizer
 TOOLS = "Glaiveai2K"
 """The schemas of MaskBench that describe the arguments of tools begin so."""
 ANY_TEXT = "(?s:.*)"
+BAD_WORDS = tuple(
+    [
+        "ugly",
+        "bad",
+        "sad",
+        "mad",
+        "wrong",
+        "worse",
+        "worst",
+        "evil",
+        "nasty",
+        "awful",
+        "gloomy",
+        "bitter",
+        "cruel",
+        "dull",
+        "grim",
+        "harsh",
+    ]
+)
 TOKENS = 64
 PROMPT = [5, 6, 7, 8] * 8
 
@@ -67,7 +89,10 @@ def main() -> None:
             for jump in ("together", "stepwise")
         }
         results["profile"] = {streams: profile(sides, streams, rounds) for streams in (1, 16)}
-        results["masks"] = masks(sides["together"], rounds)
+        any_text, words = {"constraint": Constraint.regex(ANY_TEXT)}, {"bad_words": BAD_WORDS}
+        results["masks"] = masks(sides["together"], "masks", any_text, rounds)
+        results["bad words"] = masks(sides["together"], "bad words", words, rounds)
+        results["spelling"] = spelling(sides["together"])
         del sides
         results["bombs"] = bombs(folder, rounds)
     if not arguments.quick:
@@ -130,24 +155,39 @@ def profile(sides: dict[str, LLM], streams: int, rounds: int) -> dict[str, Any]:
     return {"tokens_per_second": asdict(found), "tokens": tokens}
 
 
-def masks(llm: LLM, rounds: int) -> dict[str, Any]:
+def spelling(llm: LLM) -> dict[str, int]:
+    """Profiles with and without jumping forward, of the same seeds."""
+    found = []
+    for jump in (True, False):
+        params = [
+            SamplingParams(
+                constraint=Constraint.json_schema(profile_schema()), max_tokens=400, seed=i, jump_forward=jump
+            )
+            for i in range(64)
+        ]
+        found.append([output.outputs[0].token_ids for output in llm.generate([PROMPT] * 64, params)])
+    other = sum(one != two for one, two in zip(*found, strict=True))
+    print(f"spelling               {other} of 64 profiles have other tokens without jumping forward", flush=True)
+    return {"profiles": 64, "differ": other}
+
+
+def masks(llm: LLM, title: str, masked: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Tokens per second with a mask a token, against none; and how much of the masks' time is hidden."""
 
-    def rate(constraint: Constraint | None) -> float:
+    def rate(asked: dict[str, Any]) -> float:
         params = [
-            SamplingParams(constraint=constraint, max_tokens=TOKENS, seed=i, ignore_eos=True, jump_forward=False)
-            for i in range(16)
+            SamplingParams(**asked, max_tokens=TOKENS, seed=i, ignore_eos=True, jump_forward=False) for i in range(16)
         ]
         return 16 * TOKENS / seconds(lambda: llm.generate([PROMPT] * 16, params))
 
     before = llm.frontend.mask_stats
-    found: Pairs = interleave(lambda: rate(Constraint.regex(ANY_TEXT)), lambda: rate(None), rounds)
+    found: Pairs = interleave(lambda: rate(masked), lambda: rate({}), rounds)
     after = llm.frontend.mask_stats
     filled = after.mask_seconds - before.mask_seconds
     waited = after.mask_wait_seconds - before.mask_wait_seconds
     hidden = 1 - waited / filled
     row_us = filled / ((rounds + 1) * 16 * TOKENS) * 1e6
-    print(f"masks, 16 streams      {found.verdict}  {row_us:.0f} µs a row, {hidden:.1%} of it hidden", flush=True)
+    print(f"{title:22s} {found.verdict}  {row_us:.0f} µs a row, {hidden:.1%} of it hidden", flush=True)
     return {
         "tokens_per_second": asdict(found),
         "row_us": row_us,

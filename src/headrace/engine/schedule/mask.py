@@ -72,11 +72,11 @@ def replay(mask: TokenMask, output: Sequence[int], jump: bool) -> list[int]:
         run = mask.forced() if jump else []
         mask.accept(run)
         ahead = list(output[known : known + len(run)])
-        if ahead != run[: len(ahead)] or mask.failed:
-            break
         known += len(ahead)
-        if known == len(output):
+        if ahead == run[: len(ahead)] and known == len(output):
             return run[len(ahead) :]
+        if ahead != run or mask.failed:
+            break
         mask.accept(output[known : known + 1])
         known += 1
     raise RequestError("the resume record is broken: its output does not satisfy its constraint")

@@ -69,7 +69,7 @@ CHAT_ANSWER = object_with(
     model=STRING,
     weights_version=INTEGER,
     usage=SPENT,
-    choices=array_of(object_with(index=INTEGER, message=object_with(role=STRING, content=STRING), **WHY)),
+    choices=array_of(object_with(index=INTEGER, message=object_with(role=STRING, content=any_of(STRING, NULL)), **WHY)),
 )
 VECTOR = any_of(array_of({"type": "number"}), STRING)
 EMBEDDED = object_with(
