@@ -244,3 +244,11 @@ def test_messages_of_the_library_become_one_line(message, words):
     assert words in str(error)
     assert re.fullmatch(r"constraint .*", str(error))
     assert str(error.renamed({"constraint": "response_format"})).startswith("response_format")
+
+
+def test_a_grammar_in_gbnf_is_one_too():
+    """The form of EBNF that llama.cpp and vLLM read."""
+    matcher = compiled(Constraint.lark('root ::= "SELECT " column\ncolumn ::= "a" | "b" column\n'))
+    assert accepts(matcher, "SELECT bba") and not accepts(matcher, "SELECT b")
+    with pytest.raises(RequestError, match="no GBNF: .*foo"):
+        compiled(Constraint.lark("root ::= foo"))

@@ -292,6 +292,11 @@ def test_a_required_field_must_be_there(server, endpoint):
         (COMPLETIONS, {"response_format": {"type": "json_object"}, "use_beam_search": True}, "response_format"),
         (COMPLETIONS, {"bad_words": ["a"], "use_beam_search": True}, "bad_words"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (
+            CHAT,
+            {"tools": TOOLS, "tool_choice": "required", "chat_template": CALLS, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
         (CHAT, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         (CHAT, {"tools": TOOLS * 2}, "tools"),
         (TOKENIZE, {"messages": [{"role": "user", "content": "a"}]}, "prompt"),

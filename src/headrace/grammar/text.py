@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from headrace.engine.schedule.constraint import Constraint
 from headrace.errors import RequestError
@@ -26,6 +27,7 @@ SPACE = re.compile(
 )
 PLACE = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
 """Of a message: line and column."""
+GBNF = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
 REASONS = (
     ("look-around, including", "no automaton can match lookahead or lookbehind: leave them out"),
     ("lookarounds not supported", r"^ and $ may only stand at the ends of a pattern, and \b and \B nowhere"),
@@ -134,10 +136,21 @@ def _choice_text(constraint: Constraint) -> str:
 
 
 def _lark_text(constraint: Constraint) -> str:
+    """Of Lark, or of GBNF, the form of EBNF that llama.cpp and vLLM read: `root ::= …`."""
+
     def embed(text: str) -> str:
         return embedded_schema(text, constraint.whitespace, constraint.strict)
 
-    return LLMatcher.grammar_from_lark(checked_lark(constraint.text, embed))
+    return LLMatcher.grammar_from_lark(checked_lark(_as_lark(constraint.text), embed))
+
+
+def _as_lark(grammar: str) -> str:
+    if not GBNF.search(grammar):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # the converter raises bare ones, too
+        raise RequestError.about("constraint", "{constraint}: the grammar is no GBNF: {}", str(error)[:300]) from None
 
 
 _KINDS = {

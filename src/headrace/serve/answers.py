@@ -229,7 +229,8 @@ class _ChoiceText:
         if generation.shape is not None and generation.shape.reasoning is not None:
             ids, shown = self._output.prompt_token_ids, generation.params.shown_special_ids
             text = job.tokenizer.detokenizer(True, ids, shown)
-            self._reasoning = ReasoningCounter(text, generation.shape.reasoning == "begun")
+            begun = generation.begun if self._echo is None else self._echo.text
+            self._reasoning = ReasoningCounter(text, generation.shape.reasoning == "begun", begun)
         self.begun = False
 
     @property
@@ -311,7 +312,7 @@ class _Chunker:
         chunks: list[Mapping[str, Any]] = []
         for each in held:
             self._cached[i] = each.output.num_cached_tokens
-            shapes = [shape for new in each.output.outputs if (shape := self._shape(i, new)) is not None]
+            shapes = [shape for new in each.output.outputs for shape in self._shapes_of(i, new)]
             chunks += [self._chunk(shape, each.output.weights_version) for shape in shapes]
         if delta.output.finished and self._job.generation.explain and chunks:
             chunks[-1] = {**chunks[-1], "explanation": _explanation(self._job.streams[0])}
@@ -323,8 +324,8 @@ class _Chunker:
         known = output.prompt_logprobs
         return not self._job.echoes or known is None or output.finished or len(known) >= len(output.prompt_token_ids)
 
-    def _shape(self, i: int, part: CompletionOutput) -> dict[str, Any] | None:
-        """The choice of a chunk; None where it would be empty."""
+    def _shapes_of(self, i: int, part: CompletionOutput) -> list[dict[str, Any]]:
+        """The choice of a chunk, or of several: none where it would be empty."""
         job, index = self._job, i * self._job.generation.params.n + part.index
         if job.generation.only_echo:
             part = CompletionOutput(0, finish_reason=part.finish_reason)
@@ -335,14 +336,17 @@ class _Chunker:
             self._called(job.streams[i], choice.calls)
         token_ids = sent.token_ids if job.generation.token_ids else []
         if not (message or sent.finish_reason or tokens or token_ids):
-            return None
+            return []
+        *before, last = message.one_call_each()
+        bare = CompletionOutput(part.index)
+        shapes = [job.form.chunk_choice(index, bare, one, None) for one in before]
         logprobs = None if choice.queue is None else job.form.logprobs(self._shapes, tokens)
-        shape = job.form.chunk_choice(index, sent, message, logprobs)
+        shape = job.form.chunk_choice(index, sent, last, logprobs)
         if job.generation.token_ids:
             shape["token_ids"] = token_ids
             if first and not job.form.prompt_on_top:
                 shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
-        return shape
+        return [*shapes, shape]
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""

@@ -55,6 +55,11 @@ async def read_conversation(body: Body, model: ServedModel) -> Conversation:
 
 def shaped(generation: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer) -> GenerationRequest:
     """The request with its message's shape, and with the constraint that holds the message to it."""
+    field = generation.names["constraint"]
+    if conversation.shape.choice.mode == "required" and generation.params.constraint and field == "structured_outputs":
+        raise RefusedError(
+            "structured_outputs constrains the text, and with this tool_choice there is none: send one of them", field
+        )
     names = {**generation.names, **({"constraint": "tools"} if conversation.shape.allowed else {})}
     with renamed_fields(names):
         shape, params = shaped_params(

@@ -70,7 +70,7 @@ class Constraint:
 
     @classmethod
     def lark(cls, grammar: str) -> Constraint:
-        """Text of a grammar in the Lark dialect of llguidance."""
+        """Text of a grammar in the Lark dialect of llguidance, or in GBNF (`root ::= …`)."""
         return cls("lark", grammar)
 
 

@@ -43,6 +43,7 @@ def read_constraint(body: Body) -> Constraint | None:
 
 def _of_format(sent: Mapping[str, Any]) -> Constraint | None:
     field = "response_format"
+    sent = _given(sent)
     if not sent:
         return None
     kind = sent.get("type")
@@ -55,6 +56,7 @@ def _of_format(sent: Mapping[str, Any]) -> Constraint | None:
     inner = sent.get("json_schema")
     _need(isinstance(inner, Mapping), f"{field}.json_schema must be an object with a name and a schema", field)
     assert isinstance(inner, Mapping)
+    inner = _given(inner)
     _only(inner, ("name", "description", "schema", "strict"), f"{field}.json_schema")
     schema, strict = inner.get("schema"), inner.get("strict") or False
     _need(isinstance(schema, Mapping), f"{field}.json_schema.schema must be a JSON schema, an object", field)
@@ -65,7 +67,7 @@ def _of_format(sent: Mapping[str, Any]) -> Constraint | None:
 
 def _of_outputs(sent: Mapping[str, Any]) -> Constraint | None:
     field = "structured_outputs"
-    given = {name: value for name, value in sent.items() if value is not None}
+    given = _given(sent)
     for name in [name for name in given if name in NO_EFFECT]:
         value = given.pop(name)
         ok = any(value is neutral for neutral in NO_EFFECT[name])
@@ -77,8 +79,8 @@ def _of_outputs(sent: Mapping[str, Any]) -> Constraint | None:
     _need(len(kinds) == 1, f"{field} must have one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}", field)
     [kind] = kinds
     space = _space(given, field)
-    of_json = kind in ("json", "json_object")
-    _need(of_json or space is None, f"{field}: whitespace is an option of JSON alone", field)
+    if kind not in ("json", "json_object"):
+        _need("whitespace_pattern" not in given, f"{field}.whitespace_pattern is an option of JSON alone", field)
     makers: Mapping[str, Callable[[Any], Constraint]] = {
         "json": lambda schema: Constraint.json_schema(schema, space),
         "json_object": lambda _: Constraint.json(space),
@@ -96,6 +98,11 @@ def _space(given: Mapping[str, Any], field: str) -> str | None:
     _need(isinstance(pattern, str | None), f"{field}.whitespace_pattern must be a regular expression", field)
     _need(isinstance(fixed, bool), f"{field}.disable_any_whitespace must be true or false", field)
     return pattern if pattern is not None else None if fixed else ANY_SPACE
+
+
+def _given(sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Clients that write out all their options send nulls."""
+    return {name: value for name, value in sent.items() if value is not None}
 
 
 def _only(sent: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:

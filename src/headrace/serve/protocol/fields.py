@@ -170,7 +170,7 @@ TABLE: tuple[Field, ...] = (
     honoured(
         "structured_outputs",
         dict[str, Any],
-        "vLLM's: one of json (a schema), json_object, regex, choice, grammar (Lark). whitespace_pattern and "
+        "vLLM's: one of json (a schema), json_object, regex, choice, grammar (Lark or GBNF). whitespace_pattern and "
         "disable_any_whitespace: false let JSON have other space than after its commas and colons",
     ),
     honoured("bad_words", BadWords, "texts that the output does not contain, however tokenized", sets="bad_words"),
@@ -291,7 +291,7 @@ TABLE: tuple[Field, ...] = (
     refused("function_call", NEWER, "none", "auto", on=(CHAT,)),
     refused("json_schema", f"{STRUCTURED} as json"),
     refused("regex", f"{STRUCTURED}"),
-    refused("ebnf", f"{STRUCTURED} as grammar, in Lark's form"),
+    refused("ebnf", f"{STRUCTURED} as grammar"),
     refused("stop_regex", "stop takes plain strings", "", []),
     refused("no_stop_trim", "include_stop_str_in_output does that", False),
     refused("logits_processors", "no code is run on logits: logit_bias and allowed_token_ids act on tokens", []),

@@ -21,6 +21,13 @@ class MessagePart:
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
 
+    def one_call_each(self) -> list[MessagePart]:
+        """The same in parts that go on with one call at most: clients read a chunk's first one."""
+        if len(self.calls) < 2:
+            return [self]
+        first, *others = self.calls
+        return [MessagePart(self.content, self.reasoning, [first]), *(MessagePart(calls=[call]) for call in others)]
+
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls)
 
@@ -65,39 +72,47 @@ class MessageReader:
         return part
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's reason for an engine's: a message ends with the calls that the model chose to make."""
-        chose = self._shape is not None and self._shape.choice.name is None
-        return "tool_calls" if reason == "stop" and self.calls and chose else reason
+        """OpenAI's reason for an engine's: a message ends with the calls that the model chose to make.
+
+        A stop string may cut a call's arguments; then there is nothing to call.
+        """
+        if reason != "stop" or not self.calls or self._shape is None or self._shape.choice.name is not None:
+            return reason
+        return "stop" if self._parser is not None and self._parser.in_arguments else "tool_calls"
 
 
 class ReasoningCounter:
     """Counts the tokens of one choice's reasoning, with those of its markers."""
 
-    def __init__(self, detokenizer: Detokenizer, begun: bool) -> None:
-        """`begun`: the prompt has opened the block."""
+    def __init__(self, detokenizer: Detokenizer, opened: bool, begun: str = "") -> None:
+        """`opened`: the prompt has opened the block. `begun` is the text of the message before these tokens."""
         self._detokenizer = detokenizer
-        self._text = THINK if begun else ""
+        self._text = THINK if opened else ""
         self._waiting = 0
         """Tokens that may be white space before a block."""
         self._over = False
         self.count = 0
+        self._read(begun)
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Add a part's tokens."""
         for token in token_ids:
             if self._over:
                 return
-            self._text += self._detokenizer.push((token,))
             self._waiting += 1
-            begin = self._text.lstrip()
-            if begin.startswith(THINK):
-                self.count += self._waiting
-                self._waiting = 0
-                self._over = UNTHINK in begin
-                # What a later token may complete.
-                self._text = THINK + begin[len(THINK) :][1 - len(UNTHINK) :]
-            elif not THINK.startswith(begin):
-                self._over = True
+            self._read(self._detokenizer.push((token,)))
+
+    def _read(self, text: str) -> None:
+        self._text += text
+        begin = self._text.lstrip()
+        if begin.startswith(THINK):
+            self.count += self._waiting
+            self._waiting = 0
+            self._over = UNTHINK in begin
+            # What a later token may complete.
+            self._text = THINK + begin[len(THINK) :][1 - len(UNTHINK) :]
+        elif not THINK.startswith(begin):
+            self._over = True
 
 
 def _ids(shape: AnswerShape, seed: str) -> Callable[[int], str]:

@@ -107,7 +107,9 @@ def _add_tokenize(router: APIRouter, models: ModelDirectory) -> None:
         if ("prompt" in body) == ("messages" in body):
             raise RefusedError("send prompt or messages, one of them", "prompt")
         if "messages" in body:
-            prompt = (await unless_gone(request, read_conversation(body, model))).prompt
+            # No call is read here, so its format need not be known.
+            conversation = await unless_gone(request, read_conversation({**body, "tool_choice": "none"}, model))
+            prompt = conversation.prompt
         else:
             special = body.get("add_special_tokens", True)
             [prompt] = await unless_gone(request, model.text.prompts("prompt", body["prompt"], special))
