@@ -97,6 +97,11 @@ class AnswerParser:
         self._ended = True
         return self._read()
 
+    @property
+    def in_arguments(self) -> bool:
+        """Whether the text so far ends within the arguments of a call."""
+        return self._state == self._arguments
+
     def _read(self) -> list[AnswerPart]:
         while True:
             following = self._state()
