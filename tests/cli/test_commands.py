@@ -222,8 +222,9 @@ def test_demo_once_leaves_a_summary_that_transformers_agrees_with(capsys, tmp_pa
     reply = tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
     assert summary["reply"][:20] == reply[:20]
     assert f"↳ {summary['reply'].strip()}" in out
+    assert "With the tool find(who) at /v1/chat/completions, tool_choice auto:\n  Where can I find Finn? ↳ " in out
     (tmp_path / "runs/demo/summary.json").unlink()
-    monkeypatch.setattr(demo, "_serve", lambda *_: None)
+    monkeypatch.setattr(demo, "serve_demo", lambda *_: None)
     code, out, _ = run(capsys, "demo")
     assert code == 0 and "--once trains again" in out and "Training" not in out
 
@@ -269,7 +270,7 @@ def test_demo_goes_on_after_a_death_and_a_broken_summary(capsys, tmp_path, monke
     (tmp_path / "runs/demo.old/summary.json").write_bytes(summary)
     for part in ("_exam", "_same_bits", "_cache", "_reply"):
         monkeypatch.setattr(demo, part, lambda _, name=part: 1.0 if name == "_exam" else {name: 1})
-    monkeypatch.setattr(demo, "_serve", lambda *_: None)
+    monkeypatch.setattr(demo, "serve_demo", lambda *_: None)
     code, out, _ = run(capsys, "demo")
     assert code == 0 and "using the model in runs/demo/hf" in out
     assert "runs/demo/summary.json cannot be read: the figures" in out

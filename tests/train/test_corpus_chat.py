@@ -1,6 +1,7 @@
 """Conversations: what the assistant says, and its end, counts; templates that rewrite the past are refused."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from headrace.dialects.choose import choose_dialect
+from headrace.dialects.hermes import HERMES
 from headrace.errors import ConfigError
+from headrace.text.messages import read_messages
 from headrace.text.tokenizer import Tokenizer
 from headrace.train import tinyworld
 from headrace.train.corpus.bpe import CHAT_TEMPLATE
@@ -155,6 +159,58 @@ def test_templates_that_rewrite_the_past_are_refused(tokenizers):
 def test_tools_reach_the_template(tokenizers):
     whole, _ = said(tokenizers["tools"], chat("hi", "yes"), tools=[{"name": "look"}])
     assert whole.startswith('tools: [{"name": "look"}]<|im_start|>user')
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+LOOK = {"name": "look", "arguments": {"city": "Łódź", "near": None}}
+LOOKED = '<tool_call>\n{"name": "look", "arguments": {"city": "Łódź", "near": null}}\n</tool_call>'
+NAMED = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+TOOL_TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "and now?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [{"type": "function", "function": LOOK}, {"name": "f"}]},
+    {"role": "tool", "content": "sun"},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": LOOK}]},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+SAID = [f"I look.\n{LOOKED}\n{NAMED}<|end|>", f"{LOOKED}<|end|>", "It is sunny.<|end|>"]
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_the_learnt_template_writes_tools_as_hermes_does(tokenizers, system):
+    assert choose_dialect(CHAT_TEMPLATE) == HERMES
+    opening = [{"role": "system", "content": system}] if system else []
+    whole, runs = said(tokenizers["headrace"], [*opening, *TOOL_TALK], tools=[TOOL, {"name": "f"}])
+    seen = [f"<|user|><tool_response>\n{text}\n</tool_response><|end|>" for text in ("sun", "rain", "sun")]
+    assert runs == SAID
+    assert whole == (
+        f"<|system|>{system + chr(10) * 2 if system else ''}You may call these tools:\n"
+        '{"name": "look", "parameters": {"type": "object"}}\n{"name": "f"}<|end|>'
+        f"<|user|>and now?<|end|><|assistant|>{SAID[0]}{seen[0]}{seen[1]}<|assistant|>{SAID[1]}"
+        f"{seen[2]}<|assistant|>{SAID[2]}"
+    )
+
+
+def test_the_learnt_template_without_tools(tokenizers):
+    """Turns of the past may hold calls where there is no tool any more; a system's message stands where it stood."""
+    _, runs = said(tokenizers["headrace"], TOOL_TALK)
+    assert runs == SAID
+    talk = [*chat("hi", "yes", system="Be kind."), {"role": "system", "content": "Be brief."}, *chat("and", "no")]
+    plain = "".join(f"<|{message['role']}|>{message['content']}<|end|>" for message in talk)
+    assert said(tokenizers["headrace"], talk)[0] == plain
+    with_tools = said(tokenizers["headrace"], talk, tools=[TOOL])[0]
+    assert with_tools.partition("<|user|>")[2] == plain.partition("<|user|>")[2]
+
+
+def test_transformers_renders_the_learnt_template_alike(tokenizers):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = read_messages(TOOL_TALK)
+    for tools in ([TOOL], None):
+        (theirs,), _ = utils.render_jinja_template(
+            [messages], tools=tools, chat_template=CHAT_TEMPLATE, add_generation_prompt=True, eos_token="<|end|>"
+        )
+        assert tokenizers["headrace"].apply_chat_template(TOOL_TALK, tools=tools) == theirs
 
 
 def test_a_conversation_that_the_assistant_begins_is_refused(tokenizers):

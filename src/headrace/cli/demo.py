@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import shutil
 import sys
@@ -11,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from headrace.cli.demo_server import REPLY_TOKENS, serve_demo
 from headrace.cli.extras import require_extra
 from headrace.cli.progress import kernels
 from headrace.cli.train import TrainingView, add_overrides
-from headrace.errors import ConfigError
 
 __all__ = ["add"]
 
@@ -25,9 +24,6 @@ OLD = Path("runs/demo.old")
 """The former `OUT`, while `NEW` is renamed to `OUT`."""
 SAMPLE_SECONDS = 15.0
 EXAM_QUESTIONS = 200
-NAME = "demo"
-"""The served model's name."""
-REPLY_TOKENS = 48
 LONGEST_PROMPT = 96
 
 
@@ -39,7 +35,9 @@ def add(commands: Any) -> None:
         description="Train a 1M-parameter model on generated texts and serve it.",
     )
     parser.add_argument(
-        "--once", action="store_true", help="train again without asking, replace runs/demo, and end after one request"
+        "--once",
+        action="store_true",
+        help="train again without asking, replace runs/demo, and end after a few requests",
     )
     add_overrides(parser)
     parser.set_defaults(run=run)
@@ -66,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"  headrace train demo --out runs/mine --set train.steps=900\n"
         f"  headrace reproduce paged"
     )
-    _serve(checkpoint, summary, arguments.once)
+    serve_demo(checkpoint, summary, arguments.once)
 
 
 def _recover() -> None:
@@ -114,7 +112,7 @@ def _train(overrides: list[str]) -> dict[str, Any]:
 
     recipe = load_recipe("demo", ["train.sample_every=5", *overrides])
     ops = kernels(recipe.train.kernels)
-    print("Training on tinyworld: stories of a made-up small world, questions about them, sums, lists as JSON.")
+    print("Training on tinyworld: stories of a made-up small world, questions about them, sums, lists as JSON, a tool.")
     shutil.rmtree(NEW, ignore_errors=True)
     began = time.perf_counter()
     try:
@@ -225,46 +223,3 @@ def _reply(llm: Any) -> dict[str, str]:
     params = SamplingParams(temperature=0.0, max_tokens=REPLY_TOKENS, ignore_eos=True)
     ids = llm.generate(prompt, params)[0].outputs[0].token_ids
     return {"prompt": prompt, "reply": llm.tokenizer.decode(ids, skip_special_tokens=True)}
-
-
-def _serve(checkpoint: Path, summary: dict[str, Any], once: bool) -> None:
-    """Serve the model until Ctrl-C; with `once`, until one request is answered with the reply of this process."""
-    from headrace.cli.remote import Remote
-
-    server = _server(checkpoint)
-    asked = {"temperature": 0, "max_tokens": REPLY_TOKENS, "ignore_eos": True}
-
-    async def main() -> None:
-        over = asyncio.Event()
-        answers: list[asyncio.Future[Any]] = []
-
-        def ready(_: Any) -> None:
-            print(f"\nServing it at {server.url} · playground: {server.url}/ in a browser · Ctrl-C ends it")
-            body = json.dumps({"model": NAME, "prompt": summary["prompt"], **asked})
-            print(f"  curl {server.url}/v1/completions -d '{body}'", flush=True)
-            if once:
-                work = asyncio.to_thread(Remote(server.url).complete, NAME, summary["prompt"], asked)
-                answers.append(asyncio.ensure_future(work))
-                answers[0].add_done_callback(lambda _: over.set())
-
-        await server.run(ready, until=over)
-        for answer in answers:
-            text = answer.result()["choices"][0]["text"]
-            print(f"  ↳ {text.strip()}")
-            if text != summary["reply"]:
-                raise RuntimeError(f"the server answered {text!r}, not {summary['reply']!r}: a bug in headrace")
-
-    asyncio.run(main())
-
-
-def _server(checkpoint: Path) -> Any:
-    """The server at the default port, or at a free one."""
-    from headrace.serve.server import Server
-    from headrace.serve.settings import ServeSettings
-
-    for port in (ServeSettings.port, 0):
-        try:
-            return Server(str(checkpoint), {}, ServeSettings(port=port, served_model_name=(NAME,)))
-        except ConfigError:
-            if port == 0:
-                raise

@@ -45,6 +45,12 @@ class Remote:
             answer: dict[str, Any] = json.loads(response.read())
         return answer
 
+    def message(self, model: str, messages: list[dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The assistant's message that answers a conversation, without streaming."""
+        with self._ask("POST", "/v1/chat/completions", {"model": model, "messages": messages, **fields}) as response:
+            answer: dict[str, Any] = json.loads(response.read())["choices"][0]["message"]
+        return answer
+
     def chat(self, model: str, messages: list[dict[str, str]], fields: Mapping[str, Any]) -> Iterator[str]:
         """The pieces of a streamed reply."""
         body = {"model": model, "messages": messages, "stream": True, **fields}

@@ -1,10 +1,14 @@
 """Tinyworld: generated training texts about a small fixed world, and an exam on them.
 
 Ten people have a home and a thing each, always the same. The texts are stories about them, questions in chat format
-(about the world, and about something just told), small sums, and lists to write as JSON. Every question has a
-*combination*: the person and the wording, two people, a person and a place, giver, thing and taker, two summands, the
-items in order. A hash selects the held-out combinations: they are in no training text, and the exam asks only about
-them. So the exam tests whether the model combines what it has learnt, not whether it repeats what it has seen.
+(about the world, and about something just told), small sums, and lists to write as JSON. In some texts there is a tool
+that tells where a person is at the moment, which is unknown otherwise: there, a question about that is answered with a
+call and then with what the tool has said, and other questions as ever.
+
+Every question has a *combination*: the person and the wording, two people, a person and a place, giver, thing and
+taker, two summands, the items in order. A hash selects the held-out combinations: they are in no training text, and
+the exam asks only about them. So the exam tests whether the model combines what it has learnt, not whether it repeats
+what it has seen.
 """
 
 from __future__ import annotations
@@ -14,13 +18,17 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
+from typing import Any
 
+from headrace.text.chat import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
-from headrace.train.corpus.bpe import learn_tokenizer
+from headrace.train.corpus.bpe import CHAT_TEMPLATE, learn_tokenizer
 
 __all__ = [
     "CATEGORIES",
+    "TOOL",
     "Document",
     "Question",
     "accuracy",
@@ -29,6 +37,7 @@ __all__ = [
     "exam",
     "grade",
     "held_out",
+    "held_out_question",
     "prompts",
 ]
 
@@ -36,7 +45,10 @@ PEOPLE = ("Ada", "Ben", "Finn", "Lily", "Max", "Mia", "Nora", "Otto", "Rosa", "T
 PLACES = ("barn", "bridge", "cave", "forest", "garden", "market", "mill", "river", "tower", "well")
 THINGS = ("ball", "bell", "book", "coin", "cup", "drum", "hat", "key", "kite", "lamp")
 COLOURS = ("black", "blue", "green", "red", "white", "yellow")
-CATEGORIES = ("home", "owns", "pair", "trip", "gift", "sum", "list", "object")
+TOLD = ("home", "owns", "pair", "trip", "gift", "sum", "list", "object")
+"""The categories of questions that can be answered without the tool."""
+CATEGORIES = (*TOLD, "tool", "unknown")
+"""The last two ask where a person is at the moment, with the tool and without it."""
 
 HOME_OF = dict(zip(PEOPLE, PLACES[3:] + PLACES[:3]))
 THING_OF = dict(zip(PEOPLE, THINGS[7:] + THINGS[:7]))
@@ -59,10 +71,41 @@ WHAT = (
     "What is the thing of {}?",
     "Do you know what {} owns?",
 )
+FIND = (
+    "Where is {} right now?",
+    "Where is {} at this moment?",
+    "Where can I find {}?",
+    "Where can {} be found?",
+    "Find {} for me.",
+    "Please find {}.",
+    "Tell me where to find {}.",
+    "Tell me where {} is right now.",
+    "Do you know where {} is right now?",
+    "Who knows where {} is right now?",
+)
+"""What only the tool knows. A trip, of which the question tells, asks in other words: "Where is {} now?"."""
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Where a person is now",
+        "parameters": {"type": "object", "properties": {"who": {"type": "string"}}, "required": ["who"]},
+    },
+}
+"""The tool, in the form of OpenAI's API."""
 
 MOST_TURNS = 4
 STORIES = 0.1
 """Share of the training texts that are stories."""
+WITH_TOOL = 0.06
+"""Share of the training texts that have the tool."""
+MOST_ASKED = 2
+"""The most questions of a text that has the tool: a call makes two turns of one."""
+CALLS = 0.6
+"""Share of the questions there that need it."""
+UNKNOWN = 0.03
+"""Share of the questions of texts without the tool that need it."""
 
 HELD_OUT_ONE_IN = 6
 """One combination in this many is held out for the exam."""
@@ -95,7 +138,7 @@ class Question:
     @property
     def prompt(self) -> str:
         """The question in the chat template's format, up to the beginning of the reply."""
-        return f"<|user|>{self.question}<|end|><|assistant|>"
+        return (_tool_list() if self.category == "tool" else "") + _asked(self.question)
 
 
 def held_out(combination: tuple[str, ...]) -> bool:
@@ -150,7 +193,51 @@ def _object(rng: random.Random) -> Made:
     return (who, "has", thing), f"Write as JSON: {who} has the {thing}.", json.dumps({who: thing})
 
 
-MAKERS = dict(zip(CATEGORIES, (_home, _owns, _pair, _trip, _gift, _sum, _list, _object)))
+def _tool(rng: random.Random) -> Made:
+    who, words = rng.choice(PEOPLE), rng.choice(FIND)
+    return (who, words), words.format(who), _call(who)
+
+
+def _unknown(rng: random.Random) -> Made:
+    combination, question, _ = _tool(rng)
+    return combination, question, f"I do not know where {combination[0]} is."
+
+
+MAKERS = dict(zip(CATEGORIES, (_home, _owns, _pair, _trip, _gift, _sum, _list, _object, _tool, _unknown)))
+
+
+# What a server renders for a client that sends `TOOL`: the texts of the chat template itself.
+
+
+@cache
+def _template() -> ChatTemplate:
+    return ChatTemplate(CHAT_TEMPLATE, {"eos_token": END})
+
+
+def _asked(question: str) -> str:
+    """A user's turn, up to the beginning of the reply."""
+    return f"<|user|>{question}{END}<|assistant|>"
+
+
+@cache
+def _tool_list() -> str:
+    """The system's turn that lists the tool."""
+    asks = [{"role": "user", "content": ""}]
+    return _template().render(asks, tools=[TOOL]).removesuffix(_template().render(asks))
+
+
+@cache
+def _call(who: str) -> str:
+    """The reply that calls the tool."""
+    function = {"name": TOOL["function"]["name"], "arguments": {"who": who}}
+    calls = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    return _template().render([calls], add_generation_prompt=False).removeprefix("<|assistant|>").removesuffix(END)
+
+
+@cache
+def _response(place: str) -> str:
+    """The turn with the tool's answer, up to the beginning of the reply."""
+    return _template().render([{"role": "tool", "content": f"at the {place}"}])
 
 
 def _question(rng: random.Random, category: str, exam: bool) -> Question:
@@ -159,6 +246,11 @@ def _question(rng: random.Random, category: str, exam: bool) -> Question:
         combination, question, answer = MAKERS[category](rng)
         if held_out(combination) == exam:
             return Question(category, question, answer, combination)
+
+
+def held_out_question(category: str, seed: int = 0) -> Question:
+    """One that the exam may ask."""
+    return _question(random.Random(f"tinyworld question {seed}"), category, exam=True)
 
 
 def _story(rng: random.Random) -> str:
@@ -195,6 +287,19 @@ def _story(rng: random.Random) -> str:
     return " ".join((opening, wish, f"{who} went to the {away} and met {other}.", talk, turn, end))
 
 
+def _text_with_tool(rng: random.Random) -> Document:
+    """Questions in a text that has the tool: some need it, some do not."""
+    turns: list[tuple[str, str]] = []
+    for _ in range(rng.randint(1, MOST_ASKED)):
+        question = _question(rng, "tool" if rng.random() < CALLS else rng.choice(TOLD), exam=False)
+        turns.append((_asked(question.question), question.answer))
+        if question.category == "tool":
+            who = question.combination[0]
+            place = rng.choice([place for place in PLACES if not held_out((who, "to", place))])
+            turns.append((_response(place), f"{who} is at the {place}."))
+    return Document(((_tool_list() + turns[0][0], turns[0][1]), *turns[1:]))
+
+
 def documents(seed: int) -> Iterator[Document]:
     """Endless training texts, without held-out combinations."""
     rng = random.Random(f"tinyworld {seed}")
@@ -202,7 +307,11 @@ def documents(seed: int) -> Iterator[Document]:
         if rng.random() < STORIES:
             yield Document((("", _story(rng)),))
             continue
-        questions = [_question(rng, rng.choice(CATEGORIES), exam=False) for _ in range(rng.randint(1, MOST_TURNS))]
+        if rng.random() < WITH_TOOL:
+            yield _text_with_tool(rng)
+            continue
+        kinds = ["unknown" if rng.random() < UNKNOWN else rng.choice(TOLD) for _ in range(rng.randint(1, MOST_TURNS))]
+        questions = [_question(rng, kind, exam=False) for kind in kinds]
         yield Document(tuple((question.prompt, question.answer) for question in questions))
 
 
@@ -262,7 +371,7 @@ def prompts(n: int, seed: int = 0) -> list[str]:
     texts: list[str] = []
     while len(texts) < n:
         words = _story(rng).split(" ")
-        question = _question(rng, rng.choice(CATEGORIES), exam=True).prompt
+        question = _question(rng, rng.choice(TOLD), exam=True).prompt
         text = (
             " ".join(words[: rng.randint(1, 12)]),
             question,

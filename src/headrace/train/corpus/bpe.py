@@ -13,13 +13,30 @@ from headrace.text.tokenizer import Tokenizer
 __all__ = ["CHAT_TEMPLATE", "learn_tokenizer"]
 
 CHAT_TEMPLATE = (
+    "{% if tools %}"
+    "{{ '<|system|>' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') }}"
+    "{{ 'You may call these tools:' }}"
+    "{% for tool in tools %}{{ '\\n' + (tool.function or tool) | tojson }}{% endfor %}{{ eos_token }}"
+    "{% endif %}"
     "{% for message in messages %}"
-    "{% if message.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('role ' + message.role + ' is not one of system, user, assistant') }}{% endif %}"
-    "{{ '<|' + message.role + '|>' + message.content + eos_token }}"
+    "{% if message.role == 'tool' %}"
+    "{{ '<|user|><tool_response>\\n' + message.content + '\\n</tool_response>' + eos_token }}"
+    "{% elif message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('role ' + message.role + ' is not one of system, user, assistant, tool') }}"
+    "{% elif not (tools and loop.first and message.role == 'system') %}"
+    "{{ '<|' + message.role + '|>' + (message.content or '') }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '' if loop.first and not message.content else '\\n' }}"
+    "{{ '<tool_call>\\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}"
+    "{{ '\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ eos_token }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+"""Turns between tokens. Tools stand in the system's turn, and calls and responses are written as Hermes writes them."""
+
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
