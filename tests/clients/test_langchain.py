@@ -23,6 +23,23 @@ def test_answers_are_the_engines(told, llm, server):
     assert told["embedding"] == answer["embedding"]
 
 
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_typed_answers_are_of_their_type(told, method):
+    person = told["structured"][method]
+    assert person["name"] in ("Mia", "Finn") and 0 <= person["coins"] <= 99
+
+
+def test_calls_of_bound_tools_are_valid(told):
+    [[name, arguments]] = told["called"]["find"]
+    assert name == "find" and arguments["who"] in ("Mia", "Finn")
+    assert told["streamed_call"] == told["called"]["find"]
+    assert told["called"]["any"] and all(
+        name == "find" and arguments["who"] in ("Mia", "Finn") for name, arguments in told["called"]["any"]
+    )
+    assert len(told["one"]) == 1
+    assert told["after_call"]["name"] in ("Mia", "Finn"), "the call and its result were sent back"
+
+
 def test_a_request_longer_than_the_context_is_langchains_own_error(told):
     assert told["overflows"] == [["OpenAIContextOverflowError", True]] * 3
     assert told["wrong"] == ["OpenAIInvalidRequestError", False]
