@@ -4,41 +4,42 @@
 
     passes      recorded answers given token by token: tokens for each pass of the model, with forced tokens together
     profile     the character profile at 1 and 16 streams: forced tokens together against one a step
-    masks       16 streams of the same length, with a mask a token that allows any text, against free text
+    masks       16 streams within a string of JSON, a mask a token, against free text
+    any text    the same with a mask that allows any text
     bad words   the same with a mask that bans 8 texts
     spelling    how many of 64 profiles have other tokens where forced ones are sampled under their masks
     hidden      the share of the masks' seconds that steps did not wait for
     bombs       over HTTP: the 99th percentile of the time between tokens of 4 streams, while schemas that take
                 seconds to compile arrive twice a second, against the same without them
 
-The model is random, of 100M parameters in bf16, on 2 threads; sides run in turn. FOLDER holds the schemas and the
-vocabulary of phi-2, as for bench/grammar.py; without it, the passes of recorded schemas are not counted. Writes
-docs/results/constrained.json.
+The model is random, of 100M parameters in bf16 with the vocabulary of phi-2, on 2 threads; sides run in turn. FOLDER
+holds the schemas and that vocabulary, as for bench/grammar.py; without it, the vocabulary is one of random bytes, and
+the passes of recorded schemas are not counted. Writes docs/results/constrained.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from grammar import read_cases
-from headrace import LLM, Constraint, SamplingParams
+from headrace import LLM, Constraint, RequestOutput, SamplingParams
 from headrace.bench.measure import Pairs, interleave, seconds, write_results
-from headrace.bench.models import random_checkpoint
+from headrace.bench.models import SHAPES, random_checkpoint
 from headrace.bench.profile import profile_answers, profile_schema, walk
 from headrace.errors import RequestError
 from headrace.grammar.grammars import Grammars
@@ -46,27 +47,11 @@ from headrace.text.tokenizer import Tokenizer
 
 TOOLS = "Glaiveai2K"
 """The schemas of MaskBench that describe the arguments of tools begin so."""
+VOCABULARY = 51200
 ANY_TEXT = "(?s:.*)"
-BAD_WORDS = tuple(
-    [
-        "ugly",
-        "bad",
-        "sad",
-        "mad",
-        "wrong",
-        "worse",
-        "worst",
-        "evil",
-        "nasty",
-        "awful",
-        "gloomy",
-        "bitter",
-        "cruel",
-        "dull",
-        "grim",
-        "harsh",
-    ]
-)
+IN_A_STRING = r'\{"a": "[^"\\\x00-\x1f]*'
+"""JSON whose string does not end, so that both sides generate as many tokens."""
+BAD_WORDS = tuple(f"{word} {word}" for word in ("ugly", "bad", "sad", "wrong", "evil", "nasty", "gloomy", "grim"))
 TOKENS = 64
 PROMPT = [5, 6, 7, 8] * 8
 
@@ -83,14 +68,15 @@ def main() -> None:
         results["passes"] = passes(archive, arguments.data, arguments.quick)
     rounds = 1 if arguments.quick else 5
     with tempfile.TemporaryDirectory() as work:
-        folder = random_checkpoint("small", Path(work) / "small")
+        folder = checkpoint(Path(work), arguments.data)
         sides = {
             jump: LLM(folder, threads=2, jump_forward=jump, max_num_seqs=16, kv_cache_memory="512MiB")
             for jump in ("together", "stepwise")
         }
         results["profile"] = {streams: profile(sides, streams, rounds) for streams in (1, 16)}
+        results["masks"] = masks(sides["together"], "masks", {"constraint": Constraint.regex(IN_A_STRING)}, rounds)
         any_text, words = {"constraint": Constraint.regex(ANY_TEXT)}, {"bad_words": BAD_WORDS}
-        results["masks"] = masks(sides["together"], "masks", any_text, rounds)
+        results["any text"] = masks(sides["together"], "any text", any_text, rounds)
         results["bad words"] = masks(sides["together"], "bad words", words, rounds)
         results["spelling"] = spelling(sides["together"])
         del sides
@@ -99,10 +85,21 @@ def main() -> None:
         print(write_results("constrained", results))
 
 
+def checkpoint(work: Path, data: Path) -> Path:
+    """A random model with phi-2's vocabulary where there is one: masks of random bytes cost four times as much."""
+    words = data / "tokenizers" / "ort_ext" / "phi-2"
+    if not words.is_dir():
+        return random_checkpoint("small", work / "small")
+    folder = random_checkpoint(replace(SHAPES["small"], vocab_size=VOCABULARY), work / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(words / name, folder / name)
+    return folder
+
+
 def passes(archive: Path, data: Path, quick: bool) -> dict[str, Any]:
     """Tokens for each pass, over all answers of a group."""
     tokenizer = Tokenizer.from_folder(data / "tokenizers" / "ort_ext" / "phi-2")
-    grammars = Grammars(tokenizer, 51200)
+    grammars = Grammars(tokenizer, VOCABULARY)
     groups: dict[str, list[int]] = {"profile": [0, 0, 0], "tools": [0, 0, 0], "all": [0, 0, 0]}
     for name, constraint, text in answers(archive, quick):
         try:
@@ -178,7 +175,9 @@ def masks(llm: LLM, title: str, masked: dict[str, Any], rounds: int) -> dict[str
         params = [
             SamplingParams(**asked, max_tokens=TOKENS, seed=i, ignore_eos=True, jump_forward=False) for i in range(16)
         ]
-        return 16 * TOKENS / seconds(lambda: llm.generate([PROMPT] * 16, params))
+        outputs: list[RequestOutput] = []
+        taken = seconds(lambda: outputs.extend(llm.generate([PROMPT] * 16, params)))
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / taken
 
     before = llm.frontend.mask_stats
     found: Pairs = interleave(lambda: rate(masked), lambda: rate({}), rounds)
@@ -214,9 +213,8 @@ def bombs(folder: Path, rounds: int) -> dict[str, Any]:
 async def p99(url: str, armed: bool) -> float:
     """Of four streams, with bombs beside them or without."""
     gaps: list[float] = []
-    over = asyncio.Event()
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+    bomber = bombing(url) if armed else None
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
 
         async def stream(seed: int) -> None:
             body = {"prompt": PROMPT, "max_tokens": 2 * TOKENS, "ignore_eos": True, "seed": seed, "stream": True}
@@ -229,25 +227,40 @@ async def p99(url: str, armed: bool) -> float:
                             gaps.append((now - last) * 1e3)
                         last = now
 
-        async def arm() -> None:
-            number = 0
-            sent: set[asyncio.Task[Any]] = set()
-            while armed and not over.is_set():
-                number += 1  # each is another schema, so that none is known
-                properties = {f"p{number}_{i}": {"type": "string"} for i in range(5000)}
-                form = {"json": {"type": "object", "properties": properties}}
-                body = {"prompt": PROMPT, "max_tokens": 2, "structured_outputs": form}
-                sent.add(asyncio.create_task(http.post("/v1/completions", json=body)))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(over.wait(), 0.5)
-            for task in sent:
-                task.cancel()
-
-        bomber = asyncio.create_task(arm())
         await asyncio.gather(*(stream(i) for i in range(4)))
-        over.set()
-        await bomber
+    if bomber is not None:
+        bomber.kill()
+        bomber.wait()
     return statistics.quantiles(gaps, n=100)[98]
+
+
+def bombing(url: str) -> subprocess.Popen[str]:
+    """A process of its own that sends a bomb twice a second; its bodies are ready before it begins."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BOMBER, url, str(time.time_ns())], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+BOMBER = """
+import http.client, json, sys, threading, time
+address, tag = sys.argv[1].removeprefix("http://"), sys.argv[2]
+def body(number):  # each is another schema, so that none is known
+    properties = {f"p{tag}{number}_{i}": {"type": "string"} for i in range(5000)}
+    form = {"json": {"type": "object", "properties": properties}}
+    return json.dumps({"prompt": "a", "max_tokens": 2, "structured_outputs": form})
+def send(data):
+    connection = http.client.HTTPConnection(address)
+    connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
+    connection.getresponse().read()
+bodies = [body(number) for number in range(60)]
+print("ready", flush=True)
+for data in bodies:
+    threading.Thread(target=send, args=(data,), daemon=True).start()
+    time.sleep(0.5)
+"""
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ def test_a_grammar_is_compiled_on_a_thread_that_gives_way(tokenizer):
     assert made.prepare(PARAMS[0]).result() is None and made.ready(PARAMS[0])
     [thread] = made._thread._threads
     own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert thread.native_id is not None
     assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == min(own + NICE, 19)
     with pytest.raises(RequestError, match="lookahead"):
         made.prepare(SamplingParams(constraint=Constraint.regex("(?=a)b"))).result()

@@ -250,5 +250,5 @@ def test_a_grammar_in_gbnf_is_one_too():
     """The form of EBNF that llama.cpp and vLLM read."""
     matcher = compiled(Constraint.lark('root ::= "SELECT " column\ncolumn ::= "a" | "b" column\n'))
     assert accepts(matcher, "SELECT bba") and not accepts(matcher, "SELECT b")
-    with pytest.raises(RequestError, match="no GBNF: .*foo"):
+    with pytest.raises(RequestError, match=r"no GBNF: .*foo"):
         compiled(Constraint.lark("root ::= foo"))

@@ -42,15 +42,22 @@ def test_a_grammar_at_its_limit_is_refused_and_the_next_one_works(tinyworld_chec
     hasty = GrammarTrial(str(tinyworld_checkpoint), 512, seconds=0.2)
     hasty.check(of(Constraint.choice(["a"])))
     before = hasty.pid
-    with pytest.raises(RequestError, match="takes longer than 0.2 s"):
+    with pytest.raises(RequestError, match=r"takes longer than 0\.2 s"):
         hasty.check(of(Constraint.json_schema(BOMB)))
     hasty.check(of(Constraint.choice(["a", "b"])))
     assert hasty.pid != before
     hasty.close()
 
 
+def test_fields_that_leave_nothing_together_are_all_named(trial):
+    with pytest.raises(RequestError) as caught:
+        trial.check(SamplingParams(constraint=Constraint.choice(["bad"]), bad_words=("a",)))
+    error = caught.value.renamed({"constraint": "response_format"})
+    assert error.param == "response_format" and str(error).startswith("response_format, bad_words cannot")
+
+
 def test_a_grammar_that_fails_at_its_first_masks_is_refused(trial):
     """It compiles, and its second mask exceeds the library's limit."""
     some = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
-    with pytest.raises(RequestError, match="cannot be honoured|takes longer"):
+    with pytest.raises(RequestError, match=r"cannot be honoured|takes longer"):
         trial.check(of(Constraint.json_schema(some)))

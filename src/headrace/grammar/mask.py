@@ -55,7 +55,7 @@ class GrammarMask:
 
     def fill(self, words_W: np.ndarray) -> None:
         """See `TokenMask`."""
-        words_W[:] = self._rows(len(words_W))
+        self._fill(words_W)
         if self._failed is None and not words_W.any():
             self._fail("nothing may follow this output: no token is allowed by all of its fields at once")
         if self._failed is not None:
@@ -121,26 +121,26 @@ class GrammarMask:
         """The matchers that read a token as a part of the text."""
         return [m for m in self._matchers if m is self._constraint or token not in self._special_ids]
 
-    def _rows(self, size: int) -> np.ndarray:
+    def _fill(self, words_W: np.ndarray) -> None:
         """The AND of all masks, with the tokens that may end the output."""
-        words_W = np.full(size, 0xFFFFFFFF, np.uint32)
+        words_W[:] = 0xFFFFFFFF
         ends = len(self._tokens) >= self._min_tokens
-        for matcher in self._matchers:
-            mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)[:size].copy()
+        for i, matcher in enumerate(self._matchers):
+            row_W = words_W if i == 0 else np.empty_like(words_W)
+            matcher.unsafe_compute_mask_ptr(row_W.ctypes.data, row_W.nbytes)
             if matcher.is_error():
                 self._fail(_reason(matcher))
-                return words_W
+                return
             ends = ends and matcher.is_accepting()
             if matcher is self._bad_words:
-                _set(mask, self._special_ids)
-            words_W[: len(mask)] &= mask
-            words_W[len(mask) :] = 0
+                _set(row_W, self._special_ids)
+            if i:
+                words_W &= row_W
         if self._constraint is not None:
             _clear(words_W, (self._eos_id,))
         (_set if ends else _clear)(words_W, self._stop_ids)
         if self._allowed is not None:
             words_W &= self._allowed
-        return words_W
 
     def _is_allowed(self, token: int) -> bool:
         return self._allowed is None or bool(self._allowed[token >> 5] >> (token & 31) & 1)

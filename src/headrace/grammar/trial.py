@@ -92,5 +92,7 @@ def _try(grammars: Grammars, params: SamplingParams, words_W: np.ndarray) -> Non
         if mask.failed is not None or mask.ended:
             break
     if mask.failed is not None:
-        field, _, reason = mask.failed.partition(": ")
-        raise RequestError.about(field, f"{{{field}}} cannot be honoured: {{}}", reason)
+        names, _, reason = mask.failed.partition(": ")
+        fields = names.split(", ")
+        listed = ", ".join(f"{{{field}}}" for field in fields)
+        raise RequestError.about(fields[0], f"{listed} cannot be honoured: {{}}", reason)

@@ -25,7 +25,7 @@ MEMORY = 1 << 30
 """Limit of the process's address space, in bytes."""
 MAX_LINE = 1 << 26
 """Limit of an answer, in bytes."""
-NICE = 10
+NICE = 15
 """What such work adds to its niceness: it gives way to the engine's threads."""
 READ = 1 << 16
 MAIN = "import os, sys; os.nice({}); sys.path.append(sys.argv[1]); from {} import {} as main; main(*sys.argv[2:])"

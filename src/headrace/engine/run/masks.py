@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.schedule.plan import Slice
+from headrace.engine.schedule.plan import SAMPLE, Slice
 
 __all__ = ["MaskFiller", "MaskRows"]
 
@@ -28,8 +28,9 @@ class MaskFiller:
         self.seconds = self.waited = 0.0
         """Spent filling rows, and by steps that waited for them, since the start."""
 
-    def start(self, sampled: Sequence[Slice]) -> Callable[[], MaskRows | None]:
-        """Begin to fill the rows of the slices that sample; the result waits for them. None: no slice has a mask."""
+    def start(self, slices: Sequence[Slice]) -> Callable[[], MaskRows | None]:
+        """Begin to fill the rows of a plan's slices that sample; the result waits for them. None: none has a mask."""
+        sampled = (s for s in slices if s.targets and s.targets[-1] == SAMPLE)
         masked = [
             (row, s) for row, s in enumerate(sampled) if s.mask is not None or s.params.allowed_token_ids is not None
         ]
@@ -37,7 +38,7 @@ class MaskFiller:
             return lambda: None
         words_EW = np.zeros((len(masked), self._words), np.uint32)
         future: Future[None] = self._thread.submit(self._fill, [s for _, s in masked], words_EW)
-        rows = torch.tensor([row for row, _ in masked], dtype=torch.int64)
+        rows = torch.from_numpy(np.asarray([row for row, _ in masked], np.int64))
 
         def result() -> MaskRows:
             began = time.perf_counter()

@@ -65,6 +65,7 @@ class Runner:
         for s in plan.slices:
             if len(s.targets) > 1 and draft_tokens(s):
                 raise NotImplementedError(f"request {s.request_id} has drafts, which this runner does not verify")
+        masks = self.masks.start(plan.slices)  # first: a core is idle while this thread packs the step
         moves = BlockMoves(plan.swap_out, plan.swap_in, plan.copies)
         batch = self._builder.build(plan) if plan.slices else None
         if batch is not None:
@@ -74,7 +75,6 @@ class Runner:
         self._shard.move(moves)
         if batch is None:
             return Handle(plan, None, None, None)
-        masks = self.masks.start(batch.sampled)
         logits_RV = self.logits(batch)
         sampled, logprobs = self._finish(batch, logits_RV, plan.slices, masks())
         self._sampled = {s.request_id: row for row, s in enumerate(batch.sampled)}
