@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,26 @@ def test_choices_of_one_prompt_are_those_of_single_requests(seed, jump, budget):
         got = run(engine, [first, *siblings])
         for one in (first, *siblings):
             assert got[one.request_id][0::3] == alone(one)[0::3]
+
+
+def lengths(request, **changes):
+    """Tokens of each update that has some."""
+    params = replace(request.params, **changes)
+    twin = Request(request.request_id, request.prompt_token_ids, params, seed=request.seed)
+    engine = make()
+    engine.scheduler.add(twin)
+    found = []
+    while engine.has_work:
+        found += [len(update.token_ids) for update in engine.step()]
+    return [count for count in found if count]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_output_streams_alike_where_the_prompt_is_scored(seed):
+    """Scores of the prompt hold no output tokens back."""
+    for request in workload(seed):
+        plain = lengths(request, logprobs=None, prompt_logprobs=None)
+        assert lengths(request, logprobs=None, prompt_logprobs=1) == plain
 
 
 def test_log_probabilities_are_one_a_token():

@@ -185,9 +185,37 @@ def test_compiled_grammars_are_kept_and_the_oldest_are_dropped(tokenizer, monkey
     made = Grammars(tokenizer, tokenizer.vocab_size)
     one, two, three = (SamplingParams(constraint=Constraint.choice([text])) for text in ("a", "b", "c"))
     for params in (one, two, one, three, one):
+        known = made.ready(params)
         made.mask(params, ())
-    assert (made.hits, made.misses) == (2, 3)
+        assert made.ready(params) and (known or made.misses > 0)
+    assert made.misses == 3
+    before = made.hits
     assert made.ready(one) and made.ready(three) and not made.ready(two)
+    assert made.hits == before + 2
+
+
+def test_text_that_names_a_special_token_is_text(tokenizer, grammars):
+    """`<|end|>` is a special token of this vocabulary, and here the value of a constant."""
+    constant = SamplingParams(constraint=Constraint.json_schema({"const": "x<|end|>y<|user|>"}))
+    mask = mask_of(grammars, constant)
+    run = mask.forced()
+    assert not tokenizer.special_ids & set(run)
+    assert b"".join(map(tokenizer.token_bytes, run)) == b'"x<|end|>y<|user|>"'
+    mask.accept(run)
+    assert mask.ended and mask.failed is None
+
+
+def test_text_that_the_tokenizer_would_change_is_spelled_by_its_longest_tokens(tokenizer, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "spell", lambda self, text: self.encode(text.upper(), add_special_tokens=False))
+    made = Grammars(tokenizer, tokenizer.vocab_size)
+    run = made.mask(SamplingParams(constraint=Constraint.choice(["lower case"])), ()).forced()
+    assert b"".join(map(tokenizer.token_bytes, run)) == b"lower case"
+
+
+def test_preparing_looks_at_the_grammar_alone(grammars):
+    """Ids that no vocabulary has are refused where the request is added."""
+    odd = SamplingParams(constraint=Constraint.choice(["odd", "even"]), allowed_token_ids=(10**9,))
+    assert grammars.prepare(odd).result() is None
 
 
 def test_a_grammar_is_compiled_on_a_thread_that_gives_way(tokenizer):

@@ -49,6 +49,19 @@ def test_a_grammar_at_its_limit_is_refused_and_the_next_one_works(tinyworld_chec
     hasty.close()
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        of(Constraint("choice", json.dumps(["yes", "no"]), prefix="yes")),
+        SamplingParams(constraint=Constraint.choice(["a", "ab"]), bad_words=("b",)),
+        of(Constraint.regex("")),
+    ],
+    ids=["begun and complete", "may end at once", "empty"],
+)
+def test_a_text_that_ends_within_two_masks_is_no_dead_end(trial, params):
+    assert trial.check(params) is None
+
+
 def test_fields_that_leave_nothing_together_are_all_named(trial):
     with pytest.raises(RequestError) as caught:
         trial.check(SamplingParams(constraint=Constraint.choice(["bad"]), bad_words=("a",)))

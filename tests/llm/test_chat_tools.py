@@ -101,6 +101,18 @@ def test_a_record_of_a_constrained_request_survives_json(llm, steps):
     assert llm.resume([record])[0].outputs == expected
 
 
+def test_a_record_with_one_broken_choice_leaves_nothing_behind(llm):
+    name = llm.frontend.add("Once", PARAMS)
+    for _ in range(3):
+        llm.frontend.step()
+    record = llm.frontend.resume_record(name)
+    llm.frontend.abort(name)
+    record.output.outputs[1].token_ids = [9, 9, 9, 9]
+    with pytest.raises(RequestError, match="does not satisfy"):
+        llm.resume([record])
+    assert not llm.frontend.has_work
+
+
 def test_a_dead_end_ends_its_choice_alone(llm):
     stuck = SamplingParams(constraint=Constraint.choice(["no"]), min_tokens=30, max_tokens=40, n=2)
     free = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)

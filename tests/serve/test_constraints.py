@@ -722,3 +722,10 @@ def test_a_trial_that_takes_too_long_or_dies_is_followed_by_another(server):
     second.kill()
     until(lambda: status() == 200 and trial_process(server).pid != second.pid)
     assert not second.is_running()
+
+
+def test_ids_that_no_vocabulary_has_end_their_own_request_alone(server):
+    fields = {"prompt": "a", "structured_outputs": {"choice": ["odd ids", "even ids"]}, "allowed_token_ids": [10**9]}
+    refused = server.post("/v1/completions", **fields)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "allowed_token_ids"
+    assert server.client.get("/health").json() == {"status": "ready", "restarts": 0}

@@ -30,7 +30,7 @@ MOST = 128
 class Grammars:
     """The `MaskFactory` of one engine. Any thread may call it.
 
-    A grammar is compiled once, on the caller's thread; `prepare` does it on a thread of its own, so that no step waits.
+    A grammar is compiled once, on the caller's thread, or on a thread of its own by `prepare`.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -38,10 +38,10 @@ class Grammars:
         self._vocab_size = vocab_size
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[Constraint | tuple[str, ...], LLMatcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._thread = ThreadPoolExecutor(1, "grammars", initializer=_give_way)
         self.hits = self.misses = 0
-        """Grammars that were compiled already when they were wanted, and that were not."""
+        """Grammars of requests that were compiled already, and that were compiled."""
         self.seconds = 0.0
         """Spent compiling, since the start."""
 
@@ -54,16 +54,18 @@ class Grammars:
         return self._thread.submit(self._prepare, params)
 
     def ready(self, params: SamplingParams) -> bool:
-        """Whether `mask` would compile nothing."""
+        """Whether `mask` would compile nothing. Asked once a request, it counts the hits."""
         with self._lock:
-            return all(key in self._compiled for key in _keys(params))
+            found = [key in self._compiled for key in _keys(params)]
+            self.hits += sum(found)
+            return all(found)
 
     def mask(self, params: SamplingParams, stop_ids: Collection[int]) -> GrammarMask:
         """A new output's mask; see `MaskFactory`. Raises `RequestError` where a grammar cannot be compiled."""
         constraint, words = params.constraint, params.bad_words
         return GrammarMask(
-            None if constraint is None else self._matcher(constraint, lambda: grammar_text(constraint)).deep_copy(),
-            self._matcher(words, lambda: bad_words_text(words)).deep_copy() if words else None,
+            None if constraint is None else self._of_constraint(constraint).deep_copy(),
+            self._of_words(words).deep_copy() if words else None,
             self._tokenizer.special_ids,
             self._eos_id,
             tuple(stop_ids),
@@ -72,14 +74,23 @@ class Grammars:
         )
 
     def _prepare(self, params: SamplingParams) -> None:
-        self.mask(params, ())
+        """Compile alone: other fields of the request are checked when it is added."""
+        if params.constraint is not None:
+            self._of_constraint(params.constraint)
+        if params.bad_words:
+            self._of_words(params.bad_words)
+
+    def _of_constraint(self, constraint: Constraint) -> LLMatcher:
+        return self._matcher(constraint, lambda: grammar_text(constraint))
+
+    def _of_words(self, words: tuple[str, ...]) -> LLMatcher:
+        return self._matcher(words, lambda: bad_words_text(words))
 
     def _matcher(self, key: Constraint | tuple[str, ...], text: Callable[[], str]) -> LLMatcher:
         """The compiled grammar, at its beginning: to be copied."""
         with self._lock:
             found = self._compiled.get(key)
             if found is not None:
-                self.hits += 1
                 self._compiled.move_to_end(key)
                 return found
         field = "constraint" if isinstance(key, Constraint) else "bad_words"
@@ -100,7 +111,7 @@ class Grammars:
         return matcher
 
     def _words(self) -> LLTokenizer:
-        with self._lock:
+        with self._reading:  # a lock of its own: `ready` does not wait for the vocabulary
             if self._vocabulary is None:
                 self._vocabulary = grammar_tokenizer(self._tokenizer, self._vocab_size)
             return self._vocabulary

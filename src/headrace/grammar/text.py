@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from headrace.grammar.lark import checked_lark, lark_string
 from headrace.grammar.patterns import rust_fault
 from headrace.grammar.schema import checked_schema
 
-__all__ = ["bad_words_text", "compile_error", "embedded_schema", "grammar_text", "refuse_empty"]
+__all__ = ["as_lark", "bad_words_text", "compile_error", "embedded_schema", "grammar_text", "refuse_empty"]
 
 ESCAPES = 'nrbtf\\"'
 r"""What may follow a backslash in a JSON string. Without u, as a name could be written again as \u0061."""
@@ -27,6 +26,7 @@ SPACE = re.compile(
 )
 PLACE = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
 """Of a message: line and column."""
+START = re.compile(r"^[ \t]*\??start\b[^\n]*?:(?!:=)", re.MULTILINE)
 GBNF = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
 REASONS = (
     ("look-around, including", "no automaton can match lookahead or lookbehind: leave them out"),
@@ -121,16 +121,7 @@ def _regex_text(constraint: Constraint) -> str:
 
 
 def _choice_text(constraint: Constraint) -> str:
-    try:
-        choices = json.loads(constraint.text)
-    except (ValueError, RecursionError):
-        choices = None
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and _is_text(c) for c in choices):
-        raise RequestError.about("constraint", "{constraint}: choices are a list of one or more texts")
-    if not all(choices):
-        raise RequestError.about("constraint", "{constraint}: a choice is empty: leave it out")
-    if repeated := next((choice for choice, count in Counter(choices).items() if count > 1), None):
-        raise RequestError.about("constraint", "{constraint}: the choice {} stands twice", repr(repeated))
+    choices = json.loads(constraint.text)
     # One lexeme, so that a choice which begins another is no end of it.
     return f"start: CHOICE\nCHOICE: {' | '.join(map(lark_string, choices))}"
 
@@ -141,11 +132,12 @@ def _lark_text(constraint: Constraint) -> str:
     def embed(text: str) -> str:
         return embedded_schema(text, constraint.whitespace, constraint.strict)
 
-    return LLMatcher.grammar_from_lark(checked_lark(_as_lark(constraint.text), embed))
+    return LLMatcher.grammar_from_lark(checked_lark(as_lark(constraint.text), embed))
 
 
-def _as_lark(grammar: str) -> str:
-    if not GBNF.search(grammar):
+def as_lark(grammar: str) -> str:
+    """A grammar in Lark's form, also one that was written in GBNF. Raises `RequestError` about {constraint}."""
+    if START.search(grammar) or not GBNF.search(grammar):
         return grammar
     try:
         return gbnf_to_lark(grammar)

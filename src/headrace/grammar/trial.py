@@ -61,36 +61,42 @@ class GrammarTrial:
 
 def serve_trials(folder: str, vocab_size: str) -> None:
     """The process's main. A job has `constraint` (the fields of one, or null) and `bad_words`."""
-    grammars = Grammars(Tokenizer.from_folder(folder), int(vocab_size))
+    tokenizer = Tokenizer.from_folder(folder)
+    grammars = Grammars(tokenizer, int(vocab_size))
     words_W = np.zeros(-(-int(vocab_size) // 32), np.uint32)
     grammars.warm_up()
 
     def answer(job: Mapping[str, Any]) -> Mapping[str, Any]:
         constraint = None if job["constraint"] is None else Constraint(**job["constraint"])
         try:
-            _try(grammars, SamplingParams(constraint=constraint, bad_words=tuple(job["bad_words"])), words_W)
+            params = SamplingParams(constraint=constraint, bad_words=tuple(job["bad_words"]))
+            _try(grammars, params, tokenizer.eos_token_id, words_W)
         except RequestError as error:
             # A message that names no field has no template.
             template = error.template or "{" + str(error.param) + "}: " + str(error)
             return {"param": error.param, "template": template, "values": error.values}
         except MemoryError:
             os._exit(1)
+        except Exception as error:
+            field = "bad_words" if constraint is None else "constraint"
+            return {"param": field, "template": f"{{{field}}} cannot be compiled: {{}}", "values": [repr(error)[:300]]}
         return {}
 
     serve_lines(answer)
 
 
-def _try(grammars: Grammars, params: SamplingParams, words_W: np.ndarray) -> None:
-    """Compile, and fill the first two masks."""
-    mask = grammars.mask(params, ())
+def _try(grammars: Grammars, params: SamplingParams, eos: int | None, words_W: np.ndarray) -> None:
+    """Compile, and fill the first two masks, unless the text ends before."""
+    mask = grammars.mask(params, () if eos is None else (eos,))
     for _ in range(2):
-        mask.fill(words_W)
-        if mask.failed is not None:
-            break
-        [first, *_] = np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).tolist()
-        mask.accept(mask.forced() or (first,))
         if mask.failed is not None or mask.ended:
             break
+        mask.fill(words_W)
+        allowed = np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).tolist()
+        further = [token for token in allowed if token != eos][:1]
+        if mask.failed is not None or not further:
+            break
+        mask.accept(mask.forced() or further)
     if mask.failed is not None:
         names, _, reason = mask.failed.partition(": ")
         fields = names.split(", ")

@@ -40,18 +40,39 @@ class _Vocabulary:
             for i in range(vocab_size)
         ]
         self._tokenizer = tokenizer
+        self._by_bytes: dict[bytes, int] = {}
+        """Ordinary tokens by their bytes, once a text has no spelling by the tokenizer."""
 
     def __call__(self, data: bytes) -> list[int]:
-        """Token ids of UTF-8 text; none where the tokenizer has no spelling of it that keeps its bytes."""
+        """Token ids of UTF-8 text: the tokenizer's spelling, or the longest tokens where that changes the text."""
         text = data.decode()
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = self._tokenizer.spell(text)
         if self._spells(ids, data):
             return ids
-        marked = self._tokenizer.encode(MARK + text, add_special_tokens=False)
+        marked = self._tokenizer.spell(MARK + text)
         for start in range(1, min(len(marked), 4) + 1):
             if self._spells(marked[start:], data):
                 return marked[start:]
-        return []
+        return self._longest(data)
+
+    def _longest(self, data: bytes) -> list[int]:
+        """A text by the longest tokens from its beginning; empty where a byte has none."""
+        if not self._by_bytes:
+            special = set(self.special_token_ids)
+            ordinary = ((piece, i) for i, piece in enumerate(self.tokens) if piece and i not in special)
+            for piece, i in ordinary:
+                self._by_bytes.setdefault(piece, i)
+        longest = max(map(len, self._by_bytes), default=0)
+        ids: list[int] = []
+        at = 0
+        while at < len(data):
+            sizes = range(min(longest, len(data) - at), 0, -1)
+            size = next((size for size in sizes if data[at : at + size] in self._by_bytes), 0)
+            if not size:
+                return []
+            ids.append(self._by_bytes[data[at : at + size]])
+            at += size
+        return ids
 
     def _spells(self, ids: Sequence[int], data: bytes) -> bool:
         return b"".join(self.tokens[i] for i in ids) == data

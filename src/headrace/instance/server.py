@@ -181,6 +181,8 @@ class Instance:
             self._add(command, time.monotonic() - since)
         except RequestError as error:
             self._events.append(Refused.by(command.name, error))
+        except Exception as error:  # of this request's grammar: the others go on
+            self._events.append(Refused(command.name, f"the constraint cannot be compiled: {error!r}", "constraint"))
 
     def _add(self, command: Add | Resume, compile_time: float = 0.0) -> None:
         if isinstance(command, Resume):

@@ -6,6 +6,7 @@ import hashlib
 import statistics
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -33,7 +34,17 @@ TILE = 16
 
 def fingerprint(ops: Ops, config: ModelConfig, cache: CacheConfig) -> str:
     """Engines of equal fingerprint and weights give equal tokens, to the bit."""
-    parts = (ops.fingerprint(), f"V={config.shards}", f"kv={cache.dtype}", f"layout={LAYOUT_VERSION}")
+    try:
+        grammars = version("llguidance")  # it spells forced tokens
+    except PackageNotFoundError:
+        grammars = "none"
+    parts = (
+        ops.fingerprint(),
+        f"V={config.shards}",
+        f"kv={cache.dtype}",
+        f"layout={LAYOUT_VERSION}",
+        f"grammars={grammars}",
+    )
     return "hr_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 

@@ -216,8 +216,13 @@ class Frontend:
         if group.params.beam_width:
             self._searches[group.name] = BeamSearch(scheduler, requests[0], lambda: next(self._ids))
         else:
-            for request in requests:
-                scheduler.add(request)
+            try:
+                for request in requests:
+                    scheduler.add(request)
+            except RequestError:
+                for request in requests:
+                    scheduler.abort(request.request_id)
+                raise
         group.output.weights_version = self.weights_version
         self._groups[group.name] = group
         self._by_id |= {request.group_id: group for request in requests}

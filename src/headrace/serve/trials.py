@@ -29,7 +29,7 @@ class ConstraintTrials:
     async def check(self, params: SamplingParams) -> None:
         """Raise `RequestError` where a request's constraint is wrong, or takes too much time or memory.
 
-        If the caller is cancelled, the trial still runs to its end or limit.
+        If the caller is cancelled, a trial that has begun still runs to its end or limit.
         """
         if not params.masked:
             return

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,16 @@ class Tokenizer:
         """Ids of `text`, with the tokenizer's start and end tokens where `add_special_tokens`."""
         # encode holds the interpreter's lock, for seconds with a long text; encode_batch_fast releases it.
         return self._encoded(self._backend.encode_batch_fast, text, add_special_tokens).ids
+
+    def spell(self, text: str) -> list[int]:
+        """Ids of `text`, in which the texts of special tokens are ordinary text."""
+        return self._encoded(self._plain.encode_batch_fast, text, False).ids
+
+    @cached_property
+    def _plain(self) -> Backend:
+        copy = Backend.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def encode_with_spans(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `encode`, and for each the range of characters of `text` that the tokenizer made it of."""

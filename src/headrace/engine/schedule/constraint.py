@@ -45,6 +45,9 @@ class Constraint:
         if size > MAX_BYTES:
             raise RequestError.about("constraint", "{constraint} has {} bytes: at most {}", size, MAX_BYTES)
 
+        if self.kind == "choice":
+            _check_choices(self.text)
+
     @classmethod
     def json_schema(
         cls, schema: Mapping[str, Any] | bool | str, whitespace: str | None = None, strict: bool = False
@@ -72,6 +75,27 @@ class Constraint:
     def lark(cls, grammar: str) -> Constraint:
         """Text of a grammar in the Lark dialect of llguidance, or in GBNF (`root ::= …`)."""
         return cls("lark", grammar)
+
+
+def _check_choices(text: str) -> None:
+    try:
+        choices = json.loads(text)
+    except (ValueError, RecursionError):
+        choices = None
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and _is_text(c) for c in choices):
+        raise RequestError.about("constraint", "{constraint}: choices are a list of one or more texts")
+    if not all(choices):
+        raise RequestError.about("constraint", "{constraint}: a choice is empty: leave it out")
+    seen: set[str] = set()
+    for choice in choices:
+        if choice in seen:
+            raise RequestError.about("constraint", "{constraint}: the choice {} stands twice", repr(choice[:100]))
+        seen.add(choice)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be UTF-8: a half of a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _dumps(value: Any) -> str:

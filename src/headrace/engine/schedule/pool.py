@@ -351,10 +351,13 @@ class RequestPool:
 
         With log-probabilities, a forced token is given when its own is there; without, when the prompt is computed.
         """
-        whole = end >= request.score_end
+        scored = request.params.logprobs is not None
+        whole = end >= (request.score_end if scored else request.num_prompt_tokens - 1)
         count = request.num_output_tokens - request.num_given if whole else 0
-        if request.params.logprobs is not None:
+        if scored:
             count = len(update.logprobs)
+        else:
+            update.logprobs = []  # of forced tokens, scored for the prompt's sake
         first = request.num_prompt_tokens + request.num_given
         update.token_ids = request.token_ids[first : first + count]
         request.num_given += count

@@ -7,6 +7,7 @@ from typing import Any
 
 from headrace.engine.schedule.constraint import Constraint
 from headrace.errors import renamed_fields
+from headrace.grammar.text import as_lark
 from headrace.serve.errors import RefusedError
 from headrace.serve.protocol.bodies import Body
 
@@ -86,7 +87,7 @@ def _of_outputs(sent: Mapping[str, Any]) -> Constraint | None:
         "json_object": lambda _: Constraint.json(space),
         "regex": Constraint.regex,
         "choice": Constraint.choice,
-        "grammar": Constraint.lark,
+        "grammar": lambda text: Constraint.lark(as_lark(text)),
     }
     kind_of = {"json": (str, Mapping, bool), "json_object": bool, "regex": str, "choice": list, "grammar": str}[kind]
     _need(isinstance(given[kind], kind_of), f"{field}.{kind} has a value of the wrong type", field)  # type: ignore[arg-type]
