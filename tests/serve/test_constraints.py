@@ -566,7 +566,6 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
     "word boundary": ({"regex": r"\ba"}, "word boundary"),
     "no pattern": ({"regex": "a("}, "unclosed group"),
     "no text": ({"regex": r"[^\s\S]"}, "no text fits it"),
-    "empty text": ({"regex": ""}, "nothing may follow"),
     "too long": ({"regex": TOO_LONG}, "at most 262144"),
     "no choice": ({"choice": []}, "choices are a list of one or more texts"),
     "a number": ({"choice": ["a", 3]}, "choices are a list of one or more texts"),
