@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.instance.wire import Explanation, Ready, StepReport
+from headrace.llm.frontend import MaskStats
 from headrace.llm.outputs import CompletionOutput, RequestOutput
 from headrace.serve.metrics import ServerMetrics
 
@@ -88,7 +89,8 @@ def value(metrics, sample, **labels):
 
 def report(prefill=0, decode=0, abort=0, **stats):
     ended = {"stop": 0, "length": 0, "abort": abort}
-    return StepReport("0", asdict(SchedulerStats(**stats)) | {"finished": ended}, prefill, decode, 0.002)
+    values = asdict(SchedulerStats(**stats)) | asdict(MaskStats()) | {"finished": ended}
+    return StepReport("0", values, prefill, decode, 0.002)
 
 
 @pytest.fixture
