@@ -20,7 +20,7 @@ PASSED = 0.9
 SEED = 180
 """It selects the questions, both about one person."""
 SEEN = "at the garden"
-"""What the tool of this demo answers, whoever is asked for."""
+"""The result that the demo sends for each call of its tool."""
 
 
 def serve_demo(checkpoint: Path, summary: dict[str, Any], once: bool) -> None:

@@ -209,7 +209,7 @@ class AnswerParser:
         return self._after
 
     def _call(self, at: int) -> _State | None:
-        """Begin the call whose head stands at a place of the held text; None if there is none."""
+        """Read a call's head at this index of the held text: the state for its arguments, or None without a head."""
         undecided = False
         for name, head in self._heads:
             try:

@@ -1,4 +1,4 @@
-"""The format for models whose template knows no tools: the answer is the JSON of one call, and nothing else.
+"""The format for chat templates without tools: the whole answer is one call as JSON.
 
     {"name": "get_weather", "arguments": {"city": "Paris"}}
 

@@ -21,7 +21,7 @@ DEEPEST_OPPOSITE = 4
 FEW, MOST_WAYS = 2, 5_000
 """Schemas that are excluded exactly; and ways to combine the opposites of all excluded ones."""
 LONGEST = 64
-"""Of the texts whose opposite is written as a pattern."""
+"""The most characters of an excluded text: its complement becomes a pattern."""
 LEAST = {
     "minLength": ("string", "maxLength"),
     "minItems": ("array", "maxItems"),

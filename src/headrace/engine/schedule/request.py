@@ -125,7 +125,7 @@ class Request:
         """The last: prompt tokens that the first admission found computed."""
         scores = params.prompt_logprobs is not None and not choice and not output_token_ids
         self.num_scored = num_scored if scores else len(self.token_ids) - 1
-        """Positions whose next token is planned to be scored or sampled; see `score_end`."""
+        """Rows before this position have been planned: each scores or samples the token behind it. See `score_end`."""
         self.kv = CachedSequence(cache_key)
         self.status = Status.WAITING
         self.finish_reason: str | None = None
@@ -224,7 +224,7 @@ class Request:
 
     @property
     def num_wanted(self) -> int:
-        """Known tokens that are to be computed: of an output that is complete, those whose rows are scored."""
+        """Tokens to compute: all known ones, or those up to the last scored row once the output is complete."""
         return max(self.score_end, 1) if self.closing else len(self.token_ids)
 
     def next_span(self, computed: int) -> int:
