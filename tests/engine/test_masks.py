@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.test_scheduler import AXES, EOS, VOCAB, no_leak
+from engine.test_scheduler import AXES, EOS, VOCAB, updates
 from headrace.config import CacheConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.null_runner import NullRunner
@@ -111,25 +111,16 @@ def copy_of(request, output=(), **changes):
     )
 
 
-def run(engine, requests, limit=3000):
-    """Tokens, log-probabilities, the prompt's scores and the end of each request, under integrity checks."""
+def run(engine, requests):
+    """Tokens, log-probabilities, the prompt's scores and the end of each request."""
     out: dict[int, list[Any]] = {}
-    for request in requests:
-        engine.scheduler.add(request)
-    for _ in range(limit):
-        if not engine.has_work:
-            break
-        for update in engine.step():
-            got = out.setdefault(update.request_id, [[], [], [], None, None])
-            assert got[3] is None, "an update after the end"
-            got[0] += update.token_ids
-            got[1] += update.logprobs
-            got[2] += update.scores
-            got[3:] = update.finish_reason, update.stop_reason
-        engine.scheduler.check_integrity()
-    else:
-        raise AssertionError("the engine makes no progress")
-    no_leak(engine.scheduler)
+    for update in updates(engine, requests):
+        got = out.setdefault(update.request_id, [[], [], [], None, None])
+        assert got[3] is None, "an update after the end"
+        got[0] += update.token_ids
+        got[1] += update.logprobs
+        got[2] += update.scores
+        got[3:] = update.finish_reason, update.stop_reason
     return out
 
 

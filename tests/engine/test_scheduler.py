@@ -30,21 +30,26 @@ def make(num_blocks=64, block_size=4, host_slots=0, context=256, caching=True, e
     return Engine(scheduler, runner, options.get("queue_depth", 1))
 
 
-def run(engine, requests=(), limit=1500):
-    """Run to the end under integrity checks; returns tokens, finish reasons and scores by request id."""
-    out: dict[int, tuple[list[int], list[Any], str | None]] = {}
+def updates(engine, requests=(), limit=3000):
+    """Every update until the end, under integrity checks."""
     for request in requests:
         engine.scheduler.add(request)
     for _ in range(limit):
         if not engine.has_work:
             break
-        for update in engine.step():
-            tokens, scores, _ = out.get(update.request_id, ([], [], None))
-            out[update.request_id] = (tokens + update.token_ids, scores + update.scores, update.finish_reason)
+        yield from engine.step()
         engine.scheduler.check_integrity()
     else:
         raise AssertionError("the engine makes no progress")
     no_leak(engine.scheduler)
+
+
+def run(engine, requests=()):
+    """Tokens, scores and finish reasons by request id, of a run to the end."""
+    out: dict[int, tuple[list[int], list[Any], str | None]] = {}
+    for update in updates(engine, requests):
+        tokens, scores, _ = out.get(update.request_id, ([], [], None))
+        out[update.request_id] = (tokens + update.token_ids, scores + update.scores, update.finish_reason)
     return out
 
 

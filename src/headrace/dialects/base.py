@@ -108,6 +108,10 @@ class AnswerShape:
         """Whether a call is its arguments and nothing else."""
         return self.dialect is not None and self.dialect.named_alone and self.choice.name is not None
 
+    def call_ids(self, seed: str) -> Callable[[int], str]:
+        """As `Dialect.call_ids`. Without a dialect there are no calls to name."""
+        return str if self.dialect is None else self.dialect.call_ids(seed)
+
     @property
     def markers(self) -> tuple[str, ...]:
         """The texts of this answer that a tokenizer may have as one special token each.

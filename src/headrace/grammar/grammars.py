@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
+from headrace.engine.run.words import set_ids
 from headrace.engine.schedule.constraint import Constraint
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import RequestError
@@ -126,8 +127,7 @@ class Grammars:
         if params.allowed_token_ids is None:
             return None
         words_W = np.zeros(-(-self._vocab_size // 32), np.uint32)
-        ids = np.asarray(params.allowed_token_ids, np.uint32)
-        np.bitwise_or.at(words_W, ids >> 5, np.uint32(1) << (ids & 31))
+        set_ids(words_W, params.allowed_token_ids)
         return words_W
 
 

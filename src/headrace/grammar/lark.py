@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
+from headrace.engine.schedule.constraint import is_text
 from headrace.errors import RequestError
 
 __all__ = ["checked_lark", "lark_string"]
@@ -30,7 +31,7 @@ def lark_string(text: str) -> str:
 
 def checked_lark(grammar: str, embed: Callable[[str], str]) -> str:
     """The grammar with `embed` of each JSON schema in it. Raises `RequestError` for an option that is not honoured."""
-    if any("\ud800" <= character <= "\udfff" for character in grammar):
+    if not is_text(grammar):
         raise RequestError.about("constraint", "{constraint}: half of a surrogate pair is no text")
     if not grammar.strip():
         raise RequestError.about("constraint", "{constraint}: the grammar is empty: it needs a rule named start")

@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from llguidance import LLMatcher
 
+from headrace.engine.run.words import clear_ids, set_ids
+
 __all__ = ["GrammarMask"]
 
 
@@ -133,12 +135,12 @@ class GrammarMask:
                 return
             ends = ends and matcher.is_accepting()
             if matcher is self._bad_words:
-                _set(row_W, self._special_ids)
+                set_ids(row_W, self._special_ids)
             if i:
                 words_W &= row_W
         if self._constraint is not None:
-            _clear(words_W, (self._eos_id,))
-        (_set if ends else _clear)(words_W, self._stop_ids)
+            clear_ids(words_W, (self._eos_id,))
+        (set_ids if ends else clear_ids)(words_W, self._stop_ids)
         if self._allowed is not None:
             words_W &= self._allowed
 
@@ -154,16 +156,6 @@ class GrammarMask:
             )
             fields = [name for name, part in names if part is not None] + ["min_tokens"] * (self._min_tokens > 0)
             self._failed = f"{', '.join(fields)}: {why}"
-
-
-def _set(words_W: np.ndarray, ids: Collection[int]) -> None:
-    for token in ids:
-        words_W[token >> 5] |= np.uint32(1 << (token & 31))
-
-
-def _clear(words_W: np.ndarray, ids: Collection[int]) -> None:
-    for token in ids:
-        words_W[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from headrace.engine.schedule.constraint import is_text
 from headrace.grammar.keywords import ADVICE, ANNOTATIONS, APPLIED, VALUES, fault, refused
 from headrace.grammar.logic import Logic
 from headrace.grammar.numbers import fit_numbers
@@ -64,7 +65,7 @@ def _parsed(text: str) -> Any:
     while level := [child for node in level for child in _children(node)]:
         if (depth := depth + 1) > MAX_DEPTH:
             raise fault("the schema", "is nested more than {} deep", MAX_DEPTH)
-    if any("\ud800" <= character <= "\udfff" for character in json.dumps(root, ensure_ascii=False)):
+    if not is_text(json.dumps(root, ensure_ascii=False)):
         raise fault("the schema", "has half of a surrogate pair, which is no text")
     return root
 

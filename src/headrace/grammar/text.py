@@ -10,7 +10,7 @@ from typing import Any
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from headrace.engine.schedule.constraint import Constraint
+from headrace.engine.schedule.constraint import Constraint, is_text
 from headrace.errors import RequestError
 from headrace.grammar.lark import checked_lark, lark_string
 from headrace.grammar.patterns import rust_fault
@@ -65,7 +65,7 @@ def embedded_schema(schema_text: str, whitespace: str | None = None, strict: boo
 def bad_words_text(words: Sequence[str]) -> str:
     """A grammar of any text, also empty, that contains none of `words`. Raises `RequestError` about {bad_words}."""
     for word in words:
-        if not word or not _is_text(word):
+        if not word or not is_text(word):
             raise RequestError.about("bad_words", "{bad_words}: {} is no text to look for: leave it out", repr(word))
     if not words:
         return "start: /(?s:.*)/"
@@ -111,7 +111,7 @@ def _object_text(constraint: Constraint) -> str:
 
 
 def _regex_text(constraint: Constraint) -> str:
-    if not _is_text(constraint.text):
+    if not is_text(constraint.text):
         raise RequestError.about("constraint", "{constraint}: half of a surrogate pair is no text")
     if fault := rust_fault(constraint.text):
         raise RequestError.about(
@@ -183,8 +183,3 @@ def _options(whitespace: str | None) -> dict[str, Any]:
     except (re.error, OverflowError, RecursionError) as error:
         raise RequestError.about("constraint", "{constraint}: whitespace={}: {}", repr(whitespace), error) from None
     return {**options, "whitespace_pattern": whitespace}
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be UTF-8: a half of a surrogate pair cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

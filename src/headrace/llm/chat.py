@@ -98,7 +98,7 @@ def chat_output(output: RequestOutput, shape: AnswerShape) -> ChatOutput:
 
 
 def _message(shape: AnswerShape, text: str, seed: str) -> ChatMessage:
-    parser = AnswerParser(shape, str if shape.dialect is None else shape.dialect.call_ids(seed))
+    parser = AnswerParser(shape, shape.call_ids(seed))
     message = ChatMessage()
     for part in (*parser.push(text), *parser.finish()):
         if isinstance(part, Content):

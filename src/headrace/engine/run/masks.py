@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.engine.run.words import set_ids
 from headrace.engine.schedule.plan import SAMPLE, Slice
 
 __all__ = ["MaskFiller", "MaskRows"]
@@ -53,7 +54,6 @@ class MaskFiller:
         for s, words_W in zip(slices, words_EW):
             if s.mask is not None:
                 s.mask.fill(words_W)
-            else:
-                ids = np.asarray(s.params.allowed_token_ids, np.uint32)
-                np.bitwise_or.at(words_W, ids >> 5, np.uint32(1) << (ids & 31))
+            elif s.params.allowed_token_ids is not None:
+                set_ids(words_W, s.params.allowed_token_ids)
         self.seconds += time.perf_counter() - began

@@ -9,7 +9,7 @@ from typing import Any
 
 from headrace.errors import RequestError
 
-__all__ = ["KINDS", "Constraint"]
+__all__ = ["KINDS", "Constraint", "is_text"]
 
 KINDS = ("json_schema", "json", "regex", "choice", "lark")
 MAX_BYTES = 256 * 1024
@@ -44,7 +44,6 @@ class Constraint:
         size = len(self.text.encode(errors="surrogatepass"))
         if size > MAX_BYTES:
             raise RequestError.about("constraint", "{constraint} has {} bytes: at most {}", size, MAX_BYTES)
-
         if self.kind == "choice":
             _check_choices(self.text)
 
@@ -82,7 +81,7 @@ def _check_choices(text: str) -> None:
         choices = json.loads(text)
     except (ValueError, RecursionError):
         choices = None
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and _is_text(c) for c in choices):
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and is_text(c) for c in choices):
         raise RequestError.about("constraint", "{constraint}: choices are a list of one or more texts")
     if not all(choices):
         raise RequestError.about("constraint", "{constraint}: a choice is empty: leave it out")
@@ -93,7 +92,7 @@ def _check_choices(text: str) -> None:
         seen.add(choice)
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Whether it can be UTF-8: a half of a surrogate pair cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 

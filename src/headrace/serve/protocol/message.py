@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +48,8 @@ class MessageReader:
         self._sent: list[AnswerPart] = []
         """Calls of `begun` that are to be given; its last one may go on."""
         if shape is not None:
-            self._parser = AnswerParser(shape, _ids(shape, seed), begun)
-            parts = AnswerParser(shape, _ids(shape, seed)).push(begun)
+            self._parser = AnswerParser(shape, shape.call_ids(seed), begun)
+            parts = AnswerParser(shape, shape.call_ids(seed)).push(begun)
             self._sent = [part for part in parts if isinstance(part, CallStart | Arguments)]
 
     def take(self, text: str, ended: bool) -> MessagePart:
@@ -113,10 +113,6 @@ class ReasoningCounter:
             self._text = THINK + begin[len(THINK) :][1 - len(UNTHINK) :]
         elif not THINK.startswith(begin):
             self._over = True
-
-
-def _ids(shape: AnswerShape, seed: str) -> Callable[[int], str]:
-    return str if shape.dialect is None else shape.dialect.call_ids(seed)
 
 
 def _add_call(calls: list[dict[str, Any]], part: CallStart | Arguments) -> None:
