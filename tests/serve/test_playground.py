@@ -164,7 +164,7 @@ def begun(visit):
     """Begin a new chat, whose reply is under way."""
     visit.page.keyboard.press("Control+k")
     visit.say()
-    visit.at(".reply .token").nth(2).wait_for()
+    visit.at(".reply .token").nth(2).wait_for(state="attached")
 
 
 def test_escape_and_the_button_stop_a_reply(browser, server):
@@ -191,7 +191,7 @@ def test_a_new_chat_does_not_contain_the_reply_that_it_cut_off(browser, server):
         visit.page.keyboard.press("Control+k")
         visit.expect(visit.at(".turn")).to_have_count(0)
         visit.say()
-        visit.at(".reply .token").nth(2).wait_for()
+        visit.at(".reply .token").nth(2).wait_for(state="attached")
         assert [message["role"] for message in visit.bodies[-1]["messages"]] == ["user"]
         visit.expect(visit.at(".turn")).to_have_count(2)
 
@@ -256,7 +256,7 @@ def test_keys_alone_are_enough(browser, server):
 
 def test_a_phone_has_all_of_it_and_scrolls_one_way(browser, server):
     with visiting(browser, server.url, viewport=PHONE, has_touch=True, is_mobile=True) as visit:
-        visit.ready()
+        visit.ready().ask_for(temperature=0)
         assert visit.page.evaluate(WIDE) == []
         visit.reply()
         visit.at(".reply .token").first.tap()
