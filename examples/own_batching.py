@@ -24,8 +24,8 @@ class Fair:
         self.seats = min(max_num_seqs, budget)
         self._left = budget
 
-    def share(self, remaining: Sequence[int], drafts: Sequence[int]) -> list[int]:
-        granted = [count if count <= 1 + d else 0 for count, d in zip(remaining, drafts)]
+    def share(self, remaining: Sequence[int], following: Sequence[int]) -> list[int]:
+        granted = [count if count <= 1 + more else 0 for count, more in zip(remaining, following)]
         self._left = self.budget - sum(granted)
         prompts = [i for i, count in enumerate(remaining) if count and not granted[i]]
         for number, i in enumerate(prompts):
@@ -38,6 +38,10 @@ class Fair:
 
     def first(self, remaining: int) -> int:
         return min(remaining, self._left)
+
+    @property
+    def spare(self) -> int:
+        return self._left
 
     def take(self, tokens: int) -> None:
         self._left -= tokens

@@ -11,6 +11,7 @@ from headrace.engine.run.null_runner import NullRunner
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import Runner
 from headrace.engine.run.shard import ModelShard
+from headrace.engine.run.words import set_ids
 from headrace.engine.schedule.plan import PREVIOUS, SAMPLE, LogitEdits, Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.kernels.load import load_ops
@@ -28,7 +29,6 @@ class Subject:
     """An executor, and a counter of its unused blocks."""
 
     executor: Any
-    verifies_drafts: bool
     next_block: int = 1
 
     def table(self, tokens):
@@ -52,6 +52,10 @@ class Subject:
         return out
 
 
+def ban(token):
+    return LogitEdits([token], [1.0], [float("-inf")])
+
+
 def part(request_id, start, tokens, table, targets=(SAMPLE,), params=GREEDY, **extra):
     return Slice(request_id, start, list(tokens), list(table), list(targets), params, 5, 0, **extra)
 
@@ -68,8 +72,8 @@ def shard(tinyworld_checkpoint):
 @pytest.fixture(params=["null", "model"])
 def subject(request):
     if request.param == "null":
-        return Subject(NullRunner(BLOCKS, SIZE, HOST_SLOTS, check=True), verifies_drafts=True)
-    return Subject(Runner(request.getfixturevalue("shard"), Ranks()), verifies_drafts=False)
+        return Subject(NullRunner(BLOCKS, SIZE, HOST_SLOTS, check=True))
+    return Subject(Runner(request.getfixturevalue("shard"), Ranks()))
 
 
 def test_a_result_has_the_step_and_the_requests_of_its_plan(subject):
@@ -107,7 +111,7 @@ def test_a_seed_and_a_choice_give_the_same_token_again(subject):
 
 def test_bans_and_allowed_tokens_hold(subject):
     [best] = subject.after(PROMPT).token_ids
-    assert subject.after(PROMPT, edits=LogitEdits([best], [1.0], [float("-inf")])).token_ids != [best]
+    assert subject.after(PROMPT, edits=[ban(best)]).token_ids != [best]
     allowed = SamplingParams(temperature=0.0, allowed_token_ids=(best + 1,))
     assert subject.after(PROMPT, allowed).token_ids == [best + 1]
 
@@ -205,9 +209,9 @@ def test_a_slice_reads_what_an_earlier_slice_of_its_plan_computes(subject):
 
 def test_a_plan_is_read_in_submit(subject):
     [best] = subject.after(PROMPT).token_ids
-    expected = subject.after(PROMPT, edits=LogitEdits([best], [1.0], [1.0])).token_ids
+    expected = subject.after(PROMPT, edits=[LogitEdits([best], [1.0], [1.0])]).token_ids
     edits = LogitEdits([best], [1.0], [1.0])
-    s = part(1, 0, PROMPT, subject.table(20), edits=edits, top=0)
+    s = part(1, 0, PROMPT, subject.table(20), edits=[edits], top=0)
     plan = Plan(1, [s])
     handle = subject.executor.submit(plan)
     s.block_table[:] = [0] * 9
@@ -215,17 +219,88 @@ def test_a_plan_is_read_in_submit(subject):
     assert subject.executor.result(handle).slices[1].token_ids == expected
 
 
+class Ranges:
+    """Behind n tokens, those of [8n + 1, 8n + 9) may come."""
+
+    ended = False
+
+    def __init__(self, count=0):
+        self.count, self.failed = count, None
+
+    def fill(self, words_W):
+        set_ids(words_W, range(8 * self.count + 1, 8 * self.count + 9))
+
+    def accept(self, tokens):
+        self.count += len(tokens)
+
+    def rewind(self, count):
+        self.count -= count
+
+
+def drafted(subject, drafts, params=GREEDY, scored=(), **extra):
+    """The result of a slice that ends in drafts."""
+    tokens = [*PROMPT, *drafts]
+    targets = [*scored, *[SAMPLE] * (1 + len(drafts))]
+    return subject.run(part(1, 0, tokens, subject.table(len(tokens)), targets, params, **extra)).slices[1]
+
+
 @pytest.mark.parametrize("right", [0, 1, 3])
-def test_drafts_are_verified_or_refused(subject, right):
-    """A token after a wrong draft is sampled from another prefix, so it must not be returned."""
-    expected = subject.continued(PROMPT, 4)
-    drafts = [*expected[:right], *(token + 1 for token in expected[right:3])]
-    table = subject.table(23)
-    s = part(1, 0, [*PROMPT, *drafts], table, [SAMPLE] * 4, top=0)
-    if not subject.verifies_drafts:
-        with pytest.raises(NotImplementedError, match="request 1 has drafts"):
-            subject.executor.submit(Plan(1, [s]))
-        return
-    got = subject.run(s).slices[1]
-    assert got.token_ids == expected[: right + 1]
-    assert [record.token_id for record in got.logprobs] == got.token_ids
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.5, top_k=40)], ids=["greedy", "noise"])
+def test_every_row_samples_what_it_would_alone(subject, right, params):
+    """Noise is that of the row's own position, and a row behind a wrong draft samples too."""
+    truth: list[int] = []
+    for _ in range(3):
+        truth += subject.after([*PROMPT, *truth], params).token_ids
+    drafts = [*truth[:right], *(token + 1 for token in truth[right:])]
+    rows = [subject.after([*PROMPT, *drafts[:i]], params).token_ids for i in range(4)]
+    assert drafted(subject, drafts, params).token_ids == [token for [token] in rows]
+    assert [token for [token] in rows][: right + 1] == [*truth, *rows[3]][: right + 1]
+
+
+def test_every_row_has_its_own_edits(subject):
+    drafts = [5, 6, 7]
+    best = [subject.after([*PROMPT, *drafts[:i]]).token_ids[0] for i in range(4)]
+    edits = [None if i == 2 else ban(token) for i, token in enumerate(best)]
+    alone = [subject.after([*PROMPT, *drafts[:i]], edits=[edits[i]]).token_ids[0] for i in range(4)]
+    assert drafted(subject, drafts, edits=edits).token_ids == alone
+    assert [a == b for a, b in zip(alone, best)] == [False, False, True, False]
+
+
+def test_every_row_has_its_own_mask_which_stays_where_it_was(subject):
+    drafts, mask = [3, 12, 20], Ranges()
+    alone = [subject.after([*PROMPT, *drafts[:i]], mask=Ranges(i)).token_ids[0] for i in range(4)]
+    other = part(2, 0, PROMPT[::-1], subject.table(20))
+    unmasked = subject.run(other).slices[2].token_ids
+    s = part(1, 0, [*PROMPT, *drafts], subject.table(23), [SAMPLE] * 4, mask=mask)
+    got = subject.run(s, other).slices
+    assert got[1].token_ids == alone and got[2].token_ids == unmasked
+    assert [token - 1 >> 3 for token in alone] == [0, 1, 2, 3] and mask.count == 0
+
+
+def test_allowed_tokens_hold_for_every_row(subject):
+    params = SamplingParams(temperature=0.0, allowed_token_ids=(9, 33, 60))
+    drafts = [5, 6, 7]
+    alone = [subject.after([*PROMPT, *drafts[:i]], params).token_ids[0] for i in range(4)]
+    assert drafted(subject, drafts, params).token_ids == alone and set(alone) <= {9, 33, 60}
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_every_row_has_its_own_log_probabilities(subject, top):
+    drafts = [5, 6, 7]
+    alone = [subject.after([*PROMPT, *drafts[:i]], top=top).logprobs[0] for i in range(4)]
+    got = drafted(subject, drafts, scored=PROMPT[12:], top=top)
+    assert got.logprobs == alone and [record.token_id for record in got.logprobs] == got.token_ids
+    assert [record.token_id for record in got.scores] == PROMPT[12:]
+
+
+def test_slices_with_drafts_and_without_do_not_disturb_each_other(subject):
+    tokens = {1: [*PROMPT, 5, 6], 2: PROMPT[::-1], 3: [*PROMPT[3:], 8], 4: PROMPT[5:]}
+    samples = {1: 3, 2: 1, 3: 2, 4: 0}
+
+    def parts(*ids):
+        return [part(i, 0, tokens[i], subject.table(len(tokens[i])), [SAMPLE] * samples[i]) for i in ids]
+
+    alone = {i: subject.run(*parts(i)).slices[i].token_ids for i in tokens}
+    together = subject.run(*parts(4, 1, 2, 3)).slices
+    assert {i: together[i].token_ids for i in tokens} == alone
+    assert {i: len(alone[i]) for i in tokens} == samples

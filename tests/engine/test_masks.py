@@ -25,7 +25,10 @@ from headrace.errors import RequestError
 
 
 class ToyMask:
-    """A language drawn from a key: behind each prefix one token, a few, an end, or nothing may come."""
+    """A language drawn from a key: behind each prefix one token, a few, perhaps an end token, or nothing may come.
+
+    Of every fifth key nothing may come behind ten tokens, which only `fill` finds out.
+    """
 
     def __init__(self, key: int, stop_ids: tuple[int, ...], tokens: tuple[int, ...] = ()) -> None:
         self.key, self.stop_ids, self.tokens = key, stop_ids, list(tokens)
@@ -36,27 +39,37 @@ class ToyMask:
         if len(tokens) > 25 or draw.random() < 0.04:
             return []
         ordinary = [token for token in range(VOCAB) if token not in self.stop_ids]
-        return sorted(draw.sample(ordinary, 1 if draw.random() < 0.6 else draw.randrange(2, 12)))
+        found = sorted(draw.sample(ordinary, 1 if draw.random() < 0.6 else draw.randrange(2, 12)))
+        return found + (sorted(self.stop_ids) if len(found) > 1 and draw.random() < 0.2 else [])
+
+    def exhausted(self, tokens: list[int]) -> bool:
+        return self.key % 5 == 0 and len(tokens) > 9
 
     @property
     def ended(self) -> bool:
         return self.failed is None and not self.choices(self.tokens)
 
     def fill(self, words_W: np.ndarray) -> None:
-        if self.key % 5 == 0 and len(self.tokens) > 9:
+        if self.exhausted(self.tokens):
             self.failed = "constraint: the toy has had enough"
+        if self.failed is not None:
             words_W[:] = 0xFFFFFFFF
             return
         words_W[:] = 0
         for token in self.choices(self.tokens):
             words_W[token >> 5] |= np.uint32(1 << (token & 31))
+        if not words_W.any():
+            self.failed = "constraint: nothing may follow"
+            words_W[:] = 0xFFFFFFFF
 
     def accept(self, tokens: Any) -> None:
         for token in tokens:
-            if token not in self.choices(self.tokens):
-                self.failed = f"constraint: {token} is not allowed"
+            if self.failed is not None:
                 return
+            right = token in self.choices(self.tokens) and token not in self.stop_ids
             self.tokens.append(token)
+            if not right:
+                self.failed = f"constraint: {token} is not allowed"
 
     def forced(self) -> list[int]:
         run: list[int] = []
@@ -64,8 +77,21 @@ class ToyMask:
             run += choices
         return run
 
+    def allows(self, tokens: Any) -> int:
+        ahead = list(self.tokens)
+        for token in tokens:
+            late = token in self.stop_ids and ahead != self.tokens
+            if self.failed or late or self.exhausted(ahead) or token not in self.choices(ahead):
+                break
+            ahead.append(token)
+            if token in self.stop_ids:
+                break
+        return len(ahead) - len(self.tokens)
+
     def rewind(self, count: int) -> None:
-        del self.tokens[len(self.tokens) - count :]
+        if count:
+            del self.tokens[len(self.tokens) - count :]
+            self.failed = None
 
     def fork(self) -> ToyMask:
         return ToyMask(self.key, self.stop_ids, tuple(self.tokens))
@@ -150,6 +176,8 @@ def walk(request):
             return output, "error"
         bits = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
         output.append(runner.sample(runner.state(prompt + output), request.seed, 0, None, bits))
+        if output[-1] == EOS:
+            return output, "stop"
         mask.accept(output[-1:])
         if mask.ended:
             return output, "stop"

@@ -19,7 +19,9 @@ from headrace.engine.schedule.sampling import SamplingParams
         "request.spec_token_ids.insert(0, 1)",
         "request.stop_ids[4] = None",
         "request.stop_ids.update({4: None})",
+        "request.spec_token_ids = [4]",
         "request.edits.append(4)",
+        "request.edits.current(2)",
     ],
 )
 def test_a_write_from_another_module_is_detected(write):

@@ -257,6 +257,24 @@ def test_static_batches_enter_and_leave_together():
     assert batches == [{0, 1, 2}, {3, 4, 5}, {6}]
 
 
+def test_spare_is_what_no_prompt_could_use():
+    batching = Sarathi(16, 64)
+    batching.share([1, 3, 1], [0] * 3)
+    assert batching.spare == 11
+    batching.take(4)
+    assert batching.spare == 7
+    batching.share([1, 40, 1], [0] * 3)
+    assert batching.spare == 0
+    cut = Sarathi(2 * TILE + 9, 64)
+    cut.share([1, 1000], [0, 0])
+    assert cut.spare == 0  # the prompt was cut at a tile: what is left of the budget is its next chunk's
+    orca = Orca(16, 64)
+    orca.share([1, 10, 9], [0] * 3)
+    assert orca.spare == 5  # the second prompt is longer, and is never cut
+    orca.share([40], [0])
+    assert orca.spare == 0
+
+
 def test_a_batching_is_made_by_name():
     assert [type(BATCHING[n](8, 4)) for n in ("orca", "sarathi", "static")] == [Orca, Sarathi, Static]
     assert Sarathi(8, 64).seats == 8 and Orca(8, 64).seats == 64

@@ -1,7 +1,9 @@
 """The scheduler with a null runner: whatever the policy, a request's tokens are those it has alone."""
 
+import copy
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -333,8 +335,8 @@ def test_prompt_logprobs_score_every_position_once_and_touch_no_cached_block(bud
 class ShortChunks(Sarathi):
     """Chunks of 8 tokens with budget to spare: others could start while a prompt is half done."""
 
-    def share(self, remaining, drafts):
-        super().share(remaining, drafts)
+    def share(self, remaining, following):
+        super().share(remaining, following)
         granted = [min(count, 8) for count in remaining]
         self._left = self.budget - sum(granted)
         return granted
@@ -441,23 +443,22 @@ def test_edits_are_what_the_formulas_say():
     assert dict(zip(after.token_ids, after.add))[3] == 0.0
 
 
-def test_drafts_are_kept_as_far_as_they_are_accepted():
-    request = Case(0, list(range(10, 19)), SamplingParams(max_tokens=30, ignore_eos=True))
-    expected = alone(request)[0]
-    engine = make(300, 4)
-    engine.scheduler.add(request)
-    got: list[int] = []
-    rng = random.Random(0)
-    while engine.has_work:
-        if got and request.status.value == "running":
-            right = rng.randrange(4)
-            drafts = [*expected[len(got) : len(got) + right], 96, 95][: max(0, 29 - len(got))]
-            engine.scheduler.draft(request.request_id, drafts)
-        for update in engine.step():
-            got += update.token_ids
-        engine.scheduler.check_integrity()
-    assert got == expected and engine.scheduler.stats.steps < 25
-    no_leak(engine.scheduler)
+def test_the_edits_behind_drafts_are_those_of_an_output_with_them_and_leave_the_live_ones():
+    from headrace.engine.schedule.edits import EditState
+
+    params = SamplingParams(
+        min_tokens=3, max_tokens=9, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={5: 2.0}
+    )
+    for penalties in (params, replace(params, repetition_penalty=2.0), SamplingParams(min_tokens=3)):
+        drafts = [5, 6, 5, 7]
+        rows = [EditState(penalties, [3], [1, 5, 1]) for _ in range(5)]
+        for count, state in enumerate(rows):
+            for token in drafts[:count]:
+                state.append(token)
+        live = EditState(penalties, [3], [1, 5, 1])
+        before = copy.deepcopy(live.current(0))
+        assert live.behind(0, drafts) == [state.current(i) for i, state in enumerate(rows)][1:]
+        assert live.after(0, drafts) == rows[4].current(4) and live.current(0) == before
 
 
 def test_a_stop_comes_a_step_late_and_its_overrun_is_discarded():

@@ -113,6 +113,71 @@ def test_forced_tokens_are_the_only_ones_allowed_or_another_spelling_of_the_same
         mask.accept((may[choice % len(may)],))
 
 
+DRAFTED = [
+    *PARAMS,
+    SamplingParams(constraint=Constraint.choice(["red", "red wine", "green"]), min_tokens=3),
+    SamplingParams(constraint=Constraint.regex("[a-z ]{1,30}"), bad_words=("th",), allowed_token_ids=tuple(range(300))),
+    SamplingParams(bad_words=("once",), min_tokens=4),
+]
+
+
+def follow(mask: GrammarMask, choices: list[int], size: int, stops: tuple[int, ...]) -> None:
+    """Go on behind tokens that may come."""
+    for choice in choices:
+        may = [token for token in allowed(mask, size) if token not in stops]
+        if mask.failed or mask.ended or not may:
+            return
+        mask.accept((may[choice % len(may)],))
+
+
+@settings(max_examples=60)
+@given(
+    which=st.integers(0, len(DRAFTED) - 1),
+    stops=st.sampled_from([(0,), (), (0, 7), (7, 12)]),
+    choices=st.lists(st.integers(0, 10**6), max_size=15),
+)
+def test_a_token_is_allowed_where_its_bit_is_set(tokenizer, grammars, which, stops, choices):
+    size = tokenizer.vocab_size + PADDING
+    mask = mask_of(grammars, DRAFTED[which], stops)
+    follow(mask, choices, size, stops)
+    may = allowed(twin := mask.fork(), size)
+    found = [token for token in range(size) if mask.allows((token,))]
+    assert found == ([] if twin.failed else may)
+
+
+@settings(max_examples=80)
+@given(
+    which=st.integers(0, len(DRAFTED) - 1),
+    stops=st.sampled_from([(0,), (), (0, 7)]),
+    choices=st.lists(st.integers(0, 10**6), max_size=12),
+    data=st.data(),
+)
+def test_as_many_tokens_are_allowed_as_may_come_one_by_one(tokenizer, grammars, which, stops, choices, data):
+    """Drafts that are right for a while, and then are not; the mask stays where it was."""
+    size = tokenizer.vocab_size + PADDING
+    mask = mask_of(grammars, DRAFTED[which], stops)
+    follow(mask, choices, size, stops)
+    ahead, drafts = mask.fork(), []
+    for choice in data.draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=8)):
+        may = allowed(ahead, size)
+        if choice % 5 == 0 or ahead.failed:
+            may = list(range(size))
+        drafts.append(may[choice % len(may)])
+        ahead.accept(drafts[-1:])
+    before = state(mask.fork(), size)
+    count, ahead = mask.allows(drafts), mask.fork()
+    for i, token in enumerate(drafts[:count]):
+        may = allowed(ahead, size)  # text that must come next, not at once, may be spelled in another way
+        assert (token in may or (i and ahead.forced() == may)) and ahead.failed is None
+        assert token not in stops or i == 0
+        if token not in stops:
+            ahead.accept((token,))
+    special = any(token in tokenizer.special_ids for token in drafts[: count + 1])
+    if count < len(drafts) and not special and not (count and drafts[0] in stops):
+        assert drafts[count] in stops or drafts[count] not in allowed(ahead, size) or ahead.failed is not None
+    assert state(mask, size) == before
+
+
 @pytest.mark.parametrize("which", range(len(PARAMS)))
 def test_padding_of_the_vocabulary_is_never_allowed(tokenizer, grammars, which):
     size = tokenizer.vocab_size + PADDING

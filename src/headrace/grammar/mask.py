@@ -90,6 +90,29 @@ class GrammarMask:
                 return run[:i]
         return run
 
+    def allows(self, tokens: Sequence[int]) -> int:
+        """See `TokenMask`."""
+        if self._failed is not None or not tokens:
+            return 0
+        if tokens[0] in self._stop_ids:
+            may_end = len(self._tokens) >= self._min_tokens and all(m.is_accepting() for m in self._matchers)
+            return int(may_end and self._is_allowed(tokens[0]))
+        ends = self._stop_ids if self._constraint is None else {*self._stop_ids, self._eos_id}
+        banned = (i for i, token in enumerate(tokens) if token in ends or not self._is_allowed(token))
+        tokens = tokens[: next(banned, len(tokens))]
+        if self._constraint is not None:
+            if self._constraint.is_stopped():
+                return 0
+            tokens = tokens[: self._constraint.validate_tokens(list(tokens))]
+            pairs = enumerate(zip(self._constraint.compute_ff_tokens(), tokens))
+            tokens = tokens[: next((i for i, (must, token) in pairs if must != token), len(tokens))]
+        if self._bad_words is not None:
+            text = next((i for i, token in enumerate(tokens) if token in self._special_ids), len(tokens))
+            if text or not tokens:
+                return self._bad_words.validate_tokens(list(tokens[:text]))
+            return 1  # a special token is no text, and what follows it cannot be checked at once
+        return len(tokens)
+
     def rewind(self, count: int) -> None:
         """See `TokenMask`."""
         if not count:

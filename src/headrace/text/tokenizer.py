@@ -87,6 +87,10 @@ class Tokenizer:
         """One more than the largest id, added tokens included."""
         return self._vocab_size
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @property
     def bos_token_id(self) -> int | None:
         """The id that starts a text, if the tokenizer names one."""

@@ -28,8 +28,8 @@ class Batch:
     """Per row with logits: `SAMPLE` or the known token to score."""
     sample_rows: list[int]
     """Which of the R rows are sampled, in the order of the slices."""
-    sampled: list[Slice]
-    """The slices of these rows."""
+    sampled: list[tuple[Slice, int]]
+    """The slice of each of these rows, and the drafts of it that the row has seen."""
     previous: list[tuple[int, int]]
     """(row of ids_T, request id): the token is the one sampled for this request by the step before."""
     params: SampleParams
@@ -68,7 +68,7 @@ class BatchBuilder:
         previous = [(int(row), slices[sequence[row]].request_id) for row in np.flatnonzero(ids == PREVIOUS)]
         targets = [t for s in slices for t in s.targets]
         rows = [end - len(s.targets) + i for s, end in zip(slices, ends) for i in range(len(s.targets))]
-        sampled = [s for s in slices if s.targets and s.targets[-1] == SAMPLE]
+        sampled = [(s, row) for s in slices for row in range(s.samples)]
         return Batch(
             inputs=Inputs(
                 self._tensor(ids),
@@ -91,11 +91,12 @@ class BatchBuilder:
             row[:used] = s.block_table[:used]
         return table
 
-    def _edits(self, sampled: Sequence[Slice]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        edited = [(row, s.edits) for row, s in enumerate(sampled) if s.edits is not None]
+    def _edits(self, sampled: Sequence[tuple[Slice, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        each = ((at, s.edits[row]) for at, (s, row) in enumerate(sampled) if s.edits)
+        edited = [(at, edits) for at, edits in each if edits is not None]
         if not edited:
             return None
-        rows = np.repeat([row for row, _ in edited], [len(e.token_ids) for _, e in edited])
+        rows = np.repeat([at for at, _ in edited], [len(e.token_ids) for _, e in edited])
         ids = np.concatenate([np.asarray(e.token_ids, np.int64) for _, e in edited])
         divide = np.concatenate([np.asarray(e.divide, np.float32) for _, e in edited])
         add = np.concatenate([np.asarray(e.add, np.float32) for _, e in edited])
@@ -105,8 +106,8 @@ class BatchBuilder:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-def _sample_params(sampled: Sequence[Slice]) -> SampleParams:
-    params = [s.params for s in sampled]
+def _sample_params(sampled: Sequence[tuple[Slice, int]]) -> SampleParams:
+    params = [s.params for s, _ in sampled]
 
     def column(values: list[float] | list[int], dtype: type) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype))
@@ -116,7 +117,7 @@ def _sample_params(sampled: Sequence[Slice]) -> SampleParams:
         top_k_R=column([p.top_k for p in params], np.int64),
         top_p_R=column([p.top_p for p in params], np.float32),
         min_p_R=column([p.min_p for p in params], np.float32),
-        seed_R=torch.from_numpy(np.asarray([s.seed & WORD for s in sampled], np.uint64).view(np.int64)),
-        choice_R=column([s.choice for s in sampled], np.int64),
-        position_R=column([s.start + len(s.token_ids) for s in sampled], np.int64),
+        seed_R=torch.from_numpy(np.asarray([s.seed & WORD for s, _ in sampled], np.uint64).view(np.int64)),
+        choice_R=column([s.choice for s, _ in sampled], np.int64),
+        position_R=column([s.start + len(s.token_ids) - s.samples + 1 + row for s, row in sampled], np.int64),
     )

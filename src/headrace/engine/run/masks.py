@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from headrace.engine.run.words import set_ids
-from headrace.engine.schedule.plan import SAMPLE, Slice
+from headrace.engine.schedule.plan import Slice
 
-__all__ = ["MaskFiller", "MaskRows"]
+__all__ = ["MaskFiller", "MaskRows", "fill_rows"]
 
 MaskRows = tuple[Tensor, Tensor]
 """(row among the sampled ones, packed words), as `Ops.mask_logits_` takes them."""
@@ -31,29 +31,52 @@ class MaskFiller:
 
     def start(self, slices: Sequence[Slice]) -> Callable[[], MaskRows | None]:
         """Begin to fill the rows of a plan's slices that sample; the result waits for them. None: none has a mask."""
-        sampled = (s for s in slices if s.targets and s.targets[-1] == SAMPLE)
-        masked = [
-            (row, s) for row, s in enumerate(sampled) if s.mask is not None or s.params.allowed_token_ids is not None
-        ]
+        masked: list[Slice] = []
+        rows: list[int] = []
+        count = 0
+        for s in slices:
+            samples = s.samples
+            if samples and (s.mask is not None or s.params.allowed_token_ids is not None):
+                masked.append(s)
+                rows += range(count, count + samples)
+            count += samples
         if not masked:
             return lambda: None
-        words_EW = np.zeros((len(masked), self._words), np.uint32)
-        future: Future[None] = self._thread.submit(self._fill, [s for _, s in masked], words_EW)
-        rows = torch.from_numpy(np.asarray([row for row, _ in masked], np.int64))
+        words_EW = np.zeros((len(rows), self._words), np.uint32)
+        future: Future[None] = self._thread.submit(self._fill, masked, words_EW)
+        rows_E = torch.from_numpy(np.asarray(rows, np.int64))
 
         def result() -> MaskRows:
             began = time.perf_counter()
             future.result()
             self.waited += time.perf_counter() - began
-            return rows.to(self._device), torch.from_numpy(words_EW.view(np.int32)).to(self._device)
+            return rows_E.to(self._device), torch.from_numpy(words_EW.view(np.int32)).to(self._device)
 
         return result
 
     def _fill(self, slices: Sequence[Slice], words_EW: np.ndarray) -> None:
         began = time.perf_counter()
-        for s, words_W in zip(slices, words_EW):
-            if s.mask is not None:
-                s.mask.fill(words_W)
-            elif s.params.allowed_token_ids is not None:
-                set_ids(words_W, s.params.allowed_token_ids)
+        row = 0
+        for s in slices:
+            fill_rows(s, words_EW[row : row + s.samples])
+            row += s.samples
         self.seconds += time.perf_counter() - began
+
+
+def fill_rows(s: Slice, words_NW: np.ndarray) -> None:
+    """Fill zeroed words for the rows of a slice that sample: each accounts for the drafts before it."""
+    mask, accepted = s.mask, 0
+    if mask is None:
+        assert s.params.allowed_token_ids is not None
+        set_ids(words_NW[0], s.params.allowed_token_ids)
+        words_NW[1:] = words_NW[0]
+        return
+    mask.fill(words_NW[0])
+    for draft, words_W in zip(s.drafts, words_NW[1:]):
+        if mask.failed is not None:
+            words_W[:] = 0xFFFFFFFF  # nothing counts here: the scheduler asks the mask again
+            continue
+        mask.accept((draft,))
+        accepted += 1
+        mask.fill(words_W)
+    mask.rewind(accepted)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.engine.schedule.accept import accepted
-from headrace.engine.schedule.mask import TokenMask
+from headrace.engine.run.masks import fill_rows
 from headrace.engine.schedule.plan import (
     PREVIOUS,
     SAMPLE,
@@ -150,13 +149,19 @@ class NullRunner:
             before = state
 
     def _outcome(self, s: Slice, states: list[int]) -> SliceResult:
-        """Score and sample the last rows; of what they sample, return what the drafts allow."""
+        """Score and sample the last rows."""
         got = SliceResult([])
         rows = states[len(states) - len(s.targets) :]
         sampling = [state for state, target in zip(rows, s.targets) if target == SAMPLE]
-        allowed = s.params.allowed_token_ids if s.mask is None else self._allowed(s.mask)
-        sampled = [self.sample(state, s.seed, s.choice, s.edits, allowed) for state in sampling]
-        got.token_ids = sampled[: accepted(s, sampled)]
+        edits = s.edits or [None] * len(sampling)
+        masks: list[Sequence[int] | None] = [s.params.allowed_token_ids] * len(sampling)
+        if s.mask is not None:
+            words_NW = np.zeros((len(sampling), -(-self.vocab_size // 32)), np.uint32)
+            fill_rows(s, words_NW)
+            masks = [self._allowed(words_W) for words_W in words_NW]
+        got.token_ids = [
+            self.sample(state, s.seed, s.choice, edit, allowed) for state, edit, allowed in zip(sampling, edits, masks)
+        ]
         if got.token_ids:
             self._last[s.request_id] = got.token_ids[-1]
         if s.top is not None:
@@ -165,9 +170,7 @@ class NullRunner:
             got.logprobs = [self._logprobs(state, token, s.top) for state, token in zip(sampling, got.token_ids)]
         return got
 
-    def _allowed(self, mask: TokenMask) -> list[int]:
-        words_W = np.zeros(-(-self.vocab_size // 32), np.uint32)
-        mask.fill(words_W)
+    def _allowed(self, words_W: np.ndarray) -> list[int]:
         bits = np.unpackbits(words_W.view(np.uint8), bitorder="little")[: self.vocab_size]
         return [int(token) for token in np.flatnonzero(bits)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,15 @@ from headrace.engine.run.frames import frame, step_frame
 from headrace.engine.run.masks import MaskFiller, MaskRows
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.shard import ModelShard
-from headrace.engine.schedule.accept import draft_tokens
 from headrace.engine.schedule.plan import SAMPLE, Plan, Slice, SliceResult, StepResult, TokenLogprobs
 from headrace.errors import ConfigError, HeadraceError
 from headrace.model.huggingface import check_weights, fill_weights, load_weights
 from headrace.model.transformer import Transformer
 
-__all__ = ["Handle", "Runner"]
+__all__ = ["Handle", "RowSampler", "Runner"]
+
+RowSampler = Callable[[Tensor, Batch], Tensor]
+"""(logits of the rows that sample, after edits and masks; the batch) → a token id (int64) for each."""
 
 
 @dataclass(slots=True)
@@ -47,24 +49,19 @@ class _Logprobs:
 class Runner:
     """Executes plans in the order they are submitted. One thread owns it: kernels are not re-entrant."""
 
-    def __init__(self, shard: ModelShard, ranks: Ranks) -> None:
-        """`shard` is rank 0's; `ranks` sends each step to the other ranks."""
+    def __init__(self, shard: ModelShard, ranks: Ranks, sampler: RowSampler | None = None) -> None:
+        """`shard` is rank 0's; `ranks` sends each step to the other ranks. `sampler` None is `Ops.sample`."""
         self.model, self.ops, self.store = shard.model, shard.ops, shard.store
         self._shard = shard
         self.ranks = ranks
         self._builder = BatchBuilder(shard.store.block_size, shard.ops.device)
         self.masks = MaskFiller(shard.model.config.vocab_size, shard.ops.device)
+        self._sampler = sampler or (lambda logits_RV, batch: self.ops.sample(logits_RV, batch.params))
         self._sampled: dict[int, int] = {}
         self._last: Tensor | None = None
 
     def submit(self, plan: Plan) -> Handle:
-        """Start one step. Blocks move first: out to the host, in from it, then copy-on-write.
-
-        Raises `NotImplementedError`, before anything moves, for a slice with drafts: this runner does not verify them.
-        """
-        for s in plan.slices:
-            if len(s.targets) > 1 and draft_tokens(s):
-                raise NotImplementedError(f"request {s.request_id} has drafts, which this runner does not verify")
+        """Start one step. Blocks move first: out to the host, in from it, then copy-on-write."""
         masks = self.masks.start(plan.slices)  # first: a core is idle while this thread packs the step
         moves = BlockMoves(plan.swap_out, plan.swap_in, plan.copies)
         batch = self._builder.build(plan) if plan.slices else None
@@ -77,7 +74,7 @@ class Runner:
             return Handle(plan, None, None, None)
         logits_RV = self.logits(batch)
         sampled, logprobs = self._finish(batch, logits_RV, plan.slices, masks())
-        self._sampled = {s.request_id: row for row, s in enumerate(batch.sampled)}
+        self._sampled = {s.request_id: row for row, (s, _) in enumerate(batch.sampled)}
         self._last = sampled
         return Handle(plan, batch, sampled, logprobs)
 
@@ -164,7 +161,7 @@ class Runner:
                 self.ops.edit_logits_(picked_RV, *batch.edits)
             if masks is not None:
                 self.ops.mask_logits_(picked_RV, *masks)
-            sampled = self.ops.sample(picked_RV, batch.params)
+            sampled = self._sampler(picked_RV, batch)
         return sampled, self._score(batch, logits_RV, sampled, max(tops)) if tops else None
 
     def _score(self, batch: Batch, logits_RV: Tensor, sampled: Tensor | None, k: int) -> _Logprobs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from headrace.engine.schedule.plan import LogitEdits
 from headrace.engine.schedule.sampling import SamplingParams
@@ -63,6 +63,29 @@ class EditState:
             for token in self._stop_ids:
                 self._refresh(token)
         return self._edits if self._edits.token_ids else None
+
+    def behind(self, num_output: int, drafts: Sequence[int]) -> list[LogitEdits | None]:
+        """The edits for the token behind each draft, if all up to it follow `num_output` output tokens."""
+        ahead, rows = self.fork(), []
+        for count, token in enumerate(drafts, num_output + 1):
+            ahead.append(token)
+            edits = ahead.current(count)
+            rows.append(None if edits is None else edits.copy())
+        return rows
+
+    def after(self, num_output: int, drafts: Sequence[int]) -> LogitEdits | None:
+        """The edits for the token behind all of these drafts, which follow `num_output` output tokens."""
+        ahead = self.fork()
+        for token in drafts:
+            ahead.append(token)
+        return ahead.current(num_output + len(drafts))
+
+    def fork(self) -> EditState:
+        """An independent copy."""
+        twin = EditState.__new__(EditState)
+        twin._params, twin._stop_ids, twin._banned = self._params, self._stop_ids, self._banned
+        twin._edits, twin._at, twin._counts = self._edits.copy(), dict(self._at), dict(self._counts)
+        return twin
 
     def _entry(self, token: int) -> int:
         at = self._at.get(token)

@@ -43,6 +43,10 @@ class TokenMask(Protocol):
         """The tokens of the text that must come next, spelled as the tokenizer does; empty where there is a choice."""
         ...
 
+    def allows(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens, from the first on, may follow; one that ends the output only as the first."""
+        ...
+
     def rewind(self, count: int) -> None:
         """Take back the last `count` tokens."""
         ...

@@ -28,6 +28,10 @@ class LogitEdits:
     divide: list[float]
     add: list[float]
 
+    def copy(self) -> LogitEdits:
+        """The same edits in lists of their own."""
+        return LogitEdits(list(self.token_ids), list(self.divide), list(self.add))
+
 
 @dataclass(slots=True)
 class Slice:
@@ -35,7 +39,7 @@ class Slice:
 
     `block_table` covers positions [0, start + len(token_ids)). The last `len(targets)` rows get logits: a target
     ≥ 0 scores that known token (prompt log-probabilities), `SAMPLE` draws the token at the row's position + 1.
-    A slice in the middle of a prompt has no targets.
+    A slice in the middle of a prompt has no targets; one that ends in γ drafts samples γ + 1 rows.
     """
 
     request_id: int
@@ -46,11 +50,23 @@ class Slice:
     params: SamplingParams
     seed: int
     choice: int
-    edits: LogitEdits | None = None
+    edits: list[LogitEdits | None] = field(default_factory=list)
+    """One for each row that samples; none at all where the request has no edits."""
     mask: TokenMask | None = None
-    """What may be sampled; it accounts for `params.allowed_token_ids` too."""
+    """What the first of these rows may sample; it accounts for `params.allowed_token_ids` too."""
     top: int | None = None
     """How many best tokens to report beside each sampled or scored one; None for no log-probabilities at all."""
+
+    @property
+    def samples(self) -> int:
+        """Rows that sample."""
+        return self.targets.count(SAMPLE)
+
+    @property
+    def drafts(self) -> list[int]:
+        """The drafts: the last tokens, one fewer than the rows that sample."""
+        count = self.samples - 1
+        return self.token_ids[len(self.token_ids) - count :] if count > 0 else []
 
 
 @dataclass(slots=True)
@@ -87,7 +103,10 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class SliceResult:
-    """A slice's result: sampled tokens (0..k) and, where asked, log-probabilities of sampled and scored ones."""
+    """A slice's result: a token for each row that samples and, where asked, log-probabilities of all rows.
+
+    Behind drafts, a row's token counts only where the drafts before it are what was sampled; the scheduler decides.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -6,6 +6,7 @@ add ──> waiting ──seat──> running ──grant──> (a plan in flig
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,10 +15,11 @@ from headrace.cache.manager import CachedSequence, CacheManager
 from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.limits import RequestLimits
 from headrace.engine.schedule.mask import MaskFactory, no_masks, replay
-from headrace.engine.schedule.plan import Plan, SliceResult
+from headrace.engine.schedule.plan import LogitEdits, Plan, SliceResult
 from headrace.engine.schedule.policies import Policy
 from headrace.engine.schedule.request import Request, RequestUpdate, Status
-from headrace.engine.schedule.slices import make_slice
+from headrace.engine.schedule.slices import add_drafts, make_slice
+from headrace.engine.schedule.speculator import Speculator
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import RequestError
 
@@ -36,6 +38,8 @@ class Grant(NamedTuple):
     """Rows sampled at the end."""
     prompt_scores: int
     """Rows that score a token of the prompt; the rows behind them that are scored have a forced one."""
+    drafts: Sequence[int] = ()
+    """The tokens at the last positions, which are known only as far as they are accepted."""
 
 
 class RequestPool:
@@ -53,10 +57,11 @@ class RequestPool:
         swap: bool,
         masks: MaskFactory = no_masks,
         stepwise: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
         """`seats` requests run at once. `swap`: preempted requests move to the host where it has room.
 
-        `stepwise`: each forced token is computed in a step of its own.
+        `stepwise`: each forced token is computed in a step of its own. `speculator` learns every new token.
         """
         self.cache = cache
         self.policy = policy
@@ -72,7 +77,10 @@ class RequestPool:
         self._swap = swap
         self._masks = masks
         self._stepwise = stepwise
-        self._grants: list[Grant] = []
+        self._speculator = speculator
+        self.num_drafting = 0
+        """Unfinished requests for which the speculator may draft."""
+        self.grants: list[Grant] = []  # of the plan being made, in the order of its slices
         self._arrivals = 0
 
     # ---- requests come and go
@@ -99,6 +107,7 @@ class RequestPool:
         request.arrival = self._arrivals
         self._arrivals += 1
         self.requests[request.request_id] = request
+        self.num_drafting += self._speculator is not None and self._speculator.wants(request)
         insort(self.waiting, request, key=self.policy.key)
 
     def _constrain(self, request: Request) -> None:
@@ -125,6 +134,9 @@ class RequestPool:
         if not request.is_beam:  # a beam is part of a search, which is the request
             self.counters.finished[reason] += 1
         del self.requests[request.request_id]
+        if self._speculator is not None:
+            self.num_drafting -= self._speculator.wants(request)
+            self._speculator.finish(request)
 
     def fork(self, parent_id: int, child: Request) -> None:
         """Add `child`, which shares the blocks of the parent's computed tokens; see `Scheduler.fork`."""
@@ -144,10 +156,6 @@ class RequestPool:
         request.token_ids.extend(token_ids)
         request.cumulative_logprob = cumulative_logprob
         request.parked = False
-
-    def draft(self, request_id: int, token_ids: Sequence[int]) -> None:
-        """Set the tokens that are computed behind the known ones, and kept as far as they are accepted."""
-        self.requests[request_id].spec_token_ids = list(token_ids)
 
     # ---- seats
 
@@ -202,7 +210,6 @@ class RequestPool:
         for request in self.waiting:
             self.cache.release(request.kv)
             request.num_computed_tokens = 0
-            request.spec_token_ids = []
             request.cache_key = request.cache_key._replace(weights_version=version)
             request.kv = CachedSequence(request.cache_key)
         self.cache.reset()
@@ -216,7 +223,6 @@ class RequestPool:
         self.running.remove(request)
         request.status = Status.PREEMPTED
         request.epoch += 1
-        request.spec_token_ids = []
         insort(self.waiting, request, key=self.policy.key)
 
     # ---- tokens: planned, then computed
@@ -230,28 +236,43 @@ class RequestPool:
         self.cache.grow(kv, end, request.reserve)
         self.cache.commit(kv, request.token_ids, known)
         samples = 0 if request.closing else max(end - (known + request.num_pending) + 1, 0)
-        edits = None
+        edits: list[LogitEdits | None] = []
         if samples and request.edits is not None:
-            edits = request.edits.current(known + request.num_pending - request.num_prompt_tokens)
+            edits = [request.edits.current(known + request.num_pending - request.num_prompt_tokens)]
         plan.slices.append(make_slice(request, start, end, samples, edits))
         prompt_scores = max(min(end, request.num_prompt_tokens - 1) - max(start, request.num_scored), 0)
         if request.num_scored < request.score_end:
             request.num_scored = max(request.num_scored, min(end, request.score_end))
         if samples:
             request.num_pending += 1
-        self._grants.append(Grant(request, request.epoch, start, end, samples, prompt_scores))
+        self.grants.append(Grant(request, request.epoch, start, end, samples, prompt_scores))
         self.counters.scheduled_tokens += count
+
+    def draft(self, index: int, tokens: Sequence[int], plan: Plan) -> None:
+        """Put drafts behind a grant, which has blocks for them, up to one that cannot come or ends the output."""
+        grant, request = self.grants[index], self.grants[index].request
+        drafts = list(itertools.takewhile(lambda token: token not in request.stop_ids, tokens))
+        if request.mask is not None:
+            drafts = drafts[: request.mask.allows(drafts)]
+        end = grant.end + len(drafts)
+        self._rewind(request, end)
+        if drafts:
+            edits = request.edits.behind(request.num_output_tokens, drafts) if request.edits is not None else []
+            add_drafts(plan.slices[index], drafts, edits)
+            request.spec_token_ids = drafts
+            self.grants[index] = grant._replace(end=end, samples=1 + len(drafts), drafts=drafts)
+            self.counters.scheduled_tokens += len(drafts)
 
     def written(self, request: Request) -> int:
         """Tokens of a running request that earlier plans compute: what a copy in this plan may read."""
-        for grant in self._grants:
+        for grant in self.grants:
             if grant.request is request:
                 return grant.start
         return request.kv.num_tokens
 
     def take_grants(self) -> list[Grant]:
         """What was granted since the last call: the grants of one plan."""
-        grants, self._grants = self._grants, []
+        grants, self.grants = self.grants, []
         return grants
 
     def complete(self, grant: Grant, result: SliceResult | None) -> RequestUpdate | None:
@@ -259,12 +280,13 @@ class RequestPool:
 
         A beam gets no tokens here: its search chooses them.
         """
-        request, epoch, start, end, samples, prompt_scores = grant
+        request, epoch, start, end, samples, prompt_scores, drafts = grant
         if request.status is Status.FINISHED:
             self.counters.discarded_tokens += end - start
             return None
         if samples:
             request.num_pending -= 1
+            request.spec_token_ids = []
         if request.epoch == epoch:
             request.num_computed_tokens = end
         if result is None or not (result.token_ids or result.scores or request.closing):
@@ -281,43 +303,77 @@ class RequestPool:
             request.parked = samples > 0
             return update
         if result.token_ids:
-            stand = self._absorb(request, result.token_ids)
+            known = len(request.token_ids)
+            stand = self._absorb(request, result.token_ids, drafts)
             update.logprobs = update.logprobs[: len(update.logprobs) - len(result.token_ids) + stand]
-            if samples > 1 and not request.closing:  # take back the drafts that were not accepted
-                computed = request.num_tokens - request.num_forced - 1
-                request.spec_token_ids = []
-                self.cache.rewind(request.kv, computed)
-                request.num_computed_tokens = min(request.num_computed_tokens, computed)
+            self._settle(request, drafts, known, update)
         self._give(request, update, end)
         return update
 
-    def _absorb(self, request: Request, sampled: Sequence[int]) -> int:
-        """Append sampled tokens, up to one that ends the output, and the forced ones behind; returns how many stand."""
-        tokens, edits, mask = request.token_ids, request.edits, request.mask
-        last = request.num_prompt_tokens + request.max_output
+    def _absorb(self, request: Request, sampled: Sequence[int], drafts: Sequence[int]) -> int:
+        """Append sampled and forced tokens while the drafts are the same, up to the end of the output.
+
+        Row i has seen the first i drafts, so what it sampled counts where these are the new tokens so far. Returns how
+        many rows count.
+        """
+        known, mask = len(request.token_ids), request.mask
         if mask is not None and mask.failed:
             request.closing, request.stop_reason = "error", mask.failed
             return 0
-        request.num_forced, count = 0, 0
-        while count < len(sampled) and not request.closing:
-            token = sampled[count]
-            count += 1
-            tokens.append(token)
-            if edits is not None:
-                edits.append(token)
-            if token in request.stop_ids:
-                request.closing, request.stop_reason = "stop", request.stop_ids[token]
-            elif mask is not None:
-                mask.accept((token,))
-                self._close_at_end(request)
-            elif len(tokens) >= last:
+        rows = row = 0
+        while not request.closing and row <= len(drafts) and request.token_ids[known:] == list(drafts[:row]):
+            if row and mask is not None and not mask.allows((sampled[row],)):
+                break  # nothing may come here, as the next step finds
+            self._append(request, sampled[row])
+            rows, row = rows + 1, len(request.token_ids) - known
+            if request.num_forced and request.top is not None:
+                break  # the forced tokens need scores, which a row that samples does not give
+        return rows
+
+    def _append(self, request: Request, token: int) -> None:
+        """Append one sampled token, and the forced ones behind it."""
+        tokens, mask = request.token_ids, request.mask
+        request.num_forced = 0
+        tokens.append(token)
+        if request.edits is not None:
+            request.edits.append(token)
+        if token in request.stop_ids:
+            request.closing, request.stop_reason = "stop", request.stop_ids[token]
+        elif mask is None:
+            if request.num_output_tokens >= request.max_output:
                 request.closing = "length"
-        if mask is not None and not request.closing:
-            request.num_scored = max(request.num_scored, len(tokens) - 1)
-            run = mask.forced() if request.params.jump_forward else []
-            mask.accept(run)
-            self._extend_forced(request, run)
-        return count
+        else:
+            mask.accept((token,))
+            self._close_at_end(request)
+            if not request.closing:
+                request.num_scored = max(request.num_scored, len(tokens) - 1)
+                run = mask.forced() if request.params.jump_forward else []
+                mask.accept(run)
+                self._extend_forced(request, run)
+
+    def _settle(self, request: Request, drafts: Sequence[int], known: int, update: RequestUpdate) -> None:
+        """Take back the KV of drafts that are not the tokens behind the `known` ones, and count those that are."""
+        accepted = 0
+        if drafts:
+            new = request.token_ids[known:]
+            accepted = next((i for i, (a, b) in enumerate(zip(drafts, new)) if a != b), min(len(drafts), len(new)))
+            computed = min(known + accepted, len(request.token_ids) - 1)  # the last one's row is to sample
+            if request.num_forced and request.top is not None:
+                computed = min(computed, request.num_scored)
+            self._rewind(request, computed)
+            request.num_computed_tokens = min(request.num_computed_tokens, computed)
+            request.drafted_tokens += len(drafts)
+            request.accepted_tokens += accepted
+            self.counters.count_drafts(len(drafts), accepted)
+            update.drafted, update.accepted = len(drafts), accepted
+        if self._speculator is not None and self.num_drafting:
+            self._speculator.learn(request, drafts, accepted)
+
+    def _rewind(self, request: Request, num_tokens: int) -> None:
+        """Take back the KV behind `num_tokens`. What the request has reserved stays with it."""
+        self.cache.rewind(request.kv, num_tokens)
+        if request.reserve and request.kv.blocks:
+            self.cache.grow(request.kv, request.kv.num_tokens, request.reserve)
 
     def _extend_forced(self, request: Request, run: Sequence[int]) -> None:
         """Append forced tokens, which the mask has accepted, as far as the output may go."""
@@ -370,7 +426,7 @@ class RequestPool:
     def check_integrity(self, in_flight: Sequence[Grant]) -> None:
         """Raise AssertionError unless queues, requests, blocks and the grants in flight agree. For tests: slow."""
         self.cache.check_integrity([request.kv for request in self.requests.values()])
-        assert not self._grants, "a grant that no plan carries"
+        assert not self.grants, "a grant that no plan carries"
         assert {r.request_id for r in (*self.running, *self.waiting)} == set(self.requests), "a request in no queue"
         assert len(self.running) + len(self.waiting) == len(self.requests), "a request in two queues"
         assert len(self.running) <= self.seats, "more running than seats"

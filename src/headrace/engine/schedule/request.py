@@ -45,6 +45,9 @@ class RequestUpdate:
     stop_reason: int | str | None = None
     stop_token: bool = False
     """Whether the last token ended the output, and is no part of its text."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafts of the step, and how many of them became output tokens."""
 
 
 class Request:
@@ -57,11 +60,13 @@ class Request:
     """
 
     __slots__ = (
+        "accepted_tokens",
         "arrival",
         "cache_key",
         "choice",
         "closing",
         "cumulative_logprob",
+        "drafted_tokens",
         "edits",
         "epoch",
         "finish_reason",
@@ -120,7 +125,7 @@ class Request:
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
         self.spec_token_ids: list[int] = []
-        """Drafts after the known tokens: computed with them, kept only as far as they are accepted."""
+        """Drafts behind the known tokens, which a plan in flight computes; kept as far as they are accepted."""
         self.num_computed_tokens = self.num_pending = self.num_cached_tokens = 0
         """The last: prompt tokens that the first admission found computed."""
         scores = params.prompt_logprobs is not None and not choice and not output_token_ids
@@ -132,11 +137,11 @@ class Request:
         self.stop_reason: int | str | None = None
         self.cumulative_logprob, self.arrival = 0.0, -1
         self.epoch = 0
-        """Preemptions so far. A result planned in an earlier epoch still has valid tokens, but its KV is gone."""
+        """Preemptions so far. An earlier epoch's result still has valid tokens, but its KV is gone."""
         self.parked = False
         """A beam whose search has its log-probabilities and has not chosen its next token."""
-        self.overtaken = self.prefix_waits = 0
-        """Steps in which later requests were seated before it; in which it waited for a prefix being computed."""
+        self.overtaken = self.prefix_waits = self.drafted_tokens = self.accepted_tokens = 0
+        """Steps in which later ones came first; that it waited for a prefix. Its drafts; those that became output."""
         self.max_output = self.reserve = 0
         """Output tokens after which it ends by length; tokens for which it takes blocks at admission, if it does."""
         self.serial = params.follows_output
@@ -202,20 +207,17 @@ class Request:
         """Whether a beam search, not the sampler, chooses the next token."""
         return self.params.beam_width > 0
 
-    @property
-    def num_following(self) -> int:
-        """Tokens that a decode computes behind the last sampled one: forced ones and drafts."""
-        return self.num_forced + len(self.spec_token_ids)
-
     def remaining(self) -> int:
-        """Known, pending and draft tokens that no plan computes yet: what the next step may be granted.
+        """Known and pending tokens that no plan computes yet: what the next step may be granted.
 
-        0 while the next token must wait for a result: its distribution depends on it, or it may be the last.
+        0 while the next token must wait for a result: its distribution depends on it, it may be the last, or it comes
+        behind drafts.
         """
         known = len(self.token_ids) - self.kv.num_tokens
         if self.num_pending == 0:
-            span = self.next_span(self.kv.num_tokens)
-            return span + len(self.spec_token_ids) if span == known else span
+            return self.next_span(self.kv.num_tokens)
+        if self.spec_token_ids:
+            return 0
         if self.serial or known + self.num_pending > 1:
             return max(known, 0)
         if len(self.token_ids) + self.num_pending - self.num_prompt_tokens >= self.max_output:

@@ -60,6 +60,9 @@ class SamplingParams:
     the model's distribution renormalised over what is allowed behind its prefix, which is not the model's distribution
     given that the whole text is valid.
 
+    `prediction` are tokens that the output may be like, such as those of a text to be edited: what they say is drafted,
+    which changes the speed and never a token.
+
     With `beam_width` > 0 the request is a beam search: `n` best beams come back, ranked by
     Σ logprob / length ** length_penalty; the sampling fields above do not apply.
     """
@@ -90,11 +93,12 @@ class SamplingParams:
     constraint: Constraint | None = None
     bad_words: tuple[str, ...] = ()
     jump_forward: bool = True
+    prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "bad_words", "shown_special_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "shown_special_ids", "prediction"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
@@ -150,9 +154,11 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, place=" key")
             _number("logit_bias", bias, -100.0, 100.0, place=f"[{token}]")
-        for name in ("stop_token_ids", "shown_special_ids"):
-            for i, token in enumerate(getattr(self, name)):
-                _integer(name, token, 0, place=f"[{i}]")
+        for name in ("stop_token_ids", "shown_special_ids", "prediction"):
+            ids = getattr(self, name)
+            if not all(type(token) is int and token >= 0 for token in ids):  # a prediction may be long
+                for i, token in enumerate(ids):
+                    _integer(name, token, 0, place=f"[{i}]")
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
             _check(
@@ -180,6 +186,12 @@ class SamplingParams:
             not (self.masked and self.beam_width),
             name,
             f"{{{name}}} cannot be honoured by a beam search: leave one of them out",
+        )
+
+        _check(
+            not (self.prediction and self.beam_width),
+            "prediction",
+            "{prediction} does not go with a beam search, which drafts nothing: leave one of them out",
         )
 
     @property

@@ -17,12 +17,14 @@ from headrace.config import CacheConfig
 from headrace.engine.schedule.admission import Admission
 from headrace.engine.schedule.batching import BATCHING, Batching
 from headrace.engine.schedule.config import SchedulerConfig
+from headrace.engine.schedule.drafting import Drafting
 from headrace.engine.schedule.limits import RequestLimits
 from headrace.engine.schedule.mask import MaskFactory, no_masks
 from headrace.engine.schedule.plan import Plan, StepResult
 from headrace.engine.schedule.policies import POLICIES
 from headrace.engine.schedule.pool import Grant, RequestPool
 from headrace.engine.schedule.request import Request, RequestUpdate, Status
+from headrace.engine.schedule.speculator import Speculator
 from headrace.engine.schedule.stats import SchedulerStats
 
 __all__ = ["Scheduler"]
@@ -45,10 +47,11 @@ class Scheduler:
         num_blocks: int = 0,
         batching: Batching | None = None,
         masks: MaskFactory = no_masks,
+        speculator: Speculator | None = None,
     ) -> None:
         """`max_model_len` is cut to what the KV cache can hold for one request. `host_slots` blocks of host memory
         take what `preemption="swap"` moves out. `batching` replaces the policy that `config` names. `masks` builds the
-        masks of constrained requests.
+        masks of constrained requests. `speculator` proposes drafts.
         """
         self.cache = CacheManager(num_blocks or cache.num_blocks, cache.block_size, host_slots, cache.prefix_caching)
         self.batching = batching or BATCHING[config.batching](config.max_num_batched_tokens, config.max_num_seqs)
@@ -58,8 +61,16 @@ class Scheduler:
         policy = POLICIES[config.policy](config.lpm_patience)
         swap = config.preemption == "swap"
         self.pool = RequestPool(
-            self.cache, policy, self.limits, self.batching.seats, swap, masks, config.jump_forward == "stepwise"
+            self.cache,
+            policy,
+            self.limits,
+            self.batching.seats,
+            swap,
+            masks,
+            config.jump_forward == "stepwise",
+            speculator,
         )
+        self._drafting = None if speculator is None else Drafting(self.pool, self.batching, speculator)
         self._admission = Admission(self.pool, self.batching, config.prefix_patience)
         self._in_flight: deque[tuple[Plan, list[Grant]]] = deque()
 
@@ -95,10 +106,6 @@ class Scheduler:
     def extend(self, request_id: int, token_ids: Sequence[int], cumulative_logprob: float) -> None:
         """Append tokens that a beam search has chosen; `cumulative_logprob` is that of the whole output."""
         self.pool.extend(request_id, token_ids, cumulative_logprob)
-
-    def draft(self, request_id: int, token_ids: Sequence[int]) -> None:
-        """Set a request's drafts: the next step computes them, and they are kept as far as they are accepted."""
-        self.pool.draft(request_id, token_ids)
 
     @property
     def requests(self) -> Mapping[int, Request]:
@@ -173,7 +180,7 @@ class Scheduler:
         pool, cache = self.pool, self.cache
         running = tuple(pool.running)
         remaining = [request.remaining() for request in running]
-        granted = self.batching.share(remaining, [request.num_following for request in running])
+        granted = self.batching.share(remaining, [request.num_forced for request in running])
         crowded = False
         for request, count in zip(running, granted):
             if count and request.status is Status.RUNNING:
@@ -192,6 +199,8 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0][0] is not plan or result.step != plan.step:
             raise ValueError(f"step {plan.step} with result {result.step} is not the oldest in flight")
         _, grants = self._in_flight.popleft()
+        if self._drafting is not None:
+            self._drafting.ended(plan)
         complete, results = self.pool.complete, result.slices
         updates = [complete(grant, results.get(grant[0].request_id)) for grant in grants]
         return [update for update in updates if update is not None]
@@ -211,8 +220,11 @@ class Scheduler:
     def _seal(self, plan: Plan) -> Plan:
         if not plan.slices:  # its swap-outs go with the next plan: no block is written before that
             return plan
+        chosen = self._drafting.choose(plan) if self._drafting is not None and self.pool.num_drafting else []
         moves = self.cache.end_step()
         plan.swap_out, plan.swap_in, plan.copies = moves.swap_out, moves.swap_in, moves.copies
+        if self._drafting is not None:
+            self._drafting.draft(plan, chosen, moves)
         counters = self.pool.counters
         counters.copied_blocks += len(moves.copies)
         counters.swapped_blocks += len(moves.swap_in)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from headrace.engine.schedule.plan import PREVIOUS, SAMPLE, LogitEdits, Slice
 from headrace.engine.schedule.request import Request
 
-__all__ = ["make_slice"]
+__all__ = ["add_drafts", "make_slice"]
 
 _ONE_SAMPLE = [SAMPLE]
 """Shared by all decode slices: runners only read targets."""
 
 
-def make_slice(request: Request, start: int, end: int, samples: int, edits: LogitEdits | None) -> Slice:
+def make_slice(request: Request, start: int, end: int, samples: int, edits: list[LogitEdits | None]) -> Slice:
     """The slice for positions [start, end) of `request`; its blocks are allocated.
 
-    The last `samples` rows, from the last known token on, are sampled: several where there are drafts. Rows of
-    the prompt that `prompt_logprobs` has not scored yet are scored, and those before forced tokens. The block table
-    is the live list: runners read it in `submit`.
+    With `samples` 1 the last row is sampled. Rows of the prompt that `prompt_logprobs` has not scored yet are scored,
+    and those before forced tokens. The block table and the edits are live lists: runners read them in `submit`.
     """
     tokens = request.token_ids
     known = len(tokens)
-    if end <= known:
-        ids = tokens[start:end]
-    elif request.num_pending:
-        ids = [*tokens[start:known], PREVIOUS]
-    else:
-        ids = [*tokens[start:known], *request.spec_token_ids[: end - known]]
+    ids = tokens[start:end] if end <= known else [*tokens[start:known], PREVIOUS]
     targets = _ONE_SAMPLE
     last_scored = request.score_end
     if request.num_scored < last_scored:
@@ -46,3 +42,10 @@ def make_slice(request: Request, start: int, end: int, samples: int, edits: Logi
         request.mask if samples else None,
         request.top,
     )
+
+
+def add_drafts(s: Slice, drafts: Sequence[int], edits: Sequence[LogitEdits | None]) -> None:
+    """Put drafts behind the tokens of a slice whose last row samples: then the row of each draft samples too."""
+    s.token_ids = [*s.token_ids, *drafts]
+    s.targets = [*s.targets, *[SAMPLE] * len(drafts)]
+    s.edits = [*s.edits, *edits]

@@ -30,6 +30,13 @@ class SchedulerStats:
     generated_tokens: int = 0
     forced_tokens: int = 0
     """Output tokens about which a mask left no choice: they were not sampled."""
+    draft_steps: int = 0
+    """Times that drafts of a request were verified."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Drafts that were verified, and those that became output."""
+    accepted_at: list[int] = field(default_factory=list)
+    """Accepted drafts by their place among the drafts of a step."""
     prompt_tokens: int = 0
     """Prompt tokens of admitted requests."""
     preemptions: int = 0
@@ -49,3 +56,12 @@ class SchedulerStats:
     used_slot_steps: int = 0
     finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
     """Finished requests by reason."""
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """Count the drafts of one request in one step."""
+        self.draft_steps += 1
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        self.accepted_at += [0] * (drafted - len(self.accepted_at))
+        for place in range(accepted):
+            self.accepted_at[place] += 1

@@ -19,7 +19,7 @@ class Batching(Protocol):
     def share(self, remaining: Sequence[int], following: Sequence[int]) -> list[int]:
         """Tokens granted to each running request; starts the step.
 
-        `following[i]` of its tokens are forced ones or drafts, which a decode computes with the sampled one.
+        `following[i]` of its tokens are forced ones, which a decode computes with the sampled one.
         """
         ...
 
@@ -29,6 +29,11 @@ class Batching(Protocol):
 
     def first(self, remaining: int) -> int:
         """Tokens for a request that joins in this step; 0 when it must wait for the next. Grants nothing."""
+        ...
+
+    @property
+    def spare(self) -> int:
+        """Tokens of the step that nobody needs: no prompt was cut, or could go on with them."""
         ...
 
     def take(self, tokens: int) -> None:

@@ -39,6 +39,10 @@ class Orca:
     def first(self, remaining: int) -> int:
         return remaining if remaining <= self._left or self._prompts == 0 else 0
 
+    @property
+    def spare(self) -> int:
+        return max(self._left, 0)
+
     def take(self, tokens: int) -> None:
         self._left -= tokens
         self._prompts += tokens > 0

@@ -53,6 +53,10 @@ class Sarathi:
             return remaining
         return left - self._spare if left > self._spare else left
 
+    @property
+    def spare(self) -> int:
+        return max(self._left, 0)
+
     def take(self, tokens: int) -> None:
         self._left -= tokens
         if self._left == self._spare:  # keep the step a whole number of tiles
