@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.engine.engine import Engine
 from headrace.engine.schedule.request import Request
+from headrace.speculate.base import Gamma, Proposer
 
 __all__ = ["PROMPTS", "TOKENS", "Axis", "Mutant", "Setup"]
 
@@ -36,6 +37,11 @@ class Setup:
     spare_tokens: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     """Further keywords of `EngineOptions`."""
+    gamma: Gamma | None = None
+    """The policy of γ; None where nobody drafts."""
+    proposers: list[Proposer] = field(default_factory=list)
+    draft: bool = False
+    """Whether the model itself drafts, its weights rounded to bf16."""
 
 
 class Mutant:

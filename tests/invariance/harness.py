@@ -28,7 +28,10 @@ from headrace.kernels.load import load_ops
 from headrace.llm.assemble import assemble
 from headrace.llm.options import EngineOptions
 from headrace.llm.records import ResumeRecord
+from headrace.llm.speculation import draft_model
 from headrace.model.huggingface import load_model
+from headrace.model.transformer import Transformer
+from headrace.speculate.speculation import Speculation
 from headrace.text.tokenizer import Tokenizer
 from invariance.axis import PROMPTS, TOKENS, Setup
 from invariance.cells import AXES, Cell, question
@@ -70,6 +73,12 @@ def loaded(folder: Path, threads: int, ranks: int = 1, serving: bool = False) ->
 
 
 @lru_cache
+def rounded(folder: Path, threads: int) -> Transformer:
+    """A draft model that is right often, but not always."""
+    return load_model(folder, loaded(folder, threads)[1], "bfloat16", serving=True)
+
+
+@lru_cache
 def grammars(folder: Path, vocab_size: int) -> Grammars:
     return Grammars(Tokenizer.from_folder(folder), vocab_size)
 
@@ -106,7 +115,12 @@ def engine_for(setup: Setup, folder: Path, longest: int) -> Engine:
     size = setup.options["block_size"]
     blocks = 1 + setup.sequences * -(-(longest + TOKENS) // size) + setup.spare_tokens // size
     options = EngineOptions(threads=setup.threads, num_kv_blocks=blocks, max_num_seqs=PROMPTS, **setup.options)
-    return assemble(model, ops, options, others(folder, setup.ranks), grammars(folder, model.config.vocab_size).mask)
+    speculation = None
+    if setup.gamma is not None:
+        draft = draft_model(rounded(folder, setup.threads), ops, options, blocks) if setup.draft else None
+        speculation = Speculation(setup.proposers, setup.gamma, draft)
+    ranks, masks = others(folder, setup.ranks), grammars(folder, model.config.vocab_size).mask
+    return assemble(model, ops, options, ranks, masks, speculator=speculation)
 
 
 class Run:

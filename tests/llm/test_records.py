@@ -57,6 +57,7 @@ PARAMS = SamplingParams(
     stop=("end",),
     stop_token_ids=(5,),
     prompt_logprobs=0,
+    prediction=(20, 21, 22),
 )
 
 

@@ -20,10 +20,13 @@ from headrace.engine.schedule.mask import MaskFactory, no_masks
 from headrace.engine.schedule.plan import Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler
+from headrace.engine.schedule.speculator import Speculator
 from headrace.errors import ConfigError
 from headrace.kernels.ops import Ops
 from headrace.llm.options import EngineOptions, free_memory
+from headrace.llm.speculation import profile_rows, speculating
 from headrace.model.transformer import Transformer
+from headrace.speculate.gamma import AutoGamma
 
 __all__ = ["assemble", "count_blocks", "fingerprint", "profile_budget"]
 
@@ -32,19 +35,21 @@ MEMORY_SHARE = 0.4
 TILE = 16
 
 
-def fingerprint(ops: Ops, config: ModelConfig, cache: CacheConfig) -> str:
+def fingerprint(ops: Ops, config: ModelConfig, options: EngineOptions) -> str:
     """Engines of equal fingerprint and weights give equal tokens, to the bit."""
     try:
         grammars = version("llguidance")  # it spells forced tokens
     except PackageNotFoundError:
         grammars = "none"
-    parts = (
+    parts = [
         ops.fingerprint(),
         f"V={config.shards}",
-        f"kv={cache.dtype}",
+        f"kv={options.cache_config().dtype}",
         f"layout={LAYOUT_VERSION}",
         f"grammars={grammars}",
-    )
+    ]
+    if options.verifier != "coupled":  # its tokens depend on where drafts begin
+        parts.append(f"verifier={options.verifier} lenience={options.lenience} speculate={options.speculate}")
     return "hr_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
@@ -57,8 +62,10 @@ def max_length(config: ModelConfig, options: EngineOptions) -> int:
     return options.max_model_len or config.max_position_embeddings
 
 
-def count_blocks(model: Transformer, cache: CacheConfig, max_len: int, max_seqs: int) -> int:
-    """Blocks of the pool, including the null block. Memory is counted over all ranks.
+def count_blocks(
+    model: Transformer, cache: CacheConfig, max_len: int, max_seqs: int, draft: Transformer | None = None
+) -> int:
+    """Blocks of the pool, including the null block. Memory is counted over all ranks, and a draft model's with it.
 
     Raises `ConfigError` if memory holds no block besides the null block.
     """
@@ -68,6 +75,9 @@ def count_blocks(model: Transformer, cache: CacheConfig, max_len: int, max_seqs:
     block_bytes = model.group.size * KVStore.bytes_per_block(
         config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype
     )
+    if draft is not None:
+        c = draft.config
+        block_bytes += KVStore.bytes_per_block(c.num_layers, draft.kv_heads, cache.block_size, c.head_dim, dtype)
     free = free_memory()
     if cache.memory_bytes > free:
         raise ConfigError(
@@ -93,16 +103,23 @@ def host_slots(cache: CacheConfig, options: EngineOptions, store: KVStore) -> in
 
 
 def assemble(
-    model: Transformer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None, masks: MaskFactory = no_masks
+    model: Transformer,
+    ops: Ops,
+    options: EngineOptions,
+    ranks: Ranks | None = None,
+    masks: MaskFactory = no_masks,
+    draft: Transformer | None = None,
+    speculator: Speculator | None = None,
 ) -> Engine[Runner]:
     """An engine around a loaded model. `ranks` are the processes that hold its other shards.
 
-    `masks` builds the masks of constrained requests.
+    `masks` builds the masks of constrained requests. `draft` is the draft model that `options` name. `speculator`
+    replaces the one that they describe.
     """
     ranks = Ranks() if ranks is None else ranks
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
-    blocks = count_blocks(model, cache, length, options.max_num_seqs)
+    blocks = count_blocks(model, cache, length, options.max_num_seqs, draft)
     store = KVStore(
         blocks,
         config.num_layers,
@@ -114,8 +131,11 @@ def assemble(
     )
     slots = host_slots(cache, options, store)
     ranks.initialize_cache(num_blocks=blocks, block_size=cache.block_size, cache_dtype=cache.dtype, host_slots=slots)
-    runner = Runner(ModelShard(model, ops, store, slots), ranks)
+    parts = speculating(options, draft, ops, blocks)
+    runner = Runner(ModelShard(model, ops, store, slots), ranks, parts.sampler)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
+    if options.speculate != "off" and isinstance(parts.gamma, AutoGamma):
+        profile_rows(parts.gamma, runner, options.max_num_seqs)
     scheduler = Scheduler(
         options.scheduler_config(budget),
         replace(cache, num_blocks=blocks),
@@ -123,6 +143,7 @@ def assemble(
         config.eos_token_ids,
         slots,
         masks=masks,
+        speculator=speculator or parts.speculation,
     )
     return Engine(scheduler, runner, options.queue_depth)
 

@@ -29,6 +29,7 @@ from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.processor import Group
 from headrace.llm.records import ResumeRecord
+from headrace.llm.speculation import load_draft
 from headrace.model.folder import read_config, resolve
 from headrace.model.huggingface import load_model
 from headrace.model.layers import weight_dtype
@@ -74,8 +75,9 @@ class Frontend:
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self.engine: Engine[Runner] = assemble(model, ops, options, ranks, self._mask)
-        self.fingerprint = fingerprint(ops, model.config, options.cache_config())
+        draft = load_draft(options, model, tokenizer, ops)
+        self.engine: Engine[Runner] = assemble(model, ops, options, ranks, self._mask, draft)
+        self.fingerprint = fingerprint(ops, model.config, options)
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
         self._searches: dict[str, BeamSearch] = {}
@@ -306,6 +308,7 @@ class Frontend:
             "stop_token_ids": params.stop_token_ids,
             "logit_bias": params.logit_bias,
             "allowed_token_ids": params.allowed_token_ids or (),
+            "prediction": params.prediction,
         }
         for field, tokens in named.items():
             self.check_ids(field, tokens)

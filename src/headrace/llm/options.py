@@ -15,12 +15,14 @@ from headrace.engine.schedule.batching import BATCHING
 from headrace.engine.schedule.config import JUMPS, PREEMPTION, RESERVE, SchedulerConfig
 from headrace.engine.schedule.policies import POLICIES
 from headrace.errors import ConfigError
+from headrace.speculate.base import LONGEST
 from headrace.typed import check, read_value
 
 __all__ = ["EngineOptions", "parse_bytes"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 RANK_TIMEOUT = 120.0
+VERIFIERS = ("coupled", "rejection")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -110,6 +112,22 @@ class EngineOptions:
         "fewer steps, the same tokens",
         JUMPS,
     )
+    speculate: str = option(
+        "off",
+        "who drafts tokens that one step verifies together: off, ngram, suffix or draft:PATH, a small model of the "
+        "same tokenizer",
+        "what pays depends on the work",
+    )
+    gamma: str = option(
+        "auto", "drafts of a request in a step: auto, or a number from 1 to 16", "as many as pay by what is measured"
+    )
+    verifier: str = option(
+        "coupled",
+        "coupled: the same tokens as without drafts; rejection: the same distribution",
+        "a seed names its tokens",
+        VERIFIERS,
+    )
+    lenience: float = option(1.0, "accept drafts of up to p/lenience under --verifier rejection", "exact")
     queue_depth: int = option(1, "steps planned ahead of results", "on a CPU, more gains nothing")
 
     def __post_init__(self) -> None:
@@ -154,9 +172,29 @@ class EngineOptions:
         )
         require(self.preemption == "swap" or not self.swap_memory, "swap_memory acts with preemption=swap only")
         require(not (self.num_kv_blocks and self.kv_cache_memory), "give num_kv_blocks or kv_cache_memory, not both")
+        self._check_speculation()
         require(
             self.queue_depth <= 2,
             f"queue_depth={self.queue_depth} must be 1 or 2: the runner keeps the tokens of one step back",
+        )
+
+    def _check_speculation(self) -> None:
+        kind, _, path = self.speculate.partition(":")
+        require(
+            self.speculate in ("off", "ngram", "suffix") or (kind == "draft" and path != ""),
+            f"speculate={self.speculate!r} must be off, ngram, suffix or draft:PATH",
+        )
+        require(
+            self.gamma == "auto" or (self.gamma.isdecimal() and 1 <= int(self.gamma) <= LONGEST),
+            f"gamma={self.gamma!r} must be auto or a number from 1 to {LONGEST}",
+        )
+        require(0.0 < self.lenience <= 1.0, f"lenience={self.lenience} must be above 0 and at most 1, which is exact")
+        on = self.speculate != "off"
+        require(on or self.gamma == "auto", f"gamma={self.gamma} acts with speculate only: say who drafts")
+        require(on or self.verifier == "coupled", f"verifier={self.verifier} acts with speculate only: say who drafts")
+        require(
+            self.lenience == 1.0 or self.verifier == "rejection",
+            f"lenience={self.lenience} acts with verifier=rejection only: coupled gives the target's own tokens",
         )
 
     def _check_choice(self, name: str, metadata: Mapping[str, Any]) -> None:

@@ -66,6 +66,9 @@ class RequestOutput:
     """Prompt tokens whose KV came from the cache."""
     weights_version: int = 0
     """Of the weights that computed the last token."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Drafts that were computed for it, and those that stand in the output. A resumed request counts on."""
 
     @classmethod
     def begin(

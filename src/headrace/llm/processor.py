@@ -99,7 +99,11 @@ class Group:
     def take(self, update: RequestUpdate) -> int | None:
         """Add a step's result of one choice; see `Choice.take`."""
         self.take_scores(update)
-        keep = self.choices[update.request_id].take(update)
+        choice = self.choices[update.request_id]
+        before = len(choice.output.token_ids)
+        keep = choice.take(update)
+        self.output.drafted_tokens += update.drafted
+        self.output.accepted_tokens += update.accepted if keep is None else min(update.accepted, keep - before)
         self._note_end()
         return keep
 

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from headrace.kernels.ops import SampleParams
 
-__all__ = ["FIXED_POINT", "gumbel", "kept", "mix", "ordered", "row_keys", "sample"]
+__all__ = [
+    "FIXED_POINT",
+    "first_argmax",
+    "gumbel",
+    "kept",
+    "kept_tokens",
+    "mix",
+    "ordered",
+    "row_keys",
+    "sample",
+    "scaled",
+    "uniform",
+]
 
 FIXED_POINT = 2.0**40
 """Probability weights are summed as integers of 2⁻⁴⁰ of the best token's."""
@@ -62,6 +74,11 @@ def gumbel(key_R: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log1p(-v_RV))
 
 
+def uniform(key_R: Tensor) -> Tensor:
+    """One uniform number of each row's key [R], fp64: (k + ½)·2⁻⁵² of 52 bits, so never 0 or 1."""
+    return (_shift(mix(key_R + _STEP), 12).double() + 0.5) * 2.0**-52
+
+
 def ordered(logits_RV: Tensor) -> Tensor:
     """Logits that have an order: NaN becomes -inf, and +inf the largest finite number."""
     return torch.nan_to_num(logits_RV.float(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
@@ -72,25 +89,32 @@ def sample(logits_RV: Tensor, params: SampleParams) -> Tensor:
     device, vocab_size = logits_RV.device, logits_RV.shape[1]
     if logits_RV.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=device)
+    z_RV, y_RV, greedy_R1 = scaled(logits_RV, params)
+    keys_R = row_keys(params.seed_R, params.choice_R, params.position_R).to(device)
+    drawn_RV = torch.where(kept_tokens(z_RV, y_RV, params), y_RV + gumbel(keys_R, vocab_size), -torch.inf)
+    return first_argmax(torch.where(greedy_R1, z_RV, drawn_RV))
+
+
+def scaled(logits_RV: Tensor, params: SampleParams) -> tuple[Tensor, Tensor, Tensor]:
+    """(z [R, V], y [R, V], greedy [R, 1]): ordered logits, (z − best z) / temperature, and which rows are argmax.
+
+    A row of nothing but -inf has y = -inf. y of a greedy row is that of temperature 1.
+    """
     z_RV = ordered(logits_RV)
     best_R1 = z_RV.amax(dim=1, keepdim=True)
     best_R1 = torch.where(best_R1 == -torch.inf, 0.0, best_R1)
-    temperature_R1 = params.temperature_R.to(device, torch.float32)[:, None]
+    temperature_R1 = params.temperature_R.to(logits_RV.device, torch.float32)[:, None]
     greedy_R1 = temperature_R1 <= 0
-    y_RV = (z_RV - best_R1) / torch.where(greedy_R1, 1.0, temperature_R1)
-
-    keys_R = row_keys(params.seed_R, params.choice_R, params.position_R).to(device)
-    drawn_RV = torch.where(_kept(z_RV, y_RV, params), y_RV + gumbel(keys_R, vocab_size), -torch.inf)
-    return _first_argmax(torch.where(greedy_R1, z_RV, drawn_RV))
+    return z_RV, (z_RV - best_R1) / torch.where(greedy_R1, 1.0, temperature_R1), greedy_R1
 
 
-def _first_argmax(x_RV: Tensor) -> Tensor:
+def first_argmax(x_RV: Tensor) -> Tensor:
     """argmax with ties to the lowest id, which torch.argmax does not promise."""
     return (x_RV == x_RV.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
 
 
-def _kept(z_RV: Tensor, y_RV: Tensor, params: SampleParams) -> Tensor:
-    """Which tokens top-k, top-p and min-p leave. y is (z − best z) / temperature: a weight is exp(y) ≤ 1."""
+def kept_tokens(z_RV: Tensor, y_RV: Tensor, params: SampleParams) -> Tensor:
+    """Which tokens top-k, top-p and min-p leave, bool [R, V]. y is `scaled`'s: a weight is exp(y) ≤ 1."""
     device, vocab_size = z_RV.device, z_RV.shape[1]
     top_k_R1 = params.top_k_R.to(device, torch.int64)[:, None]
     top_p_R1 = params.top_p_R.to(device, torch.float32)[:, None]

@@ -1,0 +1,127 @@
+"""Who drafts in an engine, and who verifies: from its options to the parts of `speculate/`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from headrace.attention.store import KVStore
+from headrace.engine.run.ranks import Ranks
+from headrace.engine.run.runner import RowSampler, Runner
+from headrace.engine.run.shard import ModelShard
+from headrace.engine.schedule.plan import SAMPLE, Plan, Slice
+from headrace.engine.schedule.sampling import SamplingParams
+from headrace.errors import ConfigError
+from headrace.kernels.ops import Ops
+from headrace.llm.options import EngineOptions
+from headrace.model.folder import read_config, resolve
+from headrace.model.huggingface import load_model
+from headrace.model.layers import weight_dtype
+from headrace.model.transformer import Transformer
+from headrace.speculate.base import Gamma, Proposer
+from headrace.speculate.draft import DraftModel
+from headrace.speculate.forced import ForcedProposer
+from headrace.speculate.gamma import AutoGamma, FixedGamma
+from headrace.speculate.ngram import NgramProposer
+from headrace.speculate.prediction import PredictionProposer
+from headrace.speculate.sampling import DraftSampler, RejectionSampler
+from headrace.speculate.speculation import Speculation
+from headrace.speculate.suffix import SuffixProposer
+
+if TYPE_CHECKING:
+    from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["Speculating", "draft_model", "load_draft", "profile_rows", "speculating"]
+
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+PROFILES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Speculating:
+    """What an engine needs to speculate."""
+
+    speculation: Speculation
+    sampler: RowSampler | None
+    """Of the target's runner; None is the ordinary one."""
+    gamma: Gamma
+
+
+def load_draft(options: EngineOptions, model: Transformer, tokenizer: Tokenizer, ops: Ops) -> Transformer | None:
+    """The draft model that the options name, whole on this rank; None where they name none.
+
+    Raises `ConfigError` where it cannot draft for `model`.
+    """
+    kind, _, path = options.speculate.partition(":")
+    if kind != "draft":
+        return None
+    folder = resolve(path)
+    config = read_config(folder)
+    if config.vocab_size != model.config.vocab_size or not same_tokenizer(folder, tokenizer):
+        raise ConfigError(f"speculate={options.speculate}: its tokenizer is another: a draft needs the model's own")
+    draft = load_model(folder, ops, options.dtype, serving=True)
+    if draft.config.num_layers * draft.config.hidden_size > model.config.num_layers * model.config.hidden_size:
+        raise ConfigError(f"speculate={options.speculate}: it is larger than the model that it drafts for")
+    ops.warm_up(weight_dtype(draft.config), getattr(torch, options.cache_config().dtype), one_call=True)
+    return draft
+
+
+def same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the folder's tokenizer gives every token the same id."""
+    from headrace.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(folder).vocabulary() == tokenizer.vocabulary()
+
+
+def speculating(options: EngineOptions, draft: Transformer | None, ops: Ops, num_blocks: int) -> Speculating:
+    """Proposers, the draft model and the verifier as the options say. A request's `prediction` always counts."""
+    kind = options.speculate.partition(":")[0]
+    proposers: list[Proposer] = [PredictionProposer()]
+    if kind != "off":
+        proposers.append(ForcedProposer())
+    if kind == "ngram":
+        proposers.append(NgramProposer())
+    if kind == "suffix":
+        proposers.append(SuffixProposer())
+    gamma: Gamma = AutoGamma(time.perf_counter) if options.gamma == "auto" else FixedGamma(int(options.gamma))
+    exact = options.verifier == "coupled"
+    drawn = None if exact else DraftSampler(ops)
+    sampler = None if drawn is None else RejectionSampler(ops, drawn, options.lenience)
+    model = None if draft is None else draft_model(draft, ops, options, num_blocks, drawn)
+    return Speculating(Speculation(proposers, gamma, model), sampler, gamma)
+
+
+def profile_rows(gamma: AutoGamma, runner: Runner, most: int) -> None:
+    """Measure what steps of few rows cost, so that the policy need not begin with a guess."""
+    for rows in ROWS:
+        if rows > most:
+            break
+        times = []
+        for step in range(PROFILES):
+            slices = [Slice(i, 0, [0], [1], [SAMPLE], SamplingParams(), 0, 0) for i in range(rows)]
+            began = time.perf_counter()
+            runner.result(runner.submit(Plan(step, slices)))
+            times.append(time.perf_counter() - began)
+        gamma.seed(rows, min(times))
+
+
+def draft_model(
+    model: Transformer, ops: Ops, options: EngineOptions, num_blocks: int, sampler: RowSampler | None = None
+) -> DraftModel:
+    """A model as a proposer of drafts, with a KV store of as many blocks as the target's."""
+    config, cache = model.config, options.cache_config()
+    store = KVStore(
+        num_blocks,
+        config.num_layers,
+        model.kv_heads,
+        cache.block_size,
+        config.head_dim,
+        getattr(torch, cache.dtype),
+        ops.device,
+    )
+    runner = Runner(ModelShard(model, ops, store), Ranks(), sampler)
+    return DraftModel(runner, config.max_position_embeddings, options.scheduler_config().max_num_batched_tokens)

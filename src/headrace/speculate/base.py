@@ -1,0 +1,79 @@
+"""What the parts of speculation ask of each other: proposers of drafts, and the policy of how many to use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from headrace.engine.schedule.request import Request
+
+__all__ = ["LONGEST", "Gamma", "Offer", "Proposal", "Proposer"]
+
+LONGEST = 16
+"""Most drafts of one request in a step: more rows cost more than even copied text brings."""
+
+
+class Proposal(NamedTuple):
+    """Tokens that may follow a request's known ones, and how many tokens before them led to it."""
+
+    token_ids: list[int]
+    match: int = 0
+
+
+class Proposer(Protocol):
+    """Proposes drafts from tokens alone, on the scheduler's thread: microseconds, not milliseconds."""
+
+    name: str
+
+    def propose(self, request: Request, most: int) -> Proposal:
+        """At most `most` tokens; an empty proposal where it has none. Changes nothing that others can see."""
+        ...
+
+    def learn(self, request: Request) -> None:
+        """The request has new tokens at its end (or is new here)."""
+        ...
+
+    def finish(self, request: Request) -> None:
+        """The request has ended: forget what was kept for it alone."""
+        ...
+
+
+class Offer(NamedTuple):
+    """A proposal as γ's policy sees it."""
+
+    request_id: int
+    proposer: str
+    match: int
+    most: int
+    """Tokens proposed: γ is from 0 to this."""
+
+
+class Gamma(Protocol):
+    """How many drafts each request gets in a step. Its clock is injected."""
+
+    def choose(self, offers: Sequence[Offer], rows: int, spare: int) -> list[int]:
+        """γ for each offer, at most `spare` together. The step computes `rows` tokens without them."""
+        ...
+
+    def learn(self, offer: Offer, right: int, wrong: bool) -> None:
+        """Of an offer's tokens, drafted or not, the first `right` were what came; `wrong`: the next one was not.
+
+        Without `wrong` nothing is known of the next one.
+        """
+        ...
+
+    def drafted(self, requests: int, tokens: int, seconds: float) -> None:
+        """The draft model took so long to draft `tokens` tokens, of all these requests together."""
+        ...
+
+    def began(self, rows: int) -> None:
+        """A step of `rows` tokens goes to the executor now."""
+        ...
+
+    def ended(self, rows: int) -> None:
+        """The oldest step in flight, of `rows` tokens, has its result."""
+        ...
+
+    def finish(self, request_id: int) -> None:
+        """The request has ended."""
+        ...

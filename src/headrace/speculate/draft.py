@@ -1,0 +1,159 @@
+"""`DraftModel`: a small model that drafts, with its KV in a store of its own under the same block numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headrace.cache.manager import BlockMoves
+from headrace.engine.run.runner import Runner
+from headrace.engine.schedule.mask import TokenMask
+from headrace.engine.schedule.plan import SAMPLE, Plan, Slice
+from headrace.engine.schedule.request import Request
+
+__all__ = ["DRAFT", "DraftModel", "common"]
+
+DRAFT = "draft"
+"""The name under which γ's policy knows it."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is kept of a request: hashes of its prefixes by block, and how many blocks were found valid."""
+
+    prefixes: list[int] = field(default_factory=lambda: [0])
+    """prefixes[i]: of the tokens before block i."""
+    blocks: list[int] = field(default_factory=list)
+    """The request's live block table when `valid` was counted."""
+    valid: int = 0
+
+
+class DraftModel:
+    """Samples drafts with the target's noise and parameters (2211.17192 §2.3, with shared noise), a token a step.
+
+    A block's draft KV is valid as far as its tokens, and those before it, are the request's: that is looked up by
+    content, so a prefix that another request drafted for is found, and whatever was freed, swapped or never seen is
+    computed when it is needed, in chunks.
+    """
+
+    def __init__(self, runner: Runner, max_len: int, chunk: int) -> None:
+        """`runner` has the target's number and size of blocks. `chunk`: most tokens that it catches up in a step."""
+        self._runner = runner
+        self._size = runner.store.block_size
+        self._max_len = max_len
+        self._chunk = chunk
+        self._held: dict[int, tuple[int, list[int]]] = {}
+        """What the KV of a block belongs to: the prefix before it, and its tokens."""
+        self._known: dict[int, _Known] = {}
+        self._steps = 0
+
+    def room(self, request: Request) -> int:
+        """Drafts that its context allows behind the known tokens."""
+        return self._max_len - request.num_tokens + 1
+
+    def move(self, moves: BlockMoves) -> None:
+        """Copy what the target copies. Swapped blocks are computed again: the host keeps the target's alone."""
+        if moves.copies:
+            self._runner.submit(Plan(self._steps, copies=moves.copies))
+            for source, target in moves.copies:
+                if source in self._held:
+                    self._held[target] = self._held[source]
+                else:
+                    self._held.pop(target, None)
+
+    def draft(self, asked: Sequence[tuple[Request, int]]) -> list[list[int]]:
+        """`count` drafts for each request, none where it does not catch up in this step; their blocks are allocated."""
+        drafts: list[list[int]] = [[] for _ in asked]
+        begun: list[tuple[int, Request, int, TokenMask | None]] = []
+        left, slices = self._chunk, []
+        for i, (request, count) in enumerate(asked):
+            start, end = self._computed(request), request.num_tokens
+            taken = min(end - start, left)
+            if taken <= 0:
+                continue
+            left -= taken
+            mask = None
+            if start + taken == end:
+                mask = None if request.mask is None else request.mask.fork()
+                begun.append((i, request, count, mask))
+            slices.append(self._slice(request, start, start + taken, [], mask))
+            self._hold(request, start, request.token_ids[: start + taken])
+        while slices:
+            result = self._run(slices)
+            slices = []
+            for i, request, count, mask in begun:
+                if len(drafts[i]) == count:
+                    continue
+                [token] = result[request.request_id]
+                drafts[i].append(token)
+                if mask is not None:
+                    mask.accept((token,))
+                if len(drafts[i]) < count:
+                    end = request.num_tokens + len(drafts[i])
+                    slices.append(self._slice(request, end - 1, end, drafts[i], mask))
+                    self._hold(request, end - 1, [*request.token_ids, *drafts[i]])
+        return drafts
+
+    def finish(self, request: Request) -> None:
+        """Forget a request. What its blocks hold stays: another may have the same prefix."""
+        self._known.pop(request.request_id, None)
+
+    def _run(self, slices: list[Slice]) -> dict[int, list[int]]:
+        self._steps += 1
+        result = self._runner.result(self._runner.submit(Plan(self._steps, slices)))
+        return {number: part.token_ids for number, part in result.slices.items()}
+
+    def _slice(self, request: Request, start: int, end: int, drafts: list[int], mask: TokenMask | None) -> Slice:
+        """Positions [start, end) of the known tokens and the drafts; the last samples, if no known one follows it."""
+        samples = end >= request.num_tokens
+        edits = []
+        if samples and request.edits is not None:
+            edits = [request.edits.after(request.num_output_tokens, drafts)]
+        return Slice(
+            request.request_id,
+            start,
+            [*request.token_ids, *drafts][start:end],
+            request.kv.blocks,
+            [SAMPLE] if samples else [],
+            request.params,
+            request.seed,
+            request.choice,
+            edits,
+            mask,
+        )
+
+    def _computed(self, request: Request) -> int:
+        """How many tokens, from the first, have draft KV; the last known one never counts, as its row samples."""
+        known = self._known.setdefault(request.request_id, _Known())
+        tokens, blocks, size = request.token_ids, request.kv.blocks, self._size
+        prefixes, last = known.prefixes, len(tokens) - 1
+        while len(prefixes) <= last // size:
+            at = (len(prefixes) - 1) * size
+            prefixes.append(hash((prefixes[-1], *tokens[at : at + size])))
+        if known.blocks is not blocks:  # after a preemption they are others
+            known.blocks, known.valid = blocks, 0
+        while known.valid * size < last:
+            prefix, held = self._held.get(blocks[known.valid], (None, []))
+            if prefix != prefixes[known.valid]:
+                break
+            at = known.valid * size
+            same = common(held, tokens[at : min(at + size, last)])
+            if same < size:
+                return at + same
+            known.valid += 1
+        return min(known.valid * size, last)
+
+    def _hold(self, request: Request, start: int, tokens: list[int]) -> None:
+        """Note that the positions from `start` to the end of `tokens` are computed."""
+        prefixes, size = list(self._known[request.request_id].prefixes), self._size
+        for block in range(start // size, -(-len(tokens) // size)):
+            while len(prefixes) <= block:  # the last known token or a draft filled the block before
+                at = (len(prefixes) - 1) * size
+                prefixes.append(hash((prefixes[-1], *tokens[at : at + size])))
+            content = tokens[block * size : (block + 1) * size]
+            self._held[request.kv.blocks[block]] = (prefixes[block], content)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
