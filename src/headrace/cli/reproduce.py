@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["add"]
 
-PAPERS = ("megatron", "orca", "paged", "sarathi", "sglang", "zero")
+PAPERS = ("megatron", "orca", "paged", "sarathi", "sglang", "speculative", "zero")
 
 
 def add(commands: Any) -> None:
