@@ -9,6 +9,7 @@ from headrace import LLM, SamplingParams
 from headrace.instance.server import Instance
 from headrace.instance.wire import Abort, Accepted, Add, Delta, Embed, Embedding, Inspect, Refused, Resume, StepReport
 from headrace.llm.records import ResumeRecord
+from headrace.serve.transcript import Transcript
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=1)
 
@@ -117,6 +118,33 @@ def test_preemptions_are_in_the_explanation(driver, llm):
     assert any(e.queue_time > 0 for e in told.values())
     preempted = [e for e in told.values() if e.preemptions]
     assert all(e.chunks > 3 for e in preempted), "its prompt is computed again"
+
+
+def test_drafts_are_counted_for_each_request_and_go_on_where_it_is_resumed(tinyworld_checkpoint):
+    llm = LLM(
+        tinyworld_checkpoint, threads=1, num_kv_blocks=40, max_num_batched_tokens=16, speculate="ngram", gamma="4"
+    )
+    driver = Driver(llm)
+    expected = driver.run(Add("plain", [5, 6], PARAMS))
+    plain = [c for n in expected if isinstance(n, Delta) for c in n.output.outputs]
+    ids = [token for choice in plain for token in choice.token_ids]
+    record = ResumeRecord.begin("a", None, [5, 6], replace(PARAMS, prediction=tuple(ids)))
+    transcript = Transcript("a", record)
+    news = driver.run(transcript.command(llm.fingerprint), steps=2)
+    for delta in (n for n in news if isinstance(n, Delta)):
+        transcript.take(delta)
+    before = transcript.output.accepted_tokens
+    assert before == transcript.output.drafted_tokens > 0
+    driver.run(Abort("a"))
+    ends = [n for n in driver.run(transcript.command(llm.fingerprint)) if isinstance(n, Delta)]
+    for delta in ends:
+        transcript.take(delta)
+    assert transcript.output.outputs[0].token_ids == ids
+    explanation = ends[-1].explanation
+    assert explanation is not None and explanation.accepted_tokens > 0, "of this process alone"
+    assert transcript.output.accepted_tokens == before + explanation.accepted_tokens
+    assert transcript.output.drafted_tokens == before + explanation.drafted_tokens
+    driver.check_empty()
 
 
 def test_beams_are_counted_to_their_search(driver):

@@ -30,7 +30,7 @@ TABLE = {3: Logprob(-math.pi / 7, 2, "é"), 4: Logprob(-1e-300, 1, "\N{SNOWMAN}"
 
 def test_events_come_through_with_their_bits():
     choice = CompletionOutput(1, "text", [3, 4], -0.1 - 0.2, [TABLE, TABLE], "stop", "end")
-    output = RequestOutput("1", None, [], [choice], True, [None, TABLE], 5, 3)
+    output = RequestOutput("1", None, [], [choice], True, [None, TABLE], 5, 3, 9, 7)
     news: list[EngineEvent] = [
         Accepted("1"),
         Delta(output, Explanation(0.1, batch_sizes=[1, 2])),
@@ -44,7 +44,7 @@ def test_commands_come_through():
     add = Add(
         "1",
         [1, 2],
-        SamplingParams(logit_bias={5: -1.5}, seed=2**64 - 1, stop=("a",), temperature=1),
+        SamplingParams(logit_bias={5: -1.5}, seed=2**64 - 1, stop=("a",), temperature=1, prediction=(7, 8)),
         -3,
         CacheKey(salt="tenant"),
     )

@@ -98,6 +98,7 @@ VALUES: dict[str | tuple[str, str], Any] = {
     "tool_choice": ("required", {"tools": TOOLS, "chat_template": CALLS}),
     "parallel_tool_calls": (False, {"tools": TOOLS, "chat_template": CALLS}),
     "include_reasoning": False,
+    "prediction": {"type": "content", "content": "Mia lives at the market"},
     "reasoning_effort": ("low", {"chat_template": TEMPLATE}),
     "chat_template_kwargs": ({"mood": "good"}, {"chat_template": TEMPLATE}),
     "continue_final_message": (

@@ -182,6 +182,19 @@ def test_counters_go_on_where_a_new_instance_begins_anew(metrics):
     assert value(metrics, "vllm:iteration_tokens_total_count") == 3
 
 
+def test_drafts_are_counted_by_place_over_instances(metrics):
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert value(metrics, name, position="0") == 0
+    metrics.stepped(report(decode=5, draft_steps=2, drafted_tokens=4, accepted_tokens=3, accepted_at=[2, 1]))
+    metrics.stepped(report(decode=5, draft_steps=3, drafted_tokens=7, accepted_tokens=6, accepted_at=[3, 2, 1]))
+    metrics.restarted("0")
+    metrics.stepped(report(decode=2, draft_steps=1, drafted_tokens=1, accepted_tokens=1, accepted_at=[1]))
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 4
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 8
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 7
+    assert [value(metrics, name, position=place) for place in "012"] == [4, 2, 1]
+
+
 def test_gauges_are_of_the_last_step_and_fall_when_the_instance_dies(metrics):
     metrics.stepped(
         report(

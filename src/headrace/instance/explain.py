@@ -96,6 +96,8 @@ class Explainer:
             preemptions=sum(request.epoch for request in timeline.requests.values()),
             compile_time=timeline.compile_time,
             forced_tokens=sum(request.forced_tokens for request in timeline.requests.values()),
+            drafted_tokens=sum(request.drafted_tokens for request in timeline.requests.values()),
+            accepted_tokens=sum(request.accepted_tokens for request in timeline.requests.values()),
             batch_sizes=list(timeline.batch_sizes),
         )
 

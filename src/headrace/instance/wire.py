@@ -148,6 +148,9 @@ class Explanation(_Message):
     """Before all these: how long it waited for its grammar."""
     forced_tokens: int = 0
     """Output tokens that a constraint left no choice about."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Drafts that were computed, and those that became output."""
     batch_sizes: list[int] = []
     """Requests in the batch, for each step of this request (the last 256)."""
     resumes: int = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,8 +186,7 @@ class Answers:
                 choices.append(shape if form.prompt_on_top else shape | of_prompt)
             on_top = of_prompt if form.prompt_on_top else {}
         generated = 0 if generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
-        cached = sum(output.num_cached_tokens for output in outputs)
-        spent = usage(_prompt_tokens(job), generated, cached, _reasoning(texts))
+        spent = _usage(job, generated, outputs, texts)
         answer = {**job.head, "weights_version": job.weights_version, "choices": choices, "usage": spent}
         answer |= {"kv_transfer_params": None, **on_top}
         if generation.explain:
@@ -291,7 +290,8 @@ class _Chunker:
         self._choices = [_ChoiceText(job, i, choice) for i in range(len(job.streams)) for choice in indices]
         self._shapes = job.shapes
         self._generated = 0
-        self._cached = [0] * len(job.streams)
+        self._latest: dict[int, RequestOutput] = {}
+        """The latest part of each prompt: it has the counts so far."""
         self._held: list[list[Delta]] = [[] for _ in job.streams]
 
     def opening(self) -> list[Mapping[str, Any]]:
@@ -311,7 +311,7 @@ class _Chunker:
         held, self._held[i] = self._held[i], []
         chunks: list[Mapping[str, Any]] = []
         for each in held:
-            self._cached[i] = each.output.num_cached_tokens
+            self._latest[i] = each.output
             shapes = [shape for new in each.output.outputs for shape in self._shapes_of(i, new)]
             chunks += [self._chunk(shape, each.output.weights_version) for shape in shapes]
         if delta.output.finished and self._job.generation.explain and chunks:
@@ -350,7 +350,7 @@ class _Chunker:
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""
-        return usage(_prompt_tokens(self._job), self._generated, sum(self._cached), _reasoning(self._choices))
+        return _usage(self._job, self._generated, self._latest.values(), self._choices)
 
     def _chunk(self, shape: Mapping[str, Any], version: int) -> dict[str, Any]:
         generation = self._job.generation
@@ -373,8 +373,14 @@ def _reasoning(texts: Sequence[_ChoiceText]) -> int | None:
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def _prompt_tokens(job: _Job) -> int:
-    return sum(len(stream.output.prompt_token_ids) for stream in job.streams)
+def _usage(
+    job: _Job, generated: int, outputs: Collection[RequestOutput], texts: Sequence[_ChoiceText]
+) -> dict[str, Any]:
+    """The usage of what was answered so far. `outputs` are the prompts', or the latest part of each."""
+    prompt = sum(len(stream.output.prompt_token_ids) for stream in job.streams)
+    cached = sum(output.num_cached_tokens for output in outputs)
+    drafts = sum(output.drafted_tokens for output in outputs), sum(output.accepted_tokens for output in outputs)
+    return usage(prompt, generated, cached, _reasoning(texts), drafts if job.generation.predicted else None)
 
 
 def _explanation(stream: Stream) -> dict[str, Any]:

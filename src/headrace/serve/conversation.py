@@ -11,6 +11,7 @@ from headrace.llm.chat import ToolRequest, message_shape, shaped_params
 from headrace.serve.errors import RefusedError
 from headrace.serve.models import ServedModel
 from headrace.serve.protocol.bodies import Body
+from headrace.serve.protocol.prediction import read_prediction
 from headrace.serve.protocol.requests import GenerationRequest
 from headrace.serve.text_service import TokenizedPrompt
 from headrace.text.messages import read_messages, read_tools
@@ -27,6 +28,8 @@ class Conversation:
     shape: AnswerShape
     begun: str
     """The text of the last message, where the answer goes on with it."""
+    prediction: tuple[int, ...] = ()
+    """Tokens of the text that the answer may be like, as many as the context holds."""
 
 
 async def read_conversation(body: Body, model: ServedModel) -> Conversation:
@@ -36,6 +39,7 @@ async def read_conversation(body: Body, model: ServedModel) -> Conversation:
         raise RefusedError(
             "continue_final_message and add_generation_prompt are opposites: send one of them", "continue_final_message"
         )
+    predicted = read_prediction(body)
     tools = read_tools(body.get("tools"))
     parallel = body.get("parallel_tool_calls", True)
     source = model.text.template_source(body.get("chat_template"))
@@ -50,7 +54,8 @@ async def read_conversation(body: Body, model: ServedModel) -> Conversation:
         add_special_tokens=body.get("add_special_tokens", False),
     )
     begun = str(read_messages(body["messages"])[-1]["content"]) if continuing else ""
-    return Conversation(prompt, shape, begun)
+    prediction = await model.text.encode(predicted, False, "prediction") if predicted else []
+    return Conversation(prompt, shape, begun, tuple(prediction[: model.gateway.info.max_model_len]))
 
 
 def shaped(generation: GenerationRequest, conversation: Conversation, tokenizer: Tokenizer) -> GenerationRequest:
@@ -65,6 +70,7 @@ def shaped(generation: GenerationRequest, conversation: Conversation, tokenizer:
         shape, params = shaped_params(
             conversation.shape, conversation.prompt.text, generation.params, tokenizer, conversation.begun
         )
+        params = replace(params, prediction=conversation.prediction)
     plain = not shape.allowed and shape.reasoning is None
     return replace(
         generation,

@@ -7,7 +7,7 @@ engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -66,6 +66,9 @@ ENGINE_COUNTERS = {
     "vllm:prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted choices, those that the cache had included."),
     "vllm:generation_tokens": ("generated_tokens", "Tokens generated, those of clients that left included."),
     "headrace:forced_tokens": ("forced_tokens", "Tokens that a constraint left no choice about: they are not sampled."),
+    "vllm:spec_decode_num_drafts": ("draft_steps", "Drafts that were verified: of one request in one step."),
+    "vllm:spec_decode_num_draft_tokens": ("drafted_tokens", "Tokens in drafts."),
+    "vllm:spec_decode_num_accepted_tokens": ("accepted_tokens", "Tokens of drafts that became output."),
     "headrace:mask_seconds": ("mask_seconds", "Seconds of filling masks, on a thread beside the model."),
     "headrace:mask_wait_seconds": ("mask_wait_seconds", "Seconds that steps waited for masks."),
     "headrace:grammar_compile_seconds": ("grammar_seconds", "Seconds of compiling constraints."),
@@ -79,12 +82,6 @@ ENGINE_COUNTERS = {
     "headrace:kv_used_token_steps": ("used_slot_steps", "Of the held token slots, those filled, summed over steps."),
 }
 GROWING = {*(field for field, _ in ENGINE_COUNTERS.values()), "prefix_waits"}  # each once: see `_growth`
-# Without speculation, its counters are 0.
-SPECULATION = {
-    "vllm:spec_decode_num_drafts": "Drafts proposed; 0 without speculation.",
-    "vllm:spec_decode_num_draft_tokens": "Tokens in drafts; 0 without speculation.",
-    "vllm:spec_decode_num_accepted_tokens": "Draft tokens accepted; 0 without speculation.",
-}
 REQUEST_TIMES = {
     "queue": "Seconds from arrival at the engine to the first step.",
     "inference": "Seconds from the first step to the end.",
@@ -230,7 +227,7 @@ class _InstanceMetrics:
         stats = report.stats
         self._running.set(stats["num_running"])
         self._waiting.set(stats["num_waiting"])
-        grown = {field: self._growth(stats, field) for field in GROWING}
+        grown = {field: self._growth(field, stats[field]) for field in GROWING}
         deferred = min(grown["prefix_waits"], stats["num_waiting"])
         self._deferred.set(deferred)
         self._held_up.set(stats["num_waiting"] - deferred)
@@ -242,7 +239,9 @@ class _InstanceMetrics:
         self._free_blocks.set(self._blocks - held - cached)
         for counter, field in self._engine:
             counter.inc(grown[field])
-        self._aborts.inc(self._growth(stats["finished"], "abort"))
+        for place, count in enumerate(stats["accepted_at"]):
+            self._accepted.labels(*self._values, str(place)).inc(self._growth(f"accepted_at[{place}]", count))
+        self._aborts.inc(self._growth("abort", stats["finished"]["abort"]))
         if report.prefill_tokens or report.decode_tokens:
             self._prefill.inc(report.prefill_tokens)
             self._decode.inc(report.decode_tokens)
@@ -260,9 +259,9 @@ class _InstanceMetrics:
             gauge.set(0)
         self._free_blocks.set(self._blocks)
 
-    def _growth(self, stats: Mapping[str, Any], field: str) -> float:
+    def _growth(self, field: str, now: float) -> float:
         """How much an engine's counter grew since the last report; one that shrank began again at 0."""
-        before, now = self._seen.get(field, 0.0), float(stats[field])
+        before = self._seen.get(field, 0.0)
         self._seen[field] = now
         return now - before if now >= before else now
 
@@ -311,15 +310,13 @@ class _InstanceMetrics:
         )
         self._held_up, self._deferred = (by_reason.labels(*self._values, why) for why in ("capacity", "deferred"))
         self._engine = [(self._counter(name, text), field) for name, (field, text) in ENGINE_COUNTERS.items()]
-        for name, text in SPECULATION.items():
-            self._counter(name, text)
-        accepted = self._families.labelled(
+        self._accepted = self._families.labelled(
             Counter,
             "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Draft tokens accepted by position in the draft; 0 without speculation.",
+            "Tokens of drafts that became output, by their position in the draft, from 0.",
             (*LABELS, "position"),
         )
-        accepted.labels(*self._values, "0")
+        self._accepted.labels(*self._values, "0")
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Prompt tokens computed and tokens generated in a step.", STEP_TOKENS
         )

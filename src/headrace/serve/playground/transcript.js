@@ -150,6 +150,12 @@ class Reply {
     if (explanation?.forced_tokens) {
       facts.push([`${explanation.forced_tokens} forced`, "Tokens that the schema or the tools left no choice about: they were not sampled"]);
     }
+    if (explanation?.drafted_tokens) {
+      facts.push([
+        `${explanation.accepted_tokens} of ${explanation.drafted_tokens} drafts right`,
+        "Tokens that were guessed and computed together: a right one saves a step",
+      ]);
+    }
     if (explanation?.preemptions) facts.push([`preempted ${explanation.preemptions}×`, "Gave way to others, and was computed again"]);
     if (explanation?.resumes) facts.push([`resumed ${explanation.resumes}×`, "Went on in a new engine process"]);
     const ends = { length: "reached the longest reply", stopped: "stopped", "cut off": "cut off", abort: "stopped" };

@@ -189,6 +189,13 @@ TABLE: tuple[Field, ...] = (
     ),
     honoured("parallel_tool_calls", bool, "false: at most one call; true by default", (CHAT,)),
     honoured("include_reasoning", bool, "false leaves the text of a think block out of the answer", (CHAT,)),
+    honoured(
+        "prediction",
+        dict[str, Any],
+        'text that the answer may be like, as {"type": "content", "content": text or text parts}. Where it is right, '
+        "the answer comes sooner; it changes no token under --verifier coupled, the default",
+        (CHAT,),
+    ),
     # Stopping.
     honoured("stop", StopText | StopTexts, "strings that end it, special tokens too, shown or not; at most 64"),
     honoured("stop_token_ids", StopIds, "tokens that end it; at most 1024", sets="stop_token_ids"),
@@ -261,7 +268,9 @@ TABLE: tuple[Field, ...] = (
         bool,
         'write tokens as "token_id:5" beside their log-probabilities. Needs logprobs',
     ),
-    honoured("explain", bool, "why it took its time: queue, cached tokens, chunks, preemptions, batch sizes, resumes"),
+    honoured(
+        "explain", bool, "why it took its time: queue, cached tokens, chunks, preemptions, drafts, batch sizes, resumes"
+    ),
     honoured("normalize", bool, "scale the vector to length 1; true by default", (EMBEDDINGS,)),
     honoured("use_activation", bool, "the same as normalize, by vLLM's newer name", (EMBEDDINGS,)),
     honoured("encoding_format", Literal["float", "base64"], "numbers, or base64 of little-endian fp32", (EMBEDDINGS,)),
@@ -341,7 +350,6 @@ TABLE: tuple[Field, ...] = (
     refused("images_config", TEXT_ONLY, {}),
     refused("use_audio_in_video", TEXT_ONLY, False, on=(CHAT,)),
     refused("return_mm_kwargs", TEXT_ONLY, True),
-    refused("prediction", "predicted outputs are not used", on=(CHAT,)),
     refused("web_search_options", "nothing is searched", on=(CHAT,)),
     refused("verbosity", "models served here have no such setting", "medium", on=(CHAT,)),
     # Ignored.

@@ -23,15 +23,25 @@ def prompt_tables(output: RequestOutput) -> list[dict[str, Any] | None] | None:
 
 
 def usage(
-    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int | None = None
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int,
+    reasoning_tokens: int | None = None,
+    drafts: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """A `usage` object. All in tokens."""
+    """A `usage` object, in tokens. `drafts` of a request with a prediction: those computed, and those accepted."""
+    details: dict[str, int] = {}
+    if reasoning_tokens is not None:
+        details["reasoning_tokens"] = reasoning_tokens
+    if drafts is not None:
+        drafted, accepted = drafts
+        details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": None if reasoning_tokens is None else {"reasoning_tokens": reasoning_tokens},
+        "completion_tokens_details": details or None,
     }
 
 

@@ -45,6 +45,8 @@ class GenerationRequest:
     tokens_as_ids: bool = False
     """Write tokens as "token_id:5" beside their log-probabilities."""
     explain: bool = False
+    predicted: bool = False
+    """Whether it has a prediction, whose tokens its usage counts."""
     request_id: str | None = None
     priority: int = 0
     cache_key: CacheKey
@@ -80,6 +82,7 @@ def read_generation_request(
         token_ids=body.get("return_token_ids", False),
         tokens_as_ids=body.get("return_tokens_as_token_ids", False),
         explain=body.get("explain", False),
+        predicted="prediction" in body,
         request_id=body.get("request_id"),
         priority=body.get("priority", 0),
         cache_key=CacheKey(salt=body.get("cache_salt")),
