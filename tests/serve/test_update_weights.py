@@ -105,14 +105,18 @@ def test_every_answer_uses_the_new_weights_and_has_their_version(server, fresh, 
 def test_a_stream_goes_on_under_the_new_weights(server, fresh, folders, llms):
     known: list[int] = []
     rest: list[int] = []
-    versions = []
-    for event in events(server, max_tokens=400):
-        versions.append(event["weights_version"])
-        (known if event["weights_version"] == fresh else rest).extend(event["choices"][0]["token_ids"])
-        if len(versions) == 3:
-            update(server, folders["other"])
-    assert versions == sorted(versions) and versions[-1] == fresh + 1 and len(known) + len(rest) == 400 and rest
-    assert known == tokens(llms, "first", count=400)[: len(known)]
+    for _ in range(20):
+        known, rest, versions = [], [], []
+        before = update(server, folders["first"])
+        for event in events(server, max_tokens=400):
+            versions.append(event["weights_version"])
+            (known if event["weights_version"] == before else rest).extend(event["choices"][0]["token_ids"])
+            if len(versions) == 3:
+                update(server, folders["other"])
+        assert versions == sorted(versions) and set(versions) <= {before, before + 1} and len(known) + len(rest) == 400
+        if rest:  # else a busy machine read the third event when the stream was over
+            break
+    assert rest and known == tokens(llms, "first", count=400)[: len(known)]
     ids = llms["first"].tokenizer.encode(PROMPT) + known
     assert rest == tokens(llms, "other", {"prompt_token_ids": ids}, len(rest))
 
