@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -272,7 +273,7 @@ def blind_acceptance(patch):
 def kept_when_ended(patch):
     """A request that ends keeps the KV of drafts that were replaced, and its blocks enter the tree."""
     rewind = RequestPool._rewind
-    patch.setattr(RequestPool, "_rewind", lambda self, r, tokens: None if r.closing else rewind(self, r, tokens))
+    patch.setattr(RequestPool, "_rewind", lambda self, r, n: None if r.closing == "stop" else rewind(self, r, n))
 
 
 def kept_always(patch):
@@ -389,14 +390,26 @@ def test_a_mistake_is_noticed(mistake, monkeypatch):
             verify(seed, TIGHT[seed % len(TIGHT)])
 
 
-def test_blocks_of_a_rejected_draft_are_not_those_of_a_cached_prefix():
-    """A request that ends on the token which replaces a draft commits what is known, and no more."""
-    for seed in range(40):
-        prompt = [seed, *range(10, 21)]
-        request = plain(0, prompt, 4)
-        truth = alone(request)[0]
-        engine = make(Guesses(seed, {0: truth}, ["partly", "wrong"], longest=3))
-        record(drive(engine, [request], random.Random(seed)))
-        later = plain(1, [*prompt, *truth, 7], 3)
-        engine.scheduler.pool._speculator.outputs[1] = expected = alone(later)[0]  # type: ignore[union-attr]
-        assert record(drive(engine, [later], random.Random(0)))[1][0] == expected
+def ended_on_a_replaced_draft():
+    """Later prompts over the outputs of requests that end on the token which replaces a draft, at every place."""
+    for length, last in itertools.product(range(9, 13), range(1, 6)):
+        prompt = list(range(10, 10 + length))
+        truth = alone(plain(0, prompt, 9))[0]
+        params = SamplingParams(max_tokens=9, ignore_eos=True, stop_token_ids=(truth[last],))
+        known = truth[: truth.index(truth[last]) + 1]
+        drafts = [*known[:-1], (known[-1] + 1) % VOCAB, 5]
+        engine = make(All(0, {0: drafts, 1: []}, ["right"]))
+        ended = record(drive(engine, [Request(0, prompt, params)], random.Random(0)))[0]
+        assert ended[0] == known and ended[3] == "stop"
+        later = plain(1, [*prompt, *known, 7], 3)
+        yield record(drive(engine, [later], random.Random(0)))[1], alone(later)
+
+
+def test_a_request_that_ends_on_a_replaced_draft_leaves_no_trace_of_it():
+    for got, expected in ended_on_a_replaced_draft():
+        assert got == expected
+
+
+def test_a_trace_of_a_replaced_draft_is_noticed(monkeypatch):
+    kept_when_ended(monkeypatch)
+    assert any(got != expected for got, expected in ended_on_a_replaced_draft())

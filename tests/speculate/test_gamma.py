@@ -13,7 +13,7 @@ UNIT = 0.01
 MOST = 8
 PROFILE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 ALPHAS = (0.0, 0.2, 0.5, 0.8, 0.95)
-STEPS = {1: 600, 8: 300, 16: 300, 64: 150}
+STEPS = {1: 600, 8: 250, 16: 200, 64: 100}
 
 
 def through(points):
@@ -44,7 +44,7 @@ class World:
     """
 
     def __init__(self, curve, alpha, batch=1, passes=None, *, seed=1, noise=0.1, profile=True, gamma=None):
-        """`alpha(request, step)`; `passes`: a draft model's pass costs this many steps. Without, drafts cost nothing."""
+        """`alpha(request, step)`; `passes`: a draft model's pass costs this many steps. Without it drafts are free."""
         self.random = random.Random(seed)
         self.curve, self.batch, self.passes, self.noise = curve, batch, passes, noise
         self.alpha = alpha if callable(alpha) else lambda request, step: alpha
@@ -272,16 +272,15 @@ def test_takes_free_drafts_where_those_of_a_model_do_not_pay():
     assert draft == 0 and free >= 3
 
 
-def test_of_two_steps_in_flight_the_second_starts_when_the_first_has_ended():
-    now = [0.0]
+def test_of_two_steps_in_flight_the_second_starts_when_the_first_has_ended(monkeypatch):
+    now, seen = [0.0], []
     gamma = AutoGamma(lambda: now[0])
-    for at, call, rows in [(0, "began", 4), (1, "began", 8), (10, "ended", 4), (13, "ended", 8)]:
+    monkeypatch.setattr(gamma.costs, "observe", lambda rows, seconds: seen.append((rows, seconds)))
+    calls = [(0, "began", 4), (1, "began", 8), (10, "ended", 4), (13, "ended", 8), (20, "began", 2), (21, "ended", 2)]
+    for at, call, rows in calls:
         now[0] = float(at)
         getattr(gamma, call)(rows)
-    assert gamma.costs.seconds(4) == pytest.approx(10 - 7 * 0, rel=0.8)
-    assert gamma.costs.explain()["steps"] == 2
-    entries = gamma.costs._entries
-    assert entries[4].seconds >= 3.0 and sorted(entries) == [4, 8]
+    assert seen == [(4, 10.0), (8, 3.0), (2, 1.0)]
 
 
 def test_a_step_that_was_given_up_says_nothing():
@@ -292,6 +291,11 @@ def test_a_step_that_was_given_up_says_nothing():
     now[0] = 1.0
     gamma.ended(5)
     assert not gamma.costs
+    gamma.began(4)
+    gamma.began(6)
+    now[0] = 3.0
+    gamma.ended(6)
+    assert gamma.costs.seconds(6) == pytest.approx(2.0)
 
 
 def test_finished_requests_leave_nothing():
@@ -311,9 +315,7 @@ def test_finished_requests_leave_nothing():
 def test_explains_itself():
     world = World(CURVES["measured"], 0.5, passes=0.05)
     world.run(100)
-    known = world.gamma.explain()
-    assert set(known) == {"acceptance", "costs", "passes", "credit", "wait", "drafting"}
-    assert known["acceptance"]["rates"]["draft"][0] == pytest.approx(0.5, abs=0.2)
+    assert set(world.gamma.explain()) == {"acceptance", "costs", "passes", "credit", "wait", "drafting"}
 
 
 def test_fixed_is_cut_by_the_offer_and_shared_in_rounds():

@@ -12,6 +12,7 @@ _POSITIONS = 8
 """Places in a draft with an estimate of their own; later ones have that of the last."""
 _KEEP = 1 - 1 / 96
 """What remains of earlier evidence when an offer is learned from: about the latest hundred count."""
+_KEEP_RARE = _KEEP**8
 _PRIOR = 0.1
 _PRIOR_WEIGHT = 4.0
 """Before any evidence drafts count as seen four times and nearly never right: they must earn their rows.
@@ -52,8 +53,8 @@ class _Tally:
         """Those of a draft of `_USUAL` tokens."""
         self.stale = True
 
-    def learn(self, right: int, wrong: bool) -> None:
-        weight = self.weight = self.weight / _KEEP
+    def learn(self, right: int, wrong: bool, keep: float) -> None:
+        weight = self.weight = self.weight / keep
         for position in range(min(right, _POSITIONS)):
             self.right[position] += weight
             self.tried[position] += weight
@@ -172,7 +173,8 @@ class _Record:
 class Acceptance:
     """Estimates by proposer, length of the match and place in the draft, corrected for each request.
 
-    A request differs from the rest by two numbers, added to the rates of all: its surpluses over what was expected. Memory: a record for each living request and proposer.
+    A request differs from the rest by two numbers, added to the rates of all: its surpluses over what was expected,
+    at the first place and at later ones. Memory: a record for each living request and proposer.
     """
 
     def __init__(self) -> None:
@@ -200,8 +202,11 @@ class Acceptance:
             return _chances(tally.rates, first, later, most)
         return tally.chances[:most]
 
-    def learn(self, offer: Offer, right: int, wrong: bool) -> None:
-        """See `Gamma.learn`. The records of a request that is gone, or was never asked about, do not change."""
+    def learn(self, offer: Offer, right: int, wrong: bool, rare: bool = False) -> None:
+        """See `Gamma.learn`. The records of a request that is gone, or was never asked about, do not change.
+
+        `rare` evidence is one of the few drafts that were made in a long time, so what is older counts less.
+        """
         tried = right + wrong
         if tried <= 0:
             return
@@ -213,8 +218,9 @@ class Acceptance:
         if record is not None:
             # The rates of the last choice: those of now would count other offers of the same step.
             record.learn(right, tried, tally.rates)
-        kind.pooled.learn(right, wrong)
-        tally.learn(right, wrong)
+        keep = _KEEP_RARE if rare else _KEEP
+        kind.pooled.learn(right, wrong, keep)
+        tally.learn(right, wrong, keep)
 
     def finish(self, request_id: int) -> None:
         """Forget a request."""

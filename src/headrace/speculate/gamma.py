@@ -24,7 +24,7 @@ _MOST_CREDIT = 4.0
 """Steps that trials may lose at the start, and at once later."""
 _PATIENCE = 8
 """Steps from one thought of a trial to the next."""
-_SHORTEST_WAIT, _LONGEST_WAIT = 2, 32
+_SHORTEST_WAIT, _LONGEST_WAIT = 2, 64
 """Steps from one probe of a draft model to the next, where it is right and where it always is wrong.
 
 Every second step at least goes without: what probes cost is known only beside it.
@@ -73,7 +73,7 @@ class FixedGamma:
 
 
 class _Slots(NamedTuple):
-    """Every token that could be drafted: its chance to be kept, its offer, and its place there."""
+    """Every token that could be drafted: its chance to be kept, its offer, and with a draft model its place there."""
 
     chances: list[float]
     owners: list[int]
@@ -97,7 +97,7 @@ class _Choice(NamedTuple):
 
 
 def _drafting_costs(order: list[int], slots: _Slots, models: list[bool], passes: list[float]) -> list[float]:
-    """Seconds of the draft model for the first 0, 1, … slots of `order`: pass k serves those with more than k drafts."""
+    """Seconds of the draft model for the first 0, 1, … slots of `order`: pass k serves requests with more than k."""
     served = [0] * (max(slots.depths, default=0) + 1)
     total = 0.0
     found = [0.0]
@@ -161,15 +161,16 @@ class AutoGamma:
         self._depth = 0
         if not offers or spare <= 0 or rows <= 0 or not self.costs:
             return counts
+        models = [offer.proposer == self._drafter for offer in offers]
+        drafter = True in models
         slots = _Slots([], [], [])
         marginals = self.acceptance.marginals
         for i, offer in enumerate(offers):
             found = marginals(offer)
             slots.chances.extend(found)
             slots.owners.extend(repeat(i, len(found)))
-            slots.depths.extend(range(len(found)))
-        models = [offer.proposer == self._drafter for offer in offers]
-        drafter = True in models
+            if drafter:
+                slots.depths.extend(range(len(found)))
         best = self._best(slots, models if drafter else [], rows, spare)
         self._drafting = best.cut > 0
         cut = best.cut
@@ -185,8 +186,9 @@ class AutoGamma:
 
     def learn(self, offer: Offer, right: int, wrong: bool) -> None:
         """See `Gamma`."""
-        self.acceptance.learn(offer, right, wrong)
-        if offer.request_id in self._probes and offer.proposer == self._drafter:
+        probe = offer.request_id in self._probes and offer.proposer == self._drafter
+        self.acceptance.learn(offer, right, wrong, rare=probe)
+        if probe:
             self._probes.discard(offer.request_id)
             if right:
                 self._wait = _SHORTEST_WAIT
@@ -209,14 +211,13 @@ class AutoGamma:
 
     def ended(self, rows: int) -> None:
         """See `Gamma`. Of two steps in flight, the second one's time starts when the first has ended."""
-        now = self._clock()
+        now, before = self._clock(), self._ended
+        self._ended = now
+        while self._begun and self._begun[0][0] != rows:  # steps that were given up
+            self._begun.popleft()
         if not self._begun:
             return
-        begun_rows, begun = self._begun.popleft()
-        seconds = now - max(begun, self._ended)
-        self._ended = now
-        if begun_rows != rows:  # of a step that was given up: its time says nothing
-            return
+        seconds = now - max(self._begun.popleft()[1], before)
         self.costs.observe(rows, seconds)
         self._steps += 1
         if self.costs:
@@ -320,8 +321,8 @@ class AutoGamma:
     def _probe(self, offers: Sequence[Offer], models: list[bool], counts: list[int], rows: int, spare: int) -> None:
         """Ask a draft model that is not used for single tokens: what it would have drafted is never known otherwise.
 
-        For as many requests as cost less than twice what one does. The wait doubles with each probe, and ends with
-        one that is right.
+        The wait doubles with each probe, and ends with one that is right: then more requests are asked, as many as
+        cost less than twice what one does.
         """
         used = sum(counts)
         idle = [i for i, model in enumerate(models) if model and not counts[i] and offers[i].most > 0]
@@ -331,7 +332,8 @@ class AutoGamma:
         steps = self.costs.curve(rows + used, number)
         passes = self._pass_costs(number, rows)
         losses = [steps[k] - steps[0] + passes[k] for k in range(1, number + 1)]
-        number = bisect_right(losses, min(2 * losses[0], self._credit))
+        most = 2 * losses[0] if self._wait <= _SHORTEST_WAIT else losses[0]
+        number = bisect_right(losses, min(most, self._credit))
         if not number:
             return
         self._credit -= losses[number - 1]

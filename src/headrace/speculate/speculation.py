@@ -49,7 +49,7 @@ class Speculation:
         """Of the step being planned or in flight, by request."""
         self._proposals: dict[int, Proposal | None] = {}
         """The latest of each request; None where the draft model drafts."""
-        self._watched: dict[int, _Watched] = {}
+        self._watched: dict[int, list[_Watched]] = {}
 
     def wants(self, request: Request) -> bool:
         """See `Speculator`."""
@@ -66,8 +66,9 @@ class Speculation:
             counts[i] = count
             request, proposal = candidates[i].request, self._proposals[offer.request_id]
             self._offers[offer.request_id] = offer
-            if proposal is not None and offer.request_id not in self._watched:
-                self._watched[offer.request_id] = _Watched(offer, proposal.token_ids, request.num_tokens)
+            if proposal is not None:  # each step's: of those that wait for tokens, most are right
+                watched = self._watched.setdefault(offer.request_id, [])
+                watched.append(_Watched(offer, proposal.token_ids, request.num_tokens))
         return counts
 
     def _offer(self, candidate: Candidate) -> Offer | None:
@@ -118,12 +119,17 @@ class Speculation:
         if offer is not None and offer.proposer == DRAFT and drafts:
             self._gamma.learn(offer, accepted, accepted < len(drafts) and request.closing is None)
         watched = self._watched.get(request.request_id)
-        if watched is not None:
-            came = request.token_ids[watched.known : watched.known + len(watched.token_ids)]
-            right = common(came, watched.token_ids)
-            if right < len(came) or len(came) == len(watched.token_ids):
-                self._gamma.learn(watched.offer, right, right < len(came))
-                del self._watched[request.request_id]
+        if watched:
+            self._watched[request.request_id] = [item for item in watched if not self._resolved(request, item)]
+
+    def _resolved(self, request: Request, watched: _Watched) -> bool:
+        """Whether the tokens that came decide what a proposal was worth; γ's policy then learns it."""
+        came = request.token_ids[watched.known : watched.known + len(watched.token_ids)]
+        right = common(came, watched.token_ids)
+        if right == len(came) < len(watched.token_ids):
+            return False
+        self._gamma.learn(watched.offer, right, right < len(came))
+        return True
 
     def finish(self, request: Request) -> None:
         """See `Speculator`."""
