@@ -19,7 +19,7 @@ Chosen = tuple[int, Candidate, int]
 class Drafting:
     """Gives drafts what a step has left: its tokens and free blocks when all known tokens have theirs.
 
-    So drafts never preempt, never evict a cached prefix, and never take a prompt's place. It has no state.
+    So in its plan drafts never preempt, never evict a cached prefix, and never take a prompt's place. It has no state.
     """
 
     def __init__(self, pool: RequestPool, batching: Batching, speculator: Speculator) -> None:
