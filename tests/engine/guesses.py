@@ -24,7 +24,7 @@ from headrace.engine.schedule.sampling import SamplingParams
 from headrace.engine.schedule.scheduler import Scheduler
 from headrace.engine.schedule.speculator import Candidate
 
-__all__ = ["CONTEXT", "KINDS", "Guesses", "alone", "anything", "drive", "make", "plain", "record", "verify"]
+__all__ = ["CONTEXT", "KINDS", "Guesses", "alone", "anything", "drive", "make", "plain", "record", "run_both"]
 
 CONTEXT, SIZE = 100, 4
 KINDS = ("right", "wrong", "partly", "random", "short", "none")
@@ -223,22 +223,28 @@ def alone(request: Request) -> list[Any]:
     return record(drive(engine, [copy_of(request)], random.Random(0)))[request.request_id]
 
 
-def verify(seed: int, options: dict[str, Any], count: int = 8, kinds: Sequence[str] = KINDS) -> Engine[NullRunner]:
-    """Requests with drafts, then prompts that go on from their outputs, have what they have alone; the engine."""
+def run_both(
+    seed: int, options: dict[str, Any], count: int = 8, kinds: Sequence[str] = KINDS
+) -> tuple[Engine[NullRunner], list[dict[int, list[Any]]], list[dict[int, list[Any]]]]:
+    """What requests have with drafts, and what they have alone; then prompts that go on from their outputs; the engine.
+
+    Raises AssertionError where the counts of drafts are not those of the speculator.
+    """
     draw = random.Random(seed)
     guesses = Guesses(seed, {}, kinds)
     engine = make(guesses, **options)
     requests = anything(seed, count)
+    with_drafts, without = [], []
     for wave in range(2):
         expected = {request.request_id: alone(request) for request in requests}
         guesses.outputs.update({i: list(got[0]) for i, got in expected.items()})
-        got = record(drive(engine, requests, draw))
-        assert got == expected
+        with_drafts.append(record(drive(engine, requests, draw)))
+        without.append(expected)
         assert not guesses.steps and guesses.finished >= expected.keys()
         requests = [] if wave else list(followers(requests, expected, draw))
     stats = engine.scheduler.stats
     assert stats.accepted_tokens == guesses.accepted == sum(stats.accepted_at)
-    return engine
+    return engine, with_drafts, without
 
 
 def followers(requests: Sequence[Request], known: dict[int, list[Any]], draw: random.Random) -> Iterator[Request]:

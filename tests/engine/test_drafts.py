@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.guesses import CONTEXT, KINDS, Guesses, alone, anything, drive, make, plain, record, verify
+from engine.guesses import CONTEXT, KINDS, Guesses, alone, anything, drive, make, plain, record, run_both
 from engine.test_masks import ToyMask, copy_of
 from engine.test_scheduler import AXES, VOCAB, no_leak
 from headrace.engine.schedule.constraint import Constraint
@@ -38,14 +38,17 @@ TIGHT: list[dict[str, Any]] = [
 @given(st.integers(0, 10**6), OPTIONS)
 def test_requests_with_drafts_have_what_they_have_alone_without(seed, options):
     """Tokens, log-probabilities, scores and ends; and so do later prompts that go on from their outputs."""
-    verify(seed, options)
+    _, got, expected = run_both(seed, options)
+    assert got == expected
 
 
 @pytest.mark.parametrize("options", TIGHT, ids=str)
 def test_the_property_is_about_drafts_preemptions_and_cached_prefixes(options):
     total: dict[str, int] = {}
     for seed in range(4):
-        stats = verify(seed, options, 12).scheduler.stats
+        engine, got, expected = run_both(seed, options, 12)
+        assert got == expected
+        stats = engine.scheduler.stats
         for name in ("drafted_tokens", "accepted_tokens", "preemptions", "prefix_hits", "forced_tokens"):
             total[name] = total.get(name, 0) + getattr(stats, name)
     assert total["drafted_tokens"] > total["accepted_tokens"] + 100 > 200
@@ -387,7 +390,8 @@ def test_a_mistake_is_noticed(mistake, monkeypatch):
     mistake(monkeypatch)
     with pytest.raises((AssertionError, IndexError, KeyError)):
         for seed in range(12):
-            verify(seed, TIGHT[seed % len(TIGHT)])
+            _, got, expected = run_both(seed, TIGHT[seed % len(TIGHT)])
+            assert got == expected
 
 
 def ended_on_a_replaced_draft():

@@ -254,19 +254,15 @@ def test_looks_beyond_the_first_step_of_the_stairs():
 
 
 def test_a_draft_model_must_earn_its_time():
-    def draft_costs(requests):
-        return 0.8 * UNIT
-
     gamma = ready(0.7, proposer="draft")
     assert gamma.choose([Offer(1, "draft", 0, 8)], 1, 100)[0] >= 1, "passes that nobody timed: half a step"
-    dear = AutoGamma(lambda: 0.0, draft_costs)
-    dear.costs, dear.acceptance = gamma.costs, gamma.acceptance
-    assert dear.choose([Offer(1, "draft", 0, 8)], 1, 100) == [0]
+    gamma.drafted(1, 1, 0.8 * UNIT)
+    assert gamma.choose([Offer(1, "draft", 0, 8)], 1, 100) == [0]
 
 
 def test_takes_free_drafts_where_those_of_a_model_do_not_pay():
     gamma = ready(0.9)
-    gamma._draft_costs = lambda requests: 5 * UNIT
+    gamma.drafted(1, 1, 5 * UNIT)
     gamma.acceptance.learn(Offer(9, "draft", 0, 8), 8, False)
     draft, free = gamma.choose([Offer(1, "draft", 0, 8), Offer(2, "ngram", 0, 8)], 2, 100)
     assert draft == 0 and free >= 3

@@ -161,7 +161,7 @@ def test_a_rejected_draft_is_not_drawn_again():
     count = 4000
     z, w = logits(2 * count, 6, 1), logits(count, 6, 2)
     at = row_params(torch.arange(2 * count), torch.arange(2 * count), top_k=4)
-    own = rejection._take(at, list(range(0, 2 * count, 2)))
+    own = at.take(list(range(0, 2 * count, 2)))
     draft, q = sample(w, draft_params(own)), standardized(w, own)
     token = Rejection().verify(z, at, draft[:, None].tolist(), list(q[:, None]))[::2]
     odds = acceptance(standardized(z[::2], own), q, draft)
@@ -210,7 +210,7 @@ def test_a_group_stands_alone():
     start = 0
     for group, given in zip(drafts, q):
         rows = list(range(start, start + len(group) + 1))
-        alone = Rejection().verify(z[rows], rejection._take(at, rows), [group], [given])
+        alone = Rejection().verify(z[rows], at.take(rows), [group], [given])
         assert torch.equal(alone, together[rows])
         start += len(rows)
 

@@ -12,7 +12,7 @@ written in the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -68,6 +68,10 @@ class SampleParams:
     seed_R: Tensor
     choice_R: Tensor
     position_R: Tensor
+
+    def take(self, rows: list[int]) -> SampleParams:
+        """The parameters of some rows."""
+        return SampleParams(*(getattr(self, column.name)[rows] for column in fields(self)))
 
 
 class Ops(Protocol):

@@ -15,7 +15,7 @@ from headrace.config import CacheConfig, ModelConfig
 from headrace.engine.engine import Engine
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import Runner
-from headrace.engine.run.shard import ModelShard
+from headrace.engine.run.shard import ModelShard, kv_block_bytes, kv_store
 from headrace.engine.schedule.mask import MaskFactory, no_masks
 from headrace.engine.schedule.plan import Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
@@ -26,7 +26,6 @@ from headrace.kernels.ops import Ops
 from headrace.llm.options import EngineOptions, free_memory
 from headrace.llm.speculation import profile_rows, speculating
 from headrace.model.transformer import Transformer
-from headrace.speculate.gamma import AutoGamma
 
 __all__ = ["assemble", "count_blocks", "fingerprint", "profile_budget"]
 
@@ -71,13 +70,10 @@ def count_blocks(
     """
     if cache.num_blocks:
         return cache.num_blocks
-    config, dtype = model.config, getattr(torch, cache.dtype)
-    block_bytes = model.group.size * KVStore.bytes_per_block(
-        config.num_layers, model.kv_heads, cache.block_size, config.head_dim, dtype
-    )
+    dtype = getattr(torch, cache.dtype)
+    block_bytes = model.group.size * kv_block_bytes(model, cache.block_size, dtype)
     if draft is not None:
-        c = draft.config
-        block_bytes += KVStore.bytes_per_block(c.num_layers, draft.kv_heads, cache.block_size, c.head_dim, dtype)
+        block_bytes += kv_block_bytes(draft, cache.block_size, dtype)
     free = free_memory()
     if cache.memory_bytes > free:
         raise ConfigError(
@@ -120,22 +116,14 @@ def assemble(
     config, cache = model.config, options.cache_config()
     length = max_length(config, options)
     blocks = count_blocks(model, cache, length, options.max_num_seqs, draft)
-    store = KVStore(
-        blocks,
-        config.num_layers,
-        model.kv_heads,
-        cache.block_size,
-        config.head_dim,
-        getattr(torch, cache.dtype),
-        ops.device,
-    )
+    store = kv_store(model, blocks, cache.block_size, getattr(torch, cache.dtype), ops)
     slots = host_slots(cache, options, store)
     ranks.initialize_cache(num_blocks=blocks, block_size=cache.block_size, cache_dtype=cache.dtype, host_slots=slots)
     parts = speculating(options, draft, ops, blocks)
     runner = Runner(ModelShard(model, ops, store, slots), ranks, parts.sampler)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
-    if options.speculate != "off" and isinstance(parts.gamma, AutoGamma):
-        profile_rows(parts.gamma, runner, options.max_num_seqs)
+    if parts.profiled is not None:
+        profile_rows(parts.profiled, runner, options.max_num_seqs)
     scheduler = Scheduler(
         options.scheduler_config(budget),
         replace(cache, num_blocks=blocks),

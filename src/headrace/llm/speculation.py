@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headrace.attention.store import KVStore
+from headrace.config import ModelConfig
 from headrace.engine.run.ranks import Ranks
 from headrace.engine.run.runner import RowSampler, Runner
-from headrace.engine.run.shard import ModelShard
+from headrace.engine.run.shard import ModelShard, kv_store
 from headrace.engine.schedule.plan import SAMPLE, Plan, Slice
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.errors import ConfigError
@@ -22,7 +22,7 @@ from headrace.model.folder import read_config, resolve
 from headrace.model.huggingface import load_model
 from headrace.model.layers import weight_dtype
 from headrace.model.transformer import Transformer
-from headrace.speculate.base import Gamma, Proposer
+from headrace.speculate.base import Proposer
 from headrace.speculate.draft import DraftModel
 from headrace.speculate.forced import ForcedProposer
 from headrace.speculate.gamma import AutoGamma, FixedGamma
@@ -48,7 +48,8 @@ class Speculating:
     speculation: Speculation
     sampler: RowSampler | None
     """Of the target's runner; None is the ordinary one."""
-    gamma: Gamma
+    profiled: AutoGamma | None
+    """The policy that wants to know what steps cost before the first one."""
 
 
 def load_draft(options: EngineOptions, model: Transformer, tokenizer: Tokenizer, ops: Ops) -> Transformer | None:
@@ -63,11 +64,18 @@ def load_draft(options: EngineOptions, model: Transformer, tokenizer: Tokenizer,
     config = read_config(folder)
     if config.vocab_size != model.config.vocab_size or not same_tokenizer(folder, tokenizer):
         raise ConfigError(f"speculate={options.speculate}: its tokenizer is another: a draft needs the model's own")
-    draft = load_model(folder, ops, options.dtype, serving=True)
-    if draft.config.num_layers * draft.config.hidden_size > model.config.num_layers * model.config.hidden_size:
+    if block_weights(config) > block_weights(model.config):
         raise ConfigError(f"speculate={options.speculate}: it is larger than the model that it drafts for")
-    ops.warm_up(weight_dtype(draft.config), getattr(torch, options.cache_config().dtype), one_call=True)
+    draft = load_model(folder, ops, options.dtype, serving=True)
+    cache = getattr(torch, options.cache_config().dtype)
+    ops.warm_up(weight_dtype(draft.config), cache, one_call=draft.layers() is not None)
     return draft
+
+
+def block_weights(config: ModelConfig) -> int:
+    """Weights of the matrices of all blocks."""
+    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.num_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
 
 
 def same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -87,12 +95,12 @@ def speculating(options: EngineOptions, draft: Transformer | None, ops: Ops, num
         proposers.append(NgramProposer())
     if kind == "suffix":
         proposers.append(SuffixProposer())
-    gamma: Gamma = AutoGamma(time.perf_counter) if options.gamma == "auto" else FixedGamma(int(options.gamma))
-    exact = options.verifier == "coupled"
-    drawn = None if exact else DraftSampler(ops)
+    gamma = AutoGamma(time.perf_counter) if options.gamma == "auto" else FixedGamma(int(options.gamma))
+    drawn = None if options.verifier == "coupled" else DraftSampler(ops)
     sampler = None if drawn is None else RejectionSampler(ops, drawn, options.lenience)
     model = None if draft is None else draft_model(draft, ops, options, num_blocks, drawn)
-    return Speculating(Speculation(proposers, gamma, model), sampler, gamma)
+    profiled = gamma if kind != "off" and isinstance(gamma, AutoGamma) else None
+    return Speculating(Speculation(proposers, gamma, model), sampler, profiled)
 
 
 def profile_rows(gamma: AutoGamma, runner: Runner, most: int) -> None:
@@ -113,15 +121,8 @@ def draft_model(
     model: Transformer, ops: Ops, options: EngineOptions, num_blocks: int, sampler: RowSampler | None = None
 ) -> DraftModel:
     """A model as a proposer of drafts, with a KV store of as many blocks as the target's."""
-    config, cache = model.config, options.cache_config()
-    store = KVStore(
-        num_blocks,
-        config.num_layers,
-        model.kv_heads,
-        cache.block_size,
-        config.head_dim,
-        getattr(torch, cache.dtype),
-        ops.device,
-    )
+    cache = options.cache_config()
+    store = kv_store(model, num_blocks, cache.block_size, getattr(torch, cache.dtype), ops)
     runner = Runner(ModelShard(model, ops, store), Ranks(), sampler)
-    return DraftModel(runner, config.max_position_embeddings, options.scheduler_config().max_num_batched_tokens)
+    longest = model.config.max_position_embeddings
+    return DraftModel(runner, longest, options.scheduler_config().max_num_batched_tokens)

@@ -12,16 +12,7 @@ from headrace.kernels.ops import SampleParams
 from headrace.kernels.reference.sample import sample
 from headrace.kernels.reference.standard import standardized
 from headrace.reproduce.table import Table
-from headrace.speculate.formulae import (
-    alpha_coupled,
-    alpha_rejection,
-    best_gamma,
-    improves,
-    least_speedup,
-    operations,
-    speedup,
-    tokens_per_step,
-)
+from headrace.speculate import formulae
 from headrace.speculate.rejection import Rejection, acceptance, draft_params, residual
 
 __all__ = [
@@ -238,7 +229,9 @@ def direct(pair: PrefixPair, **knobs: float) -> Tensor:
 
 
 def induced(pair: PrefixPair, lenience: float = 1.0, **knobs: float) -> Tensor:
-    """The probabilities [V^length] of sequences whose first step drafts length − 1 tokens; the target goes on alone.
+    """The probabilities [V^length] that Algorithm 1 gives each sequence, where its first step has length − 1 drafts.
+
+    Behind a rejected draft the target samples the other tokens one at a time.
 
     Uniform numbers and residual draws are integrated out: the sampler's own `acceptance` and `residual` are the
     probabilities of its decisions. From the last place back, a sequence either keeps its token as the draft, and
@@ -289,15 +282,19 @@ def by_formula(out: Table) -> None:
             f"α = {alpha:g}, γ = {gamma}, c = 0: operations / speed",
             "CE",
             " / ".join(f"{x:.2f}×" for x in published),
-            f"{operations(alpha, gamma, 0):.2f}× / {speedup(alpha, gamma, 0):.2f}×",
+            f"{formulae.operations(alpha, gamma, 0):.2f}× / {formulae.speedup(alpha, gamma, 0):.2f}×",
         )
     grid = [(a / 50, c / 50) for a in range(50) for c in range(1, 51)]
-    brute = [max(range(65), key=lambda gamma: speedup(alpha, gamma, c)) for alpha, c in grid]
-    found = [best_gamma(alpha, c, 64) for alpha, c in grid]
+    brute = [max(range(65), key=lambda gamma: formulae.speedup(alpha, gamma, c)) for alpha, c in grid]
+    found = [formulae.best_gamma(alpha, c, 64) for alpha, c in grid]
     same = sum(a == b for a, b in zip(brute, found))
     out.add("The best γ(α, c), against all from 0 to 64", "CE", "§3.5", f"equal in {same} of {len(grid)}")
-    right = [improves(alpha, c) == (gamma > 0) for (alpha, c), gamma in zip(grid, brute)]
-    least = [speedup(alpha, gamma, c) >= least_speedup(alpha, c) for (alpha, c), gamma in zip(grid, brute) if gamma > 0]
+    right = [formulae.improves(alpha, c) == (gamma > 0) for (alpha, c), gamma in zip(grid, brute)]
+    least = [
+        formulae.speedup(alpha, gamma, c) >= formulae.least_speedup(alpha, c)
+        for (alpha, c), gamma in zip(grid, brute)
+        if gamma > 0
+    ]
     out.add(
         "Some γ is faster iff α > c, by (1 + α)/(1 + c) or more",
         "CE",
@@ -356,8 +353,8 @@ def alphas(out: Table, draws: int) -> None:
         pool = random_logits(32, 200, spread, noise, seed=1)
         p, q = (logits.double().softmax(dim=1).tolist() for logits in pool)
         rules: list[tuple[str, str, Any, Rejection | None]] = [
-            ("Algorithm 1", "Σ min(p, q)", alpha_rejection, Rejection()),
-            ("the coupled rule", "not in the paper", alpha_coupled, None),
+            ("Algorithm 1", "Σ min(p, q)", formulae.alpha_rejection, Rejection()),
+            ("the coupled rule", "not in the paper", formulae.alpha_coupled, None),
         ]
         for name, published, formula, rejection in rules:
             value = sum(formula(*pair) for pair in zip(p, q)) / len(p)
@@ -378,11 +375,11 @@ def per_step(out: Table, draws: int) -> None:
         p, q = (logits.double().softmax(dim=1).tolist() for logits in pool)
         told = []
         for name, formula, rejection in (
-            ("Algorithm 1", alpha_rejection, Rejection()),
-            ("coupled", alpha_coupled, None),
+            ("Algorithm 1", formulae.alpha_rejection, Rejection()),
+            ("coupled", formulae.alpha_coupled, None),
         ):
             alpha = sum(formula(*both) for both in zip(p, q)) / len(p)
             stand_N = step(pair, torch.zeros(draws, 0).long(), torch.arange(draws), gamma, rejection)[1]
-            mean, predicted = float(stand_N.double().mean()), tokens_per_step(alpha, gamma)
+            mean, predicted = float(stand_N.double().mean()), formulae.tokens_per_step(alpha, gamma)
             told.append(f"{name} {mean:.3f}, by formula {predicted:.3f} (α = {alpha:.3f})")
         out.add(f"Tokens per step, γ = {gamma}", "CR", "(1 − α^{γ+1})/(1 − α)", "; ".join(told))

@@ -7,8 +7,10 @@ from typing import NamedTuple, Protocol
 
 from headrace.engine.schedule.request import Request
 
-__all__ = ["LONGEST", "Gamma", "Offer", "Proposal", "Proposer"]
+__all__ = ["DRAFT", "LONGEST", "Gamma", "Offer", "Proposal", "Proposer"]
 
+DRAFT = "draft"
+"""The proposer in an offer of the draft model, whose drafts cost time and exist only where they were asked for."""
 LONGEST = 16
 """Most drafts of one request in a step: more rows cost more than even copied text brings."""
 
@@ -24,6 +26,10 @@ class Proposer(Protocol):
     """Proposes drafts from tokens alone, on the scheduler's thread: microseconds, not milliseconds."""
 
     name: str
+
+    def wants(self, request: Request) -> bool:
+        """Whether it may propose for this request: the same answer as long as the request lives."""
+        ...
 
     def propose(self, request: Request, most: int) -> Proposal:
         """At most `most` tokens; an empty proposal where it has none. Changes nothing that others can see."""

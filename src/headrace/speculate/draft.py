@@ -10,11 +10,9 @@ from headrace.engine.run.runner import Runner
 from headrace.engine.schedule.mask import TokenMask
 from headrace.engine.schedule.plan import SAMPLE, Plan, Slice
 from headrace.engine.schedule.request import Request
+from headrace.engine.schedule.speculator import common_prefix
 
-__all__ = ["DRAFT", "DraftModel", "common"]
-
-DRAFT = "draft"
-"""The name under which γ's policy knows it."""
+__all__ = ["DraftModel"]
 
 
 @dataclass(slots=True)
@@ -137,7 +135,7 @@ class DraftModel:
             if prefix != prefixes[known.valid]:
                 break
             at = known.valid * size
-            same = common(held, tokens[at : min(at + size, last)])
+            same = common_prefix(held, tokens[at : min(at + size, last)])
             if same < size:
                 return at + same
             known.valid += 1
@@ -152,8 +150,3 @@ class DraftModel:
                 prefixes.append(hash((prefixes[-1], *tokens[at : at + size])))
             content = tokens[block * size : (block + 1) * size]
             self._held[request.kv.blocks[block]] = (prefixes[block], content)
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

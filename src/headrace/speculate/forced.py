@@ -17,6 +17,10 @@ class ForcedProposer:
 
     name = "forced"
 
+    def wants(self, request: Request) -> bool:
+        """See `Proposer`."""
+        return request.params.masked and not request.params.jump_forward
+
     def propose(self, request: Request, most: int) -> Proposal:
         """The first `most` forced tokens. `match` is 0: no earlier tokens lead to them."""
         if request.mask is None or request.params.jump_forward:

@@ -10,7 +10,7 @@ from operator import add, truediv
 from typing import NamedTuple
 
 from headrace.speculate.acceptance import Acceptance
-from headrace.speculate.base import Offer
+from headrace.speculate.base import DRAFT, Offer
 from headrace.speculate.costs import StepCosts
 
 __all__ = ["AutoGamma", "FixedGamma"]
@@ -123,19 +123,11 @@ class AutoGamma:
     limited to a hundredth of the time of steps.
     """
 
-    def __init__(
-        self, clock: Callable[[], float], draft_costs: Callable[[int], float] | None = None, drafter: str = "draft"
-    ) -> None:
-        """`draft_costs`: seconds of a draft model's pass for so many requests, instead of what `drafted` teaches.
-
-        `drafter` is the proposer that is such a model: its drafts cost time, and those not asked for do not exist.
-        """
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.costs = StepCosts()
         self.acceptance = Acceptance()
         self._clock = clock
-        self._draft_costs = draft_costs
         self._passes = StepCosts()
-        self._drafter = drafter
         self._depth = 0
         """Passes of the draft model that the latest choice needs."""
         self._begun: deque[tuple[int, float]] = deque()
@@ -161,7 +153,7 @@ class AutoGamma:
         self._depth = 0
         if not offers or spare <= 0 or rows <= 0 or not self.costs:
             return counts
-        models = [offer.proposer == self._drafter for offer in offers]
+        models = [offer.proposer == DRAFT for offer in offers]
         drafter = True in models
         slots = _Slots([], [], [])
         marginals = self.acceptance.marginals
@@ -186,7 +178,7 @@ class AutoGamma:
 
     def learn(self, offer: Offer, right: int, wrong: bool) -> None:
         """See `Gamma`."""
-        probe = offer.request_id in self._probes and offer.proposer == self._drafter
+        probe = offer.request_id in self._probes and offer.proposer == DRAFT
         self.acceptance.learn(offer, right, wrong, rare=probe)
         if probe:
             self._probes.discard(offer.request_id)
@@ -312,8 +304,6 @@ class AutoGamma:
 
     def _pass_costs(self, most: int, rows: int) -> list[float]:
         """Seconds of a draft model's pass for 0, 1, … `most` requests."""
-        if self._draft_costs is not None:
-            return [0.0, *map(self._draft_costs, range(1, most + 1))]
         if self._passes:
             return [0.0, *self._passes.curve(1, most - 1)]
         return [0.0] + [_PASS_GUESS * self.costs.seconds(rows)] * most

@@ -81,6 +81,10 @@ class NgramProposer:
         """Requests that something is kept for."""
         return len(self._indexes)
 
+    def wants(self, request: Request) -> bool:
+        """See `Proposer`."""
+        return True
+
     def propose(self, request: Request, most: int) -> Proposal:
         """See `Proposer`. `match` is the length of the match, extended backwards up to `MATCH_BOUND`."""
         index = self._follow(request)

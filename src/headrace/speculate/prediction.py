@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from headrace.engine.schedule.request import Request
 from headrace.speculate.base import Proposal
 
-__all__ = ["PREDICTION", "PredictionProposer"]
-
-PREDICTION = "prediction"
+__all__ = ["PredictionProposer"]
 
 NEAR = 2
 """Output tokens that must agree to continue close behind the difference, where a chance hit is unlikely."""
@@ -101,7 +99,7 @@ class PredictionProposer:
     goes on from there.
     """
 
-    name = PREDICTION
+    name = "prediction"
 
     def __init__(self) -> None:
         self._places: dict[int, _Place] = {}
@@ -109,6 +107,10 @@ class PredictionProposer:
     def __len__(self) -> int:
         """Requests that something is kept for."""
         return len(self._places)
+
+    def wants(self, request: Request) -> bool:
+        """See `Proposer`."""
+        return bool(request.params.prediction)
 
     def propose(self, request: Request, most: int) -> Proposal:
         """See `Proposer`. `match` is the number of tokens that agree before the draft, up to `MATCH_BOUND`."""

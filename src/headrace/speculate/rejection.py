@@ -57,22 +57,22 @@ class Rejection:
         device, vocab_size = logits_RV.device, logits_RV.shape[1]
         token_R = torch.zeros(logits_RV.shape[0], dtype=torch.int64, device=device)
         drafted, last = _rows(drafts)
-        token_R[last] = sample(logits_RV[last], _take(params, last))
+        token_R[last] = sample(logits_RV[last], params.take(last))
         if not drafted:
             return token_R
 
         draft_D = torch.tensor([token for group in drafts for token in group], dtype=torch.int64, device=device)
         at_D = torch.tensor(drafted, device=device)
-        p_DV = standardized(logits_RV[at_D], _take(params, drafted))
+        p_DV = standardized(logits_RV[at_D], params.take(drafted))
         q_DV = _drawn_from(q, draft_D, drafts, vocab_size)
         odds_D = acceptance(p_DV, q_DV, draft_D, self.lenience)
-        accepted_D = uniform(_keys(_take(params, drafted), ACCEPT).to(device)) < odds_D
+        accepted_D = uniform(_keys(params.take(drafted), ACCEPT).to(device)) < odds_D
         token_R[at_D] = draft_D
 
         wrong = _first_rejected(accepted_D.tolist(), drafts)
         if wrong:
             rows = [drafted[i] for i in wrong]
-            noise_WV = gumbel(_keys(_take(params, rows), RESIDUAL).to(device), vocab_size)
+            noise_WV = gumbel(_keys(params.take(rows), RESIDUAL).to(device), vocab_size)
             left_WV = residual(p_DV[wrong], q_DV[wrong], self.lenience)
             token_R[rows] = first_argmax(torch.log(left_WV) + noise_WV)
         return token_R
@@ -114,11 +114,6 @@ def _stream(params: SampleParams, constant: int) -> SampleParams:
 def _keys(params: SampleParams, constant: int) -> Tensor:
     """The keys [R] of a stream's noise."""
     return row_keys(_stream(params, constant).seed_R, params.choice_R, params.position_R)
-
-
-def _take(params: SampleParams, rows: list[int]) -> SampleParams:
-    """The parameters of some rows."""
-    return SampleParams(**{field.name: getattr(params, field.name)[rows] for field in fields(SampleParams)})
 
 
 def _rows(drafts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

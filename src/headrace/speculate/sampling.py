@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace.engine.run.batch import Batch
-from headrace.kernels.ops import Ops, SampleParams
+from headrace.kernels.ops import Ops
 from headrace.kernels.reference.standard import standardized
 from headrace.speculate.rejection import Rejection, draft_params
 
@@ -62,17 +62,5 @@ class RejectionSampler:
         self._drawn.clear()
         if rows:
             at = torch.tensor(rows, device=logits_RV.device)
-            tokens_R[at] = self._rejection.verify(logits_RV[at], _rows(batch.params, rows), drafts, q)
+            tokens_R[at] = self._rejection.verify(logits_RV[at], batch.params.take(rows), drafts, q)
         return tokens_R
-
-
-def _rows(params: SampleParams, rows: list[int]) -> SampleParams:
-    return SampleParams(
-        params.temperature_R[rows],
-        params.top_k_R[rows],
-        params.top_p_R[rows],
-        params.min_p_R[rows],
-        params.seed_R[rows],
-        params.choice_R[rows],
-        params.position_R[rows],
-    )

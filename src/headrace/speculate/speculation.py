@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from headrace.cache.manager import BlockMoves
 from headrace.engine.schedule.request import Request
-from headrace.engine.schedule.speculator import Candidate
-from headrace.speculate.base import LONGEST, Gamma, Offer, Proposal, Proposer
-from headrace.speculate.draft import DRAFT, DraftModel, common
-from headrace.speculate.prediction import PREDICTION
+from headrace.engine.schedule.speculator import Candidate, common_prefix
+from headrace.speculate.base import DRAFT, LONGEST, Gamma, Offer, Proposal, Proposer
+from headrace.speculate.draft import DraftModel
 
 __all__ = ["Speculation"]
 
@@ -43,7 +42,6 @@ class Speculation:
         self._proposers = proposers
         self._gamma = gamma
         self._draft_model = draft_model
-        self._always = draft_model is not None or any(p.name != PREDICTION for p in proposers)
         self._clock = clock
         self._offers: dict[int, Offer] = {}
         """Of the step being planned or in flight, by request."""
@@ -53,7 +51,9 @@ class Speculation:
 
     def wants(self, request: Request) -> bool:
         """See `Speculator`."""
-        return not request.is_beam and (self._always or bool(request.params.prediction))
+        if request.is_beam:
+            return False
+        return self._draft_model is not None or any(proposer.wants(request) for proposer in self._proposers)
 
     def choose(self, candidates: Sequence[Candidate], rows: int, spare: int) -> list[int]:
         """See `Speculator`."""
@@ -125,7 +125,7 @@ class Speculation:
     def _resolved(self, request: Request, watched: _Watched) -> bool:
         """Whether the tokens that came decide what a proposal was worth; γ's policy then learns it."""
         came = request.token_ids[watched.known : watched.known + len(watched.token_ids)]
-        right = common(came, watched.token_ids)
+        right = common_prefix(came, watched.token_ids)
         if right == len(came) < len(watched.token_ids):
             return False
         self._gamma.learn(watched.offer, right, right < len(came))

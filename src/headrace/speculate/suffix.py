@@ -94,6 +94,10 @@ class SuffixProposer:
         """Nodes, roots and texts, those of dropped tries too: never more than `max_nodes`."""
         return self._newer.size + self._older.size + sum(trie.size for trie in self._dropped)
 
+    def wants(self, request: Request) -> bool:
+        """See `Proposer`."""
+        return True
+
     def propose(self, request: Request, most: int) -> Proposal:
         """See `Proposer`. `match` is the length of the suffix that the draft follows."""
         reader = self._follow(request)

@@ -42,6 +42,9 @@ class RandomProposer:
     def __init__(self) -> None:
         self._draw = random.Random(7)
 
+    def wants(self, request) -> bool:
+        return True
+
     def propose(self, request, most) -> Proposal:
         return Proposal(self._draw.choices(request.token_ids, k=self._draw.randrange(most + 1)))
 

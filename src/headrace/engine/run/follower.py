@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from headrace.attention.store import KVStore
 from headrace.engine.run.frames import frame, read_frame, read_step
 from headrace.engine.run.ranks import Ranks
-from headrace.engine.run.shard import ModelShard
+from headrace.engine.run.shard import ModelShard, kv_store
 from headrace.kernels.ops import Ops
 from headrace.model.huggingface import load_weights
 from headrace.model.layers import weight_dtype
@@ -36,15 +35,7 @@ class Follower:
         if kind == "cache":
             dtype = getattr(torch, values["cache_dtype"])
             ops.warm_up(weight_dtype(model.config), dtype)
-            store = KVStore(
-                values["num_blocks"],
-                model.config.num_layers,
-                model.kv_heads,
-                values["block_size"],
-                model.config.head_dim,
-                dtype,
-                ops.device,
-            )
+            store = kv_store(model, values["num_blocks"], values["block_size"], dtype, ops)
             self._shard = ModelShard(model, ops, store, values["host_slots"])
             self._ready()
         elif kind == "weights":

@@ -16,7 +16,19 @@ from headrace.cache.manager import BlockMoves
 from headrace.kernels.ops import AttentionMeta, Ops
 from headrace.model.transformer import Transformer
 
-__all__ = ["Inputs", "ModelShard"]
+__all__ = ["Inputs", "ModelShard", "kv_block_bytes", "kv_store"]
+
+
+def kv_block_bytes(model: Transformer, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a KV block of this rank's part of a model."""
+    config = model.config
+    return KVStore.bytes_per_block(config.num_layers, model.kv_heads, block_size, config.head_dim, dtype)
+
+
+def kv_store(model: Transformer, num_blocks: int, block_size: int, dtype: torch.dtype, ops: Ops) -> KVStore:
+    """The KV cache of this rank's part of a model."""
+    config = model.config
+    return KVStore(num_blocks, config.num_layers, model.kv_heads, block_size, config.head_dim, dtype, ops.device)
 
 
 @dataclass(slots=True)

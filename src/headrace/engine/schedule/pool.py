@@ -19,7 +19,7 @@ from headrace.engine.schedule.plan import LogitEdits, Plan, SliceResult
 from headrace.engine.schedule.policies import Policy
 from headrace.engine.schedule.request import Request, RequestUpdate, Status
 from headrace.engine.schedule.slices import add_drafts, make_slice
-from headrace.engine.schedule.speculator import Speculator
+from headrace.engine.schedule.speculator import Speculator, common_prefix
 from headrace.engine.schedule.stats import SchedulerStats
 from headrace.errors import RequestError
 
@@ -355,8 +355,7 @@ class RequestPool:
         """Take back the KV of drafts that are not the tokens behind the `known` ones, and count those that are."""
         accepted = 0
         if drafts:
-            new = request.token_ids[known:]
-            accepted = next((i for i, (a, b) in enumerate(zip(drafts, new)) if a != b), min(len(drafts), len(new)))
+            accepted = common_prefix(drafts, request.token_ids[known:])
             computed = min(known + accepted, len(request.token_ids) - 1)  # the last one's row is to sample
             if request.num_forced and request.top is not None:
                 computed = min(computed, request.num_scored)

@@ -45,7 +45,7 @@ def make_slice(request: Request, start: int, end: int, samples: int, edits: list
 
 
 def add_drafts(s: Slice, drafts: Sequence[int], edits: Sequence[LogitEdits | None]) -> None:
-    """Put drafts behind the tokens of a slice whose last row samples: then the row of each draft samples too."""
+    """Append drafts to a slice whose last row samples. Each draft adds a row that samples."""
     s.token_ids = [*s.token_ids, *drafts]
     s.targets = [*s.targets, *[SAMPLE] * len(drafts)]
     s.edits = [*s.edits, *edits]

@@ -1,4 +1,4 @@
-"""`Speculator`: what the scheduler asks of whoever proposes drafts. The engine asks; a room above answers."""
+"""`Speculator`: the protocol through which the scheduler gets drafts. The room `speculate` implements it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Protocol
 from headrace.cache.manager import BlockMoves
 from headrace.engine.schedule.request import Request
 
-__all__ = ["Candidate", "Speculator"]
+__all__ = ["Candidate", "Speculator", "common_prefix"]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens, from the first on, two sequences share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A request whose next token this step samples, so that drafts may follow its known tokens."""
+    """A request that may get drafts in this step: the step computes its last known token and samples the next one."""
 
     request: Request
     """To be read: all its known tokens have KV once this step has run."""

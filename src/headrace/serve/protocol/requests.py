@@ -46,7 +46,7 @@ class GenerationRequest:
     """Write tokens as "token_id:5" beside their log-probabilities."""
     explain: bool = False
     predicted: bool = False
-    """Whether it has a prediction, whose tokens its usage counts."""
+    """Whether the request has a prediction: then usage has accepted and rejected prediction tokens."""
     request_id: str | None = None
     priority: int = 0
     cache_key: CacheKey

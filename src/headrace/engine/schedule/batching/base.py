@@ -33,7 +33,7 @@ class Batching(Protocol):
 
     @property
     def spare(self) -> int:
-        """Tokens of the step that nobody needs: no prompt was cut, or could go on with them."""
+        """Tokens of the step that are left when every request has what it can use; 0 where a prompt was cut."""
         ...
 
     def take(self, tokens: int) -> None:
