@@ -101,6 +101,9 @@ class Guesses:
             assert list(drafts) == proposed[: len(drafts)]
             assert list(drafts[:accepted]) == request.token_ids[known : known + accepted]
 
+    def waits(self, request: Request) -> bool:
+        return self.wants(request) and self.draw.random() < 0.8
+
     def ended(self, rows: int) -> None:
         began, self._ended = self.steps.popleft()
         assert began == rows

@@ -233,8 +233,8 @@ class Ranges:
     def accept(self, tokens):
         self.count += len(tokens)
 
-    def rewind(self, count):
-        self.count -= count
+    def fork(self):
+        return Ranges(self.count)
 
 
 def drafted(subject, drafts, params=GREEDY, scored=(), **extra):

@@ -88,13 +88,10 @@ class ToyMask:
                 break
         return len(ahead) - len(self.tokens)
 
-    def rewind(self, count: int) -> None:
-        if count:
-            del self.tokens[len(self.tokens) - count :]
-            self.failed = None
-
     def fork(self) -> ToyMask:
-        return ToyMask(self.key, self.stop_ids, tuple(self.tokens))
+        twin = ToyMask(self.key, self.stop_ids, tuple(self.tokens))
+        twin.failed = self.failed
+        return twin
 
 
 def toys(params: SamplingParams, stop_ids: Any) -> ToyMask:

@@ -70,23 +70,24 @@ def state(mask: GrammarMask, size: int):
     choices=st.lists(st.integers(0, 10**6), min_size=1, max_size=25),
     data=st.data(),
 )
-def test_a_rewound_mask_is_a_fresh_one(tokenizer, grammars, which, choices, data):
+def test_a_fork_is_a_fresh_mask_and_goes_its_own_way(tokenizer, grammars, which, choices, data):
     size = tokenizer.vocab_size + PADDING
-    mask, tokens = mask_of(grammars, PARAMS[which]), []
-    for choice in choices:
+    tokens: list[int] = []
+    mask, fork_at = mask_of(grammars, PARAMS[which]), data.draw(st.integers(0, len(choices)))
+    twin, forked = mask.fork(), 0
+    for i, choice in enumerate(choices):
+        if i == fork_at:
+            twin, forked = mask.fork(), len(tokens)
         may = [token for token in allowed(mask, size) if token != 0]
         if mask.failed or mask.ended or not may:
             break
         tokens.append(may[choice % len(may)])
         mask.accept(tokens[-1:])
-    back = data.draw(st.integers(0, len(tokens)))
-    twin = mask.fork()
-    twin.rewind(back)
     fresh = mask_of(grammars, PARAMS[which])
-    fresh.accept(tokens[: len(tokens) - back])
-    assert state(twin, size) == state(fresh, size)
-    twin.accept(tokens[len(tokens) - back :])
-    assert state(twin, size) == state(mask, size), "a fork or its rewinding changed the mask it came from"
+    fresh.accept(tokens[:forked])
+    assert state(twin, size) == state(fresh, size), "what the mask accepted later changed its fork"
+    twin.accept(tokens[forked:])
+    assert state(twin, size) == state(mask, size), "a fork is not the mask it came from"
 
 
 @settings(max_examples=40)

@@ -185,8 +185,11 @@ class CacheManager:
         self.held_blocks += count
         self.filled_slots += num_tokens
 
-    def rewind(self, seq: CachedSequence, num_tokens: int) -> None:
-        """Take back all but the first `num_tokens` tokens, on the device or, swapped out, on the host."""
+    def rewind(self, seq: CachedSequence, num_tokens: int, reserve: int = 0) -> None:
+        """Take back all but the first `num_tokens` tokens, on the device or, swapped out, on the host.
+
+        Device blocks for `reserve` tokens stay; the tokens that leave them must not have been known.
+        """
         keep = self.blocks_for(num_tokens)
         if seq.host_tokens > num_tokens:
             for slot in seq.host[keep:]:
@@ -196,10 +199,11 @@ class CacheManager:
         if seq.num_tokens <= num_tokens:
             return
         self._unlock_to(seq, keep)
-        for block in seq.blocks[keep:]:
+        stay = max(keep, self.blocks_for(reserve))
+        for block in seq.blocks[stay:]:
             self.pool.decref(block)
             self.held_blocks -= 1
-        del seq.blocks[keep:]
+        del seq.blocks[stay:]
         self.filled_slots -= seq.num_tokens - num_tokens
         seq.num_tokens = num_tokens
 

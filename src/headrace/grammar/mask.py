@@ -57,7 +57,8 @@ class GrammarMask:
 
     def fill(self, words_W: np.ndarray) -> None:
         """See `TokenMask`."""
-        self._fill(words_W)
+        if self._failed is None:
+            self._fill(words_W)
         if self._failed is None and not words_W.any():
             self._fail("nothing may follow this output: no token is allowed by all of its fields at once")
         if self._failed is not None:
@@ -112,17 +113,6 @@ class GrammarMask:
                 return self._bad_words.validate_tokens(list(tokens[:text]))
             return 1  # a special token is no text, and what follows it cannot be checked at once
         return len(tokens)
-
-    def rewind(self, count: int) -> None:
-        """See `TokenMask`."""
-        if not count:
-            return
-        taken = self._tokens[len(self._tokens) - count :]
-        del self._tokens[len(self._tokens) - count :]
-        for matcher in self._matchers:
-            matcher.rollback(sum(matcher in self._readers(token) for token in taken))
-        if not any(matcher.is_error() for matcher in self._matchers):  # an error of a matcher has no way back
-            self._failed = None
 
     def fork(self) -> GrammarMask:
         """See `TokenMask`."""

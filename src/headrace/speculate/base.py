@@ -68,6 +68,10 @@ class Gamma(Protocol):
         """
         ...
 
+    def waits(self) -> bool:
+        """Whether requests should wait for their next token, as γ may not be 0 then."""
+        ...
+
     def drafted(self, requests: int, tokens: int, seconds: float) -> None:
         """The draft model took so long to draft `tokens` tokens, of all these requests together."""
         ...

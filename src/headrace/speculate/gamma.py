@@ -59,6 +59,10 @@ class FixedGamma:
     def learn(self, offer: Offer, right: int, wrong: bool) -> None:
         """See `Gamma`."""
 
+    def waits(self) -> bool:
+        """See `Gamma`."""
+        return self.number > 0
+
     def drafted(self, requests: int, tokens: int, seconds: float) -> None:
         """See `Gamma`."""
 
@@ -142,6 +146,8 @@ class AutoGamma:
         self._probed = 0
         self._turn = 0
         self._drafting = False
+        self._asked = self._rest = 0
+        """The step of the latest choice; those from it on for which no request waits."""
 
     def seed(self, rows: int, seconds: float) -> None:
         """A first value of a step's cost, as a profile at the start measured it."""
@@ -151,6 +157,7 @@ class AutoGamma:
         """See `Gamma`."""
         counts = [0] * len(offers)
         self._depth = 0
+        self._asked, self._rest = self._steps, min(2 * self._rest or 1, _LONGEST_WAIT)
         if not offers or spare <= 0 or rows <= 0 or not self.costs:
             return counts
         models = [offer.proposer == DRAFT for offer in offers]
@@ -165,6 +172,8 @@ class AutoGamma:
                 slots.depths.extend(range(len(found)))
         best = self._best(slots, models if drafter else [], rows, spare)
         self._drafting = best.cut > 0
+        if best.cut:
+            self._rest = 0
         cut = best.cut
         if best.order and self._steps - self._tried >= _PATIENCE:
             self._tried = self._steps
@@ -184,6 +193,10 @@ class AutoGamma:
             self._probes.discard(offer.request_id)
             if right:
                 self._wait = _SHORTEST_WAIT
+
+    def waits(self) -> bool:
+        """See `Gamma`. Where drafts do not pay, it is asked again after 1, 2, 4, … `_LONGEST_WAIT` steps without."""
+        return self._steps >= self._asked + self._rest
 
     def drafted(self, requests: int, tokens: int, seconds: float) -> None:
         """The draft model took `seconds` for the `tokens` of the latest choice, of so many requests."""

@@ -59,8 +59,6 @@ class Speculation:
         """See `Speculator`."""
         found = [(i, offer) for i, c in enumerate(candidates) if (offer := self._offer(c)) is not None]
         counts = [0] * len(candidates)
-        if not found:
-            return counts
         offers = [offer for _, offer in found]
         for (i, offer), count in zip(found, self._gamma.choose(offers, rows, spare)):
             counts[i] = count
@@ -121,6 +119,10 @@ class Speculation:
         watched = self._watched.get(request.request_id)
         if watched:
             self._watched[request.request_id] = [item for item in watched if not self._resolved(request, item)]
+
+    def waits(self, request: Request) -> bool:
+        """See `Speculator`."""
+        return self.wants(request) and self._gamma.waits()
 
     def _resolved(self, request: Request, watched: _Watched) -> bool:
         """Whether the tokens that came decide what a proposal was worth; γ's policy then learns it."""

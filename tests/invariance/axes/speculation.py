@@ -3,10 +3,9 @@
 import random
 from collections.abc import Sequence
 
-from headrace.engine.run import masks
-from headrace.engine.run.masks import fill_rows
 from headrace.engine.schedule.edits import EditState
 from headrace.engine.schedule.pool import RequestPool
+from headrace.grammar.mask import GrammarMask
 from headrace.kernels.ops import SampleParams
 from headrace.speculate.base import Offer, Proposal
 from headrace.speculate.ngram import NgramProposer
@@ -28,6 +27,9 @@ class RandomGamma:
         return counts
 
     def learn(self, offer, right, wrong) -> None: ...
+    def waits(self) -> bool:
+        return self._draw.random() < 0.8
+
     def drafted(self, requests, tokens, seconds) -> None: ...
     def began(self, rows) -> None: ...
     def ended(self, rows) -> None: ...
@@ -92,15 +94,9 @@ def noise_of_the_step(patch):
     patch.setattr(SampleParams, "__init__", init)
 
 
-def does_not_rewind_a_mask(patch):
+def does_not_fork_a_mask(patch):
     """A mask that stays behind the drafts of a step."""
-
-    def filled(s, words_NW):
-        fill_rows(s, words_NW)
-        if s.mask is not None and s.mask.failed is None:
-            s.mask.accept(s.drafts[:1])
-
-    patch.setattr(masks, "fill_rows", filled)
+    patch.setattr(GrammarMask, "fork", lambda self: self)
 
 
 AXIS = Axis(
@@ -110,6 +106,6 @@ AXIS = Axis(
         Mutant(accepts_blindly, load=16, speculation="random"),
         Mutant(edits_ignore_drafts, load=16, sampling="penalised", speculation="draft"),
         Mutant(noise_of_the_step, load=2, sampling="seeded", speculation="draft"),
-        Mutant(does_not_rewind_a_mask, load=16, constraint="regex", speculation="draft"),
+        Mutant(does_not_fork_a_mask, load=16, constraint="regex", speculation="draft"),
     ),
 )

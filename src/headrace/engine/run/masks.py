@@ -65,18 +65,15 @@ class MaskFiller:
 
 def fill_rows(s: Slice, words_NW: np.ndarray) -> None:
     """Fill zeroed words for the rows of a slice that sample: each accounts for the drafts before it."""
-    mask, accepted = s.mask, 0
+    mask = s.mask
     if mask is None:
         assert s.params.allowed_token_ids is not None
         set_ids(words_NW[0], s.params.allowed_token_ids)
         words_NW[1:] = words_NW[0]
         return
     mask.fill(words_NW[0])
-    for draft, words_W in zip(s.drafts, words_NW[1:]):
-        if mask.failed is not None:
-            words_W[:] = 0xFFFFFFFF  # nothing counts here: the scheduler asks the mask again
-            continue
-        mask.accept((draft,))
-        accepted += 1
-        mask.fill(words_W)
-    mask.rewind(accepted)
+    if drafts := s.drafts:
+        ahead = mask.fork()  # one that fails behind a draft has no way back
+        for draft, words_W in zip(drafts, words_NW[1:]):
+            ahead.accept((draft,))
+            ahead.fill(words_W)

@@ -44,7 +44,7 @@ class Admission:
         while pool.running and pool.running[-1].priority > head.priority:
             path = cache.match(head.token_ids, head.cache_key, self._cacheable(head))
             need = cache.blocks_for(head.num_tokens) - sum(node.locks > 0 for node in path)
-            if len(pool.running) < pool.seats and need + self._promised_blocks() <= cache.available:
+            if len(pool.running) < pool.seats and pool.has_room(need + self._promised_blocks()):
                 return
             pool.preempt(pool.running[-1], plan)
 
@@ -83,7 +83,7 @@ class Admission:
         need = cache.need(kv, max(request.num_tokens, request.reserve))
         # Block moves need a slice to go with, and a fork must copy its last block before the parent commits it.
         fits = count > 0 or (batching.joins_empty and not kv.host and parent is None)
-        if need + promised > cache.available or not fits:
+        if not fits or not pool.has_room(need + promised):
             cache.drop_blocks(kv)
             return False
         pool.seat(request)

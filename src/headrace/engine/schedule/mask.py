@@ -47,10 +47,6 @@ class TokenMask(Protocol):
         """How many of these tokens, from the first on, may follow; one that ends the output only as the first."""
         ...
 
-    def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens."""
-        ...
-
     def fork(self) -> TokenMask:
         """An independent mask in the same state."""
         ...

@@ -107,7 +107,8 @@ class RequestPool:
         request.arrival = self._arrivals
         self._arrivals += 1
         self.requests[request.request_id] = request
-        self.num_drafting += self._speculator is not None and self._speculator.wants(request)
+        request.drafting = self._speculator is not None and self._speculator.wants(request)
+        self.num_drafting += request.drafting
         insort(self.waiting, request, key=self.policy.key)
 
     def _constrain(self, request: Request) -> None:
@@ -158,6 +159,17 @@ class RequestPool:
         request.parked = False
 
     # ---- seats
+
+    def has_room(self, need: int) -> bool:
+        """Whether so many blocks are available. Those of drafts in flight are taken back before a prefix is evicted.
+
+        The step in flight still tells which of these drafts are right; their KV is computed again.
+        """
+        if need > self.cache.pool.num_free:
+            for request in self.running:
+                if request.spec_token_ids:
+                    self._rewind(request, request.num_tokens)
+        return need <= self.cache.available
 
     def parent(self, request: Request) -> Request | None:
         """The unfinished request that computes this one's prompt. Once that has ended, its prefix is in the tree."""
@@ -288,7 +300,7 @@ class RequestPool:
             request.num_pending -= 1
             request.spec_token_ids = []
         if request.epoch == epoch:
-            request.num_computed_tokens = end
+            request.num_computed_tokens = min(end, request.kv.num_tokens)
         if result is None or not (result.token_ids or result.scores or request.closing):
             return None
         update = RequestUpdate(
@@ -367,12 +379,11 @@ class RequestPool:
             update.drafted, update.accepted = len(drafts), accepted
         if self._speculator is not None and self.num_drafting:
             self._speculator.learn(request, drafts, accepted)
+            request.drafting = self._speculator.waits(request)
 
     def _rewind(self, request: Request, num_tokens: int) -> None:
         """Take back the KV behind `num_tokens`. What the request has reserved stays with it."""
-        self.cache.rewind(request.kv, num_tokens)
-        if request.reserve and request.kv.blocks:
-            self.cache.grow(request.kv, request.kv.num_tokens, request.reserve)
+        self.cache.rewind(request.kv, num_tokens, request.reserve)
 
     def _extend_forced(self, request: Request, run: Sequence[int]) -> None:
         """Append forced tokens, which the mask has accepted, as far as the output may go."""
@@ -421,27 +432,3 @@ class RequestPool:
             update.finish_reason, update.stop_reason = request.closing, request.stop_reason
             update.stop_token = bool(count) and update.token_ids[-1] in request.stop_ids
             self.finish(request, request.closing, request.stop_reason)
-
-    def check_integrity(self, in_flight: Sequence[Grant]) -> None:
-        """Raise AssertionError unless queues, requests, blocks and the grants in flight agree. For tests: slow."""
-        self.cache.check_integrity([request.kv for request in self.requests.values()])
-        assert not self.grants, "a grant that no plan carries"
-        assert {r.request_id for r in (*self.running, *self.waiting)} == set(self.requests), "a request in no queue"
-        assert len(self.running) + len(self.waiting) == len(self.requests), "a request in two queues"
-        assert len(self.running) <= self.seats, "more running than seats"
-        for queue in (self.running, self.waiting):
-            keys = [self.policy.key(request) for request in queue]
-            assert keys == sorted(keys), "a queue out of order"
-        sampling = [grant.request for grant in in_flight if grant.samples]
-        for request in self.requests.values():
-            kv = request.kv
-            running = request.status is Status.RUNNING
-            assert running == any(request is r for r in self.running), "status and queue differ"
-            assert running or not kv.blocks, "a waiting request holds blocks"
-            assert not kv.host or request.status is Status.PREEMPTED, "host slots of a request not swapped out"
-            assert request.num_pending == sum(r is request for r in sampling), "pending tokens drifted"
-            limit = request.num_tokens + request.num_pending + len(request.spec_token_ids)
-            assert kv.num_tokens <= limit, "more scheduled than known"
-            assert request.num_computed_tokens <= kv.num_tokens + kv.host_tokens, "computed past scheduled"
-            held = len(kv.blocks) * self.cache.block_size
-            assert not running or request.is_beam or held >= request.reserve, "a reservation shrank"

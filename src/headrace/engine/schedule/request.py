@@ -67,6 +67,7 @@ class Request:
         "closing",
         "cumulative_logprob",
         "drafted_tokens",
+        "drafting",
         "edits",
         "epoch",
         "finish_reason",
@@ -144,8 +145,8 @@ class Request:
         """Steps in which later ones came first; that it waited for a prefix. Its drafts; those that became output."""
         self.max_output = self.reserve = 0
         """Output tokens after which it ends by length; tokens for which it takes blocks at admission, if it does."""
-        self.serial = params.follows_output
-        """Whether each token must be known before the next is planned."""
+        self.serial, self.drafting = params.follows_output, False
+        """Whether each token must be known before the next is planned; whether it must, as drafts may follow it."""
         self.stop_ids: dict[int, int | None] = {}
         """Token ids that end the request, with the `stop_reason` they give."""
         self.edits: EditState | None = None
@@ -218,7 +219,7 @@ class Request:
             return self.next_span(self.kv.num_tokens)
         if self.spec_token_ids:
             return 0
-        if self.serial or known + self.num_pending > 1:
+        if self.serial or self.drafting or known + self.num_pending > 1:
             return max(known, 0)
         if len(self.token_ids) + self.num_pending - self.num_prompt_tokens >= self.max_output:
             return 0

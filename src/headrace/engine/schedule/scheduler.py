@@ -18,6 +18,7 @@ from headrace.engine.schedule.admission import Admission
 from headrace.engine.schedule.batching import BATCHING, Batching
 from headrace.engine.schedule.config import SchedulerConfig
 from headrace.engine.schedule.drafting import Drafting
+from headrace.engine.schedule.integrity import check_pool
 from headrace.engine.schedule.limits import RequestLimits
 from headrace.engine.schedule.mask import MaskFactory, no_masks
 from headrace.engine.schedule.plan import Plan, StepResult
@@ -185,7 +186,7 @@ class Scheduler:
         for request, count in zip(running, granted):
             if count and request.status is Status.RUNNING:
                 need = cache.need(request.kv, max(request.kv.num_tokens + count, request.reserve))
-                if need and need > cache.available:
+                if need and not pool.has_room(need):
                     crowded = True
                     if not self._make_space(need, request, plan):
                         continue
@@ -210,7 +211,7 @@ class Scheduler:
 
         Blocks are granted in policy order, so those behind `request` have nothing in this plan yet.
         """
-        while need > self.cache.available:
+        while not self.pool.has_room(need):
             victim = self.pool.running[-1]
             self.pool.preempt(victim, plan)
             if victim is request:
@@ -235,4 +236,4 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, requests, blocks and plans in flight agree. For tests: slow."""
-        self.pool.check_integrity([grant for _, grants in self._in_flight for grant in grants])
+        check_pool(self.pool, [grant for _, grants in self._in_flight for grant in grants])

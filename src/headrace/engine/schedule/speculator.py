@@ -30,8 +30,8 @@ class Candidate:
 class Speculator(Protocol):
     """Chooses how many tokens to draft, and drafts them (2211.17192 §2). The scheduler's thread calls it.
 
-    Every step: `choose`, then `propose`, then `began`. Its result: `ended`, then `learn` for each request with a
-    sampled token. Calls of two steps in flight interleave, in the order of the steps.
+    Every step: `choose`, then `propose`, then `began`. Its result: `ended`, then `learn` and `waits` for each request
+    with a sampled token. Calls of two steps in flight interleave, in the order of the steps.
     """
 
     def wants(self, request: Request) -> bool:
@@ -61,6 +61,13 @@ class Speculator(Protocol):
 
     def learn(self, request: Request, drafts: Sequence[int], accepted: int) -> None:
         """`request` has new tokens at its end; of the step's `drafts` for it, the first `accepted` are among them."""
+        ...
+
+    def waits(self, request: Request) -> bool:
+        """Whether no step may be planned for this request until its next token is known, so that drafts may follow it.
+
+        With one step in flight that is so anyhow. A new request that it wants waits.
+        """
         ...
 
     def ended(self, rows: int) -> None:
