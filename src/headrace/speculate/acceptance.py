@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace.speculate.base import Offer
+from headrace.speculate.base import DRAFT, Offer
 
 __all__ = ["Acceptance"]
 
@@ -13,9 +13,10 @@ _POSITIONS = 8
 _KEEP = 1 - 1 / 96
 """What remains of earlier evidence when an offer is learned from: about the latest hundred count."""
 _KEEP_RARE = _KEEP**8
-_PRIOR = 0.1
+_PRIOR, _DRAFT_PRIOR = 0.1, 0.3
 _PRIOR_WEIGHT = 4.0
-"""Before any evidence drafts count as seen four times and nearly never right: they must earn their rows.
+"""Before any evidence drafts count as seen four times and nearly never right: they must earn their rows. Those of a
+draft model start higher, as what they are worth is known from rows alone.
 
 As evidence comes this is forgotten. Later places, and offers by their match, keep a prior of this weight: the rate of
 the place before, and that of all offers.
@@ -42,11 +43,12 @@ class _Tally:
 
     __slots__ = ("chances", "rates", "right", "stale", "tried", "weight")
 
-    def __init__(self, pooled: bool) -> None:
+    def __init__(self, prior: float | None = None) -> None:
+        """`prior`: the first rate of a proposer's offers together."""
         self.right = [0.0] * _POSITIONS
         self.tried = [0.0] * _POSITIONS
-        if pooled:
-            self.right[0], self.tried[0] = _PRIOR * _PRIOR_WEIGHT, _PRIOR_WEIGHT
+        if prior is not None:
+            self.right[0], self.tried[0] = prior * _PRIOR_WEIGHT, _PRIOR_WEIGHT
         self.weight = 1.0
         self.rates = [_PRIOR] * _POSITIONS
         self.chances: list[float] = []
@@ -103,15 +105,15 @@ class _Kind:
 
     __slots__ = ("buckets", "pooled")
 
-    def __init__(self) -> None:
-        self.pooled = _Tally(pooled=True)
+    def __init__(self, proposer: str) -> None:
+        self.pooled = _Tally(_DRAFT_PRIOR if proposer == DRAFT else _PRIOR)
         self.buckets: list[_Tally | None] = [None] * _BUCKETS
 
     def bucket(self, match: int) -> _Tally:
         index = match if match < 4 else min(1 + match.bit_length(), _BUCKETS - 1)
         found = self.buckets[index]
         if found is None:
-            found = self.buckets[index] = _Tally(pooled=False)
+            found = self.buckets[index] = _Tally()
         return found
 
     def fresh(self, match: int) -> _Tally:
@@ -186,10 +188,10 @@ class Acceptance:
 
         Strictly decreasing, so the best tokens of several offers never leave out one before another.
         """
-        request_id, proposer, match, most = offer
+        request_id, proposer, match, most, _ = offer
         kind = self._kinds.get(proposer)
         if kind is None:
-            kind = self._kinds[proposer] = _Kind()
+            kind = self._kinds[proposer] = _Kind(proposer)
         tally = kind.fresh(match)
         records = self._records.get(request_id)
         if records is None:
@@ -212,7 +214,7 @@ class Acceptance:
             return
         kind = self._kinds.get(offer.proposer)
         if kind is None:
-            kind = self._kinds[offer.proposer] = _Kind()
+            kind = self._kinds[offer.proposer] = _Kind(offer.proposer)
         tally = kind.bucket(offer.match)
         record = self._records.get(offer.request_id, {}).get(offer.proposer)
         if record is not None:

@@ -52,6 +52,8 @@ class Offer(NamedTuple):
     match: int
     most: int
     """Tokens proposed: γ is from 0 to this."""
+    behind: int = 0
+    """Known tokens that a draft model must compute before it drafts; 0 of other proposers."""
 
 
 class Gamma(Protocol):
@@ -72,8 +74,8 @@ class Gamma(Protocol):
         """Whether requests should wait for their next token, as γ may not be 0 then."""
         ...
 
-    def drafted(self, requests: int, tokens: int, seconds: float) -> None:
-        """The draft model took so long to draft `tokens` tokens, of all these requests together."""
+    def passed(self, rows: int, seconds: float) -> None:
+        """A pass of the draft model that computed so many tokens took so long."""
         ...
 
     def began(self, rows: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from headrace.cache.manager import BlockMoves
@@ -34,16 +35,23 @@ class DraftModel:
     computed when it is needed, in chunks.
     """
 
-    def __init__(self, runner: Runner, max_len: int, chunk: int) -> None:
+    def __init__(
+        self, runner: Runner, max_len: int, chunk: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         """`runner` has the target's number and size of blocks. `chunk`: most tokens that it catches up in a step."""
         self._runner = runner
         self._size = runner.store.block_size
         self._max_len = max_len
         self._chunk = chunk
+        self._clock = clock
         self._held: dict[int, tuple[int, list[int]]] = {}
         """What the KV of a block belongs to: the prefix before it, and its tokens."""
         self._known: dict[int, _Known] = {}
         self._steps = 0
+
+    def behind(self, request: Request) -> int:
+        """Known tokens that it must compute to draft one: at least the last, whose row samples."""
+        return request.num_tokens - self._computed(request)
 
     def room(self, request: Request) -> int:
         """Drafts that its context allows behind the known tokens."""
@@ -59,8 +67,14 @@ class DraftModel:
                 else:
                     self._held.pop(target, None)
 
-    def draft(self, asked: Sequence[tuple[Request, int]]) -> list[list[int]]:
-        """`count` drafts for each request, none where it does not catch up in this step; their blocks are allocated."""
+    def draft(
+        self, asked: Sequence[tuple[Request, int]], passed: Callable[[int, float], object] = lambda rows, seconds: None
+    ) -> list[list[int]]:
+        """`count` drafts for each request, none where it does not catch up in this step; their blocks are allocated.
+
+        `passed` is told the tokens of each pass, and its seconds.
+        """
+        began = self._clock()
         drafts: list[list[int]] = [[] for _ in asked]
         begun: list[tuple[int, Request, int, TokenMask | None]] = []
         left, slices = self._chunk, []
@@ -77,6 +91,7 @@ class DraftModel:
             slices.append(self._slice(request, start, start + taken, [], mask))
             self._hold(request, start, request.token_ids[: start + taken])
         while slices:
+            rows = sum(len(s.token_ids) for s in slices)
             result = self._run(slices)
             slices = []
             for i, request, count, mask in begun:
@@ -90,6 +105,9 @@ class DraftModel:
                     end = request.num_tokens + len(drafts[i])
                     slices.append(self._slice(request, end - 1, end, drafts[i], mask))
                     self._hold(request, end - 1, [*request.token_ids, *drafts[i]])
+            now = self._clock()
+            passed(rows, now - began)
+            began = now
         return drafts
 
     def finish(self, request: Request) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import accumulate, repeat
-from operator import add, truediv
-from typing import NamedTuple
+from itertools import accumulate
+from operator import truediv
 
 from headrace.speculate.acceptance import Acceptance
 from headrace.speculate.base import DRAFT, Offer
+from headrace.speculate.choice import Slots, WeighedSlots, best_choice
 from headrace.speculate.costs import StepCosts
 
 __all__ = ["AutoGamma", "FixedGamma"]
@@ -31,10 +31,12 @@ Every second step at least goes without: what probes cost is known only beside i
 """
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Requests for which passes get a first cost."""
-_LIMITS = (1, 2, 3, 4, 6, 8, 12)
-"""Longest drafts of a draft model that are tried, besides none."""
 _PASS_GUESS = 0.5
 """What a pass of a draft model costs before one was timed, in steps of as many rows."""
+_CATCH_UP = 16
+"""Steps over which the rows that a draft model must catch up with are charged: it has them from then on."""
+_MOST_SLOTS = 256
+"""Tokens of drafts that are weighed in a step: of many requests the first tokens alone."""
 
 
 class FixedGamma:
@@ -63,7 +65,7 @@ class FixedGamma:
         """See `Gamma`."""
         return self.number > 0
 
-    def drafted(self, requests: int, tokens: int, seconds: float) -> None:
+    def passed(self, rows: int, seconds: float) -> None:
         """See `Gamma`."""
 
     def began(self, rows: int) -> None:
@@ -74,45 +76,6 @@ class FixedGamma:
 
     def finish(self, request_id: int) -> None:
         """See `Gamma`."""
-
-
-class _Slots(NamedTuple):
-    """Every token that could be drafted: its chance to be kept, its offer, and with a draft model its place there."""
-
-    chances: list[float]
-    owners: list[int]
-    depths: list[int]
-
-
-class _Choice(NamedTuple):
-    """Slots in the order in which they deserve to be drafted; what the step gives and costs with none, one, two, …"""
-
-    order: list[int]
-    values: list[float]
-    steps: list[float]
-    """Seconds without those of a draft model."""
-    costs: list[float]
-    cut: int
-    """The best number of slots."""
-
-    def rate(self) -> float:
-        """Tokens per second that it promises."""
-        return self.values[self.cut] / self.costs[self.cut]
-
-
-def _drafting_costs(order: list[int], slots: _Slots, models: list[bool], passes: list[float]) -> list[float]:
-    """Seconds of the draft model for the first 0, 1, … slots of `order`: pass k serves requests with more than k."""
-    served = [0] * (max(slots.depths, default=0) + 1)
-    total = 0.0
-    found = [0.0]
-    for slot in order:
-        if models[slots.owners[slot]]:
-            depth = slots.depths[slot]
-            number = served[depth]
-            served[depth] = number + 1
-            total += passes[number + 1] - passes[number]
-        found.append(total)
-    return found
 
 
 class AutoGamma:
@@ -132,8 +95,8 @@ class AutoGamma:
         self.acceptance = Acceptance()
         self._clock = clock
         self._passes = StepCosts()
-        self._depth = 0
-        """Passes of the draft model that the latest choice needs."""
+        self._limit = 0
+        """The longest draft of a draft model in the latest choice."""
         self._begun: deque[tuple[int, float]] = deque()
         self._ended = float("-inf")
         self._steps = 0
@@ -155,22 +118,14 @@ class AutoGamma:
 
     def choose(self, offers: Sequence[Offer], rows: int, spare: int) -> list[int]:
         """See `Gamma`."""
-        counts = [0] * len(offers)
-        self._depth = 0
         self._asked, self._rest = self._steps, min(2 * self._rest or 1, _LONGEST_WAIT)
         if not offers or spare <= 0 or rows <= 0 or not self.costs:
-            return counts
-        models = [offer.proposer == DRAFT for offer in offers]
-        drafter = True in models
-        slots = _Slots([], [], [])
-        marginals = self.acceptance.marginals
-        for i, offer in enumerate(offers):
-            found = marginals(offer)
-            slots.chances.extend(found)
-            slots.owners.extend(repeat(i, len(found)))
-            if drafter:
-                slots.depths.extend(range(len(found)))
-        best = self._best(slots, models if drafter else [], rows, spare)
+            return [0] * len(offers)
+        slots = Slots()
+        marginals, most = self.acceptance.marginals, max(_MOST_SLOTS // len(offers), 1)
+        for offer in offers:
+            slots.add(marginals(offer)[:most], _charged(offer.behind))
+        best = self._best(slots, rows, spare)
         self._drafting = best.cut > 0
         if best.cut:
             self._rest = 0
@@ -178,11 +133,8 @@ class AutoGamma:
         if best.order and self._steps - self._tried >= _PATIENCE:
             self._tried = self._steps
             cut = self._trial(best, rows)
-        for owner in map(slots.owners.__getitem__, best.order[:cut]):
-            counts[owner] += 1
-        if drafter:
-            self._probe(offers, models, counts, rows, spare)
-            self._depth = max(count for count, model in zip(counts, models) if model)
+        counts = slots.counts(best.order[:cut])
+        self._probe(offers, counts, rows, spare)
         return counts
 
     def learn(self, offer: Offer, right: int, wrong: bool) -> None:
@@ -198,17 +150,13 @@ class AutoGamma:
         """See `Gamma`. Where drafts do not pay, it is asked again after 1, 2, 4, … `_LONGEST_WAIT` steps without."""
         return self._steps >= self._asked + self._rest
 
-    def drafted(self, requests: int, tokens: int, seconds: float) -> None:
-        """The draft model took `seconds` for the `tokens` of the latest choice, of so many requests."""
-        if tokens <= 0:
-            return
-        passes = self._depth or -(-tokens // max(requests, 1))
-        mean = max(round(tokens / passes), 1)
-        if not self._passes and self.costs:  # until they are timed, those of other sizes differ as steps do
-            unit = max(seconds / passes, 1e-9) / self.costs.seconds(mean)
+    def passed(self, rows: int, seconds: float) -> None:
+        """See `Gamma`. Until passes of other sizes are timed, they differ as steps do."""
+        if not self._passes and self.costs:
+            unit = seconds / self.costs.seconds(rows)
             for size in _SIZES:
                 self._passes.seed(size, self.costs.seconds(size) * unit)
-        self._passes.observe(mean, max(seconds / passes, 1e-9))
+        self._passes.observe(rows, seconds)
 
     def began(self, rows: int) -> None:
         """See `Gamma`."""
@@ -254,50 +202,21 @@ class AutoGamma:
         assert _SHORTEST_WAIT <= self._wait <= _LONGEST_WAIT, f"a wait of {self._wait} steps"
         assert (self._credit or 0.0) >= 0, "trials have lost more than they may"
 
-    def _best(self, slots: _Slots, models: list[bool], rows: int, spare: int) -> _Choice:
-        """The best number of slots. `models` says whose drafts are a draft model's, if there are any."""
-        order = sorted(range(len(slots.chances)), key=slots.chances.__getitem__, reverse=True)
-        steps = self.costs.curve(rows, min(len(order), spare))
-        if not models:
-            return self._weigh(order[:spare], slots, rows, steps)
-        # A pass for one request costs about what it costs for all, so a few long drafts can spoil a good choice.
-        orders = [order]
-        longest = max((depth for owner, depth in zip(slots.owners, slots.depths) if models[owner]), default=0)
-        for limit in _LIMITS:
-            if limit <= longest:
-                orders.append([i for i in order if slots.depths[i] < limit or not models[slots.owners[i]]])
-        if not all(models):
-            orders.append([i for i in order if not models[slots.owners[i]]])
-        passes = self._pass_costs(sum(models), rows)
-        choices = []
-        for order in orders:
-            order = order[:spare]
-            spent = _drafting_costs(order, slots, models, passes)
-            choices.append(self._weigh(order, slots, rows, steps, spent))
-        return max(choices, key=_Choice.rate)
+    def _best(self, slots: Slots, rows: int, spare: int) -> WeighedSlots:
+        """The best number of slots. Longer and much shorter drafts of a draft model are weighed now and then."""
+        steps = self.costs.curve(rows, min(len(slots.chances), spare))
+        passes = self._pass_costs(max(sum(slots.behind), len(slots.behind)), rows) if slots.deepest else []
+        near = self._limit if self._drafting and self._steps % _PATIENCE else None
+        found = best_choice(slots, rows, steps, passes, near, 0.0 if self._drafting else _MARGIN)
+        self._limit = found.limit
+        return found
 
-    def _weigh(
-        self, order: list[int], slots: _Slots, rows: int, steps: list[float], spent: list[float] | None = None
-    ) -> _Choice:
-        """How many of these slots, from the first, bring the most tokens per second.
-
-        `steps` and `spent`: seconds of the step, and of the draft model, with none, one, two, … of them.
-        """
-        values = list(accumulate(map(slots.chances.__getitem__, order), initial=float(rows)))
-        costs = steps if spent is None else list(map(add, steps, spent))
-        rates = list(map(truediv, values, costs))
-        rate = max(rates)
-        cut = rates.index(rate)
-        if cut and not self._drafting and rate < rates[0] * (1 + _MARGIN):
-            cut = 0
-        return _Choice(order, values, steps[: len(values)], costs, cut)
-
-    def _trial(self, choice: _Choice, rows: int) -> int:
+    def _trial(self, choice: WeighedSlots, rows: int) -> int:
         """Another number of drafts, if it would be better at a cost that is lower by twice its deviation.
 
         Then one step tells, where waiting never would: a cost that nobody pays is not measured.
         """
-        _, values, steps, costs, cut = choice
+        _, values, steps, costs, cut, _ = choice
         least = steps[0]
         doubts = self.costs.doubts(rows, len(steps) - 1)
         low = [cost - step + max(step * (1 - 2 * doubt), least) for cost, step, doubt in zip(costs, steps, doubts)]
@@ -316,25 +235,29 @@ class AutoGamma:
         return rival
 
     def _pass_costs(self, most: int, rows: int) -> list[float]:
-        """Seconds of a draft model's pass for 0, 1, … `most` requests."""
+        """Seconds of a draft model's pass of 0, 1, … `most` rows."""
         if self._passes:
             return [0.0, *self._passes.curve(1, most - 1)]
         return [0.0] + [_PASS_GUESS * self.costs.seconds(rows)] * most
 
-    def _probe(self, offers: Sequence[Offer], models: list[bool], counts: list[int], rows: int, spare: int) -> None:
+    def _probe(self, offers: Sequence[Offer], counts: list[int], rows: int, spare: int) -> None:
         """Ask a draft model that is not used for single tokens: what it would have drafted is never known otherwise.
 
         The wait doubles with each probe, and ends with one that is right: then more requests are asked, as many as
-        cost less than twice what one does.
+        cost less than twice what one does. Those come first for which the model has the least to catch up.
         """
-        used = sum(counts)
-        idle = [i for i, model in enumerate(models) if model and not counts[i] and offers[i].most > 0]
-        number = min(len(idle), spare - used)
-        if number <= 0 or self._credit is None or self._steps < self._probed + self._wait:
+        if self._credit is None or self._steps < self._probed + self._wait:
             return
-        steps = self.costs.curve(rows + used, number)
-        passes = self._pass_costs(number, rows)
-        losses = [steps[k] - steps[0] + passes[k] for k in range(1, number + 1)]
+        used = sum(counts)
+        idle = [i for i, offer in enumerate(offers) if offer.behind and not counts[i] and offer.most > 0]
+        number = min(len(idle), spare - used)
+        if number <= 0:
+            return
+        idle = idle[self._turn % len(idle) :] + idle[: self._turn % len(idle)]
+        idle.sort(key=lambda i: offers[i].behind)
+        behind = list(accumulate(offers[i].behind for i in idle[:number]))
+        steps, passes = self.costs.curve(rows + used, number), self._pass_costs(behind[-1], rows)
+        losses = [steps[k] - steps[0] + passes[behind[k - 1]] for k in range(1, number + 1)]
         most = 2 * losses[0] if self._wait <= _SHORTEST_WAIT else losses[0]
         number = bisect_right(losses, min(most, self._credit))
         if not number:
@@ -342,8 +265,12 @@ class AutoGamma:
         self._credit -= losses[number - 1]
         self._probed = self._steps
         self._wait = min(self._wait * 2, _LONGEST_WAIT)
-        for k in range(number):
-            i = idle[(self._turn + k) % len(idle)]
+        for i in idle[:number]:
             counts[i] = 1
             self._probes.add(offers[i].request_id)
         self._turn += number
+
+
+def _charged(behind: int) -> int:
+    """Rows of a draft model's first pass as one step is charged for them."""
+    return behind if behind <= 2 else 2 + -(-(behind - 2) // _CATCH_UP)

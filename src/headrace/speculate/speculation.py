@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.cache.manager import BlockMoves
@@ -37,12 +36,10 @@ class Speculation:
         proposers: Sequence[Proposer],
         gamma: Gamma,
         draft_model: DraftModel | None = None,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._proposers = proposers
         self._gamma = gamma
         self._draft_model = draft_model
-        self._clock = clock
         self._offers: dict[int, Offer] = {}
         """Of the step being planned or in flight, by request."""
         self._proposals: dict[int, Proposal | None] = {}
@@ -78,7 +75,7 @@ class Speculation:
                 return Offer(request.request_id, proposer.name, found.match, len(found.token_ids))
         self._proposals[request.request_id] = None
         if self._draft_model is not None and (most := min(most, self._draft_model.room(request))) > 0:
-            return Offer(request.request_id, DRAFT, 0, most)
+            return Offer(request.request_id, DRAFT, 0, most, self._draft_model.behind(request))
         return None
 
     def propose(self, candidates: Sequence[Candidate], counts: Sequence[int], moves: BlockMoves) -> list[list[int]]:
@@ -93,10 +90,7 @@ class Speculation:
                 drafts[i] = proposal.token_ids[:count]
         if self._draft_model is not None:
             self._draft_model.move(moves)
-            began = self._clock()
-            made = self._draft_model.draft([(request, count) for _, request, count in asked])
-            if made:
-                self._gamma.drafted(len(made), sum(map(len, made)), self._clock() - began)
+            made = self._draft_model.draft([(request, count) for _, request, count in asked], self._gamma.passed)
             for (i, _, _), tokens in zip(asked, made):
                 drafts[i] = tokens
         return drafts
