@@ -10,7 +10,7 @@
     formula   tokens a step of a fixed γ over (1 − α^{γ+1})/(1 − α): within 5% where acceptances are independent
     llama     llama-server with the same pair, by token ids: with its own draft and its own lookup, over ours
 
-In each cell of the first three, every fixed γ from 1 to 8 runs too; the two best ones run in all rounds, beside off and
+In each cell of the first three, every fixed γ from 1 to 8 runs too; the best one runs in all rounds, beside off and
 auto, and auto is to have 0.95 of the best of these (off among them). All sides of a round give the same tokens, or the
 script ends. Two threads. Writes docs/results/speculate.json.
 """
@@ -32,9 +32,9 @@ from headrace.speculate import formulae
 from speculate_work import Engine, Load, Models
 
 GAMMAS = range(1, 9)
-FINALISTS = 2
-SCREENING = 2
-"""Rounds of each fixed γ before the best ones run in all rounds."""
+FINALISTS = 1
+SCREENING = 1
+"""Rounds of each fixed γ before the best one runs in all."""
 NAME = "speculate"
 Section = Callable[["Bench"], None]
 

@@ -111,9 +111,9 @@ def _loaded(shape: ModelConfig, folder: Path, ops: Ops) -> Transformer:
     return load_model(random_checkpoint(shape, folder, seed=shape.num_layers), ops, "auto", serving=True)
 
 
-def trained_pair(ops: Ops) -> Models:
+def trained_pair(ops: Ops, dtype: str = "auto") -> Models:
     """The models of the recipes `target` and `draft`, trained here once, which takes some ten minutes."""
-    target, draft = (load_model(trained(name), ops, "auto", serving=True) for name in ("target", "draft"))
+    target, draft = (load_model(trained(name), ops, dtype, serving=True) for name in ("target", "draft"))
     return Models("trained", target, draft, ops)
 
 
@@ -195,7 +195,7 @@ def story_samples(count: int = 40) -> Load:
 
     def load(number: int) -> list[Ask]:
         opening = words.encode(f"Once upon a time, {tinyworld.PEOPLE[number % len(tinyworld.PEOPLE)]}")
-        return [Ask(opening, SamplingParams(max_tokens=100), 1000 * number + i) for i in range(count)]
+        return [Ask(opening, SamplingParams(max_tokens=40), 1000 * number + i) for i in range(count)]
 
     return load
 

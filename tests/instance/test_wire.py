@@ -29,7 +29,7 @@ TABLE = {3: Logprob(-math.pi / 7, 2, "é"), 4: Logprob(-1e-300, 1, "\N{SNOWMAN}"
 
 
 def test_events_come_through_with_their_bits():
-    choice = CompletionOutput(1, "text", [3, 4], -0.1 - 0.2, [TABLE, TABLE], "stop", "end")
+    choice = CompletionOutput(1, "text", [3, 4], -0.1 - 0.2, [TABLE, TABLE], "stop", "end", [0])
     output = RequestOutput("1", None, [], [choice], True, [None, TABLE], 5, 3, 9, 7)
     news: list[EngineEvent] = [
         Accepted("1"),
@@ -37,7 +37,9 @@ def test_events_come_through_with_their_bits():
         Tree("2", [(1, -1, 16, 2, "a")], complete=False),
         StepReport("0", {"steps": 1, "finished": {"stop": 2}}),
     ]
-    assert decode_event(encode(EventBatch(news))) == EventBatch(news)
+    read = decode_event(encode(EventBatch(news)))
+    assert isinstance(read, EventBatch) and read == EventBatch(news)
+    assert isinstance(read.events[1], Delta) and read.events[1].output.outputs[0].accepted == [0]
 
 
 def test_commands_come_through():

@@ -1,5 +1,6 @@
 """Speculation as users turn it on: the same answers, and options that say what is wrong."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,11 +8,17 @@ import pytest
 
 from headrace import LLM, SamplingParams
 from headrace.bench.models import random_model
-from headrace.errors import ConfigError, RequestError
+from headrace.cache.key import CacheKey
+from headrace.engine.schedule.request import RequestUpdate
+from headrace.errors import ConfigError, HeadraceError, RequestError
 from headrace.kernels.load import load_ops
 from headrace.llm.options import EngineOptions
+from headrace.llm.outputs import CompletionOutput, RequestOutput
+from headrace.llm.processor import Choice
+from headrace.llm.records import ResumeRecord
 from headrace.model.folder import read_config
-from headrace.model.huggingface import save_model
+from headrace.model.huggingface import load_model, save_model
+from headrace.text.tokenizer import Tokenizer
 
 PROMPTS = ["One day", "Once upon a time, Mia lived at the market. Once upon a time, Mia", "Tom"]
 ASKED = [
@@ -120,18 +127,81 @@ def test_options_that_make_no_sense_say_so(options, said):
     assert said in str(caught.value)
 
 
-def test_a_draft_that_cannot_draft_is_refused(tinyworld_checkpoint, data_dir, tmp_path):
-    larger = tmp_path / "larger"
-    config = replace(read_config(tinyworld_checkpoint), num_layers=5)
-    save_model(random_model(config, load_ops("reference"), 0), larger)
-    for file in tinyworld_checkpoint.glob("token*"):
-        (larger / file.name).write_bytes(file.read_bytes())
-    stories = data_dir / "checkpoints" / "stories260K"
-    for path, said in (
-        (stories, "its tokenizer is another"),
-        (larger, "it is larger than the model"),
-        (tmp_path / "missing", "missing"),
-    ):
-        with pytest.raises(Exception, match=said) as caught:
-            LLM(tinyworld_checkpoint, threads=1, num_kv_blocks=50, speculate=f"draft:{path}")
-        assert caught.value.__class__.__module__ == "headrace.errors" and "\n" not in str(caught.value)
+@pytest.fixture(scope="module")
+def unfit(tinyworld_checkpoint, data_dir, tmp_path_factory):
+    """(A folder that cannot draft for tinyworld, part of the error message) by what is wrong with it."""
+    made = tmp_path_factory.mktemp("unfit")
+    config = read_config(tinyworld_checkpoint)
+    for name, layers in (("larger", 5), ("unreadable", config.num_layers)):
+        save_model(random_model(replace(config, num_layers=layers), load_ops("reference"), 0), made / name)
+        for file in tinyworld_checkpoint.glob("token*"):
+            (made / name / file.name).write_bytes(file.read_bytes())
+    (made / "unreadable" / "config.json").write_text("{")
+    return {
+        "tokenizer": (data_dir / "checkpoints" / "stories260K", "its tokenizer is another"),
+        "larger": (made / "larger", "it is larger than the model"),
+        "missing": (made / "missing", "missing is neither a folder"),
+        "unreadable": (made / "unreadable", "config.json"),
+    }
+
+
+def loads_nothing(*args, **kwargs):
+    raise AssertionError("weights are loaded")
+
+
+@pytest.mark.parametrize("wrong", ["tokenizer", "larger", "missing", "unreadable"])
+def test_a_draft_that_cannot_draft_is_refused_before_weights_are_loaded(
+    wrong, unfit, tinyworld_checkpoint, other_checkpoint, monkeypatch
+):
+    for module in ("frontend", "speculation"):
+        monkeypatch.setattr(f"headrace.llm.{module}.load_model", loads_nothing)
+    monkeypatch.setattr("headrace.llm.frontend.Ranks.start", loads_nothing)
+    path, said = unfit[wrong]
+    with pytest.raises(HeadraceError, match=said) as caught:
+        LLM(tinyworld_checkpoint, threads=1, num_kv_blocks=50, speculate=f"draft:{path}")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(AssertionError, match="weights are loaded"):
+        LLM(tinyworld_checkpoint, threads=1, num_kv_blocks=50, speculate=f"draft:{other_checkpoint}")
+
+
+def test_a_model_from_memory_refuses_a_draft_that_cannot_draft(unfit, tinyworld_checkpoint):
+    ops = load_ops("cpu", threads=1)
+    model, tokenizer = load_model(tinyworld_checkpoint, ops), Tokenizer.from_folder(tinyworld_checkpoint)
+    for path, said in unfit.values():
+        with pytest.raises(HeadraceError, match=said):
+            LLM.from_model(model, tokenizer, ops, num_kv_blocks=50, speculate=f"draft:{path}")
+    options: dict[str, Any] = {"num_kv_blocks": 50, "speculate": f"draft:{tinyworld_checkpoint}", "gamma": "3"}
+    with LLM.from_model(model, tokenizer, ops, **options) as llm:
+        params = SamplingParams(seed=3, max_tokens=30, ignore_eos=True)
+        llm.generate(PROMPTS, params)
+        stats = llm.frontend.engine.scheduler.stats
+        assert stats.accepted_tokens == stats.drafted_tokens > 0
+
+
+def test_a_choice_has_the_places_of_drafts_that_stand_in_it(tinyworld_checkpoint):
+    tokenizer = Tokenizer.from_folder(tinyworld_checkpoint)
+    a, b = (tokenizer.encode(text, add_special_tokens=False)[0] for text in "ab")
+    choice = Choice(CompletionOutput(0), [], SamplingParams(stop=("b",)), tokenizer)
+    out = choice.output
+    choice.take(RequestUpdate(1, 1, [a, a, a], drafted=4, accepted=2))
+    assert out.accepted == [0, 1]
+    choice.take(RequestUpdate(1, 1, [a, a, a], drafted=2, accepted=1, drafts_at=1))
+    assert out.accepted == [0, 1, 4]
+    choice.take(RequestUpdate(1, 1, [a], drafted=3, accepted=3))
+    assert out.accepted == [0, 1, 4, 6], "two of the drafts wait for their scores"
+    assert choice.take(RequestUpdate(1, 1, [a, b, a], drafted=3, accepted=3)) == 9
+    assert out.accepted == [0, 1, 4, 6, 7, 8] and out.token_ids == [*[a] * 8, b]
+
+
+def test_places_of_drafts_are_those_in_the_whole_output_in_parts_and_records_too():
+    output = RequestOutput("r", None, [1], [CompletionOutput(0, "abcd", [5, 6, 7, 8], accepted=[0, 2, 3])])
+    [whole] = output.outputs
+    first, later = replace(whole, token_ids=[5, 6], text="ab", accepted=[0]), whole.since(2, 2)
+    assert (later.token_ids, later.accepted) == ([7, 8], [2, 3]) and whole.since(4, 4).accepted == []
+    first.extend(later)
+    assert first == whole and first.accepted == whole.accepted
+    record = ResumeRecord(output, SamplingParams(seed=1), 0, CacheKey(), "")
+    read = ResumeRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+    assert read.output.outputs[0].accepted == [0, 2, 3]
+    assert output.snapshot().outputs[0].accepted is not whole.accepted
+    assert whole == replace(whole, accepted=[]), "outputs are equal however they came"

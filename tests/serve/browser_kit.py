@@ -59,6 +59,17 @@ WATCH = """() => {
     if (words && words.textContent.length !== window.lengths.at(-1)) window.lengths.push(words.textContent.length);
   }).observe(document.getElementById("log"), { childList: true, subtree: true });
 }"""
+# Notes, while a reply streams, what is underlined, and by which legend.
+MARKED = """() => {
+  window.marked = [];
+  new MutationObserver(() => {
+    const reply = [...document.querySelectorAll(".reply.pending")].at(-1);
+    const count = reply?.querySelectorAll(".token.drafted").length;
+    if (count) window.marked.push([count, reply.querySelector(".facts").textContent]);
+  }).observe(document.getElementById("log"), { childList: true, subtree: true });
+}"""
+# The line at an element's text.
+LINE = "(element) => getComputedStyle(element).textDecorationLine"
 
 
 class Visit:

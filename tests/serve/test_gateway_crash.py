@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from headrace import LLM
+from headrace import LLM, SamplingParams
 from headrace.instance.server import Instance
-from headrace.instance.wire import Delta, EventBatch, Resume
+from headrace.instance.wire import Add, Delta, EventBatch, Resume
 from headrace.llm.records import ResumeRecord
 from headrace.serve.transcript import Transcript
 from serve.gateway_kit import OPTIONS, PROMPT, check_stream, kinds, start
@@ -142,3 +142,77 @@ def test_a_transcript_is_a_resume_record_at_every_step(llm, kind, steps):
     assert transcript.output.outputs == expected.outputs
     assert transcript.output.prompt_logprobs == expected.prompt_logprobs
     assert not llm.frontend.has_work
+
+
+SAMPLED = {
+    "plain": SamplingParams(temperature=1.0, seed=11, max_tokens=120, ignore_eos=True, logprobs=0),
+    "narrow": SamplingParams(temperature=0.7, seed=12, max_tokens=120, ignore_eos=True, top_p=0.9, top_k=20),
+    "choices": SamplingParams(
+        temperature=0.8, seed=13, max_tokens=120, ignore_eos=True, n=2, repetition_penalty=1.1, min_tokens=9
+    ),
+}
+
+
+def drafted_in_both(stream):
+    """Whether drafts were accepted before the death of the stream's engine, and after it."""
+    told = stream.explanation
+    return told.resumes == 1 and 0 < told.accepted_tokens < stream.output.accepted_tokens
+
+
+async def death_under_drafts(folder, llm, **options):
+    """Seeded streams with drafts against an engine without: undisturbed at first, then over deaths of their engine.
+
+    Four outputs are written at a time; a second request of each kind waits, and drafts from the first's text.
+    """
+    ids, each = llm.tokenizer.encode(PROMPT), list(SAMPLED.values()) * 2
+    expected = llm.generate([ids] * len(each), each)
+    gateway, watcher = await start(folder, options={"gamma": "3", "max_num_seqs": 4, **options})
+
+    async def wave():
+        streams = await asyncio.gather(*(gateway.open(f"{i}", None, ids, params) for i, params in enumerate(each)))
+        await asyncio.gather(*(check_stream(s, e) for s, e in zip(streams, expected)))
+        return streams
+
+    try:
+        quiet = await wave()
+        assert gateway.restarts == 0 and sum(stream.output.accepted_tokens for stream in quiet) > 0
+        for deaths in range(1, ATTEMPTS + 1):
+            watcher.deltas, watcher.kill_at = 0, [20]
+            streams = await wave()
+            assert gateway.restarts == deaths and not watcher.kill_at
+            if met := any(map(drafted_in_both, streams)):
+                break
+        assert met
+    finally:
+        await gateway.stop()
+
+
+@pytest.mark.parametrize("who", ["suffix", "draft"])
+def test_streams_with_drafts_survive_the_death_of_their_engine(tinyworld_checkpoint, llm, who):
+    """Token for token; the draft model is the target itself."""
+    speculate = f"draft:{tinyworld_checkpoint}" if who == "draft" else who
+    asyncio.run(death_under_drafts(tinyworld_checkpoint, llm, speculate=speculate))
+
+
+def test_drafts_that_change_tokens_are_seen(tinyworld_checkpoint, llm):
+    """The verifier `rejection` keeps only the distribution."""
+    with pytest.raises(AssertionError) as caught:
+        options = {"speculate": f"draft:{tinyworld_checkpoint}", "verifier": "rejection"}
+        asyncio.run(death_under_drafts(tinyworld_checkpoint, llm, **options))
+    assert caught.traceback[-1].name == "same"
+
+
+def test_a_resumed_stream_with_another_seed_is_seen(tinyworld_checkpoint, llm, monkeypatch):
+    command = Transcript.command
+
+    def reseeded(self, fingerprint):
+        made = command(self, fingerprint)
+        if isinstance(made, Add):
+            return made
+        params = replace(made.record.params, seed=1 + (made.record.params.seed or 0))
+        return Resume(replace(made.record, params=params))
+
+    monkeypatch.setattr(Transcript, "command", reseeded)
+    with pytest.raises(AssertionError) as caught:
+        asyncio.run(death_under_drafts(tinyworld_checkpoint, llm, speculate="suffix"))
+    assert caught.traceback[-1].name == "same"

@@ -12,7 +12,7 @@ import threading
 import httpx
 import pytest
 
-from serve.browser_kit import FAINT, PATIENCE, PHONE, QUESTION, WATCH, WIDE, visiting
+from serve.browser_kit import FAINT, LINE, MARKED, PATIENCE, PHONE, QUESTION, WATCH, WIDE, visiting
 from serve.http_kit import served
 
 ARGS = (
@@ -364,6 +364,47 @@ def test_a_reply_survives_an_engine_restart_and_a_lost_server_is_shown(browser, 
         visit.expect(visit.at("#prompt")).to_have_value(QUESTION)
         visit.expect(visit.at("#retry")).to_be_visible()
         assert visit.problems != []
+
+
+def test_accepted_drafts_are_underlined_while_a_reply_streams_and_after_it(browser, tinyworld_checkpoint):
+    asked = {"min_tokens": 60, "max_tokens": 60}  # an end token has no text
+    with (
+        served(tinyworld_checkpoint, "--speculate", "ngram", "--gamma", "4") as server,
+        visiting(browser, server.url) as visit,
+    ):
+        text = asked_of_the_api(server, **asked)["message"]["content"]
+        predicted = {**asked, "prediction": {"type": "content", "content": text}}
+        choice = asked_of_the_api(server, **predicted, explain=True, logprobs=True)
+        expected = choice["accepted_drafts"]
+        assert 30 < len(expected) < 50
+        visit.ready().ask_for(**predicted)
+        visit.set(temperature=0)
+        visit.page.evaluate(MARKED)
+        assert visit.reply() == text
+        tokens, facts = visit.at(".reply .token"), visit.at(".reply .facts .drafted")
+        spans = tokens.evaluate_all(
+            "(all) => all.map((span) => [span.textContent, span.classList.contains('drafted')])"
+        )
+        assert [text for text, _ in spans] == [entry["token"] for entry in choice["logprobs"]["content"]]
+        assert [i for i, (_, drafted) in enumerate(spans) if drafted] == expected
+        lines = tokens.evaluate_all(f"(all) => all.map({LINE})")
+        assert [i for i, line in enumerate(lines) if line == "underline"] == expected
+        visit.expect(facts).to_have_text(re.compile(f"^{len(expected)} of \\d+ drafts right$"))
+        assert facts.evaluate(LINE) == "underline" and "drafted" in facts.get_attribute("title")
+        for i, head in ((expected[0], "· drafted"), (next(i for i in range(60) if i not in expected), "log p")):
+            tokens.nth(i).hover()
+            assert ("drafted" in head) == ("drafted" in visit.at("#hint p").inner_text())
+        marked = visit.page.evaluate("() => window.marked")
+        counts = [count for count, _ in marked]
+        assert len({*counts}) > 3 and counts == sorted(counts) and {legend for _, legend in marked} == {"drafted"}
+
+
+def test_without_drafts_nothing_is_underlined(browser, server):
+    with visiting(browser, server.url) as visit:
+        visit.ready().ask_for(max_tokens=20, ignore_eos=True)
+        visit.reply()
+        assert {*visit.at(".reply .token").evaluate_all(f"(all) => all.map({LINE})")} == {"none"}
+        visit.expect(visit.at(".drafted")).to_have_count(0)
 
 
 WHO = {

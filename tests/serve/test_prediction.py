@@ -1,5 +1,6 @@
 """`prediction`: the real `openai` client gets the same answers, and is told how many drafts were right."""
 
+import json
 from typing import Any
 
 import openai
@@ -109,11 +110,20 @@ def eager(tinyworld_checkpoint):
         yield server
 
 
-def chat(server, text, **fields):
+def post(server, text, **fields):
     sent = {"messages": [{"role": "user", "content": STORY}], "max_tokens": 40, "temperature": 0, **fields}
     answer = server.post(CHAT, **sent, prediction={"type": "content", "content": text})
     assert answer.status_code == 200, answer.text
-    return answer.json()
+    return answer
+
+
+def chat(server, text, **fields):
+    return post(server, text, **fields).json()
+
+
+def streamed(server, text, **fields):
+    lines = post(server, text, stream=True, **fields).text.splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line and not line.endswith("[DONE]")]
 
 
 def test_explain_usage_and_metrics_count_the_same_drafts(eager):
@@ -128,6 +138,34 @@ def test_explain_usage_and_metrics_count_the_same_drafts(eager):
     assert grown[1:] == [drafted, accepted, accepted] and 0 < grown[0] <= drafted
     assert accepted > answer["usage"]["completion_tokens"] / 2
     assert len(told["batch_sizes"]) == answer["usage"]["completion_tokens"] - accepted, "an accepted draft saves a step"
+
+
+def check_places(places, tokens, steps):
+    """Of a step, at most four drafts stand before the token that it sampled."""
+    sampled = sorted({*range(tokens)} - {*places})
+    assert len(places) == len({*places}) == tokens - len(sampled) and places == sorted(places)
+    assert len(sampled) == steps and max(b - a for a, b in zip([-1, *sampled], sampled)) == 5
+
+
+@pytest.mark.parametrize("scored", [{}, {"logprobs": True}])
+def test_explain_has_the_places_of_accepted_drafts_and_other_answers_none(eager, scored):
+    plain = chat(eager, "", **scored)
+    text = plain["choices"][0]["message"]["content"]
+    sent = {"return_token_ids": True, **scored}
+    whole = chat(eager, text, explain=True, **sent)
+    [choice], told = whole["choices"], whole["explanation"]
+    assert len(choice["accepted_drafts"]) == told["accepted_tokens"] > len(choice["token_ids"]) / 2
+    check_places(choice["accepted_drafts"], len(choice["token_ids"]), len(told["batch_sizes"]))
+    chunks = streamed(eager, text, explain=True, **sent)
+    parts = [choice for chunk in chunks for choice in chunk["choices"] if "accepted_drafts" in choice]
+    given = 0
+    for part in parts:
+        assert all(given <= place for place in part["accepted_drafts"]), "a place comes no later than its token"
+        given += len(part["token_ids"])
+    assert [place for part in parts for place in part["accepted_drafts"]] == choice["accepted_drafts"]
+    assert sum(bool(part["accepted_drafts"]) for part in parts) > 1, "each chunk has its own"
+    for bare in (plain, chat(eager, text, **sent), *streamed(eager, text, **sent)):
+        assert "accepted_drafts" not in json.dumps(bare)
 
 
 def test_drafts_behind_a_stop_string_are_not_accepted(eager):

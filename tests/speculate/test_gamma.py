@@ -119,7 +119,9 @@ def test_matches_the_best_fixed_number_and_never_loses_to_none(name, passes, bat
         found = World(curve, alpha, batch, passes).run(STEPS[batch])
         # To be sure of a gain of 6% takes more probes than a hundredth of the time buys in so few steps.
         least = 0.94 if passes and max(rates) < 1.06 * rates[0] else 0.95
-        assert found >= least * max(rates), f"α {alpha}: {found / max(rates):.3f} of the best, {rates.index(max(rates))}"
+        assert found >= least * max(rates), (
+            f"α {alpha}: {found / max(rates):.3f} of the best, {rates.index(max(rates))}"
+        )
         assert found >= 0.965 * rates[0], f"α {alpha}: {found / rates[0]:.3f} of none"
 
 

@@ -29,7 +29,7 @@ from headrace.llm.options import EngineOptions
 from headrace.llm.outputs import RequestOutput
 from headrace.llm.processor import Group
 from headrace.llm.records import ResumeRecord
-from headrace.llm.speculation import load_draft
+from headrace.llm.speculation import draft_folder, load_draft
 from headrace.model.folder import read_config, resolve
 from headrace.model.huggingface import load_model
 from headrace.model.layers import weight_dtype
@@ -70,13 +70,21 @@ class Frontend:
     """One engine with its tokenizer. It tokenizes and checks prompts; a request is a `Group` of n choices."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, ops: Ops, options: EngineOptions, ranks: Ranks | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        ops: Ops,
+        options: EngineOptions,
+        ranks: Ranks | None = None,
+        draft: Path | None = None,
     ) -> None:
+        """`draft` is what `draft_folder` gives, where it has been called; otherwise it is called here."""
         tokenizer.check_vocabulary(model.config.vocab_size)
         self.model_config = model.config
         self.tokenizer = tokenizer
-        draft = load_draft(options, model, tokenizer, ops)
-        self.engine: Engine[Runner] = assemble(model, ops, options, ranks, self._mask, draft)
+        folder = draft or draft_folder(options, model.config, tokenizer)
+        drafter = None if folder is None else load_draft(folder, options, ops)
+        self.engine: Engine[Runner] = assemble(model, ops, options, ranks, self._mask, drafter)
         self.fingerprint = fingerprint(ops, model.config, options)
         self._ids = itertools.count(1)
         self._groups: dict[str, Group] = {}
@@ -99,8 +107,10 @@ class Frontend:
         folder = resolve(path_or_id)
         config = read_config(folder)
         tokenizer = Tokenizer.from_folder(folder)
+        # These raise before a process starts and before weights are loaded.
         tokenizer.check_vocabulary(config.vocab_size)
-        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))  # raises before a process starts
+        HeadLayout(config, RankGroup.of_size(options.tensor_parallel_size))
+        draft = draft_folder(options, config, tokenizer)
         each = [options.ops_options(rank) for rank in range(options.tensor_parallel_size)]
         ops = load_ops(options.kernel_set, **each[0])
         ranks = Ranks.start(
@@ -110,7 +120,7 @@ class Frontend:
             model = load_model(folder, ops, options.dtype, ranks.group, serving=True)
             cache = getattr(torch, options.cache_config().dtype)
             ops.warm_up(weight_dtype(model.config), cache, progress, one_call=model.layers() is not None)
-            return cls(model, tokenizer, ops, options, ranks)
+            return cls(model, tokenizer, ops, options, ranks, draft)
         except BaseException:
             ranks.close()
             raise

@@ -6,6 +6,7 @@ what is new: `since` cuts it, `extend` appends it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -35,16 +36,24 @@ class CompletionOutput:
     """None while it runs; "stop" (an end token or stop string), "length" or "abort"."""
     stop_reason: int | str | None = None
     """The stop token id or string that ended it; None for the model's own end-of-sequence token."""
+    accepted: list[int] = field(default_factory=list, compare=False)
+    """Places in `token_ids`, ascending, of drafts that stand there. They say how it came: equal outputs may differ."""
 
     def since(self, tokens: int, characters: int) -> CompletionOutput:
-        """The part after the first `tokens` of `token_ids` and `logprobs` and the first `characters` of `text`."""
-        logprobs = None if self.logprobs is None else self.logprobs[tokens:]
-        return replace(self, text=self.text[characters:], token_ids=self.token_ids[tokens:], logprobs=logprobs)
+        """The part after the first `tokens` and the first `characters` of `text`; places are those in the whole."""
+        return replace(
+            self,
+            text=self.text[characters:],
+            token_ids=self.token_ids[tokens:],
+            logprobs=None if self.logprobs is None else self.logprobs[tokens:],
+            accepted=self.accepted[bisect_left(self.accepted, tokens) :],
+        )
 
     def extend(self, part: CompletionOutput) -> None:
         """Append a part. Fields that do not grow are replaced by the part's."""
         self.text += part.text
         self.token_ids += part.token_ids
+        self.accepted += part.accepted
         if part.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += part.logprobs
@@ -102,5 +111,5 @@ def _others(kind: type, *grows: str) -> tuple[str, ...]:
     return tuple(f.name for f in fields(kind) if f.name not in grows)
 
 
-_CHOICE_STATE = _others(CompletionOutput, "text", "token_ids", "logprobs")
+_CHOICE_STATE = _others(CompletionOutput, "text", "token_ids", "logprobs", "accepted")
 _REQUEST_STATE = _others(RequestOutput, "request_id", "prompt", "prompt_token_ids", "outputs", "prompt_logprobs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from headrace.engine.schedule.beam import Hypothesis
@@ -38,6 +39,9 @@ class Choice:
         """Add a step's tokens. If a stop string ends the text, returns the number of output tokens to keep."""
         out, before = self.output, len(self.output.token_ids)
         out.token_ids += update.token_ids
+        drafts = range(before + update.drafts_at, before + update.drafts_at + update.accepted)
+        # A draft that a constraint then forced may come with a later step, which scores it: no step was saved.
+        out.accepted += drafts[: max(len(out.token_ids) - drafts.start, 0)]
         hidden = update.stop_token and not self._params.include_stop_str_in_output
         ids = update.token_ids
         if hidden and ids and not self._stream.names(ids[-1]):  # one that it names may complete a stop string
@@ -66,6 +70,7 @@ class Choice:
     def _cut(self, keep: int) -> None:
         out = self.output
         del out.token_ids[keep:]
+        del out.accepted[bisect_left(out.accepted, keep) :]
         if out.logprobs is not None:
             del out.logprobs[keep:]
             out.cumulative_logprob = sum(table[token].logprob for table, token in zip(out.logprobs, out.token_ids))

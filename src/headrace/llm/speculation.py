@@ -35,7 +35,7 @@ from headrace.speculate.suffix import SuffixProposer
 if TYPE_CHECKING:
     from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Speculating", "draft_model", "load_draft", "profile_rows", "speculating"]
+__all__ = ["Speculating", "draft_folder", "draft_model", "load_draft", "profile_rows", "speculating"]
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 PROFILES = 3
@@ -52,20 +52,26 @@ class Speculating:
     """The policy that wants to know what steps cost before the first one."""
 
 
-def load_draft(options: EngineOptions, model: Transformer, tokenizer: Tokenizer, ops: Ops) -> Transformer | None:
-    """The draft model that the options name, whole on this rank; None where they name none.
+def draft_folder(options: EngineOptions, config: ModelConfig, tokenizer: Tokenizer) -> Path | None:
+    """The folder of the draft model that the options name; None where they name none. It reads no weights.
 
-    Raises `ConfigError` where it cannot draft for `model`.
+    `config` and `tokenizer` are the target's. Raises `ConfigError` where that model cannot draft for the target, and
+    `CheckpointError` where its folder cannot be read.
     """
     kind, _, path = options.speculate.partition(":")
     if kind != "draft":
         return None
     folder = resolve(path)
-    config = read_config(folder)
-    if config.vocab_size != model.config.vocab_size or not same_tokenizer(folder, tokenizer):
+    own = read_config(folder)
+    if own.vocab_size != config.vocab_size or not same_tokenizer(folder, tokenizer):
         raise ConfigError(f"speculate={options.speculate}: its tokenizer is another: a draft needs the model's own")
-    if block_weights(config) > block_weights(model.config):
+    if block_weights(own) > block_weights(config):
         raise ConfigError(f"speculate={options.speculate}: it is larger than the model that it drafts for")
+    return folder
+
+
+def load_draft(folder: Path, options: EngineOptions, ops: Ops) -> Transformer:
+    """The draft model in the folder that `draft_folder` gives, whole on this rank, with its kernels compiled."""
     draft = load_model(folder, ops, options.dtype, serving=True)
     cache = getattr(torch, options.cache_config().dtype)
     ops.warm_up(weight_dtype(draft.config), cache, one_call=draft.layers() is not None)

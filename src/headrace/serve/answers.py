@@ -183,6 +183,8 @@ class Answers:
                 shape["token_ids"] = None
                 if generation.token_ids:
                     shape["token_ids"] = [] if generation.only_echo else choice.token_ids
+                if generation.explain:
+                    shape["accepted_drafts"] = part.accepted
                 choices.append(shape if form.prompt_on_top else shape | of_prompt)
             on_top = of_prompt if form.prompt_on_top else {}
         generated = 0 if generation.only_echo else sum(len(c.token_ids) for o in outputs for c in o.outputs)
@@ -335,7 +337,8 @@ class _Chunker:
         if sent.finish_reason is not None:
             self._called(job.streams[i], choice.calls)
         token_ids = sent.token_ids if job.generation.token_ids else []
-        if not (message or sent.finish_reason or tokens or token_ids):
+        accepted = part.accepted if job.generation.explain else []
+        if not (message or sent.finish_reason or tokens or token_ids or accepted):
             return []
         *before, last = message.one_call_each()
         bare = CompletionOutput(part.index)
@@ -346,6 +349,8 @@ class _Chunker:
             shape["token_ids"] = token_ids
             if first and not job.form.prompt_on_top:
                 shape["prompt_token_ids"] = job.streams[i].output.prompt_token_ids
+        if job.generation.explain:
+            shape["accepted_drafts"] = accepted
         return [*shapes, shape]
 
     def usage(self) -> dict[str, Any]:

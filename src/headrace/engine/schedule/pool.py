@@ -377,6 +377,7 @@ class RequestPool:
             request.accepted_tokens += accepted
             self.counters.count_drafts(len(drafts), accepted)
             update.drafted, update.accepted = len(drafts), accepted
+            update.drafts_at = known - request.num_prompt_tokens - request.num_given
         if self._speculator is not None and self.num_drafting:
             self._speculator.learn(request, drafts, accepted)
             request.drafting = self._speculator.waits(request)

@@ -48,6 +48,8 @@ class RequestUpdate:
     drafted: int = 0
     accepted: int = 0
     """Drafts of the step, and how many of them became output tokens."""
+    drafts_at: int = 0
+    """Place of the first draft in `token_ids`: behind the forced tokens that were known before the step."""
 
 
 class Request:

@@ -144,7 +144,7 @@ async function answer() {
       usage = chunk.usage ?? usage;
       explanation = chunk.explanation ?? explanation;
       for (const choice of chunk.choices ?? []) {
-        reply.add(...news(choice));
+        reply.add(...news(choice), choice.accepted_drafts ?? []);
         reply.note(choice.delta?.reasoning_content, choice.delta?.tool_calls);
         reason = choice.finish_reason ?? reason;
       }

@@ -12,12 +12,15 @@ export class TokenText {
     this.element = element;
     this.entries = [];
     this.count = 0;
+    this.accepted = new Set();  // places among all tokens; a token may come after its place
+    this.drafted = 0;  // spans that are marked
     this.text = "";
     element.addEventListener("keydown", (event) => this.#walk(event));
   }
 
-  add(text, entries) {
-    this.entries.push(...entries);
+  add(text, entries, accepted) {
+    for (const place of accepted) this.accepted.add(place);
+    this.entries.push(...entries.map((entry, i) => ({ ...entry, drafted: this.accepted.has(this.count + i) })));
     this.count += entries.length;
     this.text += text;
     let left = text;
@@ -49,11 +52,15 @@ export class TokenText {
     }
     const span = document.createElement("span");
     const p = Math.exp(entries.reduce((sum, entry) => sum + entry.logprob, 0));
+    // Of several tokens in one text, such as the bytes of a character, all must have been drafted.
+    const drafted = entries.every((entry) => entry.drafted);
+    if (drafted) this.drafted += 1;
     span.className = `token s${SHADES.filter((edge) => p < edge).length} ${kind}`.trim();
+    span.classList.toggle("drafted", drafted);
     span.textContent = text;
     span.tabIndex = this.element.querySelector(".token") ? -1 : 0;
     span.entries = entries;
-    span.setAttribute("aria-label", `${text}, ${percent(p)}`);
+    span.setAttribute("aria-label", `${text}, ${percent(p)}${drafted ? ", drafted" : ""}`);
     this.element.append(span);
   }
 
@@ -97,6 +104,7 @@ function table(entry) {
   const box = document.createElement("div");
   const head = document.createElement("p");
   head.textContent = `log p ${entry.logprob.toFixed(3).replace(/^-(?=0\.0+$)/, "").replace("-", "\u2212")}`;
+  if (entry.drafted) head.textContent += " \u00B7 drafted";
   box.append(head);
   const rows = [...entry.top];
   if (!rows.some((other) => other.token === entry.token)) rows.push({ token: entry.token, logprob: entry.logprob });

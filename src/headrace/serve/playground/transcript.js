@@ -88,9 +88,11 @@ class Reply {
     return this.tokens.count === 0 && this.tokens.text === "" && !this.calls.length && !this.thought;
   }
 
-  add(text, entries) {
+  // `accepted` are places, among all tokens of the reply, of those that were drafted.
+  add(text, entries, accepted) {
     if (this.firstToken === null && (text || entries.length)) this.firstToken = performance.now();
-    this.tokens.add(text, entries);
+    this.tokens.add(text, entries, accepted);
+    if (this.tokens.drafted && !this.facts.firstChild) this.#tell(this.#drafts(null));
     this.transcript.scroll();
   }
 
@@ -119,12 +121,7 @@ class Reply {
   end(reason, usage, explanation) {
     this.tokens.end();
     this.turn.classList.remove("pending");
-    this.facts.replaceChildren(...this.#facts(reason, usage, explanation).map(([text, title]) => {
-      const fact = document.createElement("span");
-      fact.textContent = text;
-      if (title) fact.title = title;
-      return fact;
-    }));
+    this.#tell(this.#facts(reason, usage, explanation));
     const message = { role: "assistant", content: this.tokens.text, turn: this.turn };
     if (this.calls.length) message.tool_calls = this.calls.map(({ shown, ...call }) => call);
     this.transcript.messages.push(message);
@@ -133,6 +130,24 @@ class Reply {
 
   drop() {
     this.turn.remove();
+  }
+
+  #tell(facts) {
+    this.facts.replaceChildren(...facts.map(([text, title, kind]) => {
+      const fact = document.createElement("span");
+      fact.textContent = text;
+      if (title) fact.title = title;
+      if (kind) fact.className = kind;
+      return fact;
+    }));
+  }
+
+  // How many drafts were right, underlined as their texts are: it is their legend too.
+  #drafts(explanation) {
+    const title = "Tokens that were guessed and computed together: a right one saves a step";
+    const counts = explanation?.drafted_tokens ? `${explanation.accepted_tokens} of ${explanation.drafted_tokens} drafts right` : null;
+    if (this.tokens.drafted) return [[counts ?? "drafted", `Underlined: drafted. ${title}`, "drafted"]];
+    return counts ? [[counts, title]] : [];
   }
 
   #facts(reason, usage, explanation) {
@@ -150,12 +165,7 @@ class Reply {
     if (explanation?.forced_tokens) {
       facts.push([`${explanation.forced_tokens} forced`, "Tokens that the schema or the tools left no choice about: they were not sampled"]);
     }
-    if (explanation?.drafted_tokens) {
-      facts.push([
-        `${explanation.accepted_tokens} of ${explanation.drafted_tokens} drafts right`,
-        "Tokens that were guessed and computed together: a right one saves a step",
-      ]);
-    }
+    facts.push(...this.#drafts(explanation));
     if (explanation?.preemptions) facts.push([`preempted ${explanation.preemptions}×`, "Gave way to others, and was computed again"]);
     if (explanation?.resumes) facts.push([`resumed ${explanation.resumes}×`, "Went on in a new engine process"]);
     const ends = { length: "reached the longest reply", stopped: "stopped", "cut off": "cut off", abort: "stopped" };
