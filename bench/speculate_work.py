@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from headrace.bench.models import SHAPES, random_checkpoint, random_model
+from headrace.bench.models import SHAPES, independent_model, random_checkpoint
 from headrace.config import ModelConfig
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
@@ -133,20 +133,9 @@ def independent_pair(ops: Ops, seed: int = 3) -> tuple[Models, list[float], list
     draw = torch.Generator().manual_seed(seed)
     p_V = 2.0 * torch.randn(shape.vocab_size, generator=draw)
     q_V = p_V + torch.randn(shape.vocab_size, generator=draw)
-    models = []
-    for logits_V in (p_V, q_V):
-        model = random_model(shape, ops)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name.endswith(("attention.out.weight", "mlp.down.weight")):
-                    weight.zero_()
-                elif name in ("embed.weight", "norm.weight"):
-                    weight.fill_(1.0)
-                elif name == "lm_head.weight":
-                    weight.copy_((logits_V / shape.hidden_size)[:, None].expand(-1, shape.hidden_size))
-        models.append(model)
+    target, draft = (independent_model(shape, ops, logits_V) for logits_V in (p_V, q_V))
     p, q = (logits_V.double().softmax(dim=0).tolist() for logits_V in (p_V, q_V))
-    return Models("independent", models[0], models[1], ops), p, q
+    return Models("independent", target, draft, ops), p, q
 
 
 # ---- loads

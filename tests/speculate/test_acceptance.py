@@ -64,7 +64,7 @@ def test_longer_matches_are_apart():
 def test_proposers_are_apart():
     acceptance = Acceptance()
     feed(acceptance, Offer(1, "ngram", 0, 1), [1.0], 100)
-    assert acceptance.marginals(Offer(1, "draft", 0, 1)) == pytest.approx([0.3])
+    assert acceptance.marginals(Offer(1, "draft", 0, 1)) == pytest.approx([0.7])
 
 
 def test_requests_that_are_alike_have_equal_chances():

@@ -36,13 +36,13 @@ class Drafts:
         self.seen: dict[tuple[int, int], list[int]] = {}
         self.rows: list[int] = []
         """Tokens that each step of the draft model computes."""
-        draft, submit = model.draft, model._runner.submit
+        draft, submit = model.draft, model.runner.submit
 
         def counted(plan: Plan) -> Any:
             self.rows += [plan.num_tokens] * (plan.num_tokens > 0)
             return submit(plan)
 
-        model._runner.submit = counted  # type: ignore[method-assign]
+        model.runner.submit = counted  # type: ignore[method-assign]
 
         def spy(asked: Sequence[tuple[Request, int]], passed: Any = None) -> list[list[int]]:
             keys = [(request.request_id % 100, request.num_tokens) for request, _ in asked]

@@ -7,8 +7,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch import Tensor
 
 from headrace.config import ModelConfig
 from headrace.kernels.load import load_ops
@@ -16,7 +18,7 @@ from headrace.kernels.ops import Ops
 from headrace.model.huggingface import save_model
 from headrace.model.transformer import Transformer
 
-__all__ = ["SHAPES", "random_checkpoint", "random_model"]
+__all__ = ["SHAPES", "independent_model", "random_checkpoint", "random_model"]
 
 SHAPES = {
     "tiny": ModelConfig("LlamaForCausalLM", 512, 64, 160, 2, 8, 4, 8, 2048, dtype="float32", tie_word_embeddings=True),
@@ -46,6 +48,23 @@ def random_model(config: ModelConfig, ops: Ops, seed: int = 0) -> Transformer:
     model = Transformer(config, ops)
     model.init_weights(seed)
     return model.requires_grad_(False)
+
+
+def independent_model(config: ModelConfig, ops: Ops, logits_V: Tensor, seed: int = 0) -> Transformer:
+    """A model that computes as much as any of its shape, and gives `logits_V` [V] behind every prefix.
+
+    Its head is not tied to its embeddings.
+    """
+    model = random_model(config, ops, seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                weight.zero_()
+            elif name in ("embed.weight", "norm.weight"):
+                weight.fill_(1.0)
+            elif name == "lm_head.weight":
+                weight.copy_((logits_V / config.hidden_size)[:, None].expand(-1, config.hidden_size))
+    return model
 
 
 def random_checkpoint(shape: str | ModelConfig, folder: Path, seed: int = 0, dtype: str | None = None) -> Path:

@@ -24,7 +24,7 @@ from headrace.engine.schedule.speculator import Speculator
 from headrace.errors import ConfigError
 from headrace.kernels.ops import Ops
 from headrace.llm.options import EngineOptions, free_memory
-from headrace.llm.speculation import profile_rows, speculating
+from headrace.llm.speculation import speculating
 from headrace.model.transformer import Transformer
 
 __all__ = ["assemble", "count_blocks", "fingerprint", "profile_budget"]
@@ -122,8 +122,7 @@ def assemble(
     parts = speculating(options, draft, ops, blocks)
     runner = Runner(ModelShard(model, ops, store, slots), ranks, parts.sampler)
     budget = profile_budget(runner, length, options.slo_tbt) if options.max_num_batched_tokens == "auto" else 0
-    if parts.profiled is not None:
-        profile_rows(parts.profiled, runner, options.max_num_seqs)
+    parts.profile(runner, options.max_num_seqs)
     scheduler = Scheduler(
         options.scheduler_config(budget),
         replace(cache, num_blocks=blocks),

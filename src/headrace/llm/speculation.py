@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ from headrace.speculate.suffix import SuffixProposer
 if TYPE_CHECKING:
     from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Speculating", "draft_folder", "draft_model", "load_draft", "profile_rows", "speculating"]
+__all__ = ["Speculating", "draft_folder", "draft_model", "load_draft", "speculating"]
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 PROFILES = 3
@@ -48,8 +49,17 @@ class Speculating:
     speculation: Speculation
     sampler: RowSampler | None
     """Of the target's runner; None is the ordinary one."""
-    profiled: AutoGamma | None
-    """The policy that wants to know what steps cost before the first one."""
+    gamma: AutoGamma | None
+    """The policy that wants to know what steps and passes cost before the first one."""
+    drafter: Runner | None
+    """The draft model's runner."""
+
+    def profile(self, runner: Runner, most: int) -> None:
+        """Measure what the target's `runner` and the draft model's take for up to `most` rows, where that is wanted."""
+        if self.gamma is not None:
+            profile_rows(runner, most, self.gamma.seed)
+            if self.drafter is not None:
+                profile_rows(self.drafter, most, self.gamma.seed_pass)
 
 
 def draft_folder(options: EngineOptions, config: ModelConfig, tokenizer: Tokenizer) -> Path | None:
@@ -105,12 +115,12 @@ def speculating(options: EngineOptions, draft: Transformer | None, ops: Ops, num
     drawn = None if options.verifier == "coupled" else DraftSampler(ops)
     sampler = None if drawn is None else RejectionSampler(ops, drawn, options.lenience)
     model = None if draft is None else draft_model(draft, ops, options, num_blocks, drawn)
-    profiled = gamma if kind != "off" and isinstance(gamma, AutoGamma) else None
-    return Speculating(Speculation(proposers, gamma, model), sampler, profiled)
+    learning = gamma if kind != "off" and isinstance(gamma, AutoGamma) else None
+    return Speculating(Speculation(proposers, gamma, model), sampler, learning, None if model is None else model.runner)
 
 
-def profile_rows(gamma: AutoGamma, runner: Runner, most: int) -> None:
-    """Measure what steps of few rows cost, so that the policy need not begin with a guess."""
+def profile_rows(runner: Runner, most: int, seed: Callable[[int, float], object]) -> None:
+    """Tell `seed` the seconds of steps of few rows, so that the policy need not begin with a guess."""
     for rows in ROWS:
         if rows > most:
             break
@@ -120,7 +130,7 @@ def profile_rows(gamma: AutoGamma, runner: Runner, most: int) -> None:
             began = time.perf_counter()
             runner.result(runner.submit(Plan(step, slices)))
             times.append(time.perf_counter() - began)
-        gamma.seed(rows, min(times))
+        seed(rows, min(times))
 
 
 def draft_model(

@@ -13,10 +13,10 @@ _POSITIONS = 8
 _KEEP = 1 - 1 / 96
 """What remains of earlier evidence when an offer is learned from: about the latest hundred count."""
 _KEEP_RARE = _KEEP**8
-_PRIOR, _DRAFT_PRIOR = 0.1, 0.3
+_PRIOR, _DRAFT_PRIOR = 0.1, 0.7
 _PRIOR_WEIGHT = 4.0
 """Before any evidence drafts count as seen four times and nearly never right: they must earn their rows. Those of a
-draft model start higher, as what they are worth is known from rows alone.
+draft model count as mostly right: nothing is known of it until it drafts, and a dozen wrong ones tell.
 
 As evidence comes this is forgotten. Later places, and offers by their match, keep a prior of this weight: the rate of
 the place before, and that of all offers.

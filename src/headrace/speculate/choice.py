@@ -7,10 +7,15 @@ from itertools import accumulate, repeat
 from operator import add, truediv
 from typing import NamedTuple
 
-__all__ = ["LIMITS", "Slots", "WeighedSlots", "best_choice"]
+__all__ = ["LIMITS", "Slots", "WeighedSlots", "best_choice", "reach"]
 
 LIMITS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Longest drafts of a draft model that are weighed, besides none."""
+
+
+def reach(near: int | None) -> int:
+    """The longest draft of a draft model that is weighed: the limit next above `near`."""
+    return LIMITS[-1] if near is None else next((limit for limit in LIMITS if limit > near), LIMITS[-1])
 
 
 class Slots:

@@ -39,7 +39,7 @@ class DraftModel:
         self, runner: Runner, max_len: int, chunk: int, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         """`runner` has the target's number and size of blocks. `chunk`: most tokens that it catches up in a step."""
-        self._runner = runner
+        self.runner = runner
         self._size = runner.store.block_size
         self._max_len = max_len
         self._chunk = chunk
@@ -60,7 +60,7 @@ class DraftModel:
     def move(self, moves: BlockMoves) -> None:
         """Copy what the target copies. Swapped blocks are computed again: the host keeps the target's alone."""
         if moves.copies:
-            self._runner.submit(Plan(self._steps, copies=moves.copies))
+            self.runner.submit(Plan(self._steps, copies=moves.copies))
             for source, target in moves.copies:
                 if source in self._held:
                     self._held[target] = self._held[source]
@@ -116,7 +116,7 @@ class DraftModel:
 
     def _run(self, slices: list[Slice]) -> dict[int, list[int]]:
         self._steps += 1
-        result = self._runner.result(self._runner.submit(Plan(self._steps, slices)))
+        result = self.runner.result(self.runner.submit(Plan(self._steps, slices)))
         return {number: part.token_ids for number, part in result.slices.items()}
 
     def _slice(self, request: Request, start: int, end: int, drafts: list[int], mask: TokenMask | None) -> Slice:

@@ -10,7 +10,7 @@ from operator import truediv
 
 from headrace.speculate.acceptance import Acceptance
 from headrace.speculate.base import DRAFT, Offer
-from headrace.speculate.choice import Slots, WeighedSlots, best_choice
+from headrace.speculate.choice import Slots, WeighedSlots, best_choice, reach
 from headrace.speculate.costs import StepCosts
 
 __all__ = ["AutoGamma", "FixedGamma"]
@@ -24,13 +24,15 @@ _MOST_CREDIT = 4.0
 """Steps that trials may lose at the start, and at once later."""
 _PATIENCE = 8
 """Steps from one thought of a trial to the next."""
-_SHORTEST_WAIT, _LONGEST_WAIT = 2, 64
+_SHORTEST_WAIT, _LONGEST_WAIT = 2, 16
 """Steps from one probe of a draft model to the next, where it is right and where it always is wrong.
 
 Every second step at least goes without: what probes cost is known only beside it.
 """
-_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Requests for which passes get a first cost."""
+_LONGEST_REST = 64
+"""Steps without drafts until requests wait again for a choice."""
+_GAP = 0.25
+"""Of a step's time: the host was idle for what is longer than that."""
 _PASS_GUESS = 0.5
 """What a pass of a draft model costs before one was timed, in steps of as many rows."""
 _CATCH_UP = 16
@@ -97,7 +99,11 @@ class AutoGamma:
         self._passes = StepCosts()
         self._limit = 0
         """The longest draft of a draft model in the latest choice."""
-        self._begun: deque[tuple[int, float]] = deque()
+        self._begun: deque[tuple[int, float, float]] = deque()
+        """Of the steps in flight: rows, when planning began, and the seconds of the draft model's passes in it."""
+        self._planned: float | None = None
+        self._passing = 0.0
+        """When the choice of the step being planned began, if there was one; seconds of its passes so far."""
         self._ended = float("-inf")
         self._steps = 0
         self._credit: float | None = None
@@ -116,16 +122,25 @@ class AutoGamma:
         """A first value of a step's cost, as a profile at the start measured it."""
         self.costs.seed(rows, seconds)
 
+    def seed_pass(self, rows: int, seconds: float) -> None:
+        """A first value of what a pass of the draft model costs."""
+        self._passes.seed(rows, seconds)
+
     def choose(self, offers: Sequence[Offer], rows: int, spare: int) -> list[int]:
         """See `Gamma`."""
-        self._asked, self._rest = self._steps, min(2 * self._rest or 1, _LONGEST_WAIT)
+        self._planned = self._clock()
+        if self._steps < self._asked + min(self._rest, _PATIENCE) and all(offer.behind for offer in offers):
+            return [0] * len(offers)  # nothing was learned of a model that drafted nothing
+        self._asked, self._rest = self._steps, min(2 * self._rest or 1, _LONGEST_REST)
         if not offers or spare <= 0 or rows <= 0 or not self.costs:
             return [0] * len(offers)
         slots = Slots()
         marginals, most = self.acceptance.marginals, max(_MOST_SLOTS // len(offers), 1)
+        near = self._limit if self._drafting and self._steps % _PATIENCE else None
+        longest = min(most, reach(near))
         for offer in offers:
-            slots.add(marginals(offer)[:most], _charged(offer.behind))
-        best = self._best(slots, rows, spare)
+            slots.add(marginals(offer)[: longest if offer.behind else most], _charged(offer.behind))
+        best = self._best(slots, rows, spare, near)
         self._drafting = best.cut > 0
         if best.cut:
             self._rest = 0
@@ -134,7 +149,8 @@ class AutoGamma:
             self._tried = self._steps
             cut = self._trial(best, rows)
         counts = slots.counts(best.order[:cut])
-        self._probe(offers, counts, rows, spare)
+        if best.cut or self._rest > _PATIENCE // 2:  # else the model drafted a few steps ago
+            self._probe(offers, counts, rows, spare, best.rate())
         return counts
 
     def learn(self, offer: Offer, right: int, wrong: bool) -> None:
@@ -147,30 +163,37 @@ class AutoGamma:
                 self._wait = _SHORTEST_WAIT
 
     def waits(self) -> bool:
-        """See `Gamma`. Where drafts do not pay, it is asked again after 1, 2, 4, … `_LONGEST_WAIT` steps without."""
+        """See `Gamma`. Where drafts do not pay, it is asked again after 1, 2, 4, … `_LONGEST_REST` steps without."""
         return self._steps >= self._asked + self._rest
 
     def passed(self, rows: int, seconds: float) -> None:
-        """See `Gamma`. Until passes of other sizes are timed, they differ as steps do."""
-        if not self._passes and self.costs:
-            unit = seconds / self.costs.seconds(rows)
-            for size in _SIZES:
-                self._passes.seed(size, self.costs.seconds(size) * unit)
+        """See `Gamma`."""
         self._passes.observe(rows, seconds)
+        self._passing += seconds
 
     def began(self, rows: int) -> None:
         """See `Gamma`."""
-        self._begun.append((rows, self._clock()))
+        start = self._clock() if self._planned is None else self._planned
+        self._begun.append((rows, start, self._passing))
+        self._planned, self._passing = None, 0.0
 
     def ended(self, rows: int) -> None:
-        """See `Gamma`. Of two steps in flight, the second one's time starts when the first has ended."""
+        """See `Gamma`. Of two steps in flight, the second one's time starts when the first has ended.
+
+        What the host does between steps is a part of the second one's, too: more rows are more work there.
+        """
         now, before = self._clock(), self._ended
         self._ended = now
         while self._begun and self._begun[0][0] != rows:  # steps that were given up
             self._begun.popleft()
         if not self._begun:
             return
-        seconds = now - max(self._begun.popleft()[1], before)
+        _, start, passing = self._begun.popleft()
+        if before > start:  # its passes ran while the step before did
+            start, passing = before, 0.0
+        elif self.costs and start - before < _GAP * self.costs.seconds(rows):
+            start = before
+        seconds = now - start - passing
         self.costs.observe(rows, seconds)
         self._steps += 1
         if self.costs:
@@ -202,11 +225,10 @@ class AutoGamma:
         assert _SHORTEST_WAIT <= self._wait <= _LONGEST_WAIT, f"a wait of {self._wait} steps"
         assert (self._credit or 0.0) >= 0, "trials have lost more than they may"
 
-    def _best(self, slots: Slots, rows: int, spare: int) -> WeighedSlots:
-        """The best number of slots. Longer and much shorter drafts of a draft model are weighed now and then."""
+    def _best(self, slots: Slots, rows: int, spare: int, near: int | None) -> WeighedSlots:
+        """The best number of slots. Much longer and shorter drafts of a draft model are weighed now and then."""
         steps = self.costs.curve(rows, min(len(slots.chances), spare))
         passes = self._pass_costs(max(sum(slots.behind), len(slots.behind)), rows) if slots.deepest else []
-        near = self._limit if self._drafting and self._steps % _PATIENCE else None
         found = best_choice(slots, rows, steps, passes, near, 0.0 if self._drafting else _MARGIN)
         self._limit = found.limit
         return found
@@ -240,11 +262,13 @@ class AutoGamma:
             return [0.0, *self._passes.curve(1, most - 1)]
         return [0.0] + [_PASS_GUESS * self.costs.seconds(rows)] * most
 
-    def _probe(self, offers: Sequence[Offer], counts: list[int], rows: int, spare: int) -> None:
+    def _probe(self, offers: Sequence[Offer], counts: list[int], rows: int, spare: int, rate: float) -> None:
         """Ask a draft model that is not used for single tokens: what it would have drafted is never known otherwise.
 
         The wait doubles with each probe, and ends with one that is right: then more requests are asked, as many as
-        cost less than twice what one does. Those come first for which the model has the least to catch up.
+        cost less than twice what one does. Those come first for which the model has the least to catch up. What a
+        probe loses is its time without that of the tokens it is thought to bring, at `rate` tokens per second: so a
+        model that is nearly worth its time is soon known well.
         """
         if self._credit is None or self._steps < self._probed + self._wait:
             return
@@ -257,7 +281,8 @@ class AutoGamma:
         idle.sort(key=lambda i: offers[i].behind)
         behind = list(accumulate(offers[i].behind for i in idle[:number]))
         steps, passes = self.costs.curve(rows + used, number), self._pass_costs(behind[-1], rows)
-        losses = [steps[k] - steps[0] + passes[behind[k - 1]] for k in range(1, number + 1)]
+        brought = accumulate((self.acceptance.marginals(offers[i]) or [0.0])[0] / rate for i in idle[:number])
+        losses = [max(steps[k + 1] - steps[0] + passes[behind[k]] - gain, 0.0) for k, gain in enumerate(brought)]
         most = 2 * losses[0] if self._wait <= _SHORTEST_WAIT else losses[0]
         number = bisect_right(losses, min(most, self._credit))
         if not number:
