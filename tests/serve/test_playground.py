@@ -389,7 +389,7 @@ def test_accepted_drafts_are_underlined_while_a_reply_streams_and_after_it(brows
         assert [i for i, (_, drafted) in enumerate(spans) if drafted] == expected
         lines = tokens.evaluate_all(f"(all) => all.map({LINE})")
         assert [i for i, line in enumerate(lines) if line == "underline"] == expected
-        visit.expect(facts).to_have_text(re.compile(f"^{len(expected)} of \\d+ drafts right$"))
+        visit.expect(facts).to_have_text(re.compile(f"^{len(expected)} of \\d+ drafts right, γ ≤ \\d+$"))
         assert facts.evaluate(LINE) == "underline" and "drafted" in facts.get_attribute("title")
         for i, head in ((expected[0], "· drafted"), (next(i for i in range(60) if i not in expected), "log p")):
             tokens.nth(i).hover()

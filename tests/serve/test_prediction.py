@@ -138,6 +138,7 @@ def test_explain_usage_and_metrics_count_the_same_drafts(eager):
     assert grown[1:] == [drafted, accepted, accepted] and 0 < grown[0] <= drafted
     assert accepted > answer["usage"]["completion_tokens"] / 2
     assert len(told["batch_sizes"]) == answer["usage"]["completion_tokens"] - accepted, "an accepted draft saves a step"
+    assert sum(told["gammas"]) == drafted and len(told["gammas"]) == len(told["batch_sizes"])
 
 
 def check_places(places, tokens, steps):

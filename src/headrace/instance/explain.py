@@ -31,6 +31,7 @@ class _Timeline:
     prefilled: float | None = None
     chunks: int = 0
     batch_sizes: deque[int] = field(default_factory=lambda: deque(maxlen=STEPS))
+    gammas: deque[int] = field(default_factory=lambda: deque(maxlen=STEPS))
 
 
 class Explainer:
@@ -61,6 +62,7 @@ class Explainer:
         now = self._clock()
         prompts = 0
         computed: dict[str, bool] = {}
+        gammas: dict[str, int] = {}
         for s in plan.slices:
             timeline = self._timeline(s.request_id)
             if timeline is None:
@@ -71,6 +73,7 @@ class Explainer:
             prompts += tokens
             name = self._names[s.request_id]
             computed[name] = computed.get(name, False) or tokens > 0
+            gammas[name] = max(gammas.get(name, 0), len(s.drafts))
             if timeline.started is None:
                 timeline.started = began
             if timeline.prefilled is None and end >= timeline.known:
@@ -78,6 +81,7 @@ class Explainer:
         for name, chunk in computed.items():
             self._timelines[name].chunks += chunk
             self._timelines[name].batch_sizes.append(len(plan.slices))
+            self._timelines[name].gammas.append(gammas[name])
         return prompts, plan.num_tokens - prompts
 
     def finish(self, name: str, num_cached_tokens: int) -> Explanation:
@@ -99,6 +103,7 @@ class Explainer:
             drafted_tokens=sum(request.drafted_tokens for request in timeline.requests.values()),
             accepted_tokens=sum(request.accepted_tokens for request in timeline.requests.values()),
             batch_sizes=list(timeline.batch_sizes),
+            gammas=list(timeline.gammas) if any(timeline.gammas) else [],
         )
 
     def _timeline(self, request_id: int) -> _Timeline | None:

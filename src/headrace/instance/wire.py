@@ -153,6 +153,8 @@ class Explanation(_Message):
     """Drafts that were computed, and those that became output."""
     batch_sizes: list[int] = []
     """Requests in the batch, for each step of this request (the last 256)."""
+    gammas: list[int] = []
+    """γ in each of these steps: the drafts of the choice that had most. Empty if none of them had any."""
     resumes: int = 0
     """Times the request was resumed in another process; set by the gateway."""
 

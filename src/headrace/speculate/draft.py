@@ -89,7 +89,7 @@ class DraftModel:
                 mask = None if request.mask is None else request.mask.fork()
                 begun.append((i, request, count, mask))
             slices.append(self._slice(request, start, start + taken, [], mask))
-            self._hold(request, start, request.token_ids[: start + taken])
+            self._hold(request, start, start + taken, [])
         while slices:
             rows = sum(len(s.token_ids) for s in slices)
             result = self._run(slices)
@@ -104,7 +104,7 @@ class DraftModel:
                 if len(drafts[i]) < count:
                     end = request.num_tokens + len(drafts[i])
                     slices.append(self._slice(request, end - 1, end, drafts[i], mask))
-                    self._hold(request, end - 1, [*request.token_ids, *drafts[i]])
+                    self._hold(request, end - 1, end, drafts[i])
             now = self._clock()
             passed(rows, now - began)
             began = now
@@ -128,7 +128,7 @@ class DraftModel:
         return Slice(
             request.request_id,
             start,
-            [*request.token_ids, *drafts][start:end],
+            _tokens(request, drafts, start, end),
             request.kv.blocks,
             [SAMPLE] if samples else [],
             request.params,
@@ -159,12 +159,22 @@ class DraftModel:
             known.valid += 1
         return min(known.valid * size, last)
 
-    def _hold(self, request: Request, start: int, tokens: list[int]) -> None:
-        """Note that the positions from `start` to the end of `tokens` are computed."""
+    def _hold(self, request: Request, start: int, end: int, drafts: list[int]) -> None:
+        """Note that the positions [start, end) of the known tokens and the drafts are computed."""
         prefixes, size = list(self._known[request.request_id].prefixes), self._size
-        for block in range(start // size, -(-len(tokens) // size)):
-            while len(prefixes) <= block:  # the last known token or a draft filled the block before
-                at = (len(prefixes) - 1) * size
-                prefixes.append(hash((prefixes[-1], *tokens[at : at + size])))
-            content = tokens[block * size : (block + 1) * size]
+        first = start // size
+        while len(prefixes) <= (end - 1) // size:  # the last known token or a draft filled the block before
+            at = (len(prefixes) - 1) * size
+            prefixes.append(hash((prefixes[-1], *_tokens(request, drafts, at, at + size))))
+        for block in range(first, -(-end // size)):
+            content = _tokens(request, drafts, block * size, min((block + 1) * size, end))
             self._held[request.kv.blocks[block]] = (prefixes[block], content)
+
+
+def _tokens(request: Request, drafts: list[int], start: int, end: int) -> list[int]:
+    """Positions [start, end) of the known tokens and the drafts behind them; never a copy of all."""
+    known = request.num_tokens
+    if start >= known:
+        return drafts[start - known : end - known]
+    found = request.token_ids[start:end]
+    return found if end <= known else found + drafts[: end - known]

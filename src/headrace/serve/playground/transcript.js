@@ -145,7 +145,8 @@ class Reply {
   // How many drafts were right, underlined as their texts are: it is their legend too.
   #drafts(explanation) {
     const title = "Tokens that were guessed and computed together: a right one saves a step";
-    const counts = explanation?.drafted_tokens ? `${explanation.accepted_tokens} of ${explanation.drafted_tokens} drafts right` : null;
+    const { drafted_tokens: drafted, accepted_tokens: accepted, gammas } = explanation ?? {};
+    const counts = drafted ? `${accepted} of ${drafted} drafts right, γ ≤ ${Math.max(0, ...gammas)}` : null;
     if (this.tokens.drafted) return [[counts ?? "drafted", `Underlined: drafted. ${title}`, "drafted"]];
     return counts ? [[counts, title]] : [];
   }
