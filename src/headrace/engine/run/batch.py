@@ -46,33 +46,28 @@ class BatchBuilder:
 
     def build(self, plan: Plan) -> Batch:
         """The packed form of `plan`."""
-        slices = plan.slices
-        lengths = [len(s.token_ids) for s in slices]
-        contexts = [s.start + n for s, n in zip(slices, lengths)]
-        ends = list(itertools.accumulate(lengths))
-        ids = np.fromiter(itertools.chain.from_iterable(s.token_ids for s in slices), np.int64, ends[-1])
-        starts_S = np.asarray(ends, np.int64) - lengths
-        positions = np.arange(ends[-1]) + np.repeat(np.asarray([s.start for s in slices]) - starts_S, lengths)
-        table = self._block_table(slices, contexts)
-        sequence = np.repeat(np.arange(len(slices)), lengths)
-        size = self.block_size
-        slots = table[sequence, positions // size] * size + positions % size
+        slices, size = plan.slices, self.block_size
+        contexts = [s.start + len(s.token_ids) for s in slices]
+        ends = list(itertools.accumulate(len(s.token_ids) for s in slices))
+        places = [range(s.start, context) for s, context in zip(slices, contexts)]
+        slots = [s.block_table[at // size] * size + at % size for s, place in zip(slices, places) for at in place]
+        chained = itertools.chain.from_iterable
         meta = AttentionMeta(
-            self._tensor(table),
+            self._tensor(self._block_table(slices, contexts)),
             self._tensor(np.asarray([0, *ends], np.int32)),
             self._tensor(np.asarray(contexts, np.int32)),
-            self._tensor(slots.astype(np.int32)),
-            max(lengths),
+            self._tensor(np.asarray(slots, np.int32)),
+            max(map(len, places)),
             max(contexts),
         )
-        previous = [(int(row), slices[sequence[row]].request_id) for row in np.flatnonzero(ids == PREVIOUS)]
+        previous = [(end - 1, s.request_id) for s, end in zip(slices, ends) if s.token_ids[-1] == PREVIOUS]
         targets = [t for s in slices for t in s.targets]
         rows = [end - len(s.targets) + i for s, end in zip(slices, ends) for i in range(len(s.targets))]
         sampled = [(s, row) for s in slices for row in range(s.samples)]
         return Batch(
             inputs=Inputs(
-                self._tensor(ids),
-                self._tensor(positions.astype(np.int64)),
+                self._tensor(np.fromiter(chained(s.token_ids for s in slices), np.int64, ends[-1])),
+                self._tensor(np.fromiter(chained(places), np.int64, ends[-1])),
                 meta,
                 self._tensor(np.asarray(rows, np.int64)),
             ),
@@ -103,21 +98,23 @@ class BatchBuilder:
         return (self._tensor(rows.astype(np.int64)), self._tensor(ids), self._tensor(divide), self._tensor(add))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(array).to(self.device)
 
 
 def _sample_params(sampled: Sequence[tuple[Slice, int]]) -> SampleParams:
     params = [s.params for s, _ in sampled]
-
-    def column(values: list[float] | list[int], dtype: type) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype))
-
-    return SampleParams(
-        temperature_R=column([p.temperature for p in params], np.float32),
-        top_k_R=column([p.top_k for p in params], np.int64),
-        top_p_R=column([p.top_p for p in params], np.float32),
-        min_p_R=column([p.min_p for p in params], np.float32),
-        seed_R=torch.from_numpy(np.asarray([s.seed & WORD for s, _ in sampled], np.uint64).view(np.int64)),
-        choice_R=column([s.choice for s, _ in sampled], np.int64),
-        position_R=column([s.start + len(s.token_ids) - s.samples + 1 + row for s, row in sampled], np.int64),
+    reals = np.array(
+        [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]], np.float32
     )
+    words = np.array(
+        [
+            [p.top_k & WORD for p in params],
+            [s.seed & WORD for s, _ in sampled],
+            [s.choice & WORD for s, _ in sampled],
+            [s.start + len(s.token_ids) - s.samples + 1 + row for s, row in sampled],
+        ],
+        np.uint64,
+    ).view(np.int64)
+    temperature_R, top_p_R, min_p_R = map(torch.from_numpy, reals)
+    top_k_R, seed_R, choice_R, position_R = map(torch.from_numpy, words)
+    return SampleParams(temperature_R, top_k_R, top_p_R, min_p_R, seed_R, choice_R, position_R)
