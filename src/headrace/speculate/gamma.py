@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import truediv
@@ -12,6 +11,7 @@ from headrace.speculate.acceptance import Acceptance
 from headrace.speculate.base import DRAFT, Offer
 from headrace.speculate.choice import Slots, WeighedSlots, best_choice, reach
 from headrace.speculate.costs import StepCosts
+from headrace.speculate.timing import StepTimer
 
 __all__ = ["AutoGamma", "FixedGamma"]
 
@@ -31,8 +31,6 @@ Every second step at least goes without: what probes cost is known only beside i
 """
 _LONGEST_REST = 64
 """Steps without drafts until requests wait again for a choice."""
-_GAP = 0.25
-"""Of a step's time: the host was idle for what is longer than that."""
 _PASS_GUESS = 0.5
 """What a pass of a draft model costs before one was timed, in steps of as many rows."""
 _CATCH_UP = 16
@@ -95,16 +93,10 @@ class AutoGamma:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.costs = StepCosts()
         self.acceptance = Acceptance()
-        self._clock = clock
+        self._timer = StepTimer(clock)
         self._passes = StepCosts()
         self._limit = 0
         """The longest draft of a draft model in the latest choice."""
-        self._begun: deque[tuple[int, float, float]] = deque()
-        """Of the steps in flight: rows, when planning began, and the seconds of the draft model's passes in it."""
-        self._planned: float | None = None
-        self._passing = 0.0
-        """When the choice of the step being planned began, if there was one; seconds of its passes so far."""
-        self._ended = float("-inf")
         self._steps = 0
         self._credit: float | None = None
         """Seconds that trials may lose; None before the first step."""
@@ -128,7 +120,7 @@ class AutoGamma:
 
     def choose(self, offers: Sequence[Offer], rows: int, spare: int) -> list[int]:
         """See `Gamma`."""
-        self._planned = self._clock()
+        self._timer.planned()
         if self._steps < self._asked + min(self._rest, _PATIENCE) and all(offer.behind for offer in offers):
             return [0] * len(offers)  # nothing was learned of a model that drafted nothing
         self._asked, self._rest = self._steps, min(2 * self._rest or 1, _LONGEST_REST)
@@ -169,31 +161,17 @@ class AutoGamma:
     def passed(self, rows: int, seconds: float) -> None:
         """See `Gamma`."""
         self._passes.observe(rows, seconds)
-        self._passing += seconds
+        self._timer.passed(seconds)
 
     def began(self, rows: int) -> None:
         """See `Gamma`."""
-        start = self._clock() if self._planned is None else self._planned
-        self._begun.append((rows, start, self._passing))
-        self._planned, self._passing = None, 0.0
+        self._timer.began(rows)
 
     def ended(self, rows: int) -> None:
-        """See `Gamma`. Of two steps in flight, the second one's time starts when the first has ended.
-
-        What the host does between steps is a part of the second one's, too: more rows are more work there.
-        """
-        now, before = self._clock(), self._ended
-        self._ended = now
-        while self._begun and self._begun[0][0] != rows:  # steps that were given up
-            self._begun.popleft()
-        if not self._begun:
+        """See `Gamma`."""
+        seconds = self._timer.ended(rows, self.costs.seconds(rows) if self.costs else 0.0)
+        if seconds is None:
             return
-        _, start, passing = self._begun.popleft()
-        if before > start:  # its passes ran while the step before did
-            start, passing = before, 0.0
-        elif self.costs and start - before < _GAP * self.costs.seconds(rows):
-            start = before
-        seconds = now - start - passing
         self.costs.observe(rows, seconds)
         self._steps += 1
         if self.costs:
