@@ -61,11 +61,7 @@ class Bench:
 
         `bars` are those of auto over off, and over the best of off and the fixed γ.
         """
-        fixed = "ngram" if speculate == "off" else speculate  # a prediction comes first there
-        engines = {"off": Engine(models, **options), "auto": Engine(models, speculate, **options)}
-        engines |= {
-            str(g): Engine(models, fixed, gamma=str(g), **options) for g in (GAMMAS[::4] if self.quick else GAMMAS)
-        }
+        engines = self._engines(models, speculate, options)
         number = 0
         found: dict[int, list[list[int]]] = {}
 
@@ -108,6 +104,13 @@ class Bench:
             "accepted": accepted,
         }
 
+    def _engines(self, models: Models, speculate: str, options: dict[str, Any]) -> dict[str, Engine]:
+        """Off, auto, and every fixed γ."""
+        fixed = "ngram" if speculate == "off" else speculate  # a prediction comes first there
+        gammas = GAMMAS[::4] if self.quick else GAMMAS
+        engines = {"off": Engine(models, **options), "auto": Engine(models, speculate, **options)}
+        return engines | {str(g): Engine(models, fixed, gamma=str(g), **options) for g in gammas}
+
 
 def hurts(bench: Bench) -> None:
     """Where every draft is wrong."""
@@ -148,7 +151,7 @@ def pair(bench: Bench) -> None:
 
 def formula(bench: Bench) -> None:
     """Tokens of a step beside the formula: independent acceptances, then the trained pair's."""
-    models, p, q = work.independent_pair(bench.ops)
+    models, p, q = work.known_pair(bench.ops)
     for verifier, alpha_of in (("coupled", formulae.alpha_coupled), ("rejection", formulae.alpha_rejection)):
         alpha = alpha_of(p, q)
         for gamma in (1, 2, 3, 5, 8):

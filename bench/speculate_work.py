@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from headrace.bench.models import SHAPES, independent_model, random_checkpoint
+from headrace.bench.models import SHAPES, independent_pair, random_checkpoint
 from headrace.config import ModelConfig
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
@@ -127,14 +125,10 @@ def trained(name: str) -> Path:
     return folder / "hf"
 
 
-def independent_pair(ops: Ops, seed: int = 3) -> tuple[Models, list[float], list[float]]:
-    """A pair whose next token never depends on the ones before, and both distributions: acceptances are independent."""
+def known_pair(ops: Ops) -> tuple[Models, list[float], list[float]]:
+    """A pair whose acceptances are independent, and both distributions."""
     shape = replace(SHAPES["tiny"], vocab_size=64, tie_word_embeddings=False)
-    draw = torch.Generator().manual_seed(seed)
-    p_V = 2.0 * torch.randn(shape.vocab_size, generator=draw)
-    q_V = p_V + torch.randn(shape.vocab_size, generator=draw)
-    target, draft = (independent_model(shape, ops, logits_V) for logits_V in (p_V, q_V))
-    p, q = (logits_V.double().softmax(dim=0).tolist() for logits_V in (p_V, q_V))
+    (target, draft), (p, q) = independent_pair((shape, shape), ops, noise=1.0, seed=3)
     return Models("independent", target, draft, ops), p, q
 
 

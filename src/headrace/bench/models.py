@@ -18,7 +18,7 @@ from headrace.kernels.ops import Ops
 from headrace.model.huggingface import save_model
 from headrace.model.transformer import Transformer
 
-__all__ = ["SHAPES", "independent_model", "random_checkpoint", "random_model"]
+__all__ = ["SHAPES", "independent_pair", "random_checkpoint", "random_model"]
 
 SHAPES = {
     "tiny": ModelConfig("LlamaForCausalLM", 512, 64, 160, 2, 8, 4, 8, 2048, dtype="float32", tie_word_embeddings=True),
@@ -50,7 +50,7 @@ def random_model(config: ModelConfig, ops: Ops, seed: int = 0) -> Transformer:
     return model.requires_grad_(False)
 
 
-def independent_model(config: ModelConfig, ops: Ops, logits_V: Tensor, seed: int = 0) -> Transformer:
+def _independent_model(config: ModelConfig, ops: Ops, logits_V: Tensor, seed: int = 0) -> Transformer:
     """A model that computes as much as any of its shape, and gives `logits_V` [V] behind every prefix.
 
     Its head is not tied to its embeddings.
@@ -65,6 +65,20 @@ def independent_model(config: ModelConfig, ops: Ops, logits_V: Tensor, seed: int
             elif name == "lm_head.weight":
                 weight.copy_((logits_V / config.hidden_size)[:, None].expand(-1, config.hidden_size))
     return model
+
+
+def independent_pair(
+    shapes: tuple[ModelConfig, ModelConfig], ops: Ops, noise: float, seed: int
+) -> tuple[tuple[Transformer, Transformer], tuple[list[float], list[float]]]:
+    """A target and a draft model, and their distributions p and q [V], which no prefix changes.
+
+    So acceptances are independent and α is known exactly. `noise`: deviation of the draft's logits from the target's.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    p_V = 2.0 * torch.randn(shapes[0].vocab_size, generator=draw)
+    q_V = p_V + noise * torch.randn(shapes[0].vocab_size, generator=draw)
+    target, draft = _independent_model(shapes[0], ops, p_V), _independent_model(shapes[1], ops, q_V)
+    return (target, draft), (p_V.double().softmax(dim=0).tolist(), q_V.double().softmax(dim=0).tolist())
 
 
 def random_checkpoint(shape: str | ModelConfig, folder: Path, seed: int = 0, dtype: str | None = None) -> Path:

@@ -120,13 +120,16 @@ def speculating(options: EngineOptions, draft: Transformer | None, ops: Ops, num
 
 
 def profile_rows(runner: Runner, most: int, seed: Callable[[int, float], object]) -> None:
-    """Tell `seed` the seconds of steps of few rows, so that the policy need not begin with a guess."""
+    """Tell `seed` the seconds of steps of few rows, so that the policy need not begin with a guess.
+
+    Their request ids are nobody's: a sampler may keep what it drew for a request.
+    """
     for rows in ROWS:
         if rows > most:
             break
         times = []
         for step in range(PROFILES):
-            slices = [Slice(i, 0, [0], [1], [SAMPLE], SamplingParams(), 0, 0) for i in range(rows)]
+            slices = [Slice(-1 - i, 0, [0], [1], [SAMPLE], SamplingParams(), 0, 0) for i in range(rows)]
             began = time.perf_counter()
             runner.result(runner.submit(Plan(step, slices)))
             times.append(time.perf_counter() - began)

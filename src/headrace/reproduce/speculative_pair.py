@@ -11,9 +11,7 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
-from headrace.bench.models import SHAPES, independent_model
+from headrace.bench.models import SHAPES, independent_pair
 from headrace.engine.schedule.request import Request
 from headrace.engine.schedule.sampling import SamplingParams
 from headrace.kernels.load import load_ops
@@ -57,12 +55,8 @@ class _Pair:
     """A target and a draft model of a known α."""
 
     def __init__(self, ops: Ops, noise: float, tokens: int) -> None:
-        draw = torch.Generator().manual_seed(5)
-        p_V = 2.0 * torch.randn(TARGET.vocab_size, generator=draw)
-        q_V = p_V + noise * torch.randn(TARGET.vocab_size, generator=draw)
         self._ops, self._tokens = ops, tokens
-        self.target, self.draft = independent_model(TARGET, ops, p_V), independent_model(DRAFT, ops, q_V)
-        p, q = (logits_V.double().softmax(dim=0).tolist() for logits_V in (p_V, q_V))
+        (self.target, self.draft), (p, q) = independent_pair((TARGET, DRAFT), ops, noise, seed=5)
         self.alpha = {"coupled": formulae.alpha_coupled(p, q), "rejection": formulae.alpha_rejection(p, q)}
 
     def run(self, model: Transformer, gamma: int = 0, verifier: str = "coupled", rounds: int = 3) -> _Measured:
